@@ -1,0 +1,1 @@
+//! The node agent of the ambient redirector, as a library: `main.rs` only wires it up.

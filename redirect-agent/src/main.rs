@@ -1,0 +1,3 @@
+//! `redirect-agent`.
+
+fn main() {}

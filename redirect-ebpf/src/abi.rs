@@ -1,0 +1,199 @@
+//! Everything both sides of the kernel boundary agree on: constants, and the layout of map memory.
+//!
+//! Map memory holds integers only, padding is written out, and sizes are asserted at compile time
+//! for every target this file is compiled for. Ports are in host byte order, addresses in network
+//! byte order.
+
+use bytemuck::{Pod, Zeroable};
+
+/// Version of this layout, part of the pins' path: a pinned map is only ever reused by an agent
+/// that was built with the same layout.
+pub const ABI_VERSION: u32 = 1;
+
+/// The bits of a mark that belong to the mesh. Source: Istio, `tools/istio-iptables`, `0xfff`.
+pub const MARK_MASK: u32 = 0xfff;
+/// The mark of every socket of the proxy. Source: ztunnel `src/config.rs`, `PACKET_MARK` 1337.
+pub const MARK_PROXY: u32 = 0x539;
+/// The mark of a flow that was redirected when its pod left the mesh: it keeps its route.
+/// Source: Istio's in-pod mark.
+pub const MARK_REDIRECTED: u32 = 0x111;
+/// The mark of what came in on a pod's interface, and of flows that are older than the pod's
+/// enrolment: they keep off the redirection route.
+pub const MARK_DIRECT: u32 = 0x0d1;
+
+/// The proxy's listener for what the pod sends. Source: ztunnel `src/config.rs`.
+pub const PORT_OUTBOUND: u16 = 15001;
+/// The proxy's listener for plaintext that comes to the pod. Source: ztunnel `src/config.rs`.
+pub const PORT_INBOUND: u16 = 15006;
+/// The proxy's listener for HBONE that comes to the pod. Source: ztunnel `src/config.rs`.
+pub const PORT_HBONE: u16 = 15008;
+
+/// An IP address: 16 bytes in network byte order, IPv4 as `::ffff:a.b.c.d`.
+#[repr(C)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord, Pod, Zeroable)]
+pub struct Addr(pub [u8; 16]);
+
+/// Key of the maps that are kept per pod: the inode number of its network namespace, which is
+/// unique among the namespaces that are alive.
+pub type PodId = u32;
+
+/// [`PodEntry::decision`]: the pod is not in the mesh.
+pub const DECISION_BYPASS: u32 = 0;
+/// [`PodEntry::decision`]: the pod is in the mesh.
+pub const DECISION_ENROLLED: u32 = 1;
+
+/// [`PodEntry::flags`]: new connections are redirected. Without it an enrolled pod is being
+/// prepared, or is on its way out.
+pub const POD_CAPTURE: u32 = 1;
+
+/// Value of the map `pods`, whose key is an address ([`Addr`]) of a pod on this node.
+#[repr(C)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Pod, Zeroable)]
+pub struct PodEntry {
+    /// The inode number of the pod's network namespace; 0 when it is not known.
+    pub pod_id: PodId,
+    /// One of `DECISION_*`.
+    pub decision: u32,
+    /// Why: the agent's `membership::Reason` as a number. The kernel does not read it.
+    pub reason: u32,
+    /// Bits of `POD_*`.
+    pub flags: u32,
+}
+
+/// [`ListenerKey::kind`]: [`PORT_OUTBOUND`].
+pub const LISTENER_OUTBOUND: u32 = 0;
+/// [`ListenerKey::kind`]: [`PORT_INBOUND`].
+pub const LISTENER_INBOUND: u32 = 1;
+/// [`ListenerKey::kind`]: [`PORT_HBONE`].
+pub const LISTENER_HBONE: u32 = 2;
+
+/// Key of `listeners` (the proxy's listening sockets) and of `proxy_missing`.
+#[repr(C)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, Pod, Zeroable)]
+pub struct ListenerKey {
+    /// The pod.
+    pub pod_id: PodId,
+    /// One of `LISTENER_*`.
+    pub kind: u32,
+}
+
+/// A TCP connection as the pod's socket sees it.
+#[repr(C)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, Pod, Zeroable)]
+pub struct Flow {
+    /// The address of the socket in the pod.
+    pub local: Addr,
+    /// The address of its peer.
+    pub remote: Addr,
+    /// Port of `local`, host byte order.
+    pub local_port: u16,
+    /// Port of `remote`, host byte order.
+    pub remote_port: u16,
+}
+
+/// The one entry, per CPU, of the map `hint`: the flow whose packet is on its way up the stack on
+/// this CPU and that `sk_lookup` is to leave alone.
+#[repr(C)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Pod, Zeroable)]
+pub struct Hint {
+    /// The flow.
+    pub flow: Flow,
+    /// One of [`HINT_NONE`], [`HINT_FROM_PROXY`], [`HINT_NO_LISTENER`].
+    pub kind: u32,
+}
+
+/// [`Hint::kind`]: there is no hint.
+pub const HINT_NONE: u32 = 0;
+/// [`Hint::kind`]: the proxy delivers to the application.
+pub const HINT_FROM_PROXY: u32 = 1;
+/// [`Hint::kind`]: nobody in the pod listens on that port; the kernel answers with RST.
+pub const HINT_NO_LISTENER: u32 = 2;
+
+/// Key of the map `counters`; the value is a `u64`, per CPU.
+#[repr(C)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, Pod, Zeroable)]
+pub struct CounterKey {
+    /// The pod; 0 when the packet could not be told to belong to one.
+    pub pod_id: PodId,
+    /// One of [`Counter`].
+    pub counter: u32,
+}
+
+/// What is counted, per pod. Connections are counted once, when the kernel looks for their
+/// listener; packets are counted where they are dropped.
+#[repr(u32)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Counter {
+    /// Connections of the pod that were handed to the proxy.
+    RedirectedOutbound = 0,
+    /// Plaintext connections to the pod that were handed to the proxy.
+    RedirectedInbound = 1,
+    /// HBONE connections to the pod's proxy.
+    Hbone = 2,
+    /// Connections that the proxy opened to the application.
+    FromProxy = 3,
+    /// Connections of the pod to itself.
+    Local = 4,
+    /// Connections to ports that nobody listens on; answered with RST by the kernel.
+    NoListener = 5,
+    /// SYNs dropped because no proxy listens, within the grace; the client sends them again.
+    DroppedProxyAway = 6,
+    /// Connections refused with RST because no proxy listens.
+    RefusedProxyAway = 7,
+    /// Connections refused because neither address belongs to a known pod.
+    RefusedUnknownAddress = 8,
+    /// Packets held back for an instant while a pod enters or leaves the mesh.
+    HeldInTransition = 9,
+}
+
+impl Counter {
+    /// Every counter with its name, as `status` and the metrics show it.
+    pub const ALL: [(Counter, &'static str); 10] = [
+        (Counter::RedirectedOutbound, "redirected_outbound"),
+        (Counter::RedirectedInbound, "redirected_inbound"),
+        (Counter::Hbone, "hbone"),
+        (Counter::FromProxy, "from_proxy"),
+        (Counter::Local, "local"),
+        (Counter::NoListener, "no_listener"),
+        (Counter::DroppedProxyAway, "dropped_proxy_away"),
+        (Counter::RefusedProxyAway, "refused_proxy_away"),
+        (Counter::RefusedUnknownAddress, "refused_unknown_address"),
+        (Counter::HeldInTransition, "held_in_transition"),
+    ];
+}
+
+/// Value of the map `saved_sysctls`: what the pod's sysctls were before enrolment, in the order of
+/// the agent's `dataplane::sysctl::SYSCTLS`; [`SYSCTL_ABSENT`] where the kernel has no such one.
+#[repr(C)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Pod, Zeroable)]
+pub struct SavedSysctls {
+    /// The values.
+    pub values: [i32; 4],
+}
+
+/// [`SavedSysctls::values`]: the kernel had no such sysctl (IPv6 is off, say).
+pub const SYSCTL_ABSENT: i32 = i32::MIN;
+
+const _: () = {
+    assert!(size_of::<Addr>() == 16);
+    assert!(size_of::<PodEntry>() == 16);
+    assert!(size_of::<ListenerKey>() == 8);
+    assert!(size_of::<Flow>() == 36);
+    assert!(size_of::<Hint>() == 40);
+    assert!(size_of::<CounterKey>() == 8);
+    assert!(size_of::<SavedSysctls>() == 16);
+};
+
+#[cfg(feature = "user")]
+mod user {
+    use super::{Addr, CounterKey, Flow, Hint, ListenerKey, PodEntry, SavedSysctls};
+
+    macro_rules! pod {
+        ($($t:ty),+) => {$(
+            // SAFETY: `bytemuck::Pod` has been derived: any bit pattern is valid, no padding.
+            #[expect(unsafe_code, reason = "the trait is unsafe; bytemuck has checked its terms")]
+            unsafe impl aya::Pod for $t {}
+        )+};
+    }
+    pod!(Addr, CounterKey, Flow, Hint, ListenerKey, PodEntry, SavedSysctls);
+}
