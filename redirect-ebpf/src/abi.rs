@@ -195,5 +195,13 @@ mod user {
             unsafe impl aya::Pod for $t {}
         )+};
     }
-    pod!(Addr, CounterKey, Flow, Hint, ListenerKey, PodEntry, SavedSysctls);
+    pod!(
+        Addr,
+        CounterKey,
+        Flow,
+        Hint,
+        ListenerKey,
+        PodEntry,
+        SavedSysctls
+    );
 }

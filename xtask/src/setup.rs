@@ -1,0 +1,373 @@
+//! `cargo xtask setup`: everything that building and running needs, each thing looked at first.
+
+use std::{
+    env,
+    ffi::OsString,
+    fs::{self, File},
+    os::unix::fs::symlink,
+    path::{Path, PathBuf},
+    process::Command,
+};
+
+use anyhow::{Context as _, Result, bail};
+use nix::sys::statfs::{BPF_FS_MAGIC, statfs};
+
+use crate::{
+    process::{as_root, cargo, find, read, run},
+    rust_src,
+};
+
+/// The programs that the demo and the tests call, and the Debian package of each.
+const PACKAGES: &[(&str, &str)] = &[("ip", "iproute2"), ("bpftool", "bpftool")];
+
+/// Links the kernel programs; redirect-agent/build.rs finds it in [`tools_dir`].
+const BPF_LINKER_VERSION: &str = "0.13.0";
+
+/// Where pins live.
+const BPFFS: &str = "/sys/fs/bpf";
+
+/// How much to say.
+#[derive(Clone, Copy, PartialEq, Eq)]
+pub(crate) enum Report {
+    /// One line per thing, also when it was there.
+    All,
+    /// Only what had to be done.
+    Changes,
+}
+
+impl Report {
+    fn present(self, thing: &str, what: &str) {
+        if self == Self::All {
+            eprintln!("setup: {thing:<10}  {what}, already there");
+        }
+    }
+
+    fn doing(self, thing: &str, what: &str) {
+        eprintln!("setup: {thing:<10}  {what} …");
+    }
+
+    fn done(self, thing: &str, what: &str) {
+        eprintln!("setup: {thing:<10}  {what}");
+    }
+}
+
+/// The nightly toolchain that compiles the kernel programs.
+pub(crate) struct Nightly {
+    /// `rustc -vV`, whole.
+    version: String,
+    /// Where the toolchain is.
+    pub(crate) sysroot: PathBuf,
+}
+
+impl Nightly {
+    fn find() -> Result<Self> {
+        let rustc = |arguments: &[&str]| {
+            let mut command = Command::new("rustup");
+            command.env("RUSTUP_AUTO_INSTALL", "0");
+            read(command.args(["run", "nightly", "rustc"]).args(arguments))
+        };
+        Ok(Self {
+            version: rustc(&["-vV"])?,
+            sysroot: rustc(&["--print", "sysroot"])?.into(),
+        })
+    }
+
+    /// The first line of `rustc -vV`: `rustc 1.97.0-nightly (e50aa6fba 2026-05-19)`.
+    pub(crate) fn name(&self) -> &str {
+        self.version.lines().next().unwrap_or_default()
+    }
+
+    /// `1.97.0-nightly`
+    pub(crate) fn release(&self) -> Result<&str> {
+        self.field("release: ")
+    }
+
+    fn llvm_major(&self) -> Result<&str> {
+        let version = self.field("LLVM version: ")?;
+        Ok(version.split_once('.').map_or(version, |(major, _)| major))
+    }
+
+    fn field(&self, name: &str) -> Result<&str> {
+        self.version
+            .lines()
+            .find_map(|line| line.strip_prefix(name))
+            .with_context(|| format!("find {name:?} in the output of `rustc +nightly -vV`"))
+    }
+}
+
+/// Brings what building needs, then what running needs.
+pub(crate) fn everything(report: Report) -> Result<()> {
+    for_building(report)?;
+    for_running(report)
+}
+
+/// Brings the nightly toolchain, core's source and bpf-linker.
+pub(crate) fn for_building(report: Report) -> Result<()> {
+    let tools = tools_dir()?;
+    fs::create_dir_all(&tools).with_context(|| format!("create {}", tools.display()))?;
+    // Two of us at once would install over each other.
+    let lock = tools.join("lock");
+    let lock = File::create(&lock).with_context(|| format!("create {}", lock.display()))?;
+    lock.lock().context("wait for another setup to finish")?;
+
+    let nightly = toolchain(report)?;
+    core_source(report, &nightly, &tools)?;
+    bpf_linker(report, &nightly, &tools)
+}
+
+/// Brings the programs that the demo and the tests call, and a bpffs for the pins.
+pub(crate) fn for_running(report: Report) -> Result<()> {
+    packages(report)?;
+    bpffs(report)
+}
+
+fn toolchain(report: Report) -> Result<Nightly> {
+    if find("rustup").is_none() {
+        bail!(
+            "find rustup: it is not in PATH; install it from https://rustup.rs or your distribution"
+        );
+    }
+    if let Ok(nightly) = Nightly::find() {
+        report.present("nightly", nightly.name());
+        return Ok(nightly);
+    }
+    report.doing("nightly", "installing the toolchain with rustup");
+    let mut rustup = Command::new("rustup");
+    run(rustup.args([
+        "toolchain",
+        "install",
+        "nightly",
+        "--profile",
+        "minimal",
+        "--component",
+        "rust-src",
+    ]))
+    .context(
+        "install the nightly toolchain, which compiles the kernel programs; \
+             without a network, bring one along and `rustup toolchain link nightly <directory>`",
+    )?;
+    let nightly = Nightly::find()?;
+    report.done("nightly", &format!("installed {}", nightly.name()));
+    Ok(nightly)
+}
+
+/// core's source, for `-Z build-std=core`: from rustup, else from Debian.
+fn core_source(report: Report, nightly: &Nightly, tools: &Path) -> Result<()> {
+    const THING: &str = "rust-src";
+    if let Some(origin) = rust_src::installed(nightly)? {
+        report.present(THING, &origin);
+        return Ok(());
+    }
+    report.doing(THING, "adding core's source with rustup");
+    let mut rustup = Command::new("rustup");
+    match run(rustup.args(["component", "add", "rust-src", "--toolchain", "nightly"])) {
+        Ok(()) => report.done(THING, "added with rustup"),
+        Err(error) => {
+            report.doing(
+                THING,
+                &format!("rustup cannot ({error}); fetching Debian's package"),
+            );
+            let version = rust_src::install_from_debian(nightly, &tools.join("rust-src"))
+                .context(
+                    "install core's source for the nightly toolchain; without a network, copy the `library` \
+                     directory of its rust-src to lib/rustlib/src/rust below the toolchain",
+                )?;
+            report.done(
+                THING,
+                &format!("from Debian's {version}, for {}", nightly.name()),
+            );
+        }
+    }
+    Ok(())
+}
+
+/// bpf-linker against the toolchain's own LLVM, below `tools`.
+fn bpf_linker(report: Report, nightly: &Nightly, tools: &Path) -> Result<()> {
+    const THING: &str = "bpf-linker";
+    let llvm = nightly.llvm_major()?;
+    let what = format!("{BPF_LINKER_VERSION} for LLVM {llvm} of {}", nightly.name());
+    let bin = tools.join("bin");
+    // It is bound to one LLVM library: another nightly needs another bpf-linker.
+    let stamp_file = tools.join("bpf-linker.built-for");
+    let stamp = format!(
+        "bpf-linker {BPF_LINKER_VERSION}\n{}\nsysroot: {}\n",
+        nightly.version,
+        nightly.sysroot.display()
+    );
+    if bin.join(THING).is_file() && fs::read_to_string(&stamp_file).is_ok_and(|old| old == stamp) {
+        report.present(THING, &what);
+        return Ok(());
+    }
+    report.doing(
+        THING,
+        &format!("building {what} (more than a minute on two cores)"),
+    );
+
+    // Its build script looks for lib/libLLVM.so below LLVM_PREFIX.
+    let llvm_prefix = tools.join("llvm");
+    let link = llvm_prefix.join("lib/libLLVM.so");
+    fs::create_dir_all(llvm_prefix.join("lib"))
+        .and_then(|()| match fs::remove_file(&link) {
+            Err(error) if error.kind() != std::io::ErrorKind::NotFound => Err(error),
+            _ => symlink(llvm_library(&nightly.sysroot)?, &link),
+        })
+        .with_context(|| format!("link the toolchain's LLVM to {}", link.display()))?;
+
+    let lib = nightly.sysroot.join("lib");
+    let lib = lib
+        .to_str()
+        .with_context(|| format!("{} is not UTF-8", lib.display()))?;
+    let build = tools.join("build");
+    let mut command = cargo();
+    run(command
+        .args([
+            "install",
+            "bpf-linker",
+            "--locked",
+            "--force",
+            "--no-default-features",
+        ])
+        .args(["--version", &format!("={BPF_LINKER_VERSION}")])
+        .args(["--features", &format!("llvm-{llvm}")])
+        .arg("--root")
+        .arg(tools)
+        .arg("--target-dir")
+        .arg(&build)
+        .env("LLVM_PREFIX", &llvm_prefix)
+        .env(
+            "RUSTFLAGS",
+            format!("-L {lib} -C link-arg=-Wl,-rpath,{lib}"),
+        )
+        .env_remove("CARGO_ENCODED_RUSTFLAGS")
+        .env_remove("CARGO_BUILD_TARGET")
+        // Keeps cargo from advising to add this directory to PATH.
+        .env("PATH", path_with(&bin)?))
+    .with_context(|| {
+        format!(
+            "build bpf-linker {BPF_LINKER_VERSION}; it needs crates.io, a C linker, and a nightly \
+             with an LLVM that it knows (its features name them; this one is {llvm})"
+        )
+    })?;
+    fs::write(&stamp_file, stamp).with_context(|| format!("write {}", stamp_file.display()))?;
+    fs::remove_dir_all(&build).with_context(|| format!("remove {}", build.display()))?;
+    report.done(THING, &format!("built {what} into {}", bin.display()));
+    Ok(())
+}
+
+/// The toolchain's LLVM: `libLLVM-22-rust-1.97.0-nightly.so`, a linker script that names the library.
+fn llvm_library(sysroot: &Path) -> std::io::Result<PathBuf> {
+    let lib = sysroot.join("lib");
+    for entry in fs::read_dir(&lib)? {
+        let name = entry?.file_name();
+        let name = name.to_string_lossy();
+        if name.starts_with("libLLVM-") && name.ends_with(".so") {
+            return Ok(lib.join(&*name));
+        }
+    }
+    Err(std::io::Error::other(format!(
+        "find libLLVM-*.so in {}",
+        lib.display()
+    )))
+}
+
+fn path_with(bin: &Path) -> Result<OsString> {
+    let path = env::var_os("PATH").unwrap_or_default();
+    let paths = env::split_paths(&path).chain([bin.to_owned()]);
+    env::join_paths(paths).context("add the tools directory to PATH")
+}
+
+fn packages(report: Report) -> Result<()> {
+    const THING: &str = "packages";
+    let all: Vec<_> = PACKAGES.iter().map(|(_, package)| *package).collect();
+    let missing = missing_packages();
+    if missing.is_empty() {
+        report.present(THING, &all.join(", "));
+        return Ok(());
+    }
+    let names = missing.join(" ");
+    if find("apt-get").is_none() {
+        bail!(
+            "install {names}: there is no apt-get here; install them the way your distribution does"
+        );
+    }
+    report.doing(THING, &format!("installing {names} with apt-get"));
+    if apt_get(
+        &[],
+        &["install", "--yes", "--no-install-recommends"],
+        &missing,
+    )
+    .is_err()
+    {
+        // The usual reason: package lists that are missing or old. Fresh ones, beside the system's.
+        let lists = env::temp_dir().join(format!("ambient-redirect-apt-{}", std::process::id()));
+        let outcome = install_with_fresh_lists(&lists, &missing);
+        // Root's files: gone with the temporary directory at the latest.
+        let _ = as_root("rm").and_then(|mut rm| run(rm.arg("-rf").arg(&lists)));
+        outcome.with_context(|| {
+            format!("install {names}; without a network, install these packages by hand")
+        })?;
+    }
+    if let [program, ..] = missing_packages()[..] {
+        bail!("find the program of package {program}, which is installed: is it in another place?");
+    }
+    report.done(THING, &format!("installed {names}"));
+    Ok(())
+}
+
+fn missing_packages() -> Vec<&'static str> {
+    let missing = PACKAGES
+        .iter()
+        .filter(|(program, _)| find(program).is_none());
+    missing.map(|(_, package)| *package).collect()
+}
+
+fn install_with_fresh_lists(lists: &Path, packages: &[&str]) -> Result<()> {
+    fs::create_dir_all(lists.join("partial"))
+        .and_then(|()| fs::create_dir_all(lists.join("cache/archives/partial")))
+        .with_context(|| format!("create {}", lists.display()))?;
+    let options = [
+        format!("Dir::State::lists={}", lists.display()),
+        format!("Dir::Cache={}", lists.join("cache").display()),
+        "APT::Sandbox::User=root".to_owned(),
+    ];
+    apt_get(&options, &["update", "--quiet"], &[])?;
+    apt_get(
+        &options,
+        &["install", "--yes", "--no-install-recommends"],
+        packages,
+    )
+}
+
+fn apt_get(options: &[String], verb: &[&str], packages: &[&str]) -> Result<()> {
+    let mut command = as_root("env")?;
+    command.args(["DEBIAN_FRONTEND=noninteractive", "apt-get"]);
+    command.args(options.iter().flat_map(|option| ["-o", option]));
+    run(command.args(verb).args(packages))
+}
+
+fn bpffs(report: Report) -> Result<()> {
+    const THING: &str = "bpffs";
+    if statfs(BPFFS).is_ok_and(|found| found.filesystem_type() == BPF_FS_MAGIC) {
+        report.present(THING, BPFFS);
+        return Ok(());
+    }
+    run(as_root("mount")?.args(["-t", "bpf", "bpf", BPFFS])).with_context(|| {
+        format!("mount a bpffs at {BPFFS}; in a container, start it with the host's {BPFFS}")
+    })?;
+    report.done(THING, &format!("mounted at {BPFFS}"));
+    Ok(())
+}
+
+/// Where our build tools are, outside the user's PATH; the same rule stands in redirect-agent/build.rs.
+fn tools_dir() -> Result<PathBuf> {
+    if let Some(dir) = env::var_os("REDIRECT_TOOLS_DIR") {
+        return std::path::absolute(dir).context("make REDIRECT_TOOLS_DIR absolute");
+    }
+    let cache = match env::var_os("XDG_CACHE_HOME") {
+        Some(dir) => PathBuf::from(dir),
+        None => {
+            PathBuf::from(env::var_os("HOME").context("find HOME: it is not set")?).join(".cache")
+        }
+    };
+    Ok(cache.join("ambient-redirect"))
+}
