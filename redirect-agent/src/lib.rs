@@ -1,1 +1,4 @@
 //! The node agent of the ambient redirector, as a library: `main.rs` only wires it up.
+
+pub mod membership;
+pub mod source;

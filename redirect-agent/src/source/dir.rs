@@ -1,0 +1,635 @@
+//! A directory of ordinary Kubernetes manifests as the source.
+//!
+//! Every `*.yaml`, `*.yml` and `*.json` directly in the directory is read; of what is in them,
+//! Namespaces and Pods count, also inside a `List`, and everything else is ignored. What cannot be
+//! used keeps its last good version and becomes a [`Problem`], so that a slip of the editor never
+//! takes a pod out of the mesh.
+
+use std::{
+    collections::{BTreeMap, BTreeSet, btree_map::Entry},
+    ffi::OsStr,
+    fmt, fs, io,
+    path::{Path, PathBuf},
+    sync::Arc,
+    time::{Duration, Instant},
+};
+
+use anyhow::Context as _;
+use k8s_openapi::api::core::v1 as k8s;
+use notify::Watcher as _;
+use serde::de::DeserializeOwned;
+use serde_json::Value;
+use tokio::sync::{Notify, watch};
+use tokio_util::sync::CancellationToken;
+use tracing::{info, warn};
+
+use super::{ANNOTATION_REDIRECTION, Inventory, Problem, Redirection, Source, without_conflicts};
+use crate::membership::{Namespace, Pod, PodKey};
+
+/// The directory is read this often even when nobody tells us of a change: a file system may have
+/// no notifications, and a directory that was replaced has lost its watch.
+const RESCAN: Duration = Duration::from_millis(500);
+/// A file that was written to within this time may be half-written.
+const SETTLE: Duration = Duration::from_millis(50);
+/// A file that is written to all the time is read all the same after this time.
+const SETTLE_AT_MOST: Duration = Duration::from_millis(500);
+/// An editor that renames takes a file away for a moment; one that is gone for longer is gone.
+const MISSING: Duration = Duration::from_millis(200);
+
+/// The subdirectory that takes the place of the API server for what the agent says of pods.
+const STATUS_DIR: &str = ".status";
+
+/// A directory of manifests; its [`DirWatcher`] keeps it current.
+#[derive(Debug)]
+pub struct DirSource {
+    dir: PathBuf,
+    inventory: watch::Receiver<Arc<Inventory>>,
+}
+
+/// Keeps a [`DirSource`] current.
+#[derive(Debug)]
+pub struct DirWatcher {
+    scanner: Scanner,
+    inventory: watch::Sender<Arc<Inventory>>,
+}
+
+/// Reads `dir` for the pods of the node `node`: those whose `spec.nodeName` is that, or empty.
+///
+/// # Errors
+///
+/// When the directory cannot be read. What is wrong with a file is an inventory's problem.
+pub async fn open(
+    dir: impl Into<PathBuf>,
+    node: impl Into<String>,
+) -> anyhow::Result<(DirSource, DirWatcher)> {
+    let dir = dir.into();
+    fs::read_dir(&dir).with_context(|| {
+        format!(
+            "read the manifests in {}: --source dir:PATH names a directory that this user can read",
+            dir.display()
+        )
+    })?;
+    let scanner = Scanner {
+        dir: dir.clone(),
+        node: node.into(),
+        files: BTreeMap::new(),
+        inventory: Arc::default(),
+    };
+    let (mut scanner, mut settled) = scan(scanner).await?;
+    while !settled {
+        tokio::time::sleep(SETTLE).await;
+        (scanner, settled) = scan(scanner).await?;
+    }
+    let (sender, receiver) = watch::channel(Arc::clone(&scanner.inventory));
+    Ok((
+        DirSource {
+            dir,
+            inventory: receiver,
+        },
+        DirWatcher {
+            scanner,
+            inventory: sender,
+        },
+    ))
+}
+
+async fn scan(mut scanner: Scanner) -> anyhow::Result<(Scanner, bool)> {
+    tokio::task::spawn_blocking(move || {
+        let settled = scanner.scan();
+        (scanner, settled)
+    })
+    .await
+    .context("read the manifests: the reading task failed")
+}
+
+impl DirWatcher {
+    /// Follows the directory until `shutdown`.
+    ///
+    /// # Errors
+    ///
+    /// Only when the reading task itself fails, which is a defect.
+    pub async fn run(self, shutdown: CancellationToken) -> anyhow::Result<()> {
+        let DirWatcher {
+            mut scanner,
+            inventory,
+        } = self;
+        let changed = Arc::new(Notify::new());
+        let _watch = watch_directory(&scanner.dir, Arc::clone(&changed));
+        let mut settled = true;
+        loop {
+            let pause = if settled { RESCAN } else { SETTLE };
+            tokio::select! {
+                () = shutdown.cancelled() => return Ok(()),
+                () = changed.notified() => {}
+                () = tokio::time::sleep(pause) => {}
+            }
+            (scanner, settled) = scan(scanner).await?;
+            inventory.send_if_modified(|current| {
+                let modified = **current != *scanner.inventory;
+                if modified {
+                    report(&current.problems, &scanner.inventory.problems);
+                    *current = Arc::clone(&scanner.inventory);
+                }
+                modified
+            });
+        }
+    }
+}
+
+fn report(before: &[Problem], after: &[Problem]) {
+    for problem in after.iter().filter(|p| !before.contains(p)) {
+        warn!(object = problem.object, "{}", problem.message);
+    }
+    for problem in before.iter().filter(|p| !after.contains(p)) {
+        info!(object = problem.object, "no longer: {}", problem.message);
+    }
+}
+
+/// Notifies `changed` when something in `dir` may have changed; without that, the rescan remains.
+fn watch_directory(dir: &Path, changed: Arc<Notify>) -> Option<notify::RecommendedWatcher> {
+    let wake = move |event: notify::Result<notify::Event>| match event {
+        Ok(event) if may_change_manifests(&event) => changed.notify_one(),
+        Ok(_) => {}
+        Err(error) => warn!("watch the manifests: {error}; the rescan goes on"),
+    };
+    let watch = notify::recommended_watcher(wake).and_then(|mut watcher| {
+        watcher.watch(dir, notify::RecursiveMode::NonRecursive)?;
+        Ok(watcher)
+    });
+    watch
+        .inspect_err(|error| {
+            warn!(
+                "watch {}: {error}; it is read every {RESCAN:?} instead",
+                dir.display()
+            );
+        })
+        .ok()
+}
+
+/// Our own reading is an event, too, and must not wake us again.
+fn may_change_manifests(event: &notify::Event) -> bool {
+    use notify::event::{AccessKind, AccessMode, EventKind};
+    let writes = match event.kind {
+        EventKind::Access(AccessKind::Close(AccessMode::Write)) => true,
+        EventKind::Access(_) => false,
+        _ => true,
+    };
+    writes
+        && event
+            .paths
+            .iter()
+            .any(|path| path.file_name() != Some(OsStr::new(STATUS_DIR)))
+}
+
+impl Source for DirSource {
+    fn describe(&self) -> String {
+        format!("dir:{}", self.dir.display())
+    }
+
+    fn inventory(&self) -> watch::Receiver<Arc<Inventory>> {
+        self.inventory.clone()
+    }
+
+    /// Writes `.status/<namespace>_<name>.json` with the merge patch that a cluster's API server
+    /// would get for the pod, or removes it.
+    async fn publish(&self, pod: &PodKey, state: Option<Redirection>) -> anyhow::Result<()> {
+        let dir = self.dir.join(STATUS_DIR);
+        let file = dir.join(status_file(pod));
+        let Some(state) = state else {
+            return already_gone(tokio::fs::remove_file(&file).await)
+                .with_context(|| format!("remove {}", file.display()));
+        };
+        let patch = serde_json::json!({
+            "metadata": {"annotations": {ANNOTATION_REDIRECTION: state.as_str()}}
+        });
+        let new = dir.join(format!(".{}.new", status_file(pod)));
+        tokio::fs::create_dir_all(&dir)
+            .await
+            .with_context(|| format!("create {}", dir.display()))?;
+        tokio::fs::write(&new, patch.to_string())
+            .await
+            .with_context(|| format!("write {}", new.display()))?;
+        tokio::fs::rename(&new, &file)
+            .await
+            .with_context(|| format!("write {}", file.display()))
+    }
+}
+
+fn already_gone(result: io::Result<()>) -> io::Result<()> {
+    match result {
+        Err(error) if error.kind() == io::ErrorKind::NotFound => Ok(()),
+        result => result,
+    }
+}
+
+/// Neither name can hold a `_`, so no two pods share a file.
+fn status_file(pod: &PodKey) -> String {
+    format!("{}_{}.json", pod.namespace, pod.name)
+}
+
+/// The pod whose status `file` is, or was about to become.
+fn pod_of_status_file(file: &str) -> Option<PodKey> {
+    let file = file
+        .strip_prefix('.')
+        .and_then(|f| f.strip_suffix(".new"))
+        .unwrap_or(file);
+    let (namespace, name) = file.strip_suffix(".json")?.split_once('_')?;
+    PodKey::new(namespace, name).ok()
+}
+
+/// What is known of the directory.
+#[derive(Debug)]
+struct Scanner {
+    dir: PathBuf,
+    node: String,
+    /// By file name.
+    files: BTreeMap<String, File>,
+    inventory: Arc<Inventory>,
+}
+
+/// What is known of one file.
+#[derive(Debug, Default)]
+struct File {
+    /// What was read last, good or not.
+    content: Option<Vec<u8>>,
+    /// The usable objects, each with its place in the file.
+    objects: Vec<(String, Object)>,
+    /// What is wrong with the file and its documents, by place; empty for the whole file.
+    problems: Vec<(String, String)>,
+    /// Since when the file has a content that we have not read because it may be half-written.
+    unsettled: Option<Instant>,
+    /// Since when the file is missing.
+    missing: Option<Instant>,
+}
+
+#[derive(Clone, Debug)]
+enum Object {
+    Namespace(Namespace),
+    Pod(Pod),
+}
+
+#[derive(Clone, Debug, PartialEq, Eq, PartialOrd, Ord)]
+enum ObjectId {
+    Namespace(String),
+    Pod(PodKey),
+}
+
+impl Object {
+    fn id(&self) -> ObjectId {
+        match self {
+            Object::Namespace(namespace) => ObjectId::Namespace(namespace.name.clone()),
+            Object::Pod(pod) => ObjectId::Pod(pod.key.clone()),
+        }
+    }
+}
+
+impl fmt::Display for ObjectId {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            ObjectId::Namespace(name) => write!(f, "namespace {name}"),
+            ObjectId::Pod(key) => write!(f, "pod {key}"),
+        }
+    }
+}
+
+impl Scanner {
+    /// Brings the inventory up to date; `false` when a file should be looked at again soon.
+    fn scan(&mut self) -> bool {
+        // Listed before the manifests are read: a status whose pod is not in them is a leftover,
+        // and never that of a pod that another node's agent has just seen come.
+        let statuses = list(&self.dir.join(STATUS_DIR)).unwrap_or_default();
+        let mut problems = Vec::new();
+        let mut settled = true;
+        match list(&self.dir) {
+            Ok(names) => {
+                let names: BTreeSet<String> =
+                    names.into_iter().filter(|name| is_manifest(name)).collect();
+                for name in &names {
+                    let path = self.dir.join(name);
+                    settled &= self.files.entry(name.clone()).or_default().refresh(&path);
+                }
+                self.files
+                    .retain(|name, file| names.contains(name) || file.is_still_expected());
+                settled &= self.files.values().all(|file| file.missing.is_none());
+            }
+            Err(error) => problems.push(Problem {
+                object: self.dir.display().to_string(),
+                message: format!("read the directory: {error}; what was in it stays in force"),
+            }),
+        }
+        // Only then is a pod that is in no manifest known to be gone.
+        let complete =
+            settled && problems.is_empty() && self.files.values().all(|f| f.problems.is_empty());
+        let (namespaces, pods) = self.merge(&mut problems);
+        for name in statuses {
+            let is_leftover = pod_of_status_file(&name).is_some_and(|pod| {
+                !pods.contains_key(&pod) && (complete || self.inventory.pods.contains_key(&pod))
+            });
+            if is_leftover {
+                remove_leftover(&self.dir.join(STATUS_DIR).join(name));
+            }
+        }
+        let ours = pods
+            .into_iter()
+            .filter(|(_, pod)| pod.node_name.as_ref().is_none_or(|node| *node == self.node))
+            .collect();
+        let pods = without_conflicts(&self.inventory.pods, ours, &mut problems);
+        self.inventory = Arc::new(Inventory {
+            namespaces,
+            pods,
+            problems,
+        });
+        settled
+    }
+
+    /// Puts the files together; of several objects of one name the first, by file name, counts.
+    fn merge(
+        &self,
+        problems: &mut Vec<Problem>,
+    ) -> (BTreeMap<String, Namespace>, BTreeMap<PodKey, Pod>) {
+        let mut places = BTreeMap::new();
+        let mut namespaces = BTreeMap::new();
+        let mut pods = BTreeMap::new();
+        for (name, file) in &self.files {
+            problems.extend(file.problems.iter().map(|(place, message)| Problem {
+                object: place_in(name, place),
+                message: message.clone(),
+            }));
+            for (place, object) in &file.objects {
+                match places.entry(object.id()) {
+                    Entry::Vacant(entry) => {
+                        entry.insert(place_in(name, place));
+                        match object.clone() {
+                            Object::Namespace(n) => drop(namespaces.insert(n.name.clone(), n)),
+                            Object::Pod(pod) => drop(pods.insert(pod.key.clone(), pod)),
+                        }
+                    }
+                    Entry::Occupied(first) => problems.push(Problem {
+                        object: place_in(name, place),
+                        message: format!(
+                            "{} is in {}, too; the one here is ignored",
+                            first.key(),
+                            first.get()
+                        ),
+                    }),
+                }
+            }
+        }
+        (namespaces, pods)
+    }
+}
+
+fn place_in(file: &str, place: &str) -> String {
+    if place.is_empty() {
+        file.to_owned()
+    } else {
+        format!("{file}, {place}")
+    }
+}
+
+fn list(dir: &Path) -> io::Result<Vec<String>> {
+    let mut names = Vec::new();
+    for entry in fs::read_dir(dir)? {
+        names.extend(entry?.file_name().into_string());
+    }
+    Ok(names)
+}
+
+fn is_manifest(name: &str) -> bool {
+    !name.starts_with('.')
+        && Path::new(name)
+            .extension()
+            .is_some_and(|e| ["yaml", "yml", "json"].iter().any(|known| e == *known))
+}
+
+fn remove_leftover(status: &Path) {
+    match already_gone(fs::remove_file(status)) {
+        Ok(()) => info!("removed {}: its pod is gone", status.display()),
+        Err(error) => warn!("remove {}, whose pod is gone: {error}", status.display()),
+    }
+}
+
+impl File {
+    /// Reads the file if it changed; `false` when it may be half-written and was left for later.
+    fn refresh(&mut self, path: &Path) -> bool {
+        let read = fs::metadata(path).and_then(|metadata| {
+            // A pipe would block us for ever.
+            if metadata.is_file() {
+                Ok((metadata.modified()?, fs::read(path)?))
+            } else {
+                Err(io::Error::other("it is not a file"))
+            }
+        });
+        let (modified, content) = match read {
+            Ok(read) => read,
+            Err(error) if error.kind() == io::ErrorKind::NotFound => {
+                return !self.is_still_expected();
+            }
+            Err(error) => {
+                self.content = None;
+                self.problems = vec![(
+                    String::new(),
+                    format!("read it: {error}{}", self.what_stays()),
+                )];
+                return true;
+            }
+        };
+        self.missing = None;
+        if self.content.as_ref() == Some(&content) {
+            self.unsettled = None;
+            return true;
+        }
+        let fresh = modified.elapsed().is_ok_and(|age| age < SETTLE);
+        if fresh && self.unsettled.get_or_insert_with(Instant::now).elapsed() < SETTLE_AT_MOST {
+            return false;
+        }
+        self.unsettled = None;
+        let is_json = path.extension() == Some(OsStr::new("json"));
+        self.take(parse(&content, is_json));
+        self.content = Some(content);
+        true
+    }
+
+    /// Whether the file, which is not there now, has been away so short that it may come back.
+    fn is_still_expected(&mut self) -> bool {
+        self.missing.get_or_insert_with(Instant::now).elapsed() < MISSING
+    }
+
+    fn what_stays(&self) -> &'static str {
+        if self.objects.is_empty() {
+            ""
+        } else {
+            "; its last good content stays in force"
+        }
+    }
+
+    /// Takes over what was parsed; what is wrong keeps its last good version.
+    fn take(&mut self, parsed: Result<Vec<Value>, String>) {
+        let documents = match parsed {
+            Ok(documents) if documents.is_empty() => {
+                // Many a writer empties a file before it fills it.
+                self.problems = vec![(
+                    String::new(),
+                    format!(
+                        "it is empty{}; remove it if that is meant",
+                        self.what_stays()
+                    ),
+                )];
+                return;
+            }
+            Ok(documents) => documents,
+            Err(error) => {
+                self.problems = vec![(
+                    String::new(),
+                    format!("parse it: {error}{}", self.what_stays()),
+                )];
+                return;
+            }
+        };
+        let mut found = Vec::new();
+        for (index, document) in documents.iter().enumerate() {
+            interpret(
+                format!("document {}", index + 1),
+                document,
+                None,
+                &mut found,
+            );
+        }
+        let last_good = std::mem::take(&mut self.objects);
+        self.problems.clear();
+        for Found { place, id, object } in found {
+            match object {
+                Ok(object) => self.objects.push((place, object)),
+                Err(error) => {
+                    let old = last_good.iter().find(|(_, old)| Some(old.id()) == id);
+                    let stays = if old.is_some() {
+                        "; its last good version stays in force"
+                    } else {
+                        ""
+                    };
+                    self.problems
+                        .push((place.clone(), format!("{error}{stays}")));
+                    self.objects
+                        .extend(old.map(|(_, old)| (place, old.clone())));
+                }
+            }
+        }
+    }
+}
+
+/// The documents of a file; those that are empty are left out.
+fn parse(content: &[u8], is_json: bool) -> Result<Vec<Value>, String> {
+    let documents = if is_json {
+        serde_json::Deserializer::from_slice(content)
+            .into_iter::<Value>()
+            .collect::<Result<Vec<Value>, _>>()
+            .map_err(|error| error.to_string())?
+    } else {
+        let options = serde_saphyr::options! { with_snippet: false };
+        serde_saphyr::from_slice_multiple_with_options(content, options)
+            .map_err(|error| error.to_string())?
+    };
+    Ok(documents
+        .into_iter()
+        .filter(|document| !document.is_null())
+        .collect())
+}
+
+/// A Namespace or a Pod, or why there should be one and is none.
+struct Found {
+    /// Where in the file, for the operator.
+    place: String,
+    /// Whose it is, as far as that can be told.
+    id: Option<ObjectId>,
+    object: Result<Object, String>,
+}
+
+/// Finds the Namespaces and Pods of a document.
+///
+/// The items of a `PodList` need not say what they are; `kind` says it for them.
+fn interpret(place: String, document: &Value, kind: Option<&str>, found: &mut Vec<Found>) {
+    let text = |field: &str| document.get(field).and_then(Value::as_str);
+    let mut wrong = |place: &str, id, error: String| {
+        found.push(Found {
+            place: place.to_owned(),
+            id,
+            object: Err(error),
+        });
+    };
+    let (api, kind) = match (text("apiVersion"), text("kind"), kind) {
+        (Some(api), Some(kind), _) => (api, kind),
+        (_, _, Some(kind)) => ("v1", kind),
+        _ => {
+            wrong(
+                &place,
+                None,
+                "it is no Kubernetes object: it lacks apiVersion or kind".to_owned(),
+            );
+            return;
+        }
+    };
+    match (api, kind) {
+        ("v1", "List" | "PodList" | "NamespaceList") => {
+            let Some(items) = document.get("items").and_then(Value::as_array) else {
+                wrong(
+                    &place,
+                    None,
+                    format!("read items of the {kind}: there are none"),
+                );
+                return;
+            };
+            let item_kind = kind.strip_suffix("List").filter(|kind| !kind.is_empty());
+            for (index, item) in items.iter().enumerate() {
+                interpret(
+                    format!("{place}, item {}", index + 1),
+                    item,
+                    item_kind,
+                    found,
+                );
+            }
+        }
+        ("v1", "Namespace") => {
+            let name = document.pointer("/metadata/name").and_then(Value::as_str);
+            let object = decode::<k8s::Namespace>(document)
+                .and_then(|n| Namespace::try_from(&n).map_err(|error| error.to_string()))
+                .map(Object::Namespace);
+            let id = name.map(|name| ObjectId::Namespace(name.to_owned()));
+            found.push(Found {
+                place: with_name(place, &id),
+                id,
+                object,
+            });
+        }
+        ("v1", "Pod") => {
+            let text = |field: &str| {
+                document
+                    .get("metadata")
+                    .and_then(|m| m.get(field))
+                    .and_then(Value::as_str)
+            };
+            let key = text("name")
+                .and_then(|name| PodKey::new(text("namespace").unwrap_or("default"), name).ok());
+            let object = decode::<k8s::Pod>(document)
+                .and_then(|pod| Pod::try_from(&pod).map_err(|error| error.to_string()))
+                .map(Object::Pod);
+            let id = key.map(ObjectId::Pod);
+            found.push(Found {
+                place: with_name(place, &id),
+                id,
+                object,
+            });
+        }
+        _ => {}
+    }
+}
+
+fn with_name(place: String, id: &Option<ObjectId>) -> String {
+    match id {
+        Some(id) => format!("{place} ({id})"),
+        None => place,
+    }
+}
+
+fn decode<T: DeserializeOwned>(document: &Value) -> Result<T, String> {
+    T::deserialize(document).map_err(|error| format!("read it: {error}"))
+}

@@ -1,0 +1,159 @@
+//! Where the agent learns of pods and namespaces, and where it says what it did with them.
+
+use std::{collections::BTreeMap, fmt, net::IpAddr, sync::Arc};
+
+use serde::{Deserialize, Serialize};
+use tokio::sync::watch;
+
+use crate::membership::{Namespace, Pod, PodKey};
+
+pub mod dir;
+
+/// The annotation that tells istiod whether a pod speaks HBONE.
+/// Source: Istio `pkg/config/constants`, `AmbientRedirection`.
+pub const ANNOTATION_REDIRECTION: &str = "ambient.istio.io/redirection";
+
+/// What a source knows, whole: a reader needs no history.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct Inventory {
+    /// The namespaces, by name.
+    pub namespaces: BTreeMap<String, Namespace>,
+    /// The pods of this node; no two of them share a uid, or an address while both may use it.
+    pub pods: BTreeMap<PodKey, Pod>,
+    /// What could not be used, for the operator; in a stable order.
+    pub problems: Vec<Problem>,
+}
+
+/// Something in the source that cannot be used; it affects nothing but the object it names.
+#[derive(Clone, Debug, PartialEq, Eq, PartialOrd, Ord, Serialize, Deserialize)]
+pub struct Problem {
+    /// The object: a file, a document of it, or a pod.
+    pub object: String,
+    /// What is wrong with it, and what the agent does about it.
+    pub message: String,
+}
+
+impl fmt::Display for Problem {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "{}: {}", self.object, self.message)
+    }
+}
+
+/// Value of [`ANNOTATION_REDIRECTION`]; a pod that is not in the mesh has no such annotation.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Redirection {
+    /// Fully in the mesh: peers may speak HBONE to it.
+    Enabled,
+    /// Redirection is in place, the proxy does not serve the pod yet.
+    Pending,
+}
+
+impl Redirection {
+    /// The annotation's value.
+    pub fn as_str(self) -> &'static str {
+        match self {
+            Redirection::Enabled => "enabled",
+            Redirection::Pending => "pending",
+        }
+    }
+}
+
+/// A source of pods and namespaces: a directory of manifests, or a cluster.
+pub trait Source: Send + Sync + 'static {
+    /// In one word and a place, for `status`: `dir:/etc/manifests`.
+    fn describe(&self) -> String;
+
+    /// What the source knows, kept current; the value that is there at once is complete.
+    fn inventory(&self) -> watch::Receiver<Arc<Inventory>>;
+
+    /// Says that `pod` is redirected (or, with `None`, that it is not), where its peers'
+    /// control plane reads it.
+    ///
+    /// # Errors
+    ///
+    /// When it could not be written; doing it again is harmless.
+    fn publish(
+        &self,
+        pod: &PodKey,
+        state: Option<Redirection>,
+    ) -> impl Future<Output = anyhow::Result<()>> + Send;
+}
+
+/// Takes `candidates` as the new pods, in place of `previous`, and leaves out what would let one
+/// pod be taken for another.
+///
+/// The proxy knows a pod by its uid and the kernel by its addresses, so two pods may share neither
+/// (a pod on the node's network has no address of its own, and a finished one has given its up).
+/// A pod that is as it was before keeps what it has, so that no newcomer can push it out; among
+/// newcomers the first by name wins. A pod that changes into a conflict stays as it was before.
+pub fn without_conflicts(
+    previous: &BTreeMap<PodKey, Pod>,
+    candidates: BTreeMap<PodKey, Pod>,
+    problems: &mut Vec<Problem>,
+) -> BTreeMap<PodKey, Pod> {
+    let unchanged = |pod: &Pod| {
+        previous
+            .get(&pod.key)
+            .is_some_and(|old| old.uid == pod.uid && old.ips == pod.ips)
+    };
+    let (incumbents, newcomers): (Vec<Pod>, Vec<Pod>) =
+        candidates.into_values().partition(unchanged);
+    let mut claims = Claims::default();
+    let mut admitted = BTreeMap::new();
+    for pod in incumbents.into_iter().chain(newcomers) {
+        let pod = match claims.claim(&pod) {
+            Ok(()) => pod,
+            Err(conflict) => {
+                let old = previous
+                    .get(&pod.key)
+                    .filter(|old| old.uid == pod.uid && claims.claim(old).is_ok());
+                problems.push(Problem {
+                    object: format!("pod {}", pod.key),
+                    message: format!(
+                        "{conflict}; {}",
+                        match old {
+                            Some(_) => "this pod stays as it was before",
+                            None => "this pod is left alone until one of the two changes",
+                        }
+                    ),
+                });
+                match old {
+                    Some(old) => old.clone(),
+                    None => continue,
+                }
+            }
+        };
+        admitted.insert(pod.key.clone(), pod);
+    }
+    admitted
+}
+
+/// Which pod has which uid and which address.
+#[derive(Default)]
+struct Claims {
+    uids: BTreeMap<String, PodKey>,
+    addresses: BTreeMap<IpAddr, PodKey>,
+}
+
+impl Claims {
+    /// Records what `pod` has, or nothing when another pod has some of it.
+    fn claim(&mut self, pod: &Pod) -> Result<(), String> {
+        if let Some(other) = self.uids.get(&pod.uid) {
+            return Err(format!("its uid {} is that of pod {other}, too", pod.uid));
+        }
+        let ips: &[IpAddr] = if pod.host_network || pod.phase.is_finished() {
+            &[]
+        } else {
+            &pod.ips
+        };
+        for ip in ips {
+            if let Some(other) = self.addresses.get(ip) {
+                return Err(format!("its address {ip} is that of pod {other}, too"));
+            }
+        }
+        self.uids.insert(pod.uid.clone(), pod.key.clone());
+        self.addresses
+            .extend(ips.iter().map(|ip| (*ip, pod.key.clone())));
+        Ok(())
+    }
+}
