@@ -8,21 +8,11 @@ fn main() -> anyhow::Result<()> {
     // `cargo xtask setup` puts bpf-linker here, outside the user's PATH.
     let tools = tools_dir()?;
     println!("cargo:rerun-if-env-changed=REDIRECT_TOOLS_DIR");
-    println!(
-        "cargo:rerun-if-changed={}",
-        tools.join("bin/bpf-linker").display()
-    );
+    println!("cargo:rerun-if-changed={}", tools.join("bin/bpf-linker").display());
     let path = env::var_os("PATH").unwrap_or_default();
-    let path = env::join_paths(
-        [tools.join("bin")]
-            .into_iter()
-            .chain(env::split_paths(&path)),
-    )?;
+    let path = env::join_paths([tools.join("bin")].into_iter().chain(env::split_paths(&path)))?;
     // SAFETY: the build script is single-threaded here.
-    #[expect(
-        unsafe_code,
-        reason = "Command's environment is only reachable through ours"
-    )]
+    #[expect(unsafe_code, reason = "Command's environment is only reachable through ours")]
     unsafe {
         env::set_var("PATH", path);
     }

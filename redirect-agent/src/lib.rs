@@ -2,3 +2,5 @@
 
 pub mod membership;
 pub mod source;
+pub mod dataplane;
+pub mod netns;

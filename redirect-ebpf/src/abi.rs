@@ -4,6 +4,8 @@
 //! for every target this file is compiled for. Ports are in host byte order, addresses in network
 //! byte order.
 
+use core::net::{IpAddr, Ipv6Addr};
+
 use bytemuck::{Pod, Zeroable};
 
 /// Version of this layout, part of the pins' path: a pinned map is only ever reused by an agent
@@ -32,6 +34,58 @@ pub const PORT_HBONE: u16 = 15008;
 #[repr(C)]
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord, Pod, Zeroable)]
 pub struct Addr(pub [u8; 16]);
+
+impl Addr {
+    /// The IPv4 address with these octets.
+    #[inline(always)]
+    pub const fn v4(o: [u8; 4]) -> Self {
+        Self([0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0xff, 0xff, o[0], o[1], o[2], o[3]])
+    }
+
+    /// Whether this is an IPv4 address.
+    #[inline(always)]
+    pub fn is_v4(&self) -> bool {
+        let [hi, lo] = self.halves();
+        hi == 0 && lo >> 32 == 0xffff
+    }
+
+    /// Whether this is in 127.0.0.0/8 or is ::1.
+    #[inline(always)]
+    pub fn is_loopback(&self) -> bool {
+        let [hi, lo] = self.halves();
+        hi == 0 && (lo == 1 || lo >> 24 == 0xffff_7f)
+    }
+
+    /// Whether this is in fe80::/10.
+    #[inline(always)]
+    pub fn is_link_local(&self) -> bool {
+        self.halves()[0] >> 54 == 0xfe80 >> 6
+    }
+
+    /// The address as user space knows it.
+    pub fn to_ip(self) -> IpAddr {
+        Ipv6Addr::from(self.0).to_canonical()
+    }
+
+    /// The upper and the lower 64 bits.
+    #[inline(always)]
+    const fn halves(&self) -> [u64; 2] {
+        let b = self.0;
+        [
+            u64::from_be_bytes([b[0], b[1], b[2], b[3], b[4], b[5], b[6], b[7]]),
+            u64::from_be_bytes([b[8], b[9], b[10], b[11], b[12], b[13], b[14], b[15]]),
+        ]
+    }
+}
+
+impl From<IpAddr> for Addr {
+    fn from(ip: IpAddr) -> Self {
+        match ip {
+            IpAddr::V4(ip) => Self::v4(ip.octets()),
+            IpAddr::V6(ip) => Self(ip.octets()),
+        }
+    }
+}
 
 /// Key of the maps that are kept per pod: the inode number of its network namespace, which is
 /// unique among the namespaces that are alive.
@@ -174,7 +228,30 @@ pub struct SavedSysctls {
 /// [`SavedSysctls::values`]: the kernel had no such sysctl (IPv6 is off, say).
 pub const SYSCTL_ABSENT: i32 = i32::MIN;
 
+/// Offsets in the kernel's `struct sock_common`, bytes. Source: the running kernel's BTF.
+#[repr(C)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Pod, Zeroable)]
+pub struct SockOffsets {
+    /// `skc_family`, u16, host byte order.
+    pub family: u32,
+    /// `skc_state`, u8.
+    pub state: u32,
+    /// `skc_num`, u16, host byte order.
+    pub local_port: u32,
+    /// `skc_dport`, u16, network byte order.
+    pub remote_port: u32,
+    /// `skc_rcv_saddr`, 4 bytes, network byte order.
+    pub local_v4: u32,
+    /// `skc_daddr`, 4 bytes, network byte order.
+    pub remote_v4: u32,
+    /// `skc_v6_rcv_saddr`, 16 bytes, network byte order.
+    pub local_v6: u32,
+    /// `skc_v6_daddr`, 16 bytes, network byte order.
+    pub remote_v6: u32,
+}
+
 const _: () = {
+    assert!(size_of::<SockOffsets>() == 32);
     assert!(size_of::<Addr>() == 16);
     assert!(size_of::<PodEntry>() == 16);
     assert!(size_of::<ListenerKey>() == 8);
@@ -186,7 +263,7 @@ const _: () = {
 
 #[cfg(feature = "user")]
 mod user {
-    use super::{Addr, CounterKey, Flow, Hint, ListenerKey, PodEntry, SavedSysctls};
+    use super::{Addr, CounterKey, Flow, Hint, ListenerKey, PodEntry, SavedSysctls, SockOffsets};
 
     macro_rules! pod {
         ($($t:ty),+) => {$(
@@ -195,13 +272,5 @@ mod user {
             unsafe impl aya::Pod for $t {}
         )+};
     }
-    pod!(
-        Addr,
-        CounterKey,
-        Flow,
-        Hint,
-        ListenerKey,
-        PodEntry,
-        SavedSysctls
-    );
+    pod!(Addr, CounterKey, Flow, Hint, ListenerKey, PodEntry, SavedSysctls, SockOffsets);
 }

@@ -13,10 +13,7 @@ use anyhow::{Context as _, Result, bail};
 
 /// Runs `command` to its end; what it prints goes to our stderr.
 pub(crate) fn run(command: &mut Command) -> Result<()> {
-    let stderr = io::stderr()
-        .as_fd()
-        .try_clone_to_owned()
-        .context("duplicate stderr")?;
+    let stderr = io::stderr().as_fd().try_clone_to_owned().context("duplicate stderr")?;
     let status = command
         .stdout(Stdio::from(stderr))
         .status()
@@ -35,12 +32,7 @@ pub(crate) fn read(command: &mut Command) -> Result<String> {
         .with_context(|| format!("start {}", line(command)))?;
     if !output.status.success() {
         let stderr = String::from_utf8_lossy(&output.stderr);
-        bail!(
-            "run {}: {}: {}",
-            line(command),
-            output.status,
-            stderr.trim()
-        );
+        bail!("run {}: {}: {}", line(command), output.status, stderr.trim());
     }
     let stdout = String::from_utf8(output.stdout)
         .with_context(|| format!("read the output of {}", line(command)))?;
@@ -84,9 +76,7 @@ pub(crate) fn find(program: &str) -> Option<PathBuf> {
 
 /// The command as one would type it.
 fn line(command: &Command) -> String {
-    let words = [command.get_program()]
-        .into_iter()
-        .chain(command.get_args());
+    let words = [command.get_program()].into_iter().chain(command.get_args());
     let words: Vec<_> = words.map(|word| word.to_string_lossy()).collect();
     format!("`{}`", words.join(" "))
 }

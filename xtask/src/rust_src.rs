@@ -69,20 +69,15 @@ pub(crate) fn install_from_debian(nightly: &Nightly, scratch: &Path) -> Result<S
             // The download user of apt cannot enter a home directory.
             ("APT::Sandbox::User", Path::new("root")),
         ] {
-            command
-                .arg("-o")
-                .arg(format!("{option}={}", value.display()));
+            command.arg("-o").arg(format!("{option}={}", value.display()));
         }
         command
     };
     run(apt("apt-get").args(["--quiet", "--error-on=any", "update"]))
         .context("read the package lists of deb.debian.org")?;
     let listed = read(apt("apt-cache").args(["madison", "rust-src"]))?;
-    let available: Vec<_> = listed
-        .lines()
-        .filter_map(|line| line.split('|').nth(1))
-        .map(str::trim)
-        .collect();
+    let available: Vec<_> =
+        listed.lines().filter_map(|line| line.split('|').nth(1)).map(str::trim).collect();
     let release = nightly.release()?;
     let version = choose(release, &available)
         .with_context(|| format!("choose a rust-src for {release} among {available:?}"))?;
@@ -153,9 +148,7 @@ fn choose<'a>(release: &str, available: &[&'a str]) -> Option<&'a str> {
 
 /// The numbers at the start of `1.97.0-nightly` and of `1.97.1+dfsg1-1`.
 fn parse(version: &str) -> Option<(u32, u32, u32)> {
-    let end = version
-        .find(|c: char| !c.is_ascii_digit() && c != '.')
-        .unwrap_or(version.len());
+    let end = version.find(|c: char| !c.is_ascii_digit() && c != '.').unwrap_or(version.len());
     let mut numbers = version[..end].split('.').map(str::parse);
     let mut next = || numbers.next()?.ok();
     Some((next()?, next()?, next()?))
@@ -167,12 +160,7 @@ mod tests {
 
     #[test]
     fn newest_of_the_same_minor_wins() {
-        let available = [
-            "1.98.0+dfsg1-1",
-            "1.97.0+dfsg1-2",
-            "1.97.1+dfsg1-1",
-            "1.85.0+dfsg3-1",
-        ];
+        let available = ["1.98.0+dfsg1-1", "1.97.0+dfsg1-2", "1.97.1+dfsg1-1", "1.85.0+dfsg3-1"];
         assert_eq!(choose("1.97.0-nightly", &available), Some("1.97.1+dfsg1-1"));
     }
 

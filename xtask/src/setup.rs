@@ -66,10 +66,7 @@ impl Nightly {
             command.env("RUSTUP_AUTO_INSTALL", "0");
             read(command.args(["run", "nightly", "rustc"]).args(arguments))
         };
-        Ok(Self {
-            version: rustc(&["-vV"])?,
-            sysroot: rustc(&["--print", "sysroot"])?.into(),
-        })
+        Ok(Self { version: rustc(&["-vV"])?, sysroot: rustc(&["--print", "sysroot"])?.into() })
     }
 
     /// The first line of `rustc -vV`: `rustc 1.97.0-nightly (e50aa6fba 2026-05-19)`.
@@ -163,19 +160,13 @@ fn core_source(report: Report, nightly: &Nightly, tools: &Path) -> Result<()> {
     match run(rustup.args(["component", "add", "rust-src", "--toolchain", "nightly"])) {
         Ok(()) => report.done(THING, "added with rustup"),
         Err(error) => {
-            report.doing(
-                THING,
-                &format!("rustup cannot ({error}); fetching Debian's package"),
-            );
+            report.doing(THING, &format!("rustup cannot ({error}); fetching Debian's package"));
             let version = rust_src::install_from_debian(nightly, &tools.join("rust-src"))
                 .context(
                     "install core's source for the nightly toolchain; without a network, copy the `library` \
                      directory of its rust-src to lib/rustlib/src/rust below the toolchain",
                 )?;
-            report.done(
-                THING,
-                &format!("from Debian's {version}, for {}", nightly.name()),
-            );
+            report.done(THING, &format!("from Debian's {version}, for {}", nightly.name()));
         }
     }
     Ok(())
@@ -198,10 +189,7 @@ fn bpf_linker(report: Report, nightly: &Nightly, tools: &Path) -> Result<()> {
         report.present(THING, &what);
         return Ok(());
     }
-    report.doing(
-        THING,
-        &format!("building {what} (more than a minute on two cores)"),
-    );
+    report.doing(THING, &format!("building {what} (more than a minute on two cores)"));
 
     // Its build script looks for lib/libLLVM.so below LLVM_PREFIX.
     let llvm_prefix = tools.join("llvm");
@@ -214,19 +202,11 @@ fn bpf_linker(report: Report, nightly: &Nightly, tools: &Path) -> Result<()> {
         .with_context(|| format!("link the toolchain's LLVM to {}", link.display()))?;
 
     let lib = nightly.sysroot.join("lib");
-    let lib = lib
-        .to_str()
-        .with_context(|| format!("{} is not UTF-8", lib.display()))?;
+    let lib = lib.to_str().with_context(|| format!("{} is not UTF-8", lib.display()))?;
     let build = tools.join("build");
     let mut command = cargo();
     run(command
-        .args([
-            "install",
-            "bpf-linker",
-            "--locked",
-            "--force",
-            "--no-default-features",
-        ])
+        .args(["install", "bpf-linker", "--locked", "--force", "--no-default-features"])
         .args(["--version", &format!("={BPF_LINKER_VERSION}")])
         .args(["--features", &format!("llvm-{llvm}")])
         .arg("--root")
@@ -234,10 +214,7 @@ fn bpf_linker(report: Report, nightly: &Nightly, tools: &Path) -> Result<()> {
         .arg("--target-dir")
         .arg(&build)
         .env("LLVM_PREFIX", &llvm_prefix)
-        .env(
-            "RUSTFLAGS",
-            format!("-L {lib} -C link-arg=-Wl,-rpath,{lib}"),
-        )
+        .env("RUSTFLAGS", format!("-L {lib} -C link-arg=-Wl,-rpath,{lib}"))
         .env_remove("CARGO_ENCODED_RUSTFLAGS")
         .env_remove("CARGO_BUILD_TARGET")
         // Keeps cargo from advising to add this directory to PATH.
@@ -264,10 +241,7 @@ fn llvm_library(sysroot: &Path) -> std::io::Result<PathBuf> {
             return Ok(lib.join(&*name));
         }
     }
-    Err(std::io::Error::other(format!(
-        "find libLLVM-*.so in {}",
-        lib.display()
-    )))
+    Err(std::io::Error::other(format!("find libLLVM-*.so in {}", lib.display())))
 }
 
 fn path_with(bin: &Path) -> Result<OsString> {
@@ -291,13 +265,7 @@ fn packages(report: Report) -> Result<()> {
         );
     }
     report.doing(THING, &format!("installing {names} with apt-get"));
-    if apt_get(
-        &[],
-        &["install", "--yes", "--no-install-recommends"],
-        &missing,
-    )
-    .is_err()
-    {
+    if apt_get(&[], &["install", "--yes", "--no-install-recommends"], &missing).is_err() {
         // The usual reason: package lists that are missing or old. Fresh ones, beside the system's.
         let lists = env::temp_dir().join(format!("ambient-redirect-apt-{}", std::process::id()));
         let outcome = install_with_fresh_lists(&lists, &missing);
@@ -315,9 +283,7 @@ fn packages(report: Report) -> Result<()> {
 }
 
 fn missing_packages() -> Vec<&'static str> {
-    let missing = PACKAGES
-        .iter()
-        .filter(|(program, _)| find(program).is_none());
+    let missing = PACKAGES.iter().filter(|(program, _)| find(program).is_none());
     missing.map(|(_, package)| *package).collect()
 }
 
@@ -331,11 +297,7 @@ fn install_with_fresh_lists(lists: &Path, packages: &[&str]) -> Result<()> {
         "APT::Sandbox::User=root".to_owned(),
     ];
     apt_get(&options, &["update", "--quiet"], &[])?;
-    apt_get(
-        &options,
-        &["install", "--yes", "--no-install-recommends"],
-        packages,
-    )
+    apt_get(&options, &["install", "--yes", "--no-install-recommends"], packages)
 }
 
 fn apt_get(options: &[String], verb: &[&str], packages: &[&str]) -> Result<()> {

@@ -1,0 +1,182 @@
+//! The pinned links of a pod: `sk_lookup` on its namespace, tcx on each of its interfaces.
+
+use std::{
+    fs, io,
+    os::fd::{AsFd as _, AsRawFd as _, OwnedFd},
+    path::{Path, PathBuf},
+};
+
+use anyhow::{Context as _, Result};
+use aya::programs::{
+    LinkOrder, SchedClassifier, SkLookup, TcAttachType,
+    links::FdLink,
+    tc::{SchedClassifierLink, TcAttachOptions},
+};
+
+use super::{remove_if_there, routes::LOOPBACK_IFINDEX, sys};
+use crate::netns::Netns;
+
+/// The pins of one pod, `<bpffs>/links/<netns inode>/…`.
+pub(super) struct PodLinks {
+    dir: PathBuf,
+}
+
+/// What a pinned link is attached to, and what it runs. Source: Linux `kernel/bpf/syscall.c`,
+/// `kernel/bpf/tcx.c` and `kernel/bpf/net_namespace.c`, their `show_fdinfo`.
+#[derive(Debug, Default, PartialEq, Eq)]
+struct LinkView {
+    program_id: u32,
+    /// The interface's index, or the namespace's inode number; 0 once that is gone.
+    target: u32,
+}
+
+impl PodLinks {
+    pub(super) fn new(bpffs_dir: &Path, netns_inode: u32) -> Self {
+        Self { dir: bpffs_dir.join("links").join(netns_inode.to_string()) }
+    }
+
+    pub(super) fn create_dir(&self) -> Result<()> {
+        fs::create_dir_all(&self.dir).with_context(|| format!("create {}", self.dir.display()))
+    }
+
+    /// Attaches `sk_lookup`, or swaps the program of the link that is there.
+    pub(super) fn ensure_lookup(&self, program: &mut SkLookup, netns: &Netns) -> Result<()> {
+        let pin = self.lookup_pin();
+        let id = program.info().context("inspect sk_lookup program")?.id();
+        if let Some(link) = adopt(&pin, netns.inode())? {
+            return swap(&link, id, program.fd()?.as_fd());
+        }
+        let link = program.attach(netns).context("attach sk_lookup")?;
+        let link: FdLink = program.take_link(link)?.into();
+        link.pin(&pin).with_context(|| format!("pin {}", pin.display()))?;
+        Ok(())
+    }
+
+    /// Attaches a program at tcx ingress of an interface, at the head, or swaps the program of the
+    /// link that is there. Runs inside the pod's namespace.
+    pub(super) fn ensure_tcx(
+        &self,
+        program: &mut SchedClassifier,
+        index: u32,
+        name: &str,
+    ) -> Result<()> {
+        let pin = self.tcx_pin(index);
+        let id = program.info().context("inspect tcx program")?.id();
+        if let Some(link) = adopt(&pin, index)? {
+            return swap(&link, id, program.fd()?.as_fd());
+        }
+        let link = attach_tcx(program, name, TcAttachType::Ingress)?;
+        let link: FdLink = link.try_into().context("take the link of a tcx program")?;
+        link.pin(&pin).with_context(|| format!("pin {}", pin.display()))?;
+        Ok(())
+    }
+
+    /// The links that an enrolled pod with these interfaces needs and that are not there.
+    pub(super) fn missing(&self, netns_inode: u32, interfaces: &[u32]) -> Result<Vec<String>> {
+        let mut missing = Vec::new();
+        if adopt(&self.lookup_pin(), netns_inode)?.is_none() {
+            missing.push("sk_lookup link".to_owned());
+        }
+        for &index in interfaces {
+            if adopt(&self.tcx_pin(index), index)?.is_none() {
+                let name =
+                    if index == LOOPBACK_IFINDEX { "lo".into() } else { format!("#{index}") };
+                missing.push(format!("tcx link on interface {name}"));
+            }
+        }
+        Ok(missing)
+    }
+
+    /// Detaches everything.
+    pub(super) fn remove(&self) -> Result<()> {
+        match fs::read_dir(&self.dir) {
+            Err(e) if e.kind() == io::ErrorKind::NotFound => return Ok(()),
+            Err(e) => return Err(e).with_context(|| format!("list {}", self.dir.display())),
+            Ok(pins) => {
+                for pin in pins {
+                    remove_if_there(&pin?.path())?;
+                }
+            }
+        }
+        fs::remove_dir(&self.dir).with_context(|| format!("remove {}", self.dir.display()))
+    }
+
+    fn lookup_pin(&self) -> PathBuf {
+        self.dir.join("lookup")
+    }
+
+    fn tcx_pin(&self, index: u32) -> PathBuf {
+        self.dir.join(format!("tcx_{index}"))
+    }
+}
+
+/// Attaches a program at the head of an interface's tcx chain. Runs inside the pod's namespace.
+pub(super) fn attach_tcx(
+    program: &mut SchedClassifier,
+    interface: &str,
+    at: TcAttachType,
+) -> Result<SchedClassifierLink> {
+    let options = TcAttachOptions::TcxOrder(LinkOrder::first());
+    let link = program
+        .attach_with_options(interface, at, options)
+        .with_context(|| format!("attach tcx program to interface {interface}"))?;
+    program.take_link(link).context("take the link of a tcx program")
+}
+
+/// The link pinned at `pin`, if it is attached to `target`; a pin of anything else is removed.
+fn adopt(pin: &Path, target: u32) -> Result<Option<OwnedFd>> {
+    let link = match sys::obj_get(pin) {
+        Ok(link) => link,
+        Err(e) if e.kind() == io::ErrorKind::NotFound => return Ok(None),
+        Err(e) => return Err(e).with_context(|| format!("open pinned link {}", pin.display())),
+    };
+    if view(&link)?.target == target {
+        return Ok(Some(link));
+    }
+    remove_if_there(pin)?;
+    Ok(None)
+}
+
+fn swap(link: &OwnedFd, program_id: u32, program: std::os::fd::BorrowedFd<'_>) -> Result<()> {
+    if view(link)?.program_id == program_id {
+        return Ok(());
+    }
+    sys::link_update(link.as_fd(), program).context("swap the program of a link")
+}
+
+fn view(link: &OwnedFd) -> Result<LinkView> {
+    let path = format!("/proc/self/fdinfo/{}", link.as_raw_fd());
+    let text = fs::read_to_string(&path).with_context(|| format!("read {path}"))?;
+    Ok(parse_fdinfo(&text))
+}
+
+fn parse_fdinfo(text: &str) -> LinkView {
+    let mut view = LinkView::default();
+    for (key, value) in text.lines().filter_map(|line| line.split_once(':')) {
+        let value = value.trim().parse().unwrap_or(0);
+        match key {
+            "prog_id" => view.program_id = value,
+            "ifindex" | "netns_ino" => view.target = value,
+            _ => {}
+        }
+    }
+    view
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn fdinfo_of_either_kind_of_link_names_program_and_target() {
+        let tcx = "pos:\t0\nflags:\t02000002\nlink_type:\ttcx\nlink_id:\t7\nprog_tag:\tab\nprog_id:\t42\nifindex:\t3\nattach_type:\t46 (tcx_ingress)\n";
+        assert_eq!(parse_fdinfo(tcx), LinkView { program_id: 42, target: 3 });
+        let lookup = "link_type:\tnetns\nlink_id:\t8\nprog_id:\t43\nnetns_ino:\t4026532001\nattach_type:\t36\n";
+        assert_eq!(parse_fdinfo(lookup), LinkView { program_id: 43, target: 4_026_532_001 });
+    }
+
+    #[test]
+    fn fdinfo_of_a_detached_link_names_no_target() {
+        assert_eq!(parse_fdinfo("prog_id:\t43\nnetns_ino:\t0\n").target, 0);
+    }
+}

@@ -1,0 +1,782 @@
+//! The one owner of kernel state: programs, maps, pins, and what is set up inside pods.
+//!
+//! A pod goes through four steps, each idempotent and each leaving traffic in a defined state, so
+//! the agent may die between any two system calls:
+//!
+//! 1. [`Dataplane::prepare`]: everything is in place, nothing is redirected.
+//! 2. [`Dataplane::capture`]: new connections are redirected; those that are open stay as they are.
+//! 3. [`Dataplane::release`]: new connections go direct; redirected ones stay redirected.
+//! 4. [`Dataplane::remove`]: the pod is as it was found.
+
+mod links;
+mod routes;
+mod sockets;
+mod sys;
+mod sysctl;
+
+use std::{
+    collections::{BTreeMap, BTreeSet},
+    fs, io,
+    net::IpAddr,
+    ops::{Deref, DerefMut},
+    os::unix::fs::DirBuilderExt as _,
+    path::{Path, PathBuf},
+    sync::{Mutex, MutexGuard, PoisonError},
+    thread,
+    time::Duration,
+};
+
+use anyhow::{Context as _, Result, anyhow, bail};
+use aya::{
+    Btf, Ebpf, EbpfLoader,
+    maps::{HashMap, Map, MapData, MapError, PerCpuHashMap},
+    programs::{Iter, Program, SchedClassifier, SkLookup, TcAttachType, tc::SchedClassifierLink},
+};
+use aya_log::EbpfLogger;
+use nix::{
+    fcntl::{Flock, FlockArg},
+    mount::{MsFlags, mount},
+    sys::statfs::statfs,
+};
+use redirect_ebpf::abi::{
+    ABI_VERSION, Addr, Counter, CounterKey, DECISION_BYPASS, DECISION_ENROLLED, Flow,
+    LISTENER_HBONE, LISTENER_INBOUND, LISTENER_OUTBOUND, ListenerKey, POD_CAPTURE, PodEntry, PodId,
+    SavedSysctls,
+};
+use tracing::debug;
+
+use self::{
+    links::{PodLinks, attach_tcx},
+    routes::{LOOPBACK_IFINDEX, Routing, Rule},
+};
+use crate::netns::Netns;
+
+/// The kernel programs, compiled by the build script.
+static OBJECT: &[u8] = aya::include_bytes_aligned!(concat!(env!("OUT_DIR"), "/redirect"));
+
+/// Where bpffs is mounted unless the operator has it elsewhere.
+const BPFFS: &str = "/sys/fs/bpf";
+/// Source: Linux `include/uapi/linux/magic.h`, `BPF_FS_MAGIC`.
+const BPF_FS_MAGIC: i64 = 0xcafe_4a11;
+/// The maps that outlive the agent.
+const PINNED_MAPS: [&str; 7] =
+    ["pods", "counters", "listeners", "proxy_missing", "hint", "transition", "saved_sysctls"];
+const TCX_PROGRAMS: [&str; 4] = ["redirect_lo", "redirect_ext", "note_flow", "hold_flow"];
+const LOOKUP_PROGRAM: &str = "redirect_lookup";
+const ITERATORS: [&str; 6] = [
+    "mark_direct",
+    "mark_direct_late",
+    "mark_redir",
+    "mark_redir_late",
+    "count_redir",
+    "reuse_addr",
+];
+/// After the switch, the flows that were caught half-way are marked at these instants: a connection
+/// that chose its route before the switch has sent its first packet long before the last of them.
+const SETTLE: [Duration; 3] =
+    [Duration::ZERO, Duration::from_millis(30), Duration::from_millis(120)];
+
+/// Where and how to run the datapath.
+#[derive(Clone, Debug)]
+pub struct Options {
+    /// The directory on bpffs that holds everything of this agent.
+    pub bpffs_dir: PathBuf,
+    /// For how long new connections wait for a proxy that has stopped listening.
+    pub proxy_grace: Duration,
+    /// Whether the programs log their decisions.
+    pub log: bool,
+}
+
+impl Options {
+    /// The directory that is used unless the operator names another: it carries the version of the
+    /// maps' layout, because a pinned map is reused without a check that it fits.
+    pub fn default_bpffs_dir() -> PathBuf {
+        PathBuf::from(format!("{BPFFS}/redirect/v{ABI_VERSION}"))
+    }
+}
+
+/// A pod as the datapath knows it.
+#[derive(Debug)]
+pub struct PodNetns {
+    /// Its network namespace.
+    pub netns: Netns,
+    /// Its addresses: first those that the cluster knows it by, then any others in the namespace.
+    pub addresses: Vec<IpAddr>,
+    /// The `membership::Reason` for its decision, as a number, for whoever dumps the map.
+    pub reason: u32,
+}
+
+impl PodNetns {
+    /// Looks up the addresses inside the namespace.
+    ///
+    /// # Errors
+    ///
+    /// When the namespace carries no address, or lacks one of `known`: then it is not that pod's.
+    pub fn new(netns: Netns, known: &[IpAddr], reason: u32) -> Result<Self> {
+        let found = netns.run(|| Routing::open()?.addresses())??;
+        let mut addresses: Vec<IpAddr> = Vec::new();
+        for ip in known {
+            if !found.contains(ip) {
+                bail!(
+                    "{} does not carry address {ip}; it has {}",
+                    netns.path().display(),
+                    list(&found)
+                );
+            }
+            if !addresses.contains(ip) {
+                addresses.push(*ip);
+            }
+        }
+        for ip in found {
+            if !addresses.contains(&ip) {
+                addresses.push(ip);
+            }
+        }
+        if addresses.is_empty() {
+            bail!("{} has no address besides loopback", netns.path().display());
+        }
+        Ok(Self { netns, addresses, reason })
+    }
+
+    fn id(&self) -> PodId {
+        self.netns.inode()
+    }
+
+    /// The first address of each family.
+    fn sources(&self) -> impl Iterator<Item = IpAddr> {
+        let v4 = self.addresses.iter().find(|ip| ip.is_ipv4());
+        let v6 = self.addresses.iter().find(|ip| ip.is_ipv6());
+        v4.into_iter().chain(v6).copied()
+    }
+}
+
+/// One row of the map `pods`.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Row {
+    /// The pod's address.
+    pub address: IpAddr,
+    /// The inode number of its network namespace, 0 when not known.
+    pub pod_id: PodId,
+    /// Whether it is enrolled.
+    pub enrolled: bool,
+    /// Whether its new connections are redirected.
+    pub capture: bool,
+    /// The `membership::Reason`, as a number.
+    pub reason: u32,
+}
+
+/// The programs, the maps and the pins below one directory of bpffs.
+pub struct Dataplane {
+    dir: PathBuf,
+    kernel: Mutex<Kernel>,
+}
+
+impl Dataplane {
+    /// Loads the programs and opens or creates the pinned maps; nothing is attached yet.
+    ///
+    /// # Errors
+    ///
+    /// When the kernel or the privileges do not allow it.
+    pub fn open(options: &Options) -> Result<Self> {
+        create_bpffs_dir(&options.bpffs_dir)?;
+        let offsets = sockets::offsets()?;
+        let grace =
+            u64::try_from(options.proxy_grace.as_nanos()).context("use a proxy grace that long")?;
+        let log = u8::from(options.log);
+        let mut loader = EbpfLoader::new();
+        loader
+            .override_global("LOG", &log, true)
+            .override_global("PROXY_GRACE_NS", &grace, true)
+            .override_global("SOCK_OFFSETS", &offsets, true);
+        for map in PINNED_MAPS {
+            loader.map_pin_path(map, options.bpffs_dir.join(map));
+        }
+        let mut kernel = Kernel(loader.load(OBJECT).context("load the eBPF object")?);
+
+        let btf = Btf::from_sys_fs().context("read the kernel's BTF")?;
+        for name in TCX_PROGRAMS {
+            kernel.classifier(name)?.load().with_context(|| format!("load program {name}"))?;
+        }
+        kernel.lookup()?.load().context("load program redirect_lookup")?;
+        for name in ITERATORS {
+            kernel
+                .iterator(name)?
+                .load("tcp", &btf)
+                .with_context(|| format!("load program {name}"))?;
+        }
+        Ok(Self { dir: options.bpffs_dir.clone(), kernel: Mutex::new(kernel) })
+    }
+
+    /// The programs' log, when [`Options::log`] switched it on; whoever holds it reads and prints.
+    ///
+    /// # Errors
+    ///
+    /// When the log's ring buffer cannot be opened.
+    pub fn logger(&self) -> Result<EbpfLogger<&'static dyn log::Log>> {
+        EbpfLogger::init(&mut self.lock()?.0.0).context("open the log of the eBPF programs")
+    }
+
+    /// Step 1: everything is in place in the pod, nothing is redirected yet. On a pod that is
+    /// captured already it only repairs what is missing.
+    ///
+    /// # Errors
+    ///
+    /// When a system call fails; what was set up so far stays, and calling again completes it.
+    pub fn prepare(&self, pod: &PodNetns) -> Result<()> {
+        let mut locked = self.lock()?;
+        let kernel = &mut *locked;
+        // First, so that the programs know the pod when they are attached.
+        for &ip in &pod.addresses {
+            let capture =
+                kernel.pods()?.row(ip)?.is_some_and(|r| r.pod_id == pod.id() && r.capture);
+            kernel.pods()?.put(Row {
+                address: ip,
+                pod_id: pod.id(),
+                enrolled: true,
+                capture,
+                reason: pod.reason,
+            })?;
+        }
+        let saved = pod.netns.run(sysctl::read)??;
+        kernel.save_sysctls(pod.id(), saved)?;
+
+        let links = PodLinks::new(&self.dir, pod.id());
+        links.create_dir()?;
+        links.ensure_lookup(kernel.lookup()?, &pod.netns)?;
+        pod.netns.run(|| {
+            sysctl::set()?;
+            let routing = Routing::open()?;
+            for (index, name) in routing.interfaces()? {
+                let program =
+                    if index == LOOPBACK_IFINDEX { "redirect_lo" } else { "redirect_ext" };
+                links.ensure_tcx(kernel.classifier(program)?, index, &name)?;
+            }
+            for source in pod.sources() {
+                routing.add_route(source)?;
+                routing.add_rule(source, Rule::Keep)?;
+            }
+            Ok(())
+        })?
+    }
+
+    /// Step 2: the pod's new connections are redirected, and those that are open go on as they
+    /// are. Returns when the switch has settled, about a sixth of a second later.
+    ///
+    /// # Errors
+    ///
+    /// When a system call fails; calling again completes it.
+    pub fn capture(&self, pod: &PodNetns) -> Result<()> {
+        if self.captured(pod)? {
+            return Ok(());
+        }
+        // The old path is the pod's interfaces, the new one is `lo`.
+        let transition = self.transition(pod, Way::Interfaces)?;
+        {
+            let mut locked = self.lock()?;
+            let kernel = &mut *locked;
+            pod.netns.run(|| {
+                sockets::iterate(kernel.iterator("mark_direct")?)?;
+                let routing = Routing::open()?;
+                pod.sources().try_for_each(|source| routing.add_rule(source, Rule::Capture))
+            })??;
+            kernel.set_capture(pod, true)?;
+        }
+        self.settle(pod, "mark_direct_late")?;
+        drop(transition);
+        self.forget_transition(pod)
+    }
+
+    /// Lets the application bind ports that the proxy's accepted connections hold. To be called
+    /// whenever the proxy has opened its listeners in the pod.
+    ///
+    /// # Errors
+    ///
+    /// When a system call fails.
+    pub fn proxy_listens(&self, pod: &PodNetns) -> Result<()> {
+        let mut locked = self.lock()?;
+        let kernel = &mut *locked;
+        kernel.clear_proxy_missing(pod.id())?;
+        pod.netns.run(|| sockets::iterate(kernel.iterator("reuse_addr")?))??;
+        Ok(())
+    }
+
+    /// Step 3: the pod's new connections go direct; those that are redirected stay redirected.
+    ///
+    /// # Errors
+    ///
+    /// When a system call fails; calling again completes it.
+    pub fn release(&self, pod: &PodNetns) -> Result<()> {
+        // The old path is `lo`, the new one is the pod's interfaces.
+        let transition = self.transition(pod, Way::Loopback)?;
+        {
+            let mut locked = self.lock()?;
+            let kernel = &mut *locked;
+            pod.netns.run(|| {
+                sockets::iterate(kernel.iterator("mark_redir")?)?;
+                kernel.set_capture(pod, false)?;
+                Routing::open()?.delete_rule(Rule::Capture)
+            })??;
+        }
+        self.settle(pod, "mark_redir_late")?;
+        drop(transition);
+        self.forget_transition(pod)
+    }
+
+    /// How many connections of a released pod are still redirected.
+    ///
+    /// # Errors
+    ///
+    /// When a system call fails.
+    pub fn redirected(&self, pod: &PodNetns) -> Result<usize> {
+        let mut locked = self.lock()?;
+        let kernel = &mut *locked;
+        pod.netns.run(|| sockets::iterate(kernel.iterator("count_redir")?))?
+    }
+
+    /// Step 4: the pod is as it was before step 1. Its rows of `pods` go too: the caller enters a
+    /// row that says why it bypasses.
+    ///
+    /// # Errors
+    ///
+    /// When a system call fails; calling again completes it.
+    pub fn remove(&self, pod: &PodNetns) -> Result<()> {
+        {
+            let mut locked = self.lock()?;
+            let kernel = &mut *locked;
+            let saved = kernel.saved_sysctls()?.get(&pod.id(), 0);
+            let saved = absent(saved).context("read map saved_sysctls")?;
+            let links = PodLinks::new(&self.dir, pod.id());
+            pod.netns.run(|| {
+                let routing = Routing::open()?;
+                routing.delete_rule(Rule::Capture)?;
+                routing.delete_rule(Rule::Keep)?;
+                routing.delete_routes()?;
+                links.remove()?;
+                match saved {
+                    Some(saved) => sysctl::restore(&saved),
+                    None => Ok(()),
+                }
+            })??;
+        }
+        self.forget(pod.id())
+    }
+
+    /// Drops what the maps and bpffs hold for a pod whose namespace is gone.
+    ///
+    /// # Errors
+    ///
+    /// When a system call fails.
+    pub fn forget(&self, pod_id: PodId) -> Result<()> {
+        let mut locked = self.lock()?;
+        let kernel = &mut *locked;
+        PodLinks::new(&self.dir, pod_id).remove()?;
+        let mut pods = kernel.pods()?;
+        for row in pods.rows()? {
+            if row.pod_id == pod_id {
+                pods.delete(row.address)?;
+            }
+        }
+        kernel.delete_counters(pod_id)?;
+        kernel.clear_proxy_missing(pod_id)?;
+        absent(kernel.saved_sysctls()?.remove(&pod_id)).context("write map saved_sysctls")?;
+        Ok(())
+    }
+
+    /// What an enrolled pod lacks in the kernel; empty when it is fully redirected.
+    ///
+    /// # Errors
+    ///
+    /// When a system call fails.
+    pub fn missing(&self, pod: &PodNetns) -> Result<Vec<String>> {
+        let mut locked = self.lock()?;
+        let kernel = &mut *locked;
+        let mut missing = Vec::new();
+        for &ip in &pod.addresses {
+            match kernel.pods()?.row(ip)? {
+                Some(row) if row.pod_id == pod.id() && row.enrolled && row.capture => {}
+                _ => missing.push(format!("entry of {ip} in map pods")),
+            }
+        }
+        let links = PodLinks::new(&self.dir, pod.id());
+        pod.netns.run(|| {
+            let routing = Routing::open()?;
+            let interfaces: Vec<u32> = routing.interfaces()?.into_keys().collect();
+            missing.extend(links.missing(pod.id(), &interfaces)?);
+            for source in pod.sources() {
+                let family = if source.is_ipv4() { "IPv4" } else { "IPv6" };
+                if !routing.has_route(source)? {
+                    missing.push(format!("{family} route"));
+                }
+                for rule in [Rule::Capture, Rule::Keep] {
+                    if !routing.has_rule(source, rule)? {
+                        missing.push(format!("{family} rule {rule:?}").to_lowercase());
+                    }
+                }
+            }
+            missing.extend(sysctl::wrong()?.into_iter().map(|name| format!("sysctl {name}")));
+            Ok(missing)
+        })?
+    }
+
+    /// The rows of the map `pods`.
+    ///
+    /// # Errors
+    ///
+    /// When a system call fails.
+    pub fn rows(&self) -> Result<Vec<Row>> {
+        self.lock()?.pods()?.rows()
+    }
+
+    /// Enters or replaces the row of a pod that bypasses.
+    ///
+    /// # Errors
+    ///
+    /// When a system call fails.
+    pub fn put_bypass(&self, address: IpAddr, pod_id: PodId, reason: u32) -> Result<()> {
+        let row = Row { address, pod_id, enrolled: false, capture: false, reason };
+        self.lock()?.pods()?.put(row)
+    }
+
+    /// Removes a row; one that is not there is no error.
+    ///
+    /// # Errors
+    ///
+    /// When a system call fails.
+    pub fn delete_row(&self, address: IpAddr) -> Result<()> {
+        self.lock()?.pods()?.delete(address)
+    }
+
+    /// The pods that have links.
+    ///
+    /// # Errors
+    ///
+    /// When bpffs cannot be read.
+    pub fn linked_pods(&self) -> Result<BTreeSet<PodId>> {
+        let dir = self.dir.join("links");
+        let entries = match fs::read_dir(&dir) {
+            Err(e) if e.kind() == io::ErrorKind::NotFound => return Ok(BTreeSet::new()),
+            entries => entries.with_context(|| format!("list {}", dir.display()))?,
+        };
+        let mut pods = BTreeSet::new();
+        for entry in entries {
+            pods.extend(entry?.file_name().to_str().and_then(|name| name.parse::<PodId>().ok()));
+        }
+        Ok(pods)
+    }
+
+    /// The counters of every pod, summed over the CPUs: pod → name → value.
+    ///
+    /// # Errors
+    ///
+    /// When a system call fails.
+    pub fn counters(&self) -> Result<BTreeMap<PodId, BTreeMap<&'static str, u64>>> {
+        let mut locked = self.lock()?;
+        let kernel = &mut *locked;
+        let mut all: BTreeMap<PodId, BTreeMap<&'static str, u64>> = BTreeMap::new();
+        for entry in kernel.counters()?.iter() {
+            let (key, values) = entry.context("read map counters")?;
+            if let Some((_, name)) = Counter::ALL.iter().find(|(c, _)| *c as u32 == key.counter) {
+                all.entry(key.pod_id).or_default().insert(name, values.iter().sum());
+            }
+        }
+        Ok(all)
+    }
+
+    /// Removes the pinned maps and the directory, once no pod has links.
+    ///
+    /// # Errors
+    ///
+    /// When a pod still has links, or bpffs cannot be written.
+    pub fn unpin(self) -> Result<()> {
+        let pods = self.linked_pods()?;
+        if !pods.is_empty() {
+            bail!("{} pods are still set up below {}", pods.len(), self.dir.display());
+        }
+        for map in PINNED_MAPS {
+            remove_if_there(&self.dir.join(map))?;
+        }
+        for dir in [self.dir.join("links"), self.dir.clone()] {
+            match fs::remove_dir(&dir) {
+                Err(e) if e.kind() != io::ErrorKind::NotFound => {
+                    return Err(e).with_context(|| format!("remove {}", dir.display()));
+                }
+                _ => {}
+            }
+        }
+        Ok(())
+    }
+
+    fn captured(&self, pod: &PodNetns) -> Result<bool> {
+        let rows = {
+            let mut locked = self.lock()?;
+            let kernel = &mut *locked;
+            let pods = kernel.pods()?;
+            let captured = |ip: &IpAddr| Ok(pods.row(*ip)?.is_some_and(|row| row.capture));
+            pod.addresses.iter().map(captured).collect::<Result<Vec<bool>>>()?
+        };
+        if rows.contains(&false) {
+            return Ok(false);
+        }
+        pod.netns.run(|| {
+            let routing = Routing::open()?;
+            for source in pod.sources() {
+                if !routing.has_rule(source, Rule::Capture)? {
+                    return Ok(false);
+                }
+            }
+            Ok(true)
+        })?
+    }
+
+    /// Notes the flows that leave on `old`, and holds them back on the other path, until dropped.
+    fn transition(&self, pod: &PodNetns, old: Way) -> Result<Vec<SchedClassifierLink>> {
+        let mut locked = self.lock()?;
+        let kernel = &mut *locked;
+        pod.netns.run(|| {
+            let mut links = Vec::new();
+            for (index, name) in Routing::open()?.interfaces()? {
+                let (path, at) = if index == LOOPBACK_IFINDEX {
+                    (Way::Loopback, TcAttachType::Ingress)
+                } else {
+                    (Way::Interfaces, TcAttachType::Egress)
+                };
+                let program = if path == old { "note_flow" } else { "hold_flow" };
+                links.push(attach_tcx(kernel.classifier(program)?, &name, at)?);
+            }
+            Ok(links)
+        })?
+    }
+
+    fn settle(&self, pod: &PodNetns, late: &'static str) -> Result<()> {
+        for delay in SETTLE {
+            thread::sleep(delay);
+            let mut locked = self.lock()?;
+            let kernel = &mut *locked;
+            pod.netns.run(|| sockets::iterate(kernel.iterator(late)?))??;
+        }
+        Ok(())
+    }
+
+    fn forget_transition(&self, pod: &PodNetns) -> Result<()> {
+        let ours: Vec<Addr> = pod.addresses.iter().map(|ip| Addr::from(*ip)).collect();
+        let mut locked = self.lock()?;
+        let kernel = &mut *locked;
+        let mut flows: HashMap<_, Flow, u64> = kernel.map("transition")?;
+        let noted: Vec<Flow> = flows.keys().filter_map(Result::ok).collect();
+        for flow in noted {
+            if ours.contains(&flow.local) {
+                absent(flows.remove(&flow)).context("write map transition")?;
+            }
+        }
+        Ok(())
+    }
+
+    /// Takes the lock on the programs and maps, against other threads and other processes.
+    fn lock(&self) -> Result<Locked<'_>> {
+        let guard = self.kernel.lock().unwrap_or_else(PoisonError::into_inner);
+        let dir =
+            fs::File::open(&self.dir).with_context(|| format!("open {}", self.dir.display()))?;
+        let file = Flock::lock(dir, FlockArg::LockExclusive)
+            .map_err(|(_, e)| anyhow!(e))
+            .with_context(|| format!("lock {}", self.dir.display()))?;
+        Ok(Locked(guard, file))
+    }
+}
+
+/// The two ways on which a pod's packets leave: a switch of the pod moves them from one to the other.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Way {
+    /// Direct, by the pod's interfaces.
+    Interfaces,
+    /// Redirected, by `lo`.
+    Loopback,
+}
+
+/// The loaded programs and the open maps.
+struct Kernel(Ebpf);
+
+struct Locked<'a>(MutexGuard<'a, Kernel>, Flock<fs::File>);
+
+impl Deref for Locked<'_> {
+    type Target = Kernel;
+
+    fn deref(&self) -> &Kernel {
+        &self.0
+    }
+}
+
+impl DerefMut for Locked<'_> {
+    fn deref_mut(&mut self) -> &mut Kernel {
+        &mut self.0
+    }
+}
+
+impl Kernel {
+    fn classifier(&mut self, name: &str) -> Result<&mut SchedClassifier> {
+        Ok(self.program(name)?.try_into()?)
+    }
+
+    fn lookup(&mut self) -> Result<&mut SkLookup> {
+        Ok(self.program(LOOKUP_PROGRAM)?.try_into()?)
+    }
+
+    fn iterator(&mut self, name: &str) -> Result<&mut Iter> {
+        Ok(self.program(name)?.try_into()?)
+    }
+
+    fn program(&mut self, name: &str) -> Result<&mut Program> {
+        self.0.program_mut(name).with_context(|| format!("find program {name} in the eBPF object"))
+    }
+
+    fn map<'a, M>(&'a mut self, name: &str) -> Result<M>
+    where
+        M: TryFrom<&'a mut Map, Error = MapError>,
+    {
+        self.0
+            .map_mut(name)
+            .with_context(|| format!("find map {name} in the eBPF object"))?
+            .try_into()
+            .with_context(|| format!("open map {name}"))
+    }
+
+    fn pods(&mut self) -> Result<Pods<'_>> {
+        self.map("pods").map(Pods)
+    }
+
+    fn counters(&mut self) -> Result<PerCpuHashMap<&mut MapData, CounterKey, u64>> {
+        self.map("counters")
+    }
+
+    fn saved_sysctls(&mut self) -> Result<HashMap<&mut MapData, PodId, SavedSysctls>> {
+        self.map("saved_sysctls")
+    }
+
+    /// Remembers the sysctls of a pod, unless that was done before.
+    fn save_sysctls(&mut self, pod_id: PodId, values: SavedSysctls) -> Result<()> {
+        const BPF_NOEXIST: u64 = 1;
+        match self.saved_sysctls()?.insert(pod_id, values, BPF_NOEXIST) {
+            Err(MapError::SyscallError(e)) if e.io_error.kind() == io::ErrorKind::AlreadyExists => {
+                Ok(())
+            }
+            result => result.context("write map saved_sysctls"),
+        }
+    }
+
+    fn set_capture(&mut self, pod: &PodNetns, capture: bool) -> Result<()> {
+        let (pod_id, reason) = (pod.id(), pod.reason);
+        for &address in &pod.addresses {
+            self.pods()?.put(Row { address, pod_id, enrolled: true, capture, reason })?;
+        }
+        Ok(())
+    }
+
+    fn clear_proxy_missing(&mut self, pod_id: PodId) -> Result<()> {
+        let mut missing: HashMap<_, ListenerKey, u64> = self.map("proxy_missing")?;
+        for kind in [LISTENER_OUTBOUND, LISTENER_INBOUND, LISTENER_HBONE] {
+            absent(missing.remove(&ListenerKey { pod_id, kind }))
+                .context("write map proxy_missing")?;
+        }
+        Ok(())
+    }
+
+    fn delete_counters(&mut self, pod_id: PodId) -> Result<()> {
+        let mut counters = self.counters()?;
+        for (counter, _) in Counter::ALL {
+            absent(counters.remove(&CounterKey { pod_id, counter: counter as u32 }))
+                .context("write map counters")?;
+        }
+        Ok(())
+    }
+}
+
+/// The map `pods`, in user space's types.
+struct Pods<'a>(HashMap<&'a mut MapData, Addr, PodEntry>);
+
+impl Pods<'_> {
+    fn row(&self, address: IpAddr) -> Result<Option<Row>> {
+        let entry = absent(self.0.get(&address.into(), 0)).context("read map pods")?;
+        Ok(entry.map(|entry| row(address, entry)))
+    }
+
+    fn rows(&self) -> Result<Vec<Row>> {
+        self.0
+            .iter()
+            .map(|item| item.map(|(addr, entry)| row(addr.to_ip(), entry)).context("read map pods"))
+            .collect()
+    }
+
+    fn put(&mut self, row: Row) -> Result<()> {
+        let entry = PodEntry {
+            pod_id: row.pod_id,
+            decision: if row.enrolled { DECISION_ENROLLED } else { DECISION_BYPASS },
+            reason: row.reason,
+            flags: if row.capture { POD_CAPTURE } else { 0 },
+        };
+        self.0
+            .insert(Addr::from(row.address), entry, 0)
+            .with_context(|| format!("write {} to map pods", row.address))
+    }
+
+    fn delete(&mut self, address: IpAddr) -> Result<()> {
+        absent(self.0.remove(&address.into())).context("write map pods").map(drop)
+    }
+}
+
+fn row(address: IpAddr, entry: PodEntry) -> Row {
+    Row {
+        address,
+        pod_id: entry.pod_id,
+        enrolled: entry.decision == DECISION_ENROLLED,
+        capture: entry.flags & POD_CAPTURE != 0,
+        reason: entry.reason,
+    }
+}
+
+/// What is not there is `None`, not an error.
+fn absent<T>(result: Result<T, MapError>) -> Result<Option<T>, MapError> {
+    match result {
+        Ok(value) => Ok(Some(value)),
+        Err(MapError::KeyNotFound) => Ok(None),
+        Err(MapError::SyscallError(e)) if e.io_error.kind() == io::ErrorKind::NotFound => Ok(None),
+        Err(e) => Err(e),
+    }
+}
+
+fn remove_if_there(path: &Path) -> Result<()> {
+    match fs::remove_file(path) {
+        Err(e) if e.kind() != io::ErrorKind::NotFound => {
+            Err(e).with_context(|| format!("remove {}", path.display()))
+        }
+        _ => Ok(()),
+    }
+}
+
+/// Creates the agent's directory for root only; mounts bpffs first when its usual place has none.
+fn create_bpffs_dir(dir: &Path) -> Result<()> {
+    if dir.starts_with(BPFFS) && !is_bpffs(Path::new(BPFFS))? {
+        debug!("mounting bpffs at {BPFFS}");
+        mount(Some("bpf"), BPFFS, Some("bpf"), MsFlags::empty(), Some("mode=0700"))
+            .with_context(|| format!("mount bpffs at {BPFFS}"))?;
+    }
+    fs::DirBuilder::new()
+        .recursive(true)
+        .mode(0o700)
+        .create(dir)
+        .with_context(|| format!("create {}", dir.display()))?;
+    if !is_bpffs(dir)? {
+        bail!("{} is not on a bpffs; mount one: mount -t bpf bpf {BPFFS}", dir.display());
+    }
+    Ok(())
+}
+
+fn is_bpffs(path: &Path) -> Result<bool> {
+    let fs = statfs(path).with_context(|| format!("stat {}", path.display()))?;
+    Ok(fs.filesystem_type().0 == BPF_FS_MAGIC)
+}
+
+fn list(addresses: &[IpAddr]) -> String {
+    match addresses {
+        [] => "none".to_owned(),
+        _ => addresses.iter().map(IpAddr::to_string).collect::<Vec<_>>().join(", "),
+    }
+}

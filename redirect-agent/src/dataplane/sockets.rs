@@ -1,0 +1,56 @@
+//! The iterators over a pod's sockets. Every function here runs inside the pod's namespace, except
+//! [`offsets`].
+
+use std::{fs::File, io::Read as _, os::unix::fs::FileExt as _};
+
+use anyhow::{Context as _, Result, anyhow};
+use aya::programs::Iter;
+use btfparse::{Offset, Readable, TypeInformation};
+use redirect_ebpf::abi::SockOffsets;
+
+const VMLINUX_BTF: &str = "/sys/kernel/btf/vmlinux";
+
+/// Where the running kernel keeps what the iterators read from a socket.
+pub(super) fn offsets() -> Result<SockOffsets> {
+    let file = File::open(VMLINUX_BTF).with_context(|| {
+        format!("open {VMLINUX_BTF}: the kernel must have CONFIG_DEBUG_INFO_BTF")
+    })?;
+    let btf =
+        TypeInformation::new(&BtfFile(file)).map_err(|e| anyhow!("parse {VMLINUX_BTF}: {e:?}"))?;
+    let sock_common =
+        btf.id_of("sock_common").with_context(|| format!("find sock_common in {VMLINUX_BTF}"))?;
+    let offset = |field: &str| -> Result<u32> {
+        match btf.offset_of(sock_common, field) {
+            Ok((_, Offset::ByteOffset(offset))) => Ok(offset),
+            _ => anyhow::bail!("cannot find sock_common.{field} in {VMLINUX_BTF}"),
+        }
+    };
+    Ok(SockOffsets {
+        family: offset("skc_family")?,
+        state: offset("skc_state")?,
+        local_port: offset("skc_num")?,
+        remote_port: offset("skc_dport")?,
+        local_v4: offset("skc_rcv_saddr")?,
+        remote_v4: offset("skc_daddr")?,
+        local_v6: offset("skc_v6_rcv_saddr")?,
+        remote_v6: offset("skc_v6_daddr")?,
+    })
+}
+
+struct BtfFile(File);
+
+impl Readable for BtfFile {
+    fn read(&self, offset: u64, buffer: &mut [u8]) -> btfparse::Result<()> {
+        Ok(self.0.read_exact_at(buffer, offset)?)
+    }
+}
+
+/// Runs an iterator over all TCP sockets; returns how many bytes it wrote.
+pub(super) fn iterate(iter: &mut Iter) -> Result<usize> {
+    let link = iter.attach().context("attach a socket iterator")?;
+    let link = iter.take_link(link).context("take the link of a socket iterator")?;
+    let mut file = link.into_file().context("open a socket iterator")?;
+    let mut out = Vec::new();
+    file.read_to_end(&mut out).context("run a socket iterator")?;
+    Ok(out.len())
+}

@@ -1,0 +1,81 @@
+//! The sysctls of an enrolled pod's network namespace. Every function here runs inside it.
+
+use std::{fs, io};
+
+use anyhow::{Context as _, Result};
+use redirect_ebpf::abi::{SYSCTL_ABSENT, SavedSysctls};
+
+/// What each sysctl is set to, in the order of [`SavedSysctls::values`].
+///
+/// - `tcp_fwmark_accept`: an accepted socket takes the mark of its SYN, so its replies go the way
+///   the SYN came.
+/// - `src_valid_mark`: reverse-path validation looks at the mark too, else what comes in on the
+///   pod's interface would be validated against the redirection route.
+/// - `fwmark_reflect`: answers without a socket, such as RST, go the way the packet came.
+pub(super) const SYSCTLS: [(&str, i32); 4] = [
+    ("net/ipv4/tcp_fwmark_accept", 1),
+    ("net/ipv4/conf/all/src_valid_mark", 1),
+    ("net/ipv4/fwmark_reflect", 1),
+    ("net/ipv6/fwmark_reflect", 1),
+];
+
+/// The present values.
+pub(super) fn read() -> Result<SavedSysctls> {
+    let mut saved = SavedSysctls { values: [SYSCTL_ABSENT; 4] };
+    for (value, (name, _)) in saved.values.iter_mut().zip(SYSCTLS) {
+        *value = get(name)?;
+    }
+    Ok(saved)
+}
+
+/// Sets all of them for an enrolled pod.
+pub(super) fn set() -> Result<()> {
+    SYSCTLS.iter().try_for_each(|(name, value)| put(name, *value))
+}
+
+/// Puts former values back.
+pub(super) fn restore(saved: &SavedSysctls) -> Result<()> {
+    for (value, (name, _)) in saved.values.iter().zip(SYSCTLS) {
+        if *value != SYSCTL_ABSENT {
+            put(name, *value)?;
+        }
+    }
+    Ok(())
+}
+
+/// Those that do not have the value that an enrolled pod needs.
+pub(super) fn wrong() -> Result<Vec<&'static str>> {
+    let mut wrong = Vec::new();
+    for (name, wanted) in SYSCTLS {
+        let value = get(name)?;
+        if value != wanted && value != SYSCTL_ABSENT {
+            wrong.push(name);
+        }
+    }
+    Ok(wrong)
+}
+
+fn path(name: &str) -> String {
+    format!("/proc/sys/{name}")
+}
+
+fn get(name: &str) -> Result<i32> {
+    match fs::read_to_string(path(name)) {
+        Ok(text) => {
+            text.trim().parse().with_context(|| format!("parse sysctl {name}: {:?}", text.trim()))
+        }
+        Err(e) if e.kind() == io::ErrorKind::NotFound => Ok(SYSCTL_ABSENT),
+        Err(e) => Err(e).with_context(|| format!("read sysctl {name}")),
+    }
+}
+
+fn put(name: &str, value: i32) -> Result<()> {
+    match fs::write(path(name), value.to_string()) {
+        Ok(()) => Ok(()),
+        // IPv6 is off.
+        Err(e) if e.kind() == io::ErrorKind::NotFound && name.contains("ipv6") => Ok(()),
+        Err(e) => Err(e).with_context(|| {
+            format!("write sysctl {name} (is /proc/sys mounted read-only in this container?)")
+        }),
+    }
+}

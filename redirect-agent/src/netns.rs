@@ -1,0 +1,113 @@
+//! Network namespaces: opening one, telling it from other files, and running code inside it.
+
+use std::{
+    fs::File,
+    os::fd::{AsFd, BorrowedFd, OwnedFd},
+    path::{Path, PathBuf},
+    thread,
+};
+
+use anyhow::{Context as _, Result, anyhow, bail};
+use nix::{
+    sched::{CloneFlags, setns},
+    sys::{stat::fstat, statfs::fstatfs},
+};
+
+/// Source: Linux `include/uapi/linux/magic.h`, `NSFS_MAGIC`.
+const NSFS_MAGIC: i64 = 0x6e73_6673;
+
+/// An open network namespace. It stays alive, and its inode number unique, while this is held.
+#[derive(Debug)]
+pub struct Netns {
+    fd: OwnedFd,
+    inode: u32,
+    path: PathBuf,
+}
+
+impl Netns {
+    /// Opens the network namespace at `path`: a bind mount such as `/var/run/netns/NAME`, or a
+    /// `/proc/PID/ns/net`.
+    ///
+    /// # Errors
+    ///
+    /// When the file is missing, or is no network namespace.
+    pub fn open(path: &Path) -> Result<Self> {
+        let file = File::open(path)
+            .with_context(|| format!("open network namespace {}", path.display()))?;
+        Self::from_fd(file.into(), path)
+    }
+
+    /// Takes over an open network namespace; `path` names it in messages.
+    ///
+    /// # Errors
+    ///
+    /// When the descriptor is of no network namespace.
+    pub fn from_fd(fd: OwnedFd, path: &Path) -> Result<Self> {
+        let not_a_netns = || {
+            anyhow!(
+                "{} is not a network namespace; give a bind mount such as /var/run/netns/NAME, or /proc/PID/ns/net",
+                path.display()
+            )
+        };
+        let fs = fstatfs(&fd).with_context(|| format!("stat {}", path.display()))?;
+        if fs.filesystem_type().0 != NSFS_MAGIC {
+            return Err(not_a_netns());
+        }
+        let stat = fstat(&fd).with_context(|| format!("stat {}", path.display()))?;
+        let inode = u32::try_from(stat.st_ino)
+            .with_context(|| format!("use inode number {} of {}", stat.st_ino, path.display()))?;
+        let netns = Self { fd, inode, path: path.to_owned() };
+        // Other kinds of namespaces live on the same filesystem.
+        netns.run(|| ()).map_err(|_| not_a_netns())?;
+        Ok(netns)
+    }
+
+    /// The inode number, which is unique among the namespaces that are alive.
+    pub fn inode(&self) -> u32 {
+        self.inode
+    }
+
+    /// The path that it was opened by.
+    pub fn path(&self) -> &Path {
+        &self.path
+    }
+
+    /// A descriptor of its own for the same namespace.
+    ///
+    /// # Errors
+    ///
+    /// When the process has no descriptor left.
+    pub fn try_clone_fd(&self) -> Result<OwnedFd> {
+        self.fd
+            .try_clone()
+            .with_context(|| format!("duplicate the descriptor of {}", self.path.display()))
+    }
+
+    /// Runs `f` inside the namespace, on a thread that exists for this alone.
+    ///
+    /// # Errors
+    ///
+    /// When the namespace cannot be entered, or `f` panics.
+    pub fn run<T: Send>(&self, f: impl FnOnce() -> T + Send) -> Result<T> {
+        thread::scope(|scope| {
+            let inside = thread::Builder::new()
+                .name(format!("netns-{}", self.inode))
+                .spawn_scoped(scope, || {
+                    setns(&self.fd, CloneFlags::CLONE_NEWNET)?;
+                    nix::Result::Ok(f())
+                })
+                .context("start a thread")?;
+            match inside.join() {
+                Ok(result) => result
+                    .with_context(|| format!("enter network namespace {}", self.path.display())),
+                Err(_) => bail!("a thread panicked in network namespace {}", self.path.display()),
+            }
+        })
+    }
+}
+
+impl AsFd for Netns {
+    fn as_fd(&self) -> BorrowedFd<'_> {
+        self.fd.as_fd()
+    }
+}

@@ -1,0 +1,42 @@
+//! What the agent fixes when it loads the programs. The verifier knows these values, so code that
+//! they switch off costs nothing.
+
+use core::ptr;
+
+/// 1: log each decision (`run --ebpf-log`).
+#[unsafe(no_mangle)]
+static LOG: u8 = 0;
+
+/// For how long the SYNs of a pod are held back when its proxy stops listening, ns.
+#[unsafe(no_mangle)]
+static PROXY_GRACE_NS: u64 = 3_000_000_000;
+
+/// Where the kernel keeps what the iterators read from a socket; from the kernel's BTF.
+#[unsafe(no_mangle)]
+static SOCK_OFFSETS: SockOffsets = SockOffsets {
+    family: 0,
+    state: 0,
+    local_port: 0,
+    remote_port: 0,
+    local_v4: 0,
+    remote_v4: 0,
+    local_v6: 0,
+    remote_v6: 0,
+};
+
+pub use redirect_ebpf::abi::SockOffsets;
+
+pub fn log() -> bool {
+    // SAFETY: reads a static.
+    unsafe { ptr::read_volatile(&raw const LOG) == 1 }
+}
+
+pub fn proxy_grace_ns() -> u64 {
+    // SAFETY: reads a static.
+    unsafe { ptr::read_volatile(&raw const PROXY_GRACE_NS) }
+}
+
+pub fn sock_offsets() -> SockOffsets {
+    // SAFETY: reads a static.
+    unsafe { ptr::read_volatile(&raw const SOCK_OFFSETS) }
+}

@@ -1,0 +1,184 @@
+//! Iterators over the TCP sockets of one network namespace: they set socket options on them.
+//!
+//! The agent reads an iterator's file to the end from a thread in that namespace; the kernel holds
+//! each socket's lock meanwhile. Source: Linux `net/ipv4/tcp_ipv4.c`, `bpf_iter_tcp_seq_show`.
+
+use aya_ebpf::{
+    bindings::seq_file,
+    cty::{c_long, c_void},
+    helpers::{
+        bpf_getsockopt, bpf_probe_read_kernel, bpf_seq_write, bpf_setsockopt, bpf_skc_to_tcp_sock,
+    },
+};
+use redirect_ebpf::{
+    abi::{
+        Addr, Flow, MARK_DIRECT, MARK_PROXY, MARK_REDIRECTED, PORT_HBONE, PORT_INBOUND,
+        PORT_OUTBOUND,
+    },
+    verdict::{mesh_mark, with_mesh_mark},
+};
+
+use crate::{config, maps::TRANSITION, sockets::from_words};
+
+const SOL_SOCKET: i32 = 1;
+const SO_REUSEADDR: i32 = 2;
+const SO_MARK: i32 = 36;
+const AF_INET: u16 = 2;
+const TCP_ESTABLISHED: u8 = 1;
+const TCP_LISTEN: u8 = 10;
+
+/// `struct bpf_iter_meta`, its first field. Source: Linux `include/linux/bpf.h`.
+#[repr(C)]
+pub struct IterMeta {
+    seq: *mut seq_file,
+}
+
+/// `struct bpf_iter__tcp`. Source: Linux `net/ipv4/tcp_ipv4.c`.
+#[repr(C)]
+pub struct IterTcp {
+    meta: *mut IterMeta,
+    sk_common: *mut c_void,
+    uid: i32,
+}
+
+/// Before capture starts: every connection that is open keeps its path.
+#[unsafe(no_mangle)]
+#[unsafe(link_section = "iter/tcp")]
+pub extern "C" fn mark_direct(ctx: *mut IterTcp) -> i32 {
+    mark_connection(ctx, MARK_DIRECT, false)
+}
+
+/// After capture started: so does every connection that was noted where it goes direct.
+#[unsafe(no_mangle)]
+#[unsafe(link_section = "iter/tcp")]
+pub extern "C" fn mark_direct_late(ctx: *mut IterTcp) -> i32 {
+    mark_connection(ctx, MARK_DIRECT, true)
+}
+
+/// Before capture ends: every connection that is redirected keeps its route.
+#[unsafe(no_mangle)]
+#[unsafe(link_section = "iter/tcp")]
+pub extern "C" fn mark_redir(ctx: *mut IterTcp) -> i32 {
+    mark_connection(ctx, MARK_REDIRECTED, false)
+}
+
+/// After capture ended: so does every connection that was noted on the redirection route.
+#[unsafe(no_mangle)]
+#[unsafe(link_section = "iter/tcp")]
+pub extern "C" fn mark_redir_late(ctx: *mut IterTcp) -> i32 {
+    mark_connection(ctx, MARK_REDIRECTED, true)
+}
+
+/// Writes one byte for each open connection that keeps the redirection route: their number is what
+/// a pod that leaves the mesh still has to wait for.
+#[unsafe(no_mangle)]
+#[unsafe(link_section = "iter/tcp")]
+pub extern "C" fn count_redir(ctx: *mut IterTcp) -> i32 {
+    let Some(sk) = Socket::new(ctx) else { return 0 };
+    if sk.read::<u8>(config::sock_offsets().state) == TCP_ESTABLISHED
+        && sk.get(SO_MARK).map(mesh_mark) == Some(MARK_REDIRECTED)
+    {
+        let byte = b'.';
+        // SAFETY: the context and its sequence file are valid while the program runs.
+        unsafe { bpf_seq_write((*(*ctx).meta).seq, (&raw const byte).cast_mut().cast(), 1) };
+    }
+    0
+}
+
+/// Lets the application bind its port while the proxy's accepted sockets hold it: they inherit
+/// SO_REUSEADDR from the proxy's listeners. Source: istio#52260.
+#[unsafe(no_mangle)]
+#[unsafe(link_section = "iter/tcp")]
+pub extern "C" fn reuse_addr(ctx: *mut IterTcp) -> i32 {
+    let Some(sk) = Socket::new(ctx) else { return 0 };
+    let offsets = config::sock_offsets();
+    if sk.read::<u8>(offsets.state) != TCP_LISTEN
+        || sk.get(SO_MARK).map(mesh_mark) != Some(MARK_PROXY)
+    {
+        return 0;
+    }
+    if matches!(sk.read::<u16>(offsets.local_port), PORT_OUTBOUND | PORT_INBOUND | PORT_HBONE) {
+        sk.set(SO_REUSEADDR, 1);
+    }
+    0
+}
+
+#[inline(always)]
+fn mark_connection(ctx: *mut IterTcp, mark: u32, noted_only: bool) -> i32 {
+    let Some(sk) = Socket::new(ctx) else { return 0 };
+    // An accepted socket would take its listener's mark before that of the SYN.
+    if sk.read::<u8>(config::sock_offsets().state) == TCP_LISTEN {
+        return 0;
+    }
+    let Some(old) = sk.get(SO_MARK) else { return 0 };
+    if mesh_mark(old) != 0 {
+        return 0;
+    }
+    let flow = sk.flow();
+    // The pod's connections to itself never leave it.
+    if flow.local.is_loopback() || (noted_only && TRANSITION.get_ptr(&flow).is_none()) {
+        return 0;
+    }
+    sk.set(SO_MARK, with_mesh_mark(old, mark));
+    0
+}
+
+/// A full TCP socket.
+struct Socket(*mut c_void);
+
+impl Socket {
+    #[inline(always)]
+    fn new(ctx: *mut IterTcp) -> Option<Self> {
+        // SAFETY: the context is valid while the program runs; the helper checks that the socket
+        // is a full one (no request socket, no TIME_WAIT).
+        unsafe {
+            let common = (*ctx).sk_common;
+            if common.is_null() {
+                return None;
+            }
+            let tcp = bpf_skc_to_tcp_sock(common);
+            if tcp.is_null() { None } else { Some(Self(tcp.cast())) }
+        }
+    }
+
+    #[inline(always)]
+    fn get(&self, option: i32) -> Option<u32> {
+        let mut value = 0u32;
+        // SAFETY: `value` is as long as the option.
+        let ret: c_long =
+            unsafe { bpf_getsockopt(self.0, SOL_SOCKET, option, (&raw mut value).cast(), 4) };
+        (ret == 0).then_some(value)
+    }
+
+    #[inline(always)]
+    fn set(&self, option: i32, mut value: u32) {
+        // SAFETY: `value` is as long as the option. The kernel accepts both options on any full
+        // socket, and there is nothing to be done for one that refuses.
+        let _refused =
+            unsafe { bpf_setsockopt(self.0, SOL_SOCKET, option, (&raw mut value).cast(), 4) };
+    }
+
+    /// The field at `offset` of `struct sock_common`, with which a socket starts.
+    #[inline(always)]
+    fn read<T: bytemuck::Pod>(&self, offset: u32) -> T {
+        let field = self.0.cast::<u8>().wrapping_add(offset as usize);
+        // SAFETY: the helper copes with any address.
+        unsafe { bpf_probe_read_kernel(field.cast()) }.unwrap_or(T::zeroed())
+    }
+
+    #[inline(always)]
+    fn flow(&self) -> Flow {
+        let o = config::sock_offsets();
+        let (local, remote): (Addr, Addr) = if self.read::<u16>(o.family) == AF_INET {
+            (Addr::v4(self.read(o.local_v4)), Addr::v4(self.read(o.remote_v4)))
+        } else {
+            (from_words(self.read(o.local_v6)), from_words(self.read(o.remote_v6)))
+        };
+        Flow {
+            local,
+            remote,
+            local_port: self.read(o.local_port),
+            remote_port: u16::from_be(self.read(o.remote_port)),
+        }
+    }
+}

@@ -1,0 +1,277 @@
+//! The kernel programs: each asks [`verdict`] what to do and does it.
+#![no_std]
+#![no_main]
+#![allow(missing_docs, reason = "a binary: its items are documented where the reader needs it")]
+#![expect(
+    unsafe_code,
+    reason = "kernel helpers are unsafe functions; each block says why it is sound"
+)]
+
+mod config;
+mod iterators;
+mod maps;
+mod packet;
+mod sockets;
+
+use aya_ebpf::{
+    EbpfContext as _,
+    bindings::{BPF_NOEXIST, TC_ACT_SHOT, TC_ACT_UNSPEC},
+    helpers::bpf_ktime_get_ns,
+    macros::{classifier, sk_lookup},
+    programs::{SkLookupContext, TcContext},
+};
+use aya_log_ebpf::info;
+use redirect_ebpf::{
+    abi::{
+        Addr, Counter, CounterKey, Flow, HINT_NO_LISTENER, HINT_NONE, Hint, ListenerKey, PodEntry,
+        PodId,
+    },
+    verdict::{
+        self, Env, Fate, Ingress, Lookup, Pods, Proxy, Segment, Steer, mesh_mark, with_mesh_mark,
+    },
+};
+
+use crate::{
+    maps::{COUNTERS, HINT, PODS_BY_ADDR, TRANSITION},
+    packet::Network,
+};
+
+const AF_INET: u32 = 2;
+const IPPROTO_TCP: u32 = 6;
+const LOOPBACK_IFINDEX: u32 = 1;
+const SK_DROP: u32 = 0;
+const SK_PASS: u32 = 1;
+
+/// Ingress of `lo`.
+#[classifier]
+pub fn redirect_lo(ctx: TcContext) -> i32 {
+    set_hint(None);
+    let parsed = packet::parse(&ctx, packet::network(&ctx));
+    let segment = parsed.as_ref().map(|p| &p.segment);
+    let ingress = verdict::on_lo(mark(&ctx), segment, &Tc { ctx: &ctx });
+    match ingress.fate {
+        Fate::Reset => match &parsed {
+            Some(parsed) if packet::reset(&ctx, parsed).is_some() => apply(&ctx, &ingress),
+            // It cannot be rewritten; without the proxy it must not go on either.
+            _ => TC_ACT_SHOT,
+        },
+        Fate::Next | Fate::Drop => apply(&ctx, &ingress),
+    }
+}
+
+/// Ingress of every other interface.
+#[classifier]
+pub fn redirect_ext(ctx: TcContext) -> i32 {
+    set_hint(None);
+    let network = packet::network(&ctx);
+    let parsed = packet::parse(&ctx, network);
+    let segment = parsed.as_ref().map(|p| &p.segment);
+    let ingress = verdict::on_interface(network != Network::Other, segment, &Tc { ctx: &ctx });
+    apply(&ctx, &ingress)
+}
+
+fn mark(ctx: &TcContext) -> u32 {
+    // SAFETY: the context is valid while the program runs.
+    unsafe { (*ctx.skb.skb).mark }
+}
+
+#[inline(always)]
+fn apply(ctx: &TcContext, ingress: &Ingress) -> i32 {
+    if let Some(new) = ingress.mark {
+        ctx.set_mark(with_mesh_mark(mark(ctx), new));
+    }
+    if ingress.hint.is_some() {
+        set_hint(ingress.hint);
+    }
+    if let Some((pod_id, counter)) = ingress.count {
+        count(pod_id, counter);
+        if config::log() {
+            info!(ctx, "tcx: pod {} counter {}", pod_id, counter as u32);
+        }
+    }
+    match ingress.fate {
+        // Not OK: programs that others attached after us run too.
+        Fate::Next | Fate::Reset => TC_ACT_UNSPEC,
+        Fate::Drop => TC_ACT_SHOT,
+    }
+}
+
+/// Chooses the socket for a packet that no established connection claims.
+#[sk_lookup]
+pub fn redirect_lookup(ctx: SkLookupContext) -> u32 {
+    // SAFETY: the context is valid while the program runs.
+    let lookup = unsafe {
+        let l = &*ctx.lookup;
+        let (local, remote) = if l.family == AF_INET {
+            (Addr::v4(l.local_ip4.to_ne_bytes()), Addr::v4(l.remote_ip4.to_ne_bytes()))
+        } else {
+            (sockets::from_words(l.local_ip6), sockets::from_words(l.remote_ip6))
+        };
+        Lookup {
+            tcp: l.protocol == IPPROTO_TCP,
+            flow: Flow {
+                local,
+                remote,
+                local_port: l.local_port as u16,
+                remote_port: u16::from_be(l.remote_port),
+            },
+            on_lo: l.ingress_ifindex == LOOPBACK_IFINDEX,
+            hint: hint(),
+        }
+    };
+    let (pass, pod_id, counter) = match verdict::steer(&lookup, &LookupEnv) {
+        Steer::Pass(None) => return SK_PASS,
+        Steer::Pass(Some((pod_id, counter))) => (SK_PASS, pod_id, counter),
+        Steer::Refuse(pod_id, counter) => (SK_DROP, pod_id, counter),
+        Steer::Redirect { pod_id, kind } => {
+            let key = ListenerKey { pod_id, kind };
+            match sockets::assign(ctx.as_ptr(), &key) {
+                Ok(()) => (SK_PASS, pod_id, verdict::redirected(kind)),
+                // Fail closed: never fall through to the application.
+                Err(_) => (SK_DROP, pod_id, Counter::RefusedProxyAway),
+            }
+        }
+    };
+    count(pod_id, counter);
+    if config::log() {
+        info!(
+            &ctx,
+            "sk_lookup: pod {} {:i}:{} -> {:i}:{} counter {}",
+            pod_id,
+            lookup.flow.remote.0,
+            lookup.flow.remote_port,
+            lookup.flow.local.0,
+            lookup.flow.local_port,
+            counter as u32
+        );
+    }
+    pass
+}
+
+/// Attached for a moment while a pod enters or leaves the mesh, where its packets leave on the old
+/// path: notes their flows, so that the iterators can mark their sockets.
+#[classifier]
+pub fn note_flow(ctx: TcContext) -> i32 {
+    if mesh_mark(mark(&ctx)) == 0
+        && let Some(parsed) = packet::parse(&ctx, packet::network(&ctx))
+    {
+        // SAFETY: a helper without arguments.
+        let now = unsafe { bpf_ktime_get_ns() };
+        // An LRU map does not refuse for being full.
+        let _refused = TRANSITION.insert(&parsed.segment.sender_flow(), now, 0);
+    }
+    TC_ACT_UNSPEC
+}
+
+/// Attached for a moment while a pod enters or leaves the mesh, where its packets leave on the new
+/// path: holds back those of noted flows, which belong on the old path. They are sent again, on
+/// the right path, once their socket is marked.
+#[classifier]
+pub fn hold_flow(ctx: TcContext) -> i32 {
+    if mesh_mark(mark(&ctx)) != 0 {
+        return TC_ACT_UNSPEC;
+    }
+    let Some(parsed) = packet::parse(&ctx, packet::network(&ctx)) else { return TC_ACT_UNSPEC };
+    let flow = parsed.segment.sender_flow();
+    if parsed.segment.opens {
+        // A new connection with the ports of an old one.
+        let _absent = TRANSITION.remove(&flow);
+        return TC_ACT_UNSPEC;
+    }
+    if TRANSITION.get_ptr(&flow).is_none() {
+        return TC_ACT_UNSPEC;
+    }
+    if let Some(pod) = pod(&flow.local) {
+        count(pod.pod_id, Counter::HeldInTransition);
+    }
+    TC_ACT_SHOT
+}
+
+#[inline(always)]
+fn set_hint(hint: Option<Hint>) {
+    if let Some(slot) = HINT.get_ptr_mut(0) {
+        // SAFETY: the pointer is to this CPU's own value, and nothing interrupts the program
+        // that would write it too: both tcx and sk_lookup run in softirq.
+        unsafe {
+            match hint {
+                Some(hint) => *slot = hint,
+                None => (*slot).kind = HINT_NONE,
+            }
+        }
+    }
+}
+
+#[inline(always)]
+fn hint() -> Hint {
+    match HINT.get_ptr(0) {
+        // SAFETY: see `set_hint`.
+        Some(slot) => unsafe { *slot },
+        None => bytemuck::Zeroable::zeroed(),
+    }
+}
+
+#[inline(always)]
+fn count(pod_id: PodId, counter: Counter) {
+    let key = CounterKey { pod_id, counter: counter as u32 };
+    match COUNTERS.get_ptr_mut(&key) {
+        // SAFETY: the pointer is to this CPU's own value.
+        Some(value) => unsafe { *value += 1 },
+        None => {
+            // When the map is full the agent sees it by the missing key; traffic is unaffected.
+            let _full = COUNTERS.insert(&key, 1, BPF_NOEXIST as u64);
+        }
+    }
+}
+
+#[inline(always)]
+fn pod(addr: &Addr) -> Option<PodEntry> {
+    // SAFETY: the pointer is to a live map value; entries are replaced as a whole.
+    PODS_BY_ADDR.get_ptr(addr).map(|entry| unsafe { *entry })
+}
+
+struct Tc<'a> {
+    ctx: &'a TcContext,
+}
+
+impl Pods for Tc<'_> {
+    #[inline(always)]
+    fn pod(&self, addr: &Addr) -> Option<PodEntry> {
+        pod(addr)
+    }
+}
+
+impl Env for Tc<'_> {
+    #[inline(always)]
+    fn application_listens(&self, segment: &Segment) -> bool {
+        set_hint(Some(Hint { flow: segment.receiver_flow(), kind: HINT_NO_LISTENER }));
+        let found = sockets::any(self.ctx.as_ptr(), segment);
+        set_hint(None);
+        found
+    }
+
+    #[inline(always)]
+    fn proxy(&self, pod_id: PodId, kind: u32, segment: &Segment) -> Proxy {
+        sockets::proxy(self.ctx, &ListenerKey { pod_id, kind }, segment.dst.is_v4())
+    }
+}
+
+/// `sk_lookup` asks for pods only: it has no packet to look for sockets with.
+struct LookupEnv;
+
+impl Pods for LookupEnv {
+    #[inline(always)]
+    fn pod(&self, addr: &Addr) -> Option<PodEntry> {
+        pod(addr)
+    }
+}
+
+#[cfg(not(test))]
+#[panic_handler]
+fn panic(_info: &core::panic::PanicInfo) -> ! {
+    #[expect(clippy::empty_loop, reason = "the verifier has proved it unreachable")]
+    loop {}
+}
+
+#[unsafe(link_section = "license")]
+#[unsafe(no_mangle)]
+static LICENSE: [u8; 13] = *b"Dual BSD/GPL\0";

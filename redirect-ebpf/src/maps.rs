@@ -1,0 +1,42 @@
+//! Every map. Those that the agent reads or writes are pinned below the agent's bpffs directory.
+
+use aya_ebpf::{
+    btf_maps::{HashMap, LruHashMap, PerCpuArray, PerCpuHashMap, SockHash},
+    macros::btf_map,
+};
+use redirect_ebpf::abi::{
+    Addr, CounterKey, Flow, Hint, ListenerKey, PodEntry, PodId, SavedSysctls,
+};
+
+/// Addresses of pods: a large node has 500 pods, each with a few addresses.
+const ADDRESSES: usize = 8192;
+/// Pods of a node.
+const PODS: usize = 2048;
+
+/// Address of a pod of this node, enrolled or not → what is decided about the pod.
+#[btf_map(name = "pods")]
+pub static PODS_BY_ADDR: HashMap<Addr, PodEntry, ADDRESSES> = HashMap::new();
+
+/// Pod and what is counted → how often.
+#[btf_map(name = "counters")]
+pub static COUNTERS: PerCpuHashMap<CounterKey, u64, { PODS * 16 }> = PerCpuHashMap::new();
+
+/// Pod and kind → the proxy's listening socket. The kernel drops an entry when its socket closes.
+#[btf_map(name = "listeners")]
+pub static LISTENERS: SockHash<ListenerKey, { PODS * 4 }> = SockHash::new();
+
+/// Pod and kind → since when the proxy does not listen, ns of CLOCK_MONOTONIC.
+#[btf_map(name = "proxy_missing")]
+pub static PROXY_MISSING: HashMap<ListenerKey, u64, { PODS * 4 }> = HashMap::new();
+
+/// The hint from tcx to `sk_lookup`, which run in one go on one CPU.
+#[btf_map(name = "hint")]
+pub static HINT: PerCpuArray<Hint, 1> = PerCpuArray::new();
+
+/// Flows seen on the other path while a pod enters or leaves the mesh → ns of CLOCK_MONOTONIC.
+#[btf_map(name = "transition")]
+pub static TRANSITION: LruHashMap<Flow, u64, 65536> = LruHashMap::new();
+
+/// Pod → its sysctls before enrolment. Only the agent uses it; it is here to be pinned with the rest.
+#[btf_map(name = "saved_sysctls")]
+pub static SAVED_SYSCTLS: HashMap<PodId, SavedSysctls, PODS> = HashMap::new();

@@ -1,0 +1,175 @@
+//! Looks for sockets: the application's, and the proxy's listeners.
+
+use core::ptr;
+
+use aya_ebpf::{
+    bindings::{
+        BPF_F_CURRENT_NETNS, BPF_NOEXIST, bpf_sock, bpf_sock_tuple, bpf_sock_tuple__bindgen_ty_1,
+        bpf_sock_tuple__bindgen_ty_1__bindgen_ty_1, bpf_sock_tuple__bindgen_ty_1__bindgen_ty_2,
+    },
+    cty::{c_long, c_void},
+    helpers::{
+        bpf_ktime_get_ns, bpf_map_lookup_elem, bpf_map_update_elem, bpf_sk_assign,
+        bpf_sk_lookup_tcp, bpf_sk_release, bpf_skc_lookup_tcp,
+    },
+    programs::TcContext,
+};
+use redirect_ebpf::{
+    abi::{
+        Addr, LISTENER_HBONE, LISTENER_INBOUND, ListenerKey, MARK_PROXY, PORT_HBONE, PORT_INBOUND,
+        PORT_OUTBOUND,
+    },
+    verdict::{Proxy, Segment, mesh_mark},
+};
+
+use crate::{
+    config,
+    maps::{LISTENERS, PROXY_MISSING},
+    packet::tail,
+};
+
+const TCP_LISTEN: u32 = 10;
+
+/// Whether the kernel finds a socket for this segment. It runs `sk_lookup` too: the caller sets
+/// the hint first, so that only the application's own listeners and connections are found.
+#[inline(always)]
+pub fn any(ctx: *mut c_void, segment: &Segment) -> bool {
+    let Segment { src, dst, src_port, dst_port, .. } = segment;
+    let (mut tuple, len) = tuple(src, *src_port, dst, *dst_port);
+    // SAFETY: the tuple is initialized for `len` bytes; the reference is released.
+    unsafe {
+        let sk = bpf_skc_lookup_tcp(ctx, &raw mut tuple, len, BPF_F_CURRENT_NETNS as u64, 0);
+        if sk.is_null() {
+            return false;
+        }
+        bpf_sk_release(sk.cast());
+    }
+    true
+}
+
+/// Whether the proxy listens in the pod, on the port of `key.kind`; enters its socket into
+/// `listeners` if it is not there.
+#[inline(always)]
+pub fn proxy(ctx: &TcContext, key: &ListenerKey, v4: bool) -> Proxy {
+    // SAFETY: the reference that the lookup takes is released.
+    unsafe {
+        let sk = bpf_map_lookup_elem(listeners(), ptr::from_ref(key).cast());
+        if !sk.is_null() {
+            bpf_sk_release(sk);
+            return Proxy::Listens;
+        }
+    }
+    if find_listener(ctx, key, v4) {
+        let _gone = PROXY_MISSING.remove(key);
+        return Proxy::Listens;
+    }
+    // SAFETY: a helper without arguments.
+    let now = unsafe { bpf_ktime_get_ns() };
+    let since = match PROXY_MISSING.get_ptr(key) {
+        // SAFETY: the pointer is to a live map value.
+        Some(since) => unsafe { *since },
+        None => {
+            // When the map is full the grace is over at once: refused, not leaked.
+            match PROXY_MISSING.insert(key, now, BPF_NOEXIST as u64) {
+                Ok(()) => now,
+                Err(_) => 0,
+            }
+        }
+    };
+    if now.wrapping_sub(since) < config::proxy_grace_ns() {
+        Proxy::AwayWithinGrace
+    } else {
+        Proxy::Away
+    }
+}
+
+#[inline(always)]
+fn find_listener(ctx: &TcContext, key: &ListenerKey, v4: bool) -> bool {
+    let port = match key.kind {
+        LISTENER_INBOUND => PORT_INBOUND,
+        LISTENER_HBONE => PORT_HBONE,
+        _ => PORT_OUTBOUND,
+    };
+    // Loopback, because `sk_lookup` leaves that alone.
+    let loopback = if v4 {
+        Addr::v4([127, 0, 0, 1])
+    } else {
+        Addr([0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 1])
+    };
+    let (mut tuple, len) = tuple(&loopback, 0, &loopback, port);
+    // SAFETY: the tuple is initialized for `len` bytes; the reference is released.
+    unsafe {
+        let sk: *mut bpf_sock = bpf_sk_lookup_tcp(
+            ctx.skb.skb.cast(),
+            &raw mut tuple,
+            len,
+            BPF_F_CURRENT_NETNS as u64,
+            0,
+        );
+        if sk.is_null() {
+            return false;
+        }
+        // An application that took the port is not the proxy.
+        let found = (*sk).state == TCP_LISTEN && mesh_mark((*sk).mark) == MARK_PROXY;
+        let entered =
+            found && bpf_map_update_elem(listeners(), ptr::from_ref(key).cast(), sk.cast(), 0) == 0;
+        bpf_sk_release(sk.cast());
+        entered
+    }
+}
+
+/// Hands a lookup to the proxy's listener. Fails when there is none.
+#[inline(always)]
+pub fn assign(ctx: *mut c_void, key: &ListenerKey) -> Result<(), c_long> {
+    // SAFETY: the reference that the lookup takes is released.
+    unsafe {
+        let sk = bpf_map_lookup_elem(listeners(), ptr::from_ref(key).cast());
+        if sk.is_null() {
+            return Err(-2);
+        }
+        let ret = bpf_sk_assign(ctx, sk, 0);
+        bpf_sk_release(sk);
+        if ret == 0 { Ok(()) } else { Err(ret) }
+    }
+}
+
+fn listeners() -> *mut c_void {
+    ptr::from_ref(&LISTENERS).cast_mut().cast()
+}
+
+/// The kernel's form of a 4-tuple, and how many of its bytes count.
+#[inline(always)]
+fn tuple(src: &Addr, src_port: u16, dst: &Addr, dst_port: u16) -> (bpf_sock_tuple, u32) {
+    let (sport, dport) = (src_port.to_be(), dst_port.to_be());
+    if dst.is_v4() {
+        let ipv4 = bpf_sock_tuple__bindgen_ty_1__bindgen_ty_1 {
+            saddr: u32::from_ne_bytes(tail(src)),
+            daddr: u32::from_ne_bytes(tail(dst)),
+            sport,
+            dport,
+        };
+        let len = size_of_val(&ipv4) as u32;
+        (bpf_sock_tuple { __bindgen_anon_1: bpf_sock_tuple__bindgen_ty_1 { ipv4 } }, len)
+    } else {
+        let ipv6 = bpf_sock_tuple__bindgen_ty_1__bindgen_ty_2 {
+            saddr: words(src),
+            daddr: words(dst),
+            sport,
+            dport,
+        };
+        let len = size_of_val(&ipv6) as u32;
+        (bpf_sock_tuple { __bindgen_anon_1: bpf_sock_tuple__bindgen_ty_1 { ipv6 } }, len)
+    }
+}
+
+/// The address as the four words, in network byte order, that the kernel's structs hold.
+#[inline(always)]
+pub fn words(addr: &Addr) -> [u32; 4] {
+    bytemuck::cast(addr.0)
+}
+
+/// The address that the kernel's structs hold as four words in network byte order.
+#[inline(always)]
+pub fn from_words(words: [u32; 4]) -> Addr {
+    Addr(bytemuck::cast(words))
+}
