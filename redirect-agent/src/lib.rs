@@ -2,5 +2,6 @@
 
 pub mod membership;
 pub mod source;
+pub mod commands;
 pub mod dataplane;
 pub mod netns;

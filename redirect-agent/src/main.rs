@@ -1,33 +1,46 @@
 //! `redirect-agent`: wiring only.
 
-use redirect_agent::{
-    dataplane::{Dataplane, Options, PodNetns},
-    netns::Netns,
-};
-use std::time::Duration;
+use std::{net::IpAddr, path::PathBuf, time::Duration};
+
+use clap::Parser;
+use redirect_agent::{commands, dataplane::Options};
+
+/// Steers the traffic of enrolled pods to the node's HBONE proxy.
+#[derive(Parser)]
+enum Cli {
+    /// Redirects one network namespace.
+    Attach {
+        /// The network namespace.
+        #[arg(long)]
+        netns: PathBuf,
+        /// An address of the pod; all of the namespace by default.
+        #[arg(long)]
+        address: Vec<IpAddr>,
+        /// The directory on bpffs.
+        #[arg(long)]
+        bpffs_dir: Option<PathBuf>,
+    },
+    /// Puts one network namespace back.
+    Detach {
+        /// The network namespace.
+        #[arg(long)]
+        netns: PathBuf,
+        /// The directory on bpffs.
+        #[arg(long)]
+        bpffs_dir: Option<PathBuf>,
+    },
+}
 
 fn main() -> anyhow::Result<()> {
-    let args: Vec<String> = std::env::args().collect();
-    let dp = Dataplane::open(&Options {
-        bpffs_dir: args[3].clone().into(),
+    let options = |dir: Option<PathBuf>| Options {
+        bpffs_dir: dir.unwrap_or_else(Options::default_bpffs_dir),
         proxy_grace: Duration::from_secs(3),
         log: false,
-    })?;
-    let pod = PodNetns::new(Netns::open(args[2].as_ref())?, &[], 0)?;
-    println!("{pod:?}");
-    match args[1].as_str() {
-        "attach" => {
-            dp.prepare(&pod)?;
-            dp.proxy_listens(&pod)?;
-            dp.capture(&pod)?;
-            println!("missing {:?}", dp.missing(&pod)?);
+    };
+    match Cli::parse() {
+        Cli::Attach { netns, address, bpffs_dir } => {
+            commands::attach(&options(bpffs_dir), &netns, &address)
         }
-        "detach" => {
-            dp.release(&pod)?;
-            dp.remove(&pod)?;
-        }
-        _ => {}
+        Cli::Detach { netns, bpffs_dir } => commands::detach(&options(bpffs_dir), &netns),
     }
-    println!("{:?}", dp.counters()?);
-    Ok(())
 }

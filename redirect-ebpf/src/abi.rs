@@ -33,13 +33,16 @@ pub const PORT_HBONE: u16 = 15008;
 /// An IP address: 16 bytes in network byte order, IPv4 as `::ffff:a.b.c.d`.
 #[repr(C)]
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord, Pod, Zeroable)]
-pub struct Addr(pub [u8; 16]);
+pub struct Addr {
+    /// The bytes.
+    pub octets: [u8; 16],
+}
 
 impl Addr {
     /// The IPv4 address with these octets.
     #[inline(always)]
     pub const fn v4(o: [u8; 4]) -> Self {
-        Self([0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0xff, 0xff, o[0], o[1], o[2], o[3]])
+        Self { octets: [0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0xff, 0xff, o[0], o[1], o[2], o[3]] }
     }
 
     /// Whether this is an IPv4 address.
@@ -64,13 +67,13 @@ impl Addr {
 
     /// The address as user space knows it.
     pub fn to_ip(self) -> IpAddr {
-        Ipv6Addr::from(self.0).to_canonical()
+        Ipv6Addr::from(self.octets).to_canonical()
     }
 
     /// The upper and the lower 64 bits.
     #[inline(always)]
     const fn halves(&self) -> [u64; 2] {
-        let b = self.0;
+        let b = self.octets;
         [
             u64::from_be_bytes([b[0], b[1], b[2], b[3], b[4], b[5], b[6], b[7]]),
             u64::from_be_bytes([b[8], b[9], b[10], b[11], b[12], b[13], b[14], b[15]]),
@@ -82,7 +85,7 @@ impl From<IpAddr> for Addr {
     fn from(ip: IpAddr) -> Self {
         match ip {
             IpAddr::V4(ip) => Self::v4(ip.octets()),
-            IpAddr::V6(ip) => Self(ip.octets()),
+            IpAddr::V6(ip) => Self { octets: ip.octets() },
         }
     }
 }

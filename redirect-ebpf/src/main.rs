@@ -138,9 +138,9 @@ pub fn redirect_lookup(ctx: SkLookupContext) -> u32 {
             &ctx,
             "sk_lookup: pod {} {:i}:{} -> {:i}:{} counter {}",
             pod_id,
-            lookup.flow.remote.0,
+            lookup.flow.remote.octets,
             lookup.flow.remote_port,
-            lookup.flow.local.0,
+            lookup.flow.local.octets,
             lookup.flow.local_port,
             counter as u32
         );

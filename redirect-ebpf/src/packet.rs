@@ -89,7 +89,7 @@ pub fn reset(ctx: &TcContext, parsed: &Parsed) -> Option<()> {
         let [s, d] = [tail(src), tail(dst)];
         store(ctx, LO_HEADER + 12, &[d, s])?;
     } else {
-        store(ctx, LO_HEADER + 8, &[dst.0, src.0])?;
+        store(ctx, LO_HEADER + 8, &[dst.octets, src.octets])?;
     }
     let tcp = LO_HEADER + parsed.tcp_offset;
     store(ctx, tcp, &[dst_port.to_be_bytes(), src_port.to_be_bytes()])?;
@@ -111,16 +111,16 @@ pub fn reset(ctx: &TcContext, parsed: &Parsed) -> Option<()> {
 /// The IPv4 address's octets.
 #[inline(always)]
 pub fn tail(addr: &Addr) -> [u8; 4] {
-    let a = &addr.0;
+    let a = &addr.octets;
     [a[12], a[13], a[14], a[15]]
 }
 
 #[inline(always)]
 fn addr(hi: [u8; 8], lo: [u8; 8]) -> Addr {
-    let mut bytes = [0; 16];
-    bytes[..8].copy_from_slice(&hi);
-    bytes[8..].copy_from_slice(&lo);
-    Addr(bytes)
+    let mut octets = [0; 16];
+    octets[..8].copy_from_slice(&hi);
+    octets[8..].copy_from_slice(&lo);
+    Addr { octets }
 }
 
 #[inline(always)]

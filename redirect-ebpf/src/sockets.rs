@@ -94,7 +94,7 @@ fn find_listener(ctx: &TcContext, key: &ListenerKey, v4: bool) -> bool {
     let loopback = if v4 {
         Addr::v4([127, 0, 0, 1])
     } else {
-        Addr([0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 1])
+        Addr { octets: [0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 1] }
     };
     let (mut tuple, len) = tuple(&loopback, 0, &loopback, port);
     // SAFETY: the tuple is initialized for `len` bytes; the reference is released.
@@ -165,11 +165,11 @@ fn tuple(src: &Addr, src_port: u16, dst: &Addr, dst_port: u16) -> (bpf_sock_tupl
 /// The address as the four words, in network byte order, that the kernel's structs hold.
 #[inline(always)]
 pub fn words(addr: &Addr) -> [u32; 4] {
-    bytemuck::cast(addr.0)
+    bytemuck::cast(addr.octets)
 }
 
 /// The address that the kernel's structs hold as four words in network byte order.
 #[inline(always)]
 pub fn from_words(words: [u32; 4]) -> Addr {
-    Addr(bytemuck::cast(words))
+    Addr { octets: bytemuck::cast(words) }
 }

@@ -482,15 +482,15 @@ impl Dataplane {
         Ok(all)
     }
 
-    /// Removes the pinned maps and the directory, once no pod has links.
+    /// Removes the pinned maps and the directory, if no pod is left in them.
     ///
     /// # Errors
     ///
-    /// When a pod still has links, or bpffs cannot be written.
-    pub fn unpin(self) -> Result<()> {
-        let pods = self.linked_pods()?;
-        if !pods.is_empty() {
-            bail!("{} pods are still set up below {}", pods.len(), self.dir.display());
+    /// When bpffs cannot be written.
+    pub fn unpin_if_unused(&self) -> Result<()> {
+        let mut locked = self.lock()?;
+        if !self.linked_pods()?.is_empty() || !locked.pods()?.rows()?.is_empty() {
+            return Ok(());
         }
         for map in PINNED_MAPS {
             remove_if_there(&self.dir.join(map))?;

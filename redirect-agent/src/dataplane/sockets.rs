@@ -1,7 +1,10 @@
 //! The iterators over a pod's sockets. Every function here runs inside the pod's namespace, except
 //! [`offsets`].
 
-use std::{fs::File, io::Read as _, os::unix::fs::FileExt as _};
+use std::{
+    fs,
+    io::{self, Read as _},
+};
 
 use anyhow::{Context as _, Result, anyhow};
 use aya::programs::Iter;
@@ -12,11 +15,11 @@ const VMLINUX_BTF: &str = "/sys/kernel/btf/vmlinux";
 
 /// Where the running kernel keeps what the iterators read from a socket.
 pub(super) fn offsets() -> Result<SockOffsets> {
-    let file = File::open(VMLINUX_BTF).with_context(|| {
-        format!("open {VMLINUX_BTF}: the kernel must have CONFIG_DEBUG_INFO_BTF")
+    let bytes = fs::read(VMLINUX_BTF).with_context(|| {
+        format!("read {VMLINUX_BTF}: the kernel must have CONFIG_DEBUG_INFO_BTF")
     })?;
-    let btf =
-        TypeInformation::new(&BtfFile(file)).map_err(|e| anyhow!("parse {VMLINUX_BTF}: {e:?}"))?;
+    let btf = TypeInformation::new(&BtfBytes(bytes))
+        .map_err(|e| anyhow!("parse {VMLINUX_BTF}: {e:?}"))?;
     let sock_common =
         btf.id_of("sock_common").with_context(|| format!("find sock_common in {VMLINUX_BTF}"))?;
     let offset = |field: &str| -> Result<u32> {
@@ -37,11 +40,17 @@ pub(super) fn offsets() -> Result<SockOffsets> {
     })
 }
 
-struct BtfFile(File);
+struct BtfBytes(Vec<u8>);
 
-impl Readable for BtfFile {
+impl Readable for BtfBytes {
     fn read(&self, offset: u64, buffer: &mut [u8]) -> btfparse::Result<()> {
-        Ok(self.0.read_exact_at(buffer, offset)?)
+        let range = usize::try_from(offset).ok().and_then(|start| {
+            let end = start.checked_add(buffer.len())?;
+            self.0.get(start..end)
+        });
+        let bytes = range.ok_or_else(|| io::Error::from(io::ErrorKind::UnexpectedEof))?;
+        buffer.copy_from_slice(bytes);
+        Ok(())
     }
 }
 
