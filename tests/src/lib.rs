@@ -1,1 +1,9 @@
 //! Fixtures for the tests and the demo.
+
+pub mod app;
+pub mod netns;
+pub mod plain_proxy;
+pub mod process;
+pub mod raw;
+pub mod sniff;
+pub mod topology;
