@@ -128,7 +128,7 @@ async fn answer(
             stream.shutdown().await?;
             // Until the client has closed too: bytes that were not read would turn the end of this
             // connection into a reset.
-            stream.read(&mut [0; 1]).await?;
+            tokio::io::copy(&mut stream, &mut tokio::io::sink()).await?;
         }
     }
     Ok(())

@@ -14,6 +14,7 @@ use std::thread::{self, JoinHandle};
 use anyhow::{Context as _, Result, anyhow, bail, ensure};
 use nix::mount::{MntFlags, MsFlags, mount, umount2};
 use nix::sched::{CloneFlags, setns, unshare};
+use nix::sys::resource::{Resource, getrlimit, setrlimit};
 use tokio::sync::oneshot;
 
 /// Where the directories of the tests are made.
@@ -84,6 +85,7 @@ impl TestDir {
             "refuse to run: network namespaces and BPF programs need root (use `cargo xtask test`)"
         );
         SWEPT.get_or_init(remove_left_overs);
+        raise_descriptor_limit()?;
         let number = NEXT.fetch_add(1, Ordering::Relaxed);
         let path = Path::new(ROOT).join(format!("{PREFIX}{}-{number}", std::process::id()));
         fs::create_dir(&path).with_context(|| format!("make {}", path.display()))?;
@@ -122,6 +124,12 @@ impl Drop for TestDir {
     fn drop(&mut self) {
         remove_tree(&self.path);
     }
+}
+
+/// A thousand connections at once, with both ends and the proxy in this process.
+fn raise_descriptor_limit() -> Result<()> {
+    let (_, hard) = getrlimit(Resource::RLIMIT_NOFILE).context("read the limit of descriptors")?;
+    setrlimit(Resource::RLIMIT_NOFILE, hard, hard).context("raise the limit of descriptors")
 }
 
 fn remove_left_overs() {

@@ -163,28 +163,28 @@ pub struct Attached<'a> {
 impl<'a> Attached<'a> {
     /// Enrols a pod. The pins are in the test's own bpffs.
     pub fn new(topology: &Topology, pod: &'a Pod) -> Result<Self> {
-        Self::with_args(topology, pod, &[])
-    }
-
-    /// Enrols a pod, with more arguments for `attach`.
-    pub fn with_args(topology: &Topology, pod: &'a Pod, args: &[&str]) -> Result<Self> {
-        let mut attached = Self {
-            pod,
-            bpffs: topology.bpffs().join("v1"),
-            attached: false,
-        };
-        let (v4, v6) = (pod.v4.to_string(), pod.v6.to_string());
-        let mut command = attached.command("attach")?;
-        command
-            .args(["--address", &v4, "--address", &v6])
-            .args(args);
-        // Before the command: what a failed attach leaves behind is removed as well.
-        attached.attached = true;
-        succeed(&mut command)?;
+        let attached = Self::prepare(topology, pod);
+        attached.again()?;
         Ok(attached)
     }
 
-    /// Enrols it again: what is there already is not an error.
+    /// Enrols a pod whose addresses the agent is to find by itself.
+    pub fn without_addresses(topology: &Topology, pod: &'a Pod) -> Result<Self> {
+        let attached = Self::prepare(topology, pod);
+        succeed(&mut attached.command("attach")?)?;
+        Ok(attached)
+    }
+
+    /// Made before `attach` runs: what a failed one leaves behind is removed as well.
+    fn prepare(topology: &Topology, pod: &'a Pod) -> Self {
+        Self {
+            pod,
+            bpffs: topology.bpffs().join("v1"),
+            attached: true,
+        }
+    }
+
+    /// Enrols it once more: what is there already is not an error.
     pub fn again(&self) -> Result<()> {
         let (v4, v6) = (self.pod.v4.to_string(), self.pod.v6.to_string());
         succeed(

@@ -11,7 +11,7 @@ use anyhow::{Context as _, Result};
 use nix::errno::Errno;
 use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
 use nix::sys::socket::{
-    AddressFamily, LinkAddr, MsgFlags, SockFlag, SockProtocol, SockType, recvfrom, socket,
+    AddressFamily, LinkAddr, SockFlag, SockProtocol, SockType, recvfrom, socket,
 };
 
 use crate::netns::Netns;

@@ -34,6 +34,7 @@ pub struct Topology {
     // Dropped in this order: the nodes' namespaces go before the directory they are in.
     nodes: Vec<Node>,
     _fabric: Netns,
+    bpffs: PathBuf,
     dir: TestDir,
 }
 
@@ -50,6 +51,7 @@ impl Topology {
         let dir = TestDir::new()?;
         let netns_dir = dir.subdir("nodes")?;
         dir.subdir("netns")?;
+        let bpffs = dir.mount_bpffs("bpf")?;
         let fabric = Netns::new(&netns_dir, "fabric")?;
         fabric.ip("link add fabric type bridge\nlink set fabric up")?;
         let mut nodes = Vec::new();
@@ -95,6 +97,7 @@ impl Topology {
         Ok(Self {
             nodes,
             _fabric: fabric,
+            bpffs,
             dir,
         })
     }
@@ -102,6 +105,11 @@ impl Topology {
     /// The directory of the test.
     pub fn dir(&self) -> &TestDir {
         &self.dir
+    }
+
+    /// A bpffs of the test's own.
+    pub fn bpffs(&self) -> &Path {
+        &self.bpffs
     }
 
     /// The directory with the pods' namespaces, `<namespace>_<name>` each: the agent's

@@ -1,0 +1,267 @@
+//! Entering and leaving the mesh under live connections.
+
+use std::net::SocketAddr;
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::thread;
+use std::time::Duration;
+
+use anyhow::{Context as _, Result, anyhow};
+use aya::programs::{SchedClassifier, TcAttachType};
+use redirect_tests::app::{Call, Conversation};
+use redirect_tests::both_families;
+use redirect_tests::netns::Family;
+use redirect_tests::plain_proxy::{PlainProxy, Via};
+use redirect_tests::process::{Attached, wait_for};
+use redirect_tests::topology::Pod;
+
+use crate::{PORT, Pair, assert_direct, assert_relayed, echo};
+
+both_families! {
+    connections_to_others_survive_enrolment,
+    connections_from_others_survive_enrolment,
+    new_calls_succeed_during_enrolment,
+    attaching_twice_is_harmless,
+    detaching_restores_everything,
+}
+
+/// Says something on a connection, over and over, while `f` runs; what `f` gives, and how often it
+/// was said.
+fn while_busy<T>(busy: &mut Conversation, f: impl FnOnce() -> Result<T>) -> Result<(T, usize)> {
+    let done = AtomicBool::new(false);
+    thread::scope(|scope| {
+        let talking = scope.spawn(|| -> Result<usize> {
+            let mut said = 0;
+            while !done.load(Ordering::Relaxed) {
+                busy.exchange(&[b'x'; 4000])?;
+                said += 1;
+            }
+            busy.exchange(b"the end")?;
+            Ok(said)
+        });
+        let outcome = f();
+        done.store(true, Ordering::Relaxed);
+        let said = talking
+            .join()
+            .map_err(|_| anyhow!("the busy connection's thread panicked"))?;
+        Ok((outcome?, said.context("talk on the busy connection")?))
+    })
+}
+
+fn connections_to_others_survive_enrolment(family: Family) -> Result<()> {
+    let Pair {
+        client,
+        server,
+        topology,
+    } = &Pair::new()?;
+    let _app = echo(server, family)?;
+    survive(family, client, client, server, Via::Outbound, || {
+        Attached::new(topology, client)
+    })
+}
+
+fn connections_from_others_survive_enrolment(family: Family) -> Result<()> {
+    let Pair {
+        client,
+        server,
+        topology,
+    } = &Pair::new()?;
+    let _app = echo(server, family)?;
+    survive(family, server, client, server, Via::Inbound, || {
+        Attached::new(topology, server)
+    })
+}
+
+fn survive<'a>(
+    family: Family,
+    enrolled: &Pod,
+    client: &Pod,
+    server: &Pod,
+    via: Via,
+    attach: impl FnOnce() -> Result<Attached<'a>>,
+) -> Result<()> {
+    let to = server.addr(family, PORT);
+    let mut idle = Call::to(to).open(&client.netns)?;
+    let mut busy = Call::to(to).open(&client.netns)?;
+    let proxy = PlainProxy::start(&enrolled.netns)?;
+
+    let (_attached, said) = while_busy(&mut busy, attach)?;
+
+    assert!(said > 0);
+    idle.exchange(b"still there?")
+        .context("talk on the idle connection")?;
+    for pod in [client, server] {
+        pod.netns.ip("neigh flush all")?;
+    }
+    idle.exchange(b"and now?")
+        .context("talk after a flush of the neighbours")?;
+    assert_eq!(idle.answer().saw_peer, idle.local_addr()?);
+    assert_eq!(proxy.relayed(), []);
+
+    let mut new = Call::to(to).open(&client.netns)?;
+    new.exchange(b"hello")?;
+    assert_eq!(new.answer().by, "server");
+    assert_eq!(new.answer().saw_peer.ip(), client.ip(family));
+    assert_relayed(&proxy, via, &new, to)?;
+    idle.exchange(b"side by side")
+        .context("talk beside a captured connection")
+}
+
+fn new_calls_succeed_during_enrolment(family: Family) -> Result<()> {
+    let Pair {
+        client,
+        server,
+        topology,
+    } = &Pair::new()?;
+    let _app = echo(server, family)?;
+    let to = server.addr(family, PORT);
+    let clients = PlainProxy::start(&client.netns)?;
+    let servers = PlainProxy::start(&server.netns)?;
+    let done = AtomicBool::new(false);
+
+    let (attached, calls) = thread::scope(|scope| {
+        let calling = scope.spawn(|| -> Result<usize> {
+            let mut calls = 0;
+            while !done.load(Ordering::Relaxed) {
+                for outcome in Call::to(to).at_once(&client.netns, 4)? {
+                    let answer = outcome.answer()?;
+                    assert_eq!(answer.by, "server");
+                    assert_eq!(answer.saw_peer.ip(), client.ip(family));
+                    calls += 1;
+                }
+            }
+            Ok(calls)
+        });
+        let attached = Attached::new(topology, client)
+            .and_then(|client| Ok((client, Attached::new(topology, server)?)));
+        done.store(true, Ordering::Relaxed);
+        let calls = calling
+            .join()
+            .map_err(|_| anyhow!("the calling thread panicked"))?;
+        Ok::<_, anyhow::Error>((attached?, calls?))
+    })?;
+
+    assert!(calls > 0);
+    let conversation = Call::to(to).open(&client.netns)?;
+    assert_relayed(&clients, Via::Outbound, &conversation, to)?;
+    assert!(
+        servers
+            .relayed()
+            .iter()
+            .any(|relayed| relayed.destination == to)
+    );
+    drop(attached);
+    Ok(())
+}
+
+fn attaching_twice_is_harmless(family: Family) -> Result<()> {
+    let Pair {
+        client,
+        server,
+        topology,
+    } = &Pair::new()?;
+    let _app = echo(server, family)?;
+    let to = server.addr(family, PORT);
+    let proxy = PlainProxy::start(&client.netns)?;
+    let attached = Attached::new(topology, client)?;
+    let mut captured = Call::to(to).open(&client.netns)?;
+    let before = footprint(client)?;
+
+    attached.again()?;
+
+    assert_eq!(footprint(client)?, before);
+    captured
+        .exchange(b"still there?")
+        .context("talk on the captured connection")?;
+    let new = Call::to(to).open(&client.netns)?;
+    assert_eq!(new.answer().by, "server");
+    assert_relayed(&proxy, Via::Outbound, &new, to)
+}
+
+fn detaching_restores_everything(family: Family) -> Result<()> {
+    let Pair {
+        client,
+        server,
+        topology,
+    } = &Pair::new()?;
+    let _apps = (echo(client, family)?, echo(server, family)?);
+    let to = server.addr(family, PORT);
+    // Not the kernel's default: it has to come back.
+    server.netns.set_sysctl("net/ipv4/fwmark_reflect", "1")?;
+    client.netns.set_sysctl("net/ipv4/tcp_fwmark_accept", "0")?;
+    let before = (footprint(client)?, footprint(server)?);
+    let proxies = (
+        PlainProxy::start(&client.netns)?,
+        PlainProxy::start(&server.netns)?,
+    );
+    let (clients, servers) = (
+        Attached::new(topology, client)?,
+        Attached::new(topology, server)?,
+    );
+    let mut redirected = Call::to(to).open(&client.netns)?;
+    redirected.exchange(b"hello")?;
+    assert_relayed(&proxies.0, Via::Outbound, &redirected, to)?;
+    assert_ne!((footprint(client)?, footprint(server)?), before);
+    drop(redirected);
+
+    clients.detach()?;
+    servers.detach()?;
+
+    assert_eq!((footprint(client)?, footprint(server)?), before);
+    // The proxies are still there, and get nothing.
+    let handed = (proxies.0.relayed().len(), proxies.1.relayed().len());
+    assert_direct(client, to, "server")?;
+    assert_direct(server, client.addr(family, PORT), "client")?;
+    assert_direct(client, SocketAddr::new(family.localhost(), PORT), "client")?;
+    assert_eq!(
+        (proxies.0.relayed().len(), proxies.1.relayed().len()),
+        handed
+    );
+    wait_for("the programs to be gone", Duration::from_secs(5), || {
+        Ok((programs(client)? + programs(server)? == 0).then_some(()))
+    })
+}
+
+/// All that enrolment may leave in a pod's network namespace.
+fn footprint(pod: &Pod) -> Result<Vec<String>> {
+    let mut footprint = Vec::new();
+    for family in ["-4", "-6"] {
+        for what in [&["rule", "show"][..], &["route", "show", "table", "all"]] {
+            footprint.push(pod.netns.output("ip", &[&[family], what].concat())?);
+        }
+    }
+    footprint.push(
+        pod.netns
+            .output("ip", &["-details", "-oneline", "link", "show"])?,
+    );
+    for sysctl in [
+        "net/ipv4/tcp_fwmark_accept",
+        "net/ipv4/fwmark_reflect",
+        "net/ipv6/fwmark_reflect",
+        "net/ipv4/conf/all/src_valid_mark",
+        "net/ipv4/conf/all/rp_filter",
+        "net/ipv4/conf/eth0/rp_filter",
+        "net/ipv4/conf/lo/rp_filter",
+        "net/ipv4/conf/all/accept_local",
+        "net/ipv4/conf/all/route_localnet",
+        "net/ipv4/ip_forward",
+    ] {
+        footprint.push(format!("{sysctl} = {}", pod.netns.sysctl(sysctl)?));
+    }
+    footprint.push(format!("{} programs", programs(pod)?));
+    Ok(footprint)
+}
+
+/// How many tcx programs are attached in a pod's network namespace.
+fn programs(pod: &Pod) -> Result<usize> {
+    pod.netns.run(|| {
+        let mut programs = 0;
+        for interface in ["lo", "eth0"] {
+            for hook in [TcAttachType::Ingress, TcAttachType::Egress] {
+                let (_, attached) = SchedClassifier::query_tcx(interface, hook)
+                    .with_context(|| format!("ask for the programs on {interface}"))?;
+                programs += attached.len();
+            }
+        }
+        Ok(programs)
+    })
+}
