@@ -5,3 +5,4 @@ pub mod source;
 pub mod commands;
 pub mod dataplane;
 pub mod netns;
+pub mod zds;
