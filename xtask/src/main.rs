@@ -2,13 +2,19 @@
 //!
 //! Progress goes to stderr; stdout carries only what a command is asked to print.
 
+mod check;
+mod demo;
+mod leftovers;
 mod process;
 mod rust_src;
 mod setup;
+mod test;
+
+use std::{ffi::OsString, process::ExitCode};
 
 use clap::{Parser, Subcommand};
 
-/// Sets up, builds, tests and shows the ambient redirector.
+/// Sets up, tests and shows the ambient redirector.
 #[derive(Parser)]
 #[command(bin_name = "cargo xtask")]
 struct Cli {
@@ -18,12 +24,40 @@ struct Cli {
 
 #[derive(Subcommand)]
 enum Command {
-    /// Brings everything that building and running needs; harmless when it is all there.
+    /// Bring everything that building and running needs; harmless when it is all there
     Setup,
+    /// Build and run all tests, as root, and look for what they left behind
+    Test {
+        /// Only this package's tests; may be given more than once
+        #[arg(long, short, value_name = "NAME")]
+        package: Vec<String>,
+        /// What the test programs get: a part of the tests' names, --nocapture …
+        #[arg(last = true, value_name = "FILTER")]
+        harness: Vec<OsString>,
+    },
+    /// Build the release binaries and run the demo, as root
+    #[command(disable_help_flag = true)]
+    Demo {
+        /// What the demo gets: --json, --help …
+        #[arg(trailing_var_arg = true, allow_hyphen_values = true, value_name = "ARGUMENT")]
+        arguments: Vec<OsString>,
+    },
+    /// Run what needs no root: formatting, lints, and the rules for dependencies
+    Check,
 }
 
-fn main() -> anyhow::Result<()> {
-    match Cli::parse().command {
+fn main() -> ExitCode {
+    let outcome = match Cli::parse().command {
         Command::Setup => setup::everything(setup::Report::All),
+        Command::Test { package, harness } => test::run_all(&package, &harness),
+        Command::Demo { arguments } => demo::become_demo(&arguments),
+        Command::Check => check::run_all(),
+    };
+    match outcome {
+        Ok(()) => ExitCode::SUCCESS,
+        Err(error) => {
+            eprintln!("xtask: {error:#}");
+            ExitCode::FAILURE
+        }
     }
 }

@@ -24,7 +24,7 @@ const PACKAGES: &[(&str, &str)] = &[("ip", "iproute2"), ("bpftool", "bpftool")];
 const BPF_LINKER_VERSION: &str = "0.13.0";
 
 /// Where pins live.
-const BPFFS: &str = "/sys/fs/bpf";
+pub(crate) const BPFFS: &str = "/sys/fs/bpf";
 
 /// How much to say.
 #[derive(Clone, Copy, PartialEq, Eq)]
@@ -157,7 +157,9 @@ fn core_source(report: Report, nightly: &Nightly, tools: &Path) -> Result<()> {
     }
     report.doing(THING, "adding core's source with rustup");
     let mut rustup = Command::new("rustup");
-    match run(rustup.args(["component", "add", "rust-src", "--toolchain", "nightly"])) {
+    rustup.args(["component", "add", "rust-src", "--toolchain", "nightly"]);
+    // It may fail in the ordinary course of things: a backtrace would look as if we had.
+    match run(rustup.env("RUST_BACKTRACE", "0")) {
         Ok(()) => report.done(THING, "added with rustup"),
         Err(error) => {
             report.doing(THING, &format!("rustup cannot ({error}); fetching Debian's package"));
@@ -267,16 +269,16 @@ fn packages(report: Report) -> Result<()> {
     report.doing(THING, &format!("installing {names} with apt-get"));
     if apt_get(&[], &["install", "--yes", "--no-install-recommends"], &missing).is_err() {
         // The usual reason: package lists that are missing or old. Fresh ones, beside the system's.
-        let lists = env::temp_dir().join(format!("ambient-redirect-apt-{}", std::process::id()));
-        let outcome = install_with_fresh_lists(&lists, &missing);
-        // Root's files: gone with the temporary directory at the latest.
-        let _ = as_root("rm").and_then(|mut rm| run(rm.arg("-rf").arg(&lists)));
-        outcome.with_context(|| {
+        report.doing(THING, "apt-get failed; once more with fresh package lists");
+        let scratch = tools_dir()?.join("apt");
+        install_with_fresh_lists(&scratch, &missing).with_context(|| {
             format!("install {names}; without a network, install these packages by hand")
         })?;
+        // They are root's files.
+        run(as_root("rm")?.arg("-rf").arg(&scratch))?;
     }
-    if let [program, ..] = missing_packages()[..] {
-        bail!("find the program of package {program}, which is installed: is it in another place?");
+    if let [package, ..] = missing_packages()[..] {
+        bail!("find the program of package {package} in PATH, although it is installed now");
     }
     report.done(THING, &format!("installed {names}"));
     Ok(())
@@ -287,13 +289,16 @@ fn missing_packages() -> Vec<&'static str> {
     missing.map(|(_, package)| *package).collect()
 }
 
-fn install_with_fresh_lists(lists: &Path, packages: &[&str]) -> Result<()> {
-    fs::create_dir_all(lists.join("partial"))
-        .and_then(|()| fs::create_dir_all(lists.join("cache/archives/partial")))
-        .with_context(|| format!("create {}", lists.display()))?;
+fn install_with_fresh_lists(scratch: &Path, packages: &[&str]) -> Result<()> {
+    let lists = scratch.join("lists");
+    let cache = scratch.join("cache");
+    for dir in [lists.join("partial"), cache.join("archives/partial")] {
+        fs::create_dir_all(&dir).with_context(|| format!("create {}", dir.display()))?;
+    }
     let options = [
         format!("Dir::State::lists={}", lists.display()),
-        format!("Dir::Cache={}", lists.join("cache").display()),
+        format!("Dir::Cache={}", cache.display()),
+        // The download user of apt cannot enter a home directory.
         "APT::Sandbox::User=root".to_owned(),
     ];
     apt_get(&options, &["update", "--quiet"], &[])?;
