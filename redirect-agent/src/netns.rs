@@ -1,9 +1,11 @@
 //! Network namespaces: opening one, telling it from other files, and running code inside it.
 
 use std::{
-    fs::File,
+    fs::{self, File},
+    io,
     os::fd::{AsFd, BorrowedFd, OwnedFd},
     path::{Path, PathBuf},
+    sync::Arc,
     thread,
 };
 
@@ -19,7 +21,7 @@ const NSFS_MAGIC: i64 = 0x6e73_6673;
 /// An open network namespace. It stays alive, and its inode number unique, while this is held.
 #[derive(Debug)]
 pub struct Netns {
-    fd: OwnedFd,
+    fd: Arc<OwnedFd>,
     inode: u32,
     path: PathBuf,
 }
@@ -56,7 +58,7 @@ impl Netns {
         let stat = fstat(&fd).with_context(|| format!("stat {}", path.display()))?;
         let inode = u32::try_from(stat.st_ino)
             .with_context(|| format!("use inode number {} of {}", stat.st_ino, path.display()))?;
-        let netns = Self { fd, inode, path: path.to_owned() };
+        let netns = Self { fd: Arc::new(fd), inode, path: path.to_owned() };
         // Other kinds of namespaces live on the same filesystem.
         netns.run(|| ()).map_err(|_| not_a_netns())?;
         Ok(netns)
@@ -72,15 +74,9 @@ impl Netns {
         &self.path
     }
 
-    /// A descriptor of its own for the same namespace.
-    ///
-    /// # Errors
-    ///
-    /// When the process has no descriptor left.
-    pub fn try_clone_fd(&self) -> Result<OwnedFd> {
-        self.fd
-            .try_clone()
-            .with_context(|| format!("duplicate the descriptor of {}", self.path.display()))
+    /// Its descriptor, for whoever else needs it.
+    pub fn fd(&self) -> Arc<OwnedFd> {
+        Arc::clone(&self.fd)
     }
 
     /// Runs `f` inside the namespace, on a thread that exists for this alone.
@@ -110,4 +106,21 @@ impl AsFd for Netns {
     fn as_fd(&self) -> BorrowedFd<'_> {
         self.fd.as_fd()
     }
+}
+
+/// The network namespaces that are mounted in a directory; other files are passed over.
+///
+/// # Errors
+///
+/// When the directory cannot be read; one that does not exist is empty.
+pub fn in_dir(dir: &Path) -> Result<Vec<Netns>> {
+    let entries = match fs::read_dir(dir) {
+        Err(e) if e.kind() == io::ErrorKind::NotFound => return Ok(Vec::new()),
+        entries => entries.with_context(|| format!("list {}", dir.display()))?,
+    };
+    let mut found = Vec::new();
+    for entry in entries {
+        found.extend(Netns::open(&entry?.path()));
+    }
+    Ok(found)
 }

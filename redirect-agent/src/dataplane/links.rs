@@ -13,7 +13,7 @@ use aya::programs::{
     tc::{SchedClassifierLink, TcAttachOptions},
 };
 
-use super::{remove_if_there, routes::LOOPBACK_IFINDEX, sys};
+use super::{remove_if_there, sys};
 use crate::netns::Netns;
 
 /// The pins of one pod, `<bpffs>/links/<netns inode>/…`.
@@ -71,34 +71,47 @@ impl PodLinks {
         Ok(())
     }
 
-    /// The links that an enrolled pod with these interfaces needs and that are not there.
-    pub(super) fn missing(&self, netns_inode: u32, interfaces: &[u32]) -> Result<Vec<String>> {
-        let mut missing = Vec::new();
-        if adopt(&self.lookup_pin(), netns_inode)?.is_none() {
-            missing.push("sk_lookup link".to_owned());
-        }
-        for &index in interfaces {
-            if adopt(&self.tcx_pin(index), index)?.is_none() {
-                let name =
-                    if index == LOOPBACK_IFINDEX { "lo".into() } else { format!("#{index}") };
-                missing.push(format!("tcx link on interface {name}"));
+    /// Whether `sk_lookup` is attached to the namespace.
+    pub(super) fn has_lookup(&self, netns_inode: u32) -> Result<bool> {
+        is_attached(&self.lookup_pin(), netns_inode)
+    }
+
+    /// Whether tcx is attached to the interface.
+    pub(super) fn has_tcx(&self, index: u32) -> Result<bool> {
+        is_attached(&self.tcx_pin(index), index)
+    }
+
+    /// Whether what the links were attached to is gone.
+    pub(super) fn are_dead(&self) -> Result<bool> {
+        for pin in self.pins()? {
+            if let Some(link) = open(&pin)?
+                && view(&link)?.target == 0
+            {
+                return Ok(true);
             }
         }
-        Ok(missing)
+        Ok(false)
     }
 
     /// Detaches everything.
     pub(super) fn remove(&self) -> Result<()> {
-        match fs::read_dir(&self.dir) {
-            Err(e) if e.kind() == io::ErrorKind::NotFound => return Ok(()),
-            Err(e) => return Err(e).with_context(|| format!("list {}", self.dir.display())),
-            Ok(pins) => {
-                for pin in pins {
-                    remove_if_there(&pin?.path())?;
-                }
-            }
+        for pin in self.pins()? {
+            remove_if_there(&pin)?;
         }
-        fs::remove_dir(&self.dir).with_context(|| format!("remove {}", self.dir.display()))
+        match fs::remove_dir(&self.dir) {
+            Err(e) if e.kind() != io::ErrorKind::NotFound => {
+                Err(e).with_context(|| format!("remove {}", self.dir.display()))
+            }
+            _ => Ok(()),
+        }
+    }
+
+    fn pins(&self) -> Result<Vec<PathBuf>> {
+        match fs::read_dir(&self.dir) {
+            Err(e) if e.kind() == io::ErrorKind::NotFound => Ok(Vec::new()),
+            Err(e) => Err(e).with_context(|| format!("list {}", self.dir.display())),
+            Ok(pins) => pins.map(|pin| Ok(pin?.path())).collect(),
+        }
     }
 
     fn lookup_pin(&self) -> PathBuf {
@@ -125,16 +138,27 @@ pub(super) fn attach_tcx(
 
 /// The link pinned at `pin`, if it is attached to `target`; a pin of anything else is removed.
 fn adopt(pin: &Path, target: u32) -> Result<Option<OwnedFd>> {
-    let link = match sys::obj_get(pin) {
-        Ok(link) => link,
-        Err(e) if e.kind() == io::ErrorKind::NotFound => return Ok(None),
-        Err(e) => return Err(e).with_context(|| format!("open pinned link {}", pin.display())),
-    };
+    let Some(link) = open(pin)? else { return Ok(None) };
     if view(&link)?.target == target {
         return Ok(Some(link));
     }
     remove_if_there(pin)?;
     Ok(None)
+}
+
+fn is_attached(pin: &Path, target: u32) -> Result<bool> {
+    match open(pin)? {
+        Some(link) => Ok(view(&link)?.target == target),
+        None => Ok(false),
+    }
+}
+
+fn open(pin: &Path) -> Result<Option<OwnedFd>> {
+    match sys::obj_get(pin) {
+        Ok(link) => Ok(Some(link)),
+        Err(e) if e.kind() == io::ErrorKind::NotFound => Ok(None),
+        Err(e) => Err(e).with_context(|| format!("open pinned link {}", pin.display())),
+    }
 }
 
 fn swap(link: &OwnedFd, program_id: u32, program: std::os::fd::BorrowedFd<'_>) -> Result<()> {

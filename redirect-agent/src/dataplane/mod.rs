@@ -150,6 +150,31 @@ impl PodNetns {
     }
 }
 
+/// What the kernel has for a pod, each thing by a short name: `sk_lookup`, `tcx lo`, `rule ipv4`.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct Inspection {
+    /// What is there.
+    pub present: Vec<String>,
+    /// What is missing.
+    pub missing: Vec<String>,
+}
+
+impl Inspection {
+    fn add(&mut self, present: bool, name: String) {
+        if present { &mut self.present } else { &mut self.missing }.push(name);
+    }
+}
+
+/// How much of the capture of a pod is there.
+struct CaptureState {
+    /// Every address's row says so.
+    rows: bool,
+    /// The rule is there for every family.
+    all_rules: bool,
+    /// The rule is there for some family.
+    any_rule: bool,
+}
+
 /// One row of the map `pods`.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Row {
@@ -266,8 +291,13 @@ impl Dataplane {
     ///
     /// When a system call fails; calling again completes it.
     pub fn capture(&self, pod: &PodNetns) -> Result<()> {
-        if self.captured(pod)? {
-            return Ok(());
+        let state = self.capture_state(pod)?;
+        if state.any_rule {
+            // It was captured before, and some of that was lost. Its connections are not marked
+            // now: those that are redirected would be torn from the proxy.
+            let mut locked = self.lock()?;
+            pod.netns.run(|| add_capture_rules(pod))??;
+            return locked.set_capture(pod, true);
         }
         // The old path is the pod's interfaces, the new one is `lo`.
         let transition = self.transition(pod, Way::Interfaces)?;
@@ -276,8 +306,7 @@ impl Dataplane {
             let kernel = &mut *locked;
             pod.netns.run(|| {
                 sockets::iterate(kernel.iterator("mark_direct")?)?;
-                let routing = Routing::open()?;
-                pod.sources().try_for_each(|source| routing.add_rule(source, Rule::Capture))
+                add_capture_rules(pod)
             })??;
             kernel.set_capture(pod, true)?;
         }
@@ -382,40 +411,70 @@ impl Dataplane {
         Ok(())
     }
 
-    /// What an enrolled pod lacks in the kernel; empty when it is fully redirected.
+    /// What the kernel has for an enrolled pod, and what it lacks.
     ///
     /// # Errors
     ///
     /// When a system call fails.
-    pub fn missing(&self, pod: &PodNetns) -> Result<Vec<String>> {
+    pub fn inspect(&self, pod: &PodNetns) -> Result<Inspection> {
         let mut locked = self.lock()?;
         let kernel = &mut *locked;
-        let mut missing = Vec::new();
+        let mut found = Inspection::default();
         for &ip in &pod.addresses {
-            match kernel.pods()?.row(ip)? {
-                Some(row) if row.pod_id == pod.id() && row.enrolled && row.capture => {}
-                _ => missing.push(format!("entry of {ip} in map pods")),
-            }
+            let row = kernel.pods()?.row(ip)?;
+            let capture = row.is_some_and(|r| r.pod_id == pod.id() && r.enrolled && r.capture);
+            found.add(capture, format!("capture of {ip}"));
         }
         let links = PodLinks::new(&self.dir, pod.id());
         pod.netns.run(|| {
+            found.add(links.has_lookup(pod.id())?, "sk_lookup".to_owned());
             let routing = Routing::open()?;
-            let interfaces: Vec<u32> = routing.interfaces()?.into_keys().collect();
-            missing.extend(links.missing(pod.id(), &interfaces)?);
-            for source in pod.sources() {
-                let family = if source.is_ipv4() { "IPv4" } else { "IPv6" };
-                if !routing.has_route(source)? {
-                    missing.push(format!("{family} route"));
-                }
-                for rule in [Rule::Capture, Rule::Keep] {
-                    if !routing.has_rule(source, rule)? {
-                        missing.push(format!("{family} rule {rule:?}").to_lowercase());
-                    }
-                }
+            for (index, name) in routing.interfaces()? {
+                found.add(links.has_tcx(index)?, format!("tcx {name}"));
             }
-            missing.extend(sysctl::wrong()?.into_iter().map(|name| format!("sysctl {name}")));
-            Ok(missing)
+            for source in pod.sources() {
+                let family = if source.is_ipv4() { "ipv4" } else { "ipv6" };
+                found.add(routing.has_route(source)?, format!("route {family}"));
+                found.add(routing.has_rule(source, Rule::Capture)?, format!("rule {family}"));
+                found.add(routing.has_rule(source, Rule::Keep)?, format!("drain rule {family}"));
+            }
+            for (name, right) in sysctl::check()? {
+                found.add(right, format!("sysctl {name}"));
+            }
+            Ok(found)
         })?
+    }
+
+    /// Whether the pod's new connections are redirected, in both directions and all families.
+    ///
+    /// # Errors
+    ///
+    /// When a system call fails.
+    pub fn captured(&self, pod: &PodNetns) -> Result<bool> {
+        let found = self.capture_state(pod)?;
+        Ok(found.rows && found.all_rules)
+    }
+
+    /// Drops what the maps and bpffs hold for namespaces that are dead, and the rows of addresses
+    /// that are neither `known` nor of a pod with links.
+    ///
+    /// # Errors
+    ///
+    /// When a system call fails.
+    pub fn sweep(&self, known: &BTreeSet<IpAddr>) -> Result<()> {
+        for pod_id in self.linked_pods()? {
+            if PodLinks::new(&self.dir, pod_id).are_dead()? {
+                debug!("network namespace {pod_id} is dead");
+                self.forget(pod_id)?;
+            }
+        }
+        let linked = self.linked_pods()?;
+        for row in self.rows()? {
+            if !known.contains(&row.address) && !linked.contains(&row.pod_id) {
+                self.delete_row(row.address)?;
+            }
+        }
+        Ok(())
     }
 
     /// The rows of the map `pods`.
@@ -506,26 +565,26 @@ impl Dataplane {
         Ok(())
     }
 
-    fn captured(&self, pod: &PodNetns) -> Result<bool> {
+    fn capture_state(&self, pod: &PodNetns) -> Result<CaptureState> {
         let rows = {
             let mut locked = self.lock()?;
-            let kernel = &mut *locked;
-            let pods = kernel.pods()?;
-            let captured = |ip: &IpAddr| Ok(pods.row(*ip)?.is_some_and(|row| row.capture));
+            let pods = locked.pods()?;
+            let captured = |ip: &IpAddr| {
+                Ok(pods.row(*ip)?.is_some_and(|row| row.pod_id == pod.id() && row.capture))
+            };
             pod.addresses.iter().map(captured).collect::<Result<Vec<bool>>>()?
         };
-        if rows.contains(&false) {
-            return Ok(false);
-        }
-        pod.netns.run(|| {
+        let rules = pod.netns.run(|| {
             let routing = Routing::open()?;
-            for source in pod.sources() {
-                if !routing.has_rule(source, Rule::Capture)? {
-                    return Ok(false);
-                }
-            }
-            Ok(true)
-        })?
+            pod.sources()
+                .map(|source| routing.has_rule(source, Rule::Capture))
+                .collect::<Result<Vec<bool>>>()
+        })??;
+        Ok(CaptureState {
+            rows: !rows.contains(&false),
+            all_rules: !rules.contains(&false),
+            any_rule: rules.contains(&true),
+        })
     }
 
     /// Notes the flows that leave on `old`, and holds them back on the other path, until dropped.
@@ -720,6 +779,12 @@ impl Pods<'_> {
     fn delete(&mut self, address: IpAddr) -> Result<()> {
         absent(self.0.remove(&address.into())).context("write map pods").map(drop)
     }
+}
+
+/// Runs inside the pod's namespace.
+fn add_capture_rules(pod: &PodNetns) -> Result<()> {
+    let routing = Routing::open()?;
+    pod.sources().try_for_each(|source| routing.add_rule(source, Rule::Capture))
 }
 
 fn row(address: IpAddr, entry: PodEntry) -> Row {

@@ -43,16 +43,15 @@ pub(super) fn restore(saved: &SavedSysctls) -> Result<()> {
     Ok(())
 }
 
-/// Those that do not have the value that an enrolled pod needs.
-pub(super) fn wrong() -> Result<Vec<&'static str>> {
-    let mut wrong = Vec::new();
-    for (name, wanted) in SYSCTLS {
-        let value = get(name)?;
-        if value != wanted && value != SYSCTL_ABSENT {
-            wrong.push(name);
-        }
-    }
-    Ok(wrong)
+/// Each sysctl, and whether it has the value that an enrolled pod needs.
+pub(super) fn check() -> Result<Vec<(&'static str, bool)>> {
+    SYSCTLS
+        .iter()
+        .map(|(name, wanted)| {
+            let value = get(name)?;
+            Ok((*name, value == *wanted || value == SYSCTL_ABSENT))
+        })
+        .collect()
 }
 
 fn path(name: &str) -> String {

@@ -1,0 +1,362 @@
+//! Brings every pod of the node to where it should be, and keeps it there.
+//!
+//! Each pod has a task of its own, so that one that fails, or is slow, delays no other. A task
+//! compares what is wanted with what is known to be true, takes the one next step
+//! ([`plan::next`]), and compares again: the wish can change after any step.
+
+mod plan;
+mod pod;
+
+use std::{
+    collections::{BTreeMap, BTreeSet, btree_map::Entry},
+    net::IpAddr,
+    path::PathBuf,
+    sync::{Arc, Mutex, MutexGuard, PoisonError},
+    time::{Duration, SystemTime},
+};
+
+use anyhow::{Context as _, Result};
+use tokio::{
+    sync::{broadcast::error::RecvError, watch},
+    task::spawn_blocking,
+    time::{MissedTickBehavior, interval},
+};
+use tokio_util::{sync::CancellationToken, task::TaskTracker};
+use tracing::warn;
+
+use self::{plan::Standing, pod::PodTask};
+use crate::{
+    dataplane::{Dataplane, PodNetns},
+    membership::{self, Decision, Pod, PodKey, decide},
+    netns,
+    output::{KernelStatus, OverrideStatus, PodState, PodStatus},
+    overrides::{Overrides, Store},
+    source::{Inventory, Source},
+    zds,
+};
+
+/// How often the wish for each pod is computed anew without anything having changed: overrides end
+/// by the clock.
+const TICK: Duration = Duration::from_secs(1);
+/// How often what is left of dead namespaces is swept.
+const SWEEP: Duration = Duration::from_secs(10);
+
+/// How to run on this node.
+#[derive(Clone, Debug)]
+pub struct Settings {
+    /// What decides who is in the mesh.
+    pub membership: membership::Config,
+    /// Where network namespaces are, as `<namespace>_<name>`.
+    pub netns_dir: PathBuf,
+    /// For how long a pod that leaves the mesh may finish its redirected connections.
+    pub drain: Duration,
+}
+
+/// A pod and what is decided for it; `None` when the pod is gone.
+type Wanted = Option<(Pod, Decision)>;
+
+/// What the pods' tasks share.
+struct Shared<S> {
+    settings: Settings,
+    source: S,
+    dataplane: Arc<Dataplane>,
+    zds: zds::Handle,
+    views: Mutex<BTreeMap<PodKey, View>>,
+}
+
+impl<S> Shared<S> {
+    fn views(&self) -> MutexGuard<'_, BTreeMap<PodKey, View>> {
+        self.views.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}
+
+/// What `status` shows of a pod, as its task last knew it.
+#[derive(Clone, Debug)]
+struct View {
+    pod: Pod,
+    decision: Decision,
+    standing: Standing,
+    netns: Option<Arc<PodNetns>>,
+    problem: Option<String>,
+}
+
+impl View {
+    fn state(&self) -> PodState {
+        let s = &self.standing;
+        match (self.decision.enrolled, &self.problem) {
+            (true, _) if s.captured => PodState::Enrolled,
+            (true, Some(_)) if !s.offered => PodState::Failed,
+            (true, _) => PodState::Enrolling,
+            (false, _) if !s.prepared => PodState::Bypassing,
+            (false, Some(_)) => PodState::Failed,
+            (false, None) => PodState::Leaving,
+        }
+    }
+}
+
+/// Runs the pods' tasks.
+pub struct Reconciler<S> {
+    shared: Arc<Shared<S>>,
+    overrides: Arc<Store>,
+    inventory: watch::Receiver<Arc<Inventory>>,
+    /// Counts up whenever a proxy has opened listeners: they have to be adopted.
+    proxies: watch::Sender<u64>,
+    /// By pod: its uid, and where its task hears what is wanted.
+    tasks: BTreeMap<PodKey, (String, watch::Sender<Wanted>)>,
+    tracker: TaskTracker,
+}
+
+/// What `status` asks.
+pub struct Observer<S> {
+    shared: Arc<Shared<S>>,
+}
+
+impl<S: Source> Reconciler<S> {
+    /// Prepares to run; nothing happens yet.
+    pub fn new(
+        settings: Settings,
+        source: S,
+        overrides: Arc<Store>,
+        dataplane: Arc<Dataplane>,
+        zds: zds::Handle,
+    ) -> Self {
+        let inventory = source.inventory();
+        let shared = Shared { settings, source, dataplane, zds, views: Mutex::default() };
+        Self {
+            shared: Arc::new(shared),
+            overrides,
+            inventory,
+            proxies: watch::Sender::new(0),
+            tasks: BTreeMap::new(),
+            tracker: TaskTracker::new(),
+        }
+    }
+
+    /// For `status`.
+    pub fn observer(&self) -> Observer<S> {
+        Observer { shared: Arc::clone(&self.shared) }
+    }
+
+    /// Takes over what a former agent left, and makes every enrolled pod known to the ZDS server.
+    /// That may serve proxies only afterwards: a proxy stops whatever its snapshot does not name.
+    pub async fn adopt(&mut self) {
+        self.remove_orphans().await;
+        for (_, mut task) in self.update() {
+            task.adopt().await;
+            self.tracker.spawn(task.run());
+        }
+    }
+
+    /// Reconciles until `shutdown`. Everything in the kernel stays as it is then.
+    pub async fn run(mut self, shutdown: CancellationToken) {
+        let mut overrides = self.overrides.subscribe();
+        let mut events = self.shared.zds.subscribe();
+        let mut tick = interval(TICK);
+        tick.set_missed_tick_behavior(MissedTickBehavior::Delay);
+        let mut sweep = interval(SWEEP);
+        sweep.set_missed_tick_behavior(MissedTickBehavior::Delay);
+        loop {
+            tokio::select! {
+                () = shutdown.cancelled() => break,
+                Ok(()) = self.inventory.changed() => {}
+                Ok(()) = overrides.changed() => {}
+                _ = tick.tick() => {}
+                _ = sweep.tick() => self.sweep().await,
+                event = events.recv() => match event {
+                    Ok(zds::Event::SnapshotDone { .. } | zds::Event::ProxyGone { .. }) | Err(RecvError::Lagged(_)) => {
+                        self.proxies.send_modify(|n| *n += 1);
+                    }
+                    Ok(_) | Err(RecvError::Closed) => {}
+                },
+            }
+            for (_, task) in self.update() {
+                self.tracker.spawn(task.run());
+            }
+        }
+        // The tasks see their senders go, and stop where they are.
+        self.tasks.clear();
+        self.tracker.close();
+        self.tracker.wait().await;
+    }
+
+    /// Tells every task what is wanted now; returns the tasks of pods that are new.
+    fn update(&mut self) -> Vec<(PodKey, PodTask<S>)> {
+        let inventory = Arc::clone(&self.inventory.borrow_and_update());
+        let overrides = self.overrides.current();
+        let now = SystemTime::now();
+        self.tasks.retain(|key, (uid, wanted)| {
+            let stays = inventory.pods.get(key).is_some_and(|pod| pod.uid == *uid);
+            if !stays {
+                wanted.send_replace(None);
+                self.shared.views().remove(key);
+            }
+            stays
+        });
+        let mut new = Vec::new();
+        for (key, pod) in &inventory.pods {
+            let decision = self.decide(&inventory, &overrides, pod, now);
+            let wanted = Some((pod.clone(), decision));
+            match self.tasks.entry(key.clone()) {
+                Entry::Occupied(task) => {
+                    task.get().1.send_if_modified(|old| {
+                        let modified = *old != wanted;
+                        *old = wanted;
+                        modified
+                    });
+                }
+                Entry::Vacant(slot) => {
+                    let (sender, receiver) = watch::channel(wanted);
+                    let proxies = self.proxies.subscribe();
+                    let shared = Arc::clone(&self.shared);
+                    let task = PodTask::new(shared, receiver, proxies, pod.clone());
+                    slot.insert((pod.uid.clone(), sender));
+                    new.push((key.clone(), task));
+                }
+            }
+        }
+        new
+    }
+
+    fn decide(
+        &self,
+        inventory: &Inventory,
+        overrides: &Overrides,
+        pod: &Pod,
+        now: SystemTime,
+    ) -> Decision {
+        let namespace = inventory.namespaces.get(&pod.key.namespace);
+        let decision = decide(namespace, pod, &self.shared.settings.membership);
+        overrides.apply(decision, &pod.key, now)
+    }
+
+    /// Sweeps what is left of namespaces that are dead, and rows of addresses that nobody has.
+    async fn sweep(&self) {
+        let dataplane = Arc::clone(&self.shared.dataplane);
+        let known = self.known_addresses();
+        let swept = spawn_blocking(move || dataplane.sweep(&known)).await;
+        if let Err(e) = swept.map_err(Into::into).flatten() {
+            warn!("cannot sweep what is left of dead network namespaces: {e:#}");
+        }
+    }
+
+    /// The addresses that the source knows, and those that the tasks' namespaces have besides.
+    fn known_addresses(&self) -> BTreeSet<IpAddr> {
+        let inventory = self.inventory.borrow();
+        let mut known: BTreeSet<IpAddr> =
+            inventory.pods.values().flat_map(|pod| pod.ips.iter().copied()).collect();
+        for view in self.shared.views().values() {
+            known.extend(view.netns.iter().flat_map(|netns| netns.addresses.iter().copied()));
+        }
+        known
+    }
+
+    /// Restores pods that were set up by a former agent and are no longer known, where their
+    /// namespace can be found.
+    async fn remove_orphans(&self) {
+        let known: BTreeSet<PathBuf> = self
+            .inventory
+            .borrow()
+            .pods
+            .keys()
+            .map(|key| self.shared.settings.netns_dir.join(key.netns_name()))
+            .collect();
+        let dataplane = Arc::clone(&self.shared.dataplane);
+        let netns_dir = self.shared.settings.netns_dir.clone();
+        let removed = spawn_blocking(move || {
+            let linked = dataplane.linked_pods()?;
+            for netns in netns::in_dir(&netns_dir)? {
+                if linked.contains(&netns.inode()) && !known.contains(netns.path()) {
+                    let path = netns.path().to_owned();
+                    warn!("restoring {}: no pod that is known has it", path.display());
+                    let pod = PodNetns::new(netns, &[], 0)?;
+                    dataplane.release(&pod)?;
+                    dataplane.remove(&pod).with_context(|| format!("restore {}", path.display()))?;
+                }
+            }
+            anyhow::Ok(())
+        });
+        if let Err(e) = removed.await.map_err(Into::into).flatten() {
+            warn!("cannot restore what a former agent has left: {e:#}");
+        }
+    }
+}
+
+impl<S: Source> Observer<S> {
+    /// Where pods come from.
+    pub fn source(&self) -> String {
+        self.shared.source.describe()
+    }
+
+    /// What cannot be used in the source.
+    pub fn inventory(&self) -> Arc<Inventory> {
+        Arc::clone(&self.shared.source.inventory().borrow())
+    }
+
+    /// The proxies and the workloads they serve.
+    pub fn zds(&self) -> zds::ZdsStatus {
+        self.shared.zds.status()
+    }
+
+    /// Every pod, with what the kernel has for it at this moment.
+    ///
+    /// # Errors
+    ///
+    /// When the maps cannot be read.
+    pub async fn pods(&self, overrides: &Overrides) -> Result<Vec<PodStatus>> {
+        let views: Vec<View> = self.shared.views().values().cloned().collect();
+        let dataplane = Arc::clone(&self.shared.dataplane);
+        let now = SystemTime::now();
+        let overridden: Vec<Option<OverrideStatus>> = views
+            .iter()
+            .map(|view| {
+                let (target, found) = overrides.find(&view.pod.key, now)?;
+                Some(OverrideStatus { mode: found.mode, target, until: found.until })
+            })
+            .collect();
+        spawn_blocking(move || {
+            let mut counters = dataplane.counters()?;
+            Ok(views
+                .into_iter()
+                .zip(overridden)
+                .map(|(view, overridden)| {
+                    let state = view.state();
+                    let mut message = view.problem;
+                    let mut kernel = None;
+                    if let Some(netns) = view.netns.as_ref().filter(|_| view.standing.prepared) {
+                        match dataplane.inspect(netns) {
+                            Ok(found) => {
+                                kernel = Some(KernelStatus {
+                                    complete: found.missing.is_empty(),
+                                    present: found.present,
+                                    missing: found.missing,
+                                });
+                            }
+                            Err(e) => message = Some(format!("{e:#}")),
+                        }
+                    }
+                    let netns = view.netns.as_ref().map(|netns| netns.netns.inode());
+                    let counters = netns.and_then(|inode| counters.remove(&inode));
+                    PodStatus {
+                        namespace: view.pod.key.namespace,
+                        name: view.pod.key.name,
+                        uid: view.pod.uid,
+                        ips: view.pod.ips,
+                        state,
+                        reason: view.decision.reason,
+                        message,
+                        overridden,
+                        netns,
+                        kernel,
+                        counters: counters
+                            .unwrap_or_default()
+                            .into_iter()
+                            .map(|(name, value)| (name.to_owned(), value))
+                            .collect(),
+                    }
+                })
+                .collect())
+        })
+        .await
+        .context("read the kernel's state")?
+    }
+}

@@ -1,0 +1,162 @@
+//! What to do next for a pod: a pure comparison of what is wished with what is known to be true.
+
+/// What is wanted for a pod.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) enum Wish {
+    /// In the mesh.
+    Enrolled,
+    /// Not in the mesh.
+    Bypass,
+}
+
+/// What is known to be true of a pod. All false: nothing was ever done to it.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub(super) struct Standing {
+    /// Everything is in place in its namespace.
+    pub(super) prepared: bool,
+    /// The proxy may know it.
+    pub(super) offered: bool,
+    /// The proxy listens in it.
+    pub(super) served: bool,
+    /// Its new connections are redirected.
+    pub(super) captured: bool,
+    /// Connections of it may be redirected.
+    pub(super) redirected: bool,
+    /// Its peers may have been told to speak HBONE to it.
+    pub(super) published: bool,
+    /// The map `pods` says why it bypasses.
+    pub(super) noted: bool,
+}
+
+/// One thing to do for a pod; each is idempotent.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) enum Step {
+    /// Set everything up, without redirecting.
+    Prepare,
+    /// Hand it to the proxy, and wait until that listens.
+    Serve,
+    /// Redirect new connections.
+    Capture,
+    /// Tell its peers to speak HBONE to it.
+    Publish,
+    /// Tell its peers not to.
+    Retract,
+    /// Stop redirecting new connections.
+    Release,
+    /// Let redirected connections end.
+    Drain,
+    /// Take it away from the proxy.
+    Withdraw,
+    /// Leave no trace.
+    Remove,
+    /// Say in the map `pods` why it bypasses.
+    Note,
+}
+
+/// The next step, in the order that misdirects no connection; `None` when all is as wished.
+///
+/// Into the mesh: nothing is redirected before the proxy listens, and peers use HBONE only when
+/// that is answered. Out of it: the reverse, and the proxy, which cuts a pod's connections when it
+/// loses it, loses it only when they have ended or have had their time.
+pub(super) fn next(wish: Wish, s: &Standing) -> Option<Step> {
+    match wish {
+        Wish::Enrolled if !s.prepared => Some(Step::Prepare),
+        Wish::Enrolled if !s.served => Some(Step::Serve),
+        Wish::Enrolled if !s.captured => Some(Step::Capture),
+        Wish::Enrolled if !s.published => Some(Step::Publish),
+        Wish::Enrolled => None,
+        Wish::Bypass if s.published => Some(Step::Retract),
+        Wish::Bypass if s.captured => Some(Step::Release),
+        Wish::Bypass if s.redirected => Some(Step::Drain),
+        Wish::Bypass if s.offered => Some(Step::Withdraw),
+        Wish::Bypass if s.prepared => Some(Step::Remove),
+        Wish::Bypass if !s.noted => Some(Step::Note),
+        Wish::Bypass => None,
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    /// What a step makes true when it succeeds.
+    fn done(step: Step, mut s: Standing) -> Standing {
+        match step {
+            Step::Prepare => (s.prepared, s.noted) = (true, false),
+            Step::Serve => (s.served, s.offered) = (true, true),
+            Step::Capture => (s.captured, s.redirected) = (true, true),
+            Step::Publish => s.published = true,
+            Step::Retract => s.published = false,
+            Step::Release => s.captured = false,
+            Step::Drain => s.redirected = false,
+            Step::Withdraw => (s.served, s.offered) = (false, false),
+            Step::Remove => s.prepared = false,
+            Step::Note => s.noted = true,
+        }
+        s
+    }
+
+    fn walk(wish: Wish, mut s: Standing) -> (Vec<Step>, Standing) {
+        let mut steps = Vec::new();
+        while let Some(step) = next(wish, &s) {
+            steps.push(step);
+            assert!(steps.len() <= 10, "{wish:?} does not settle: {steps:?}");
+            s = done(step, s);
+        }
+        (steps, s)
+    }
+
+    fn every_standing() -> impl Iterator<Item = Standing> {
+        (0..128u8).map(|bits| {
+            let bit = |n: u8| bits & (1 << n) != 0;
+            Standing {
+                prepared: bit(0),
+                offered: bit(1),
+                served: bit(2),
+                captured: bit(3),
+                redirected: bit(4),
+                published: bit(5),
+                noted: bit(6),
+            }
+        })
+    }
+
+    #[test]
+    fn a_new_pod_goes_in_and_out_in_the_documented_order() {
+        use Step::*;
+        let (steps, inside) = walk(Wish::Enrolled, Standing::default());
+        assert_eq!(steps, [Prepare, Serve, Capture, Publish]);
+        let (steps, _) = walk(Wish::Bypass, inside);
+        assert_eq!(steps, [Retract, Release, Drain, Withdraw, Remove, Note]);
+    }
+
+    #[test]
+    fn from_wherever_it_was_interrupted_a_pod_gets_to_where_it_should_be() {
+        for s in every_standing() {
+            let (_, end) = walk(Wish::Enrolled, s);
+            assert!(end.prepared && end.served && end.captured && end.published, "{s:?}");
+            let (_, end) = walk(Wish::Bypass, s);
+            assert_eq!(end, Standing { noted: true, served: end.served, ..Standing::default() });
+        }
+    }
+
+    #[test]
+    fn nothing_is_newly_redirected_to_a_proxy_that_does_not_listen() {
+        for s in every_standing() {
+            if next(Wish::Enrolled, &s) == Some(Step::Capture) {
+                assert!(s.served, "{s:?}");
+            }
+        }
+    }
+
+    #[test]
+    fn the_proxy_loses_a_pod_only_when_nothing_is_redirected_to_it() {
+        for s in every_standing() {
+            match next(Wish::Bypass, &s) {
+                Some(Step::Withdraw) => assert!(!s.captured && !s.redirected, "{s:?}"),
+                Some(Step::Remove) => assert!(!s.offered && !s.captured, "{s:?}"),
+                _ => {}
+            }
+        }
+    }
+}

@@ -1,0 +1,472 @@
+//! The task of one pod.
+
+use std::{
+    net::IpAddr,
+    path::PathBuf,
+    sync::Arc,
+    time::Duration,
+};
+
+use anyhow::{Context as _, Result, anyhow};
+use tokio::{
+    sync::watch,
+    task::spawn_blocking,
+    time::{Instant, sleep_until, timeout},
+};
+use tracing::{info, warn};
+
+use super::{
+    Shared, View, Wanted,
+    plan::{Standing, Step, Wish, next},
+};
+use crate::{
+    dataplane::PodNetns,
+    membership::{Pod, PodKey},
+    netns::Netns,
+    source::{Redirection, Source},
+    zds::{AddOutcome, Workload},
+};
+
+/// How often a pod's network namespace is looked for where it should be.
+const LOOK: Duration = Duration::from_secs(5);
+/// How often the kernel is compared with what should be there.
+const VERIFY: Duration = Duration::from_secs(60);
+/// The first pause before a step that failed is tried again; it doubles each time, up to the
+/// longest.
+const RETRY_FIRST: Duration = Duration::from_millis(250);
+const RETRY_LONGEST: Duration = Duration::from_secs(30);
+/// How often a pod that leaves the mesh is asked whether redirected connections are left.
+const DRAIN_POLL: Duration = Duration::from_millis(100);
+
+/// One pod, from the moment it is known until it is gone.
+pub(super) struct PodTask<S> {
+    shared: Arc<Shared<S>>,
+    key: PodKey,
+    wanted: watch::Receiver<Wanted>,
+    proxies: watch::Receiver<u64>,
+    pod: Pod,
+    standing: Standing,
+    netns: Option<Arc<PodNetns>>,
+    /// The addresses whose rows of the map `pods` say why the pod bypasses.
+    noted: Vec<IpAddr>,
+    problem: Option<String>,
+}
+
+/// What ends a pause.
+enum Woken {
+    /// The wish changed.
+    Wanted,
+    /// Whoever sends the wishes is gone: the agent stops, and leaves everything as it is.
+    Stopped,
+    /// A proxy opened listeners.
+    Proxy,
+    /// The time is over.
+    Time,
+}
+
+impl<S: Source> PodTask<S> {
+    pub(super) fn new(
+        shared: Arc<Shared<S>>,
+        wanted: watch::Receiver<Wanted>,
+        proxies: watch::Receiver<u64>,
+        pod: Pod,
+    ) -> Self {
+        // What a former agent published is not known; taking it back is harmless.
+        let standing = Standing { published: true, ..Standing::default() };
+        let key = pod.key.clone();
+        Self {
+            shared,
+            key,
+            wanted,
+            proxies,
+            pod,
+            standing,
+            netns: None,
+            noted: Vec::new(),
+            problem: None,
+        }
+    }
+
+    /// Takes over what a former agent has set up, and makes the pod known to the ZDS server, which
+    /// must know every enrolled pod before it serves the first proxy.
+    pub(super) async fn adopt(&mut self) {
+        if self.wish() == Some(Wish::Enrolled) {
+            self.standing.published = false;
+        }
+        if let Err(e) = self.try_adopt().await {
+            self.problem = Some(format!("{e:#}"));
+        }
+        self.show();
+    }
+
+    async fn try_adopt(&mut self) -> Result<()> {
+        let workload = workload(&self.pod);
+        let enrolled = self.wish() == Some(Wish::Enrolled);
+        match self.open_netns().await {
+            Ok(netns) => {
+                let inode = netns.netns.inode();
+                let dataplane = Arc::clone(&self.shared.dataplane);
+                let (prepared, captured) = blocking(move || {
+                    let rows = dataplane.rows()?;
+                    let captured = rows.iter().any(|row| row.pod_id == inode && row.capture);
+                    Ok((dataplane.linked_pods()?.contains(&inode), captured))
+                })
+                .await?;
+                // A captured pod may have redirected connections, and the proxy may know it.
+                self.standing.captured = captured;
+                self.standing.redirected = prepared;
+                self.standing.offered = prepared;
+                if !enrolled {
+                    self.standing.prepared = prepared;
+                }
+                if enrolled {
+                    self.offer().await?;
+                }
+                Ok(())
+            }
+            Err(e) if enrolled => {
+                // The proxy may serve it all the same; it must not stop because of us.
+                self.shared.zds.keep(workload)?;
+                self.standing.offered = true;
+                Err(e)
+            }
+            // A pod that bypasses needs no namespace.
+            Err(_) => Ok(()),
+        }
+    }
+
+    /// Runs until the pod is gone and nothing of it is left, or the agent stops.
+    pub(super) async fn run(mut self) {
+        let mut retry = RETRY_FIRST;
+        let mut verify = Instant::now() + VERIFY;
+        loop {
+            self.wanted.mark_unchanged();
+            if self.settle_wish().is_none() {
+                self.bury().await;
+                return;
+            }
+            let pause = match self.advance().await {
+                Ok(true) => {
+                    retry = RETRY_FIRST;
+                    self.problem = None;
+                    LOOK
+                }
+                Ok(false) => LOOK,
+                Err(e) => {
+                    let problem = format!("{e:#}");
+                    if self.problem.as_ref() != Some(&problem) {
+                        warn!(pod = %self.key, "{problem}");
+                    }
+                    self.problem = Some(problem);
+                    let pause = retry;
+                    retry = RETRY_LONGEST.min(retry * 2);
+                    pause
+                }
+            };
+            self.show();
+            match self.wait(Instant::now() + pause).await {
+                Woken::Wanted => {}
+                Woken::Stopped => return,
+                Woken::Proxy => self.standing.served = false,
+                Woken::Time => {
+                    let due = Instant::now() >= verify;
+                    if due {
+                        verify = Instant::now() + VERIFY;
+                    }
+                    if let Err(e) = self.verify(due).await {
+                        self.problem = Some(format!("{e:#}"));
+                    }
+                }
+            }
+        }
+    }
+
+    /// Takes steps until all is as wished (`true`), or what is missing is not ours to do (`false`).
+    async fn advance(&mut self) -> Result<bool> {
+        while let Some(wish) = self.wish() {
+            let Some(step) = next(wish, &self.standing) else { return Ok(true) };
+            self.show();
+            if !self.take(step).await? {
+                return Ok(false);
+            }
+            if self.wanted.has_changed().unwrap_or(false) {
+                self.wanted.mark_unchanged();
+                self.settle_wish();
+            }
+        }
+        Ok(true)
+    }
+
+    /// Takes one step; `false`: it has to wait for someone else.
+    async fn take(&mut self, step: Step) -> Result<bool> {
+        match step {
+            Step::Prepare => {
+                let netns = self.open_netns().await?;
+                let captured = self.on_netns(netns, |d, pod| {
+                    d.prepare(pod)?;
+                    d.captured(pod)
+                });
+                self.standing.captured = captured.await?;
+                self.standing.prepared = true;
+                self.standing.noted = false;
+                self.noted.clear();
+            }
+            Step::Serve => {
+                if !self.offer().await? {
+                    let pending = (!self.standing.captured).then_some(Redirection::Pending);
+                    if pending.is_some() {
+                        self.shared.source.publish(&self.key, pending).await?;
+                    }
+                    self.problem = Some("no proxy is connected to the ZDS socket yet".to_owned());
+                    return Ok(false);
+                }
+                let netns = self.open_netns().await?;
+                self.on_netns(netns, |d, pod| d.proxy_listens(pod)).await?;
+                self.standing.served = true;
+            }
+            Step::Capture => {
+                let netns = self.open_netns().await?;
+                self.on_netns(netns, |d, pod| d.capture(pod)).await?;
+                self.standing.captured = true;
+                self.standing.redirected = true;
+                info!(pod = %self.key, "enrolled");
+            }
+            Step::Publish => {
+                self.shared.source.publish(&self.key, Some(Redirection::Enabled)).await?;
+                self.standing.published = true;
+            }
+            Step::Retract => {
+                self.shared.source.publish(&self.key, None).await?;
+                self.standing.published = false;
+            }
+            Step::Release => {
+                let netns = self.open_netns().await?;
+                self.on_netns(netns, |d, pod| d.release(pod)).await?;
+                self.standing.captured = false;
+            }
+            Step::Drain => return self.drain().await,
+            Step::Withdraw => {
+                self.shared.zds.delete(&self.pod.uid).await;
+                self.standing.offered = false;
+                self.standing.served = false;
+            }
+            Step::Remove => {
+                let netns = self.open_netns().await?;
+                self.on_netns(netns, |d, pod| d.remove(pod)).await?;
+                self.standing.prepared = false;
+                // Whatever else holds the namespace's descriptor keeps it alive.
+                self.netns = None;
+                info!(pod = %self.key, "un-enrolled");
+            }
+            Step::Note => self.note().await?,
+        }
+        Ok(true)
+    }
+
+    /// Makes the pod known to the proxy; `false`: none is connected.
+    async fn offer(&mut self) -> Result<bool> {
+        let netns = self.open_netns().await?;
+        self.standing.offered = true;
+        let outcome = self.shared.zds.add(workload(&self.pod), netns.netns.fd()).await?;
+        Ok(outcome == AddOutcome::Acked)
+    }
+
+    async fn drain(&mut self) -> Result<bool> {
+        let deadline = Instant::now() + self.shared.settings.drain;
+        loop {
+            let netns = self.open_netns().await?;
+            let left = self.on_netns(netns, |d, pod| d.redirected(pod)).await?;
+            if left == 0 || Instant::now() >= deadline {
+                if left > 0 {
+                    info!(pod = %self.key, "{left} redirected connections outlast the drain and are closed");
+                }
+                self.standing.redirected = false;
+                return Ok(true);
+            }
+            // A pod that is to come back in need not wait.
+            let changed = self.wanted.changed();
+            if let Ok(Ok(())) = timeout(DRAIN_POLL, changed).await {
+                self.settle_wish();
+                return Ok(true);
+            }
+        }
+    }
+
+    /// Says in the map `pods` why the pod bypasses. Pods without addresses of their own have no row.
+    async fn note(&mut self) -> Result<()> {
+        let own = !self.pod.host_network && !self.pod.phase.is_finished();
+        let addresses = if own { self.pod.ips.clone() } else { Vec::new() };
+        let pod_id = match Netns::open(&self.netns_path()) {
+            Ok(netns) if own => netns.inode(),
+            _ => 0,
+        };
+        let reason = self.decision_code();
+        let dataplane = Arc::clone(&self.shared.dataplane);
+        let old = std::mem::take(&mut self.noted);
+        let rows = addresses.clone();
+        blocking(move || {
+            for address in old.into_iter().filter(|address| !rows.contains(address)) {
+                dataplane.delete_row(address)?;
+            }
+            rows.into_iter().try_for_each(|address| dataplane.put_bypass(address, pod_id, reason))
+        })
+        .await?;
+        self.noted = addresses;
+        self.standing.noted = true;
+        Ok(())
+    }
+
+    /// Looks whether the namespace is still the one that was set up, and with `kernel` whether
+    /// everything is still there.
+    async fn verify(&mut self, kernel: bool) -> Result<()> {
+        let Some(netns) = self.netns.clone() else { return Ok(()) };
+        let present = Netns::open(&self.netns_path()).map(|netns| netns.inode());
+        if !matches!(present, Ok(inode) if inode == netns.netns.inode()) {
+            self.lose_netns().await;
+            return present.map(drop);
+        }
+        if !kernel || !self.standing.captured {
+            return Ok(());
+        }
+        let inspection = self.on_netns(netns, |d, pod| d.inspect(pod)).await?;
+        if !inspection.missing.is_empty() {
+            warn!(pod = %self.key, missing = ?inspection.missing, "repairing what was changed behind the agent's back");
+            self.standing.prepared = false;
+        }
+        Ok(())
+    }
+
+    /// The namespace is gone or another: the proxy must let go of it. What the kernel still has
+    /// for the old one keeps refusing, should anything run in it, and is swept when it is dead.
+    async fn lose_netns(&mut self) {
+        warn!(pod = %self.key, "its network namespace is gone");
+        self.netns = None;
+        self.shared.zds.delete(&self.pod.uid).await;
+        self.standing = Standing { published: self.standing.published, ..Standing::default() };
+    }
+
+    /// The pod is gone from the source. If its namespace is still there, it leaves the mesh in
+    /// order; then nothing of it is kept.
+    async fn bury(&mut self) {
+        if Netns::open(&self.netns_path()).is_err() {
+            self.lose_netns().await;
+        }
+        let mut retry = RETRY_FIRST;
+        while let Some(step) =
+            next(Wish::Bypass, &self.standing).filter(|step| *step != Step::Note)
+        {
+            match self.take(step).await {
+                Ok(_) => retry = RETRY_FIRST,
+                Err(_) if Netns::open(&self.netns_path()).is_err() => self.lose_netns().await,
+                Err(e) => {
+                    warn!(pod = %self.key, "{e:#}");
+                    if let Woken::Stopped = self.wait(Instant::now() + retry).await {
+                        return;
+                    }
+                    retry = RETRY_LONGEST.min(retry * 2);
+                }
+            }
+        }
+        let noted = std::mem::take(&mut self.noted);
+        let dataplane = Arc::clone(&self.shared.dataplane);
+        let deleted =
+            blocking(move || noted.into_iter().try_for_each(|address| dataplane.delete_row(address)));
+        if let Err(e) = deleted.await {
+            warn!(pod = %self.key, "{e:#}");
+        }
+    }
+
+    async fn wait(&mut self, until: Instant) -> Woken {
+        tokio::select! {
+            changed = self.wanted.changed() => match changed {
+                Ok(()) => Woken::Wanted,
+                Err(_) => Woken::Stopped,
+            },
+            Ok(()) = self.proxies.changed() => Woken::Proxy,
+            () = sleep_until(until) => Woken::Time,
+        }
+    }
+
+    fn wish(&self) -> Option<Wish> {
+        let wanted = self.wanted.borrow();
+        let (_, decision) = wanted.as_ref()?;
+        Some(if decision.enrolled { Wish::Enrolled } else { Wish::Bypass })
+    }
+
+    fn decision_code(&self) -> u32 {
+        self.wanted.borrow().as_ref().map_or(0, |(_, decision)| decision.reason.code())
+    }
+
+    /// Takes over what the source now says of the pod.
+    fn settle_wish(&mut self) -> Option<Wish> {
+        let wanted = self.wanted.borrow().clone();
+        let (pod, decision) = wanted?;
+        let reason = decision.reason.code();
+        let stale = self.netns.as_ref().is_some_and(|netns| netns.reason != reason);
+        if stale || pod.ips != self.pod.ips {
+            // Its rows change.
+            self.standing.prepared &= !decision.enrolled;
+            self.standing.noted = false;
+            self.netns = None;
+        }
+        self.pod = pod;
+        self.wish()
+    }
+
+    fn netns_path(&self) -> PathBuf {
+        self.shared.settings.netns_dir.join(format!("{}_{}", self.key.namespace, self.key.name))
+    }
+
+    async fn open_netns(&mut self) -> Result<Arc<PodNetns>> {
+        if let Some(netns) = &self.netns {
+            return Ok(Arc::clone(netns));
+        }
+        if self.pod.ips.is_empty() {
+            return Err(anyhow!("pod {} has no address yet", self.key));
+        }
+        let (path, ips, reason) = (self.netns_path(), self.pod.ips.clone(), self.decision_code());
+        let key = self.key.clone();
+        let netns = blocking(move || PodNetns::new(Netns::open(&path)?, &ips, reason))
+            .await
+            .with_context(|| format!("enter pod {key}"))?;
+        let netns = Arc::new(netns);
+        self.netns = Some(Arc::clone(&netns));
+        Ok(netns)
+    }
+
+    async fn on_netns<T: Send + 'static>(
+        &self,
+        pod: Arc<PodNetns>,
+        f: impl FnOnce(&crate::dataplane::Dataplane, &PodNetns) -> Result<T> + Send + 'static,
+    ) -> Result<T> {
+        let dataplane = Arc::clone(&self.shared.dataplane);
+        let key = self.key.clone();
+        blocking(move || f(&dataplane, &pod)).await.with_context(|| format!("set up pod {key}"))
+    }
+
+    /// Updates what `status` shows.
+    fn show(&self) {
+        let Some((_, decision)) = self.wanted.borrow().clone() else { return };
+        let view = View {
+            pod: self.pod.clone(),
+            decision,
+            standing: self.standing,
+            netns: self.netns.clone(),
+            problem: self.problem.clone(),
+        };
+        self.shared.views().insert(self.key.clone(), view);
+    }
+}
+
+async fn blocking<T: Send + 'static>(f: impl FnOnce() -> Result<T> + Send + 'static) -> Result<T> {
+    spawn_blocking(f).await.context("run a blocking task")?
+}
+
+fn workload(pod: &Pod) -> Workload {
+    Workload {
+        uid: pod.uid.clone(),
+        namespace: pod.key.namespace.clone(),
+        name: pod.key.name.clone(),
+        service_account: pod.service_account.clone(),
+    }
+}
