@@ -1,37 +1,225 @@
-//! The commands that need no running agent: each a function of its arguments.
+//! The commands, each a function of its arguments.
 
-use std::{net::IpAddr, path::Path};
-
-use anyhow::Result;
-
-use crate::{
-    dataplane::{Dataplane, Options, PodNetns},
-    netns::Netns,
+use std::{
+    fs,
+    io::{self, Write as _},
+    path::Path,
 };
 
-/// `attach`: redirects one network namespace; what it sets up outlives the process.
+use anyhow::{Context as _, Result, bail};
+use nix::unistd::gethostname;
+use tokio::signal::unix::{SignalKind, signal};
+use tokio_util::sync::CancellationToken;
+
+use crate::{
+    agent,
+    cli::{
+        AttachArgs, AutoArgs, CheckArgs, CleanupArgs, Command, DetachArgs, For, PauseArgs,
+        ResumeArgs, RunArgs, StatusArgs,
+    },
+    control::{Answer, Client, OverrideRequest, PauseRequest},
+    dataplane::{self, DEFAULT_PROXY_GRACE, Dataplane, PodNetns},
+    membership,
+    netns::{self, Netns},
+    output,
+    overrides::{Mode, Target},
+    preflight,
+    reconcile::Settings,
+};
+
+/// Carries out a command.
 ///
 /// # Errors
 ///
-/// When the namespace cannot be set up; what was set up so far stays, and calling again completes
-/// it.
-pub fn attach(options: &Options, netns: &Path, addresses: &[IpAddr]) -> Result<()> {
-    let pod = PodNetns::new(Netns::open(netns)?, addresses, 0)?;
-    let dataplane = Dataplane::open(options)?;
+/// What the command says when it fails.
+pub async fn execute(command: Command) -> Result<()> {
+    match command {
+        Command::Run(args) => run(args).await,
+        Command::Attach(args) => attach(&args),
+        Command::Detach(args) => detach(&args),
+        Command::Enroll(args) => {
+            let client = Client::new(args.control.control_socket);
+            put(&client, args.target, Some(Mode::Enroll), &args.duration).await
+        }
+        Command::Unenroll(args) => {
+            let client = Client::new(args.control.control_socket);
+            put(&client, args.target, Some(Mode::Unenroll), &args.duration).await
+        }
+        Command::Auto(AutoArgs { target, control }) => {
+            put(&Client::new(control.control_socket), target, None, &For { duration: None }).await
+        }
+        Command::Pause(args) => pause(args).await,
+        Command::Resume(ResumeArgs { control }) => {
+            let answer = Client::new(control.control_socket).resume().await?;
+            tell(&answer, "the labels and overrides decide again", "the node was not paused")
+        }
+        Command::Status(args) => status(args).await,
+        Command::Check(args) => check(&args),
+        Command::Cleanup(args) => cleanup(&args).await,
+        Command::Completions(args) => print(&args.generate()),
+    }
+}
+
+async fn run(args: RunArgs) -> Result<()> {
+    preflight::require(&preflight::Options {
+        bpffs_dir: args.bpffs.bpffs_dir.clone(),
+        cni_conf_dir: "/etc/cni/net.d".into(),
+    })?;
+    let node = match args.node_name {
+        Some(node) => node,
+        None => gethostname()
+            .context("read the host's name")?
+            .into_string()
+            .ok()
+            .context("use the host's name: it is not UTF-8; give --node-name")?,
+    };
+    let options = agent::Options {
+        source: args.source,
+        node,
+        settings: Settings {
+            membership: membership::Config {
+                excluded_namespaces: args.excluded_namespaces.into_iter().collect(),
+            },
+            netns_dir: args.netns_dir,
+            drain: args.drain,
+        },
+        dataplane: dataplane::Options {
+            bpffs_dir: args.bpffs.bpffs_dir,
+            proxy_grace: args.proxy_grace,
+            log: args.ebpf_log,
+        },
+        state_dir: args.state_dir,
+        control_socket: args.control.control_socket,
+        zds_socket: args.zds_socket,
+    };
+    let shutdown = CancellationToken::new();
+    let mut terminate = signal(SignalKind::terminate()).context("listen for SIGTERM")?;
+    let mut interrupt = signal(SignalKind::interrupt()).context("listen for SIGINT")?;
+    let stop = shutdown.clone();
+    tokio::spawn(async move {
+        tokio::select! {
+            _ = terminate.recv() => {}
+            _ = interrupt.recv() => {}
+        }
+        stop.cancel();
+    });
+    agent::run(options, shutdown).await
+}
+
+fn attach(args: &AttachArgs) -> Result<()> {
+    let pod = PodNetns::new(Netns::open(&args.netns)?, &args.address, 0)?;
+    let dataplane = open(&args.bpffs.bpffs_dir)?;
     dataplane.prepare(&pod)?;
     dataplane.proxy_listens(&pod)?;
     dataplane.capture(&pod)
 }
 
-/// `detach`: puts one network namespace back to how it was before `attach`.
-///
-/// # Errors
-///
-/// When a system call fails; calling again completes it.
-pub fn detach(options: &Options, netns: &Path) -> Result<()> {
-    let pod = PodNetns::new(Netns::open(netns)?, &[], 0)?;
-    let dataplane = Dataplane::open(options)?;
-    dataplane.release(&pod)?;
-    dataplane.remove(&pod)?;
+fn detach(args: &DetachArgs) -> Result<()> {
+    let dataplane = open(&args.bpffs.bpffs_dir)?;
+    restore(&dataplane, Netns::open(&args.netns)?)?;
     dataplane.unpin_if_unused()
+}
+
+/// Puts one namespace back to how it was found.
+fn restore(dataplane: &Dataplane, netns: Netns) -> Result<()> {
+    let pod = PodNetns::existing(netns)?;
+    dataplane.release(&pod)?;
+    dataplane.remove(&pod)
+}
+
+fn open(bpffs_dir: &Path) -> Result<Dataplane> {
+    Dataplane::open(&dataplane::Options {
+        bpffs_dir: bpffs_dir.to_owned(),
+        proxy_grace: DEFAULT_PROXY_GRACE,
+        log: false,
+    })
+}
+
+async fn put(client: &Client, target: Target, mode: Option<Mode>, duration: &For) -> Result<()> {
+    let for_seconds = duration.duration.map(|d| d.as_secs());
+    let request = OverrideRequest { target: target.clone(), mode, for_seconds };
+    let answer = client.set_override(&request).await?;
+    let (done, already) = match mode {
+        Some(mode) => (format!("{target}: {mode}"), format!("{target}: {mode} already")),
+        None => (format!("{target}: the labels decide again"), format!("{target} has no override")),
+    };
+    tell(&answer, &done, &already)
+}
+
+async fn pause(args: PauseArgs) -> Result<()> {
+    let request = PauseRequest { for_seconds: args.duration.duration.map(|d| d.as_secs()) };
+    let answer = Client::new(args.control.control_socket).pause(&request).await?;
+    tell(&answer, "every pod of this node bypasses the mesh", "the node is paused already")
+}
+
+fn tell(answer: &Answer, done: &str, already: &str) -> Result<()> {
+    let mut text = format!("{}\n", if answer.changed { done } else { already });
+    for note in &answer.notes {
+        text.push_str("note: ");
+        text.push_str(&output::printable(note));
+        text.push('\n');
+    }
+    print(text.as_bytes())
+}
+
+async fn status(args: StatusArgs) -> Result<()> {
+    let status = Client::new(args.control.control_socket).status().await?;
+    print(output::status(&status, args.output)?.as_bytes())
+}
+
+fn check(args: &CheckArgs) -> Result<()> {
+    let report = preflight::check(&preflight::Options {
+        bpffs_dir: args.bpffs.bpffs_dir.clone(),
+        cni_conf_dir: args.cni_conf_dir.clone(),
+    });
+    print(report.print(args.output)?.as_bytes())?;
+    if report.ok { Ok(()) } else { bail!("{}", report.verdict()) }
+}
+
+async fn cleanup(args: &CleanupArgs) -> Result<()> {
+    let client = Client::new(args.control.control_socket.clone());
+    if client.healthz().await.is_ok() {
+        bail!(
+            "an agent runs on this node and would set everything up again; stop it first (it answers at {})",
+            args.control.control_socket.display()
+        );
+    }
+    if args.bpffs.bpffs_dir.exists() {
+        let dataplane = open(&args.bpffs.bpffs_dir)?;
+        let linked = dataplane.linked_pods()?;
+        for netns in netns::in_dir(&args.netns_dir)? {
+            if linked.contains(&netns.inode()) {
+                let path = netns.path().to_owned();
+                restore(&dataplane, netns)?;
+                print(format!("restored {}\n", path.display()).as_bytes())?;
+            }
+        }
+        dataplane.sweep(&[].into())?;
+        let left = dataplane.linked_pods()?;
+        if !left.is_empty() {
+            let inodes: Vec<String> = left.iter().map(ToString::to_string).collect();
+            bail!(
+                "cannot find the network namespaces with inode numbers {} in {}; give --netns-dir, or `redirect-agent detach --netns /proc/PID/ns/net`",
+                inodes.join(", "),
+                args.netns_dir.display()
+            );
+        }
+        dataplane.unpin_if_unused()?;
+    }
+    match fs::remove_dir_all(&args.state_dir) {
+        Err(e) if e.kind() != io::ErrorKind::NotFound => {
+            Err(e).with_context(|| format!("remove {}", args.state_dir.display()))
+        }
+        _ => print(b"nothing of redirect-agent is left on this node\n"),
+    }
+}
+
+/// Writes to standard output; a reader that has gone away is no error.
+fn print(text: &[u8]) -> Result<()> {
+    match io::stdout().write_all(text).and_then(|()| io::stdout().flush()) {
+        Err(e) if e.kind() != io::ErrorKind::BrokenPipe => {
+            Err(e).context("write to standard output")
+        }
+        _ => Ok(()),
+    }
 }

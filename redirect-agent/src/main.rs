@@ -1,46 +1,30 @@
 //! `redirect-agent`: wiring only.
 
-use std::{net::IpAddr, path::PathBuf, time::Duration};
+use std::process::ExitCode;
 
-use clap::Parser;
-use redirect_agent::{commands, dataplane::Options};
+use clap::Parser as _;
+use redirect_agent::{
+    cli::{Cli, Command, LogFormat},
+    commands,
+};
+use tracing_subscriber::EnvFilter;
 
-/// Steers the traffic of enrolled pods to the node's HBONE proxy.
-#[derive(Parser)]
-enum Cli {
-    /// Redirects one network namespace.
-    Attach {
-        /// The network namespace.
-        #[arg(long)]
-        netns: PathBuf,
-        /// An address of the pod; all of the namespace by default.
-        #[arg(long)]
-        address: Vec<IpAddr>,
-        /// The directory on bpffs.
-        #[arg(long)]
-        bpffs_dir: Option<PathBuf>,
-    },
-    /// Puts one network namespace back.
-    Detach {
-        /// The network namespace.
-        #[arg(long)]
-        netns: PathBuf,
-        /// The directory on bpffs.
-        #[arg(long)]
-        bpffs_dir: Option<PathBuf>,
-    },
-}
-
-fn main() -> anyhow::Result<()> {
-    let options = |dir: Option<PathBuf>| Options {
-        bpffs_dir: dir.unwrap_or_else(Options::default_bpffs_dir),
-        proxy_grace: Duration::from_secs(3),
-        log: false,
-    };
-    match Cli::parse() {
-        Cli::Attach { netns, address, bpffs_dir } => {
-            commands::attach(&options(bpffs_dir), &netns, &address)
+#[tokio::main]
+async fn main() -> ExitCode {
+    let cli = Cli::parse();
+    let json = matches!(&cli.command, Command::Run(args) if args.log_format == LogFormat::Json);
+    let filter = EnvFilter::try_from_default_env().unwrap_or_else(|_| EnvFilter::new("info"));
+    let log = tracing_subscriber::fmt().with_env_filter(filter).with_writer(std::io::stderr);
+    if json {
+        log.json().init();
+    } else {
+        log.init();
+    }
+    match commands::execute(cli.command).await {
+        Ok(()) => ExitCode::SUCCESS,
+        Err(e) => {
+            eprintln!("error: {e:#}");
+            ExitCode::FAILURE
         }
-        Cli::Detach { netns, bpffs_dir } => commands::detach(&options(bpffs_dir), &netns),
     }
 }

@@ -9,6 +9,7 @@
 //! 4. [`Dataplane::remove`]: the pod is as it was found.
 
 mod links;
+pub mod probe;
 mod routes;
 mod sockets;
 mod sys;
@@ -53,6 +54,9 @@ use crate::netns::Netns;
 
 /// The kernel programs, compiled by the build script.
 static OBJECT: &[u8] = aya::include_bytes_aligned!(concat!(env!("OUT_DIR"), "/redirect"));
+
+/// How long a restart of the proxy may take before connections are refused.
+pub const DEFAULT_PROXY_GRACE: Duration = Duration::from_secs(3);
 
 /// Where bpffs is mounted unless the operator has it elsewhere.
 const BPFFS: &str = "/sys/fs/bpf";
@@ -138,6 +142,16 @@ impl PodNetns {
         Ok(Self { netns, addresses, reason })
     }
 
+    /// For a namespace that is to be put back, whatever addresses it has by now.
+    ///
+    /// # Errors
+    ///
+    /// When the namespace cannot be entered.
+    pub fn existing(netns: Netns) -> Result<Self> {
+        let addresses = netns.run(|| Routing::open()?.addresses())??;
+        Ok(Self { netns, addresses, reason: 0 })
+    }
+
     fn id(&self) -> PodId {
         self.netns.inode()
     }
@@ -168,7 +182,9 @@ impl Inspection {
 /// How much of the capture of a pod is there.
 struct CaptureState {
     /// Every address's row says so.
-    rows: bool,
+    all_rows: bool,
+    /// Some address's row says so.
+    any_row: bool,
     /// The rule is there for every family.
     all_rules: bool,
     /// The rule is there for some family.
@@ -238,7 +254,7 @@ impl Dataplane {
     ///
     /// When the log's ring buffer cannot be opened.
     pub fn logger(&self) -> Result<EbpfLogger<&'static dyn log::Log>> {
-        EbpfLogger::init(&mut self.lock()?.0.0).context("open the log of the eBPF programs")
+        EbpfLogger::init(&mut self.lock()?.0).context("open the log of the eBPF programs")
     }
 
     /// Step 1: everything is in place in the pod, nothing is redirected yet. On a pod that is
@@ -452,7 +468,17 @@ impl Dataplane {
     /// When a system call fails.
     pub fn captured(&self, pod: &PodNetns) -> Result<bool> {
         let found = self.capture_state(pod)?;
-        Ok(found.rows && found.all_rules)
+        Ok(found.all_rows && found.all_rules)
+    }
+
+    /// Whether some of the pod's new connections may be redirected.
+    ///
+    /// # Errors
+    ///
+    /// When a system call fails.
+    pub fn partly_captured(&self, pod: &PodNetns) -> Result<bool> {
+        let found = self.capture_state(pod)?;
+        Ok(found.any_row || found.any_rule)
     }
 
     /// Drops what the maps and bpffs hold for namespaces that are dead, and the rows of addresses
@@ -581,7 +607,8 @@ impl Dataplane {
                 .collect::<Result<Vec<bool>>>()
         })??;
         Ok(CaptureState {
-            rows: !rows.contains(&false),
+            all_rows: !rows.contains(&false),
+            any_row: rows.contains(&true),
             all_rules: !rules.contains(&false),
             any_rule: rules.contains(&true),
         })
@@ -632,13 +659,13 @@ impl Dataplane {
 
     /// Takes the lock on the programs and maps, against other threads and other processes.
     fn lock(&self) -> Result<Locked<'_>> {
-        let guard = self.kernel.lock().unwrap_or_else(PoisonError::into_inner);
+        let kernel = self.kernel.lock().unwrap_or_else(PoisonError::into_inner);
         let dir =
             fs::File::open(&self.dir).with_context(|| format!("open {}", self.dir.display()))?;
         let file = Flock::lock(dir, FlockArg::LockExclusive)
             .map_err(|(_, e)| anyhow!(e))
             .with_context(|| format!("lock {}", self.dir.display()))?;
-        Ok(Locked(guard, file))
+        Ok(Locked { kernel, _file: file })
     }
 }
 
@@ -654,19 +681,22 @@ enum Way {
 /// The loaded programs and the open maps.
 struct Kernel(Ebpf);
 
-struct Locked<'a>(MutexGuard<'a, Kernel>, Flock<fs::File>);
+struct Locked<'a> {
+    kernel: MutexGuard<'a, Kernel>,
+    _file: Flock<fs::File>,
+}
 
 impl Deref for Locked<'_> {
     type Target = Kernel;
 
     fn deref(&self) -> &Kernel {
-        &self.0
+        &self.kernel
     }
 }
 
 impl DerefMut for Locked<'_> {
     fn deref_mut(&mut self) -> &mut Kernel {
-        &mut self.0
+        &mut self.kernel
     }
 }
 

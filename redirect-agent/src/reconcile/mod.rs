@@ -8,7 +8,7 @@ mod plan;
 mod pod;
 
 use std::{
-    collections::{BTreeMap, BTreeSet, btree_map::Entry},
+    collections::{BTreeMap, BTreeSet},
     net::IpAddr,
     path::PathBuf,
     sync::{Arc, Mutex, MutexGuard, PoisonError},
@@ -18,7 +18,7 @@ use std::{
 use anyhow::{Context as _, Result};
 use tokio::{
     sync::{broadcast::error::RecvError, watch},
-    task::spawn_blocking,
+    task::{JoinHandle, spawn_blocking},
     time::{MissedTickBehavior, interval},
 };
 use tokio_util::{sync::CancellationToken, task::TaskTracker};
@@ -50,6 +50,12 @@ pub struct Settings {
     pub netns_dir: PathBuf,
     /// For how long a pod that leaves the mesh may finish its redirected connections.
     pub drain: Duration,
+}
+
+impl Settings {
+    fn netns_path(&self, pod: &PodKey) -> PathBuf {
+        self.netns_dir.join(format!("{}_{}", pod.namespace, pod.name))
+    }
 }
 
 /// A pod and what is decided for it; `None` when the pod is gone.
@@ -101,9 +107,17 @@ pub struct Reconciler<S> {
     inventory: watch::Receiver<Arc<Inventory>>,
     /// Counts up whenever a proxy has opened listeners: they have to be adopted.
     proxies: watch::Sender<u64>,
-    /// By pod: its uid, and where its task hears what is wanted.
-    tasks: BTreeMap<PodKey, (String, watch::Sender<Wanted>)>,
+    tasks: BTreeMap<PodKey, Running>,
+    /// The tasks of pods that are gone: another pod of that name has to wait for them.
+    leaving: BTreeMap<PodKey, JoinHandle<()>>,
     tracker: TaskTracker,
+}
+
+/// A pod's task.
+struct Running {
+    uid: String,
+    wanted: watch::Sender<Wanted>,
+    handle: JoinHandle<()>,
 }
 
 /// What `status` asks.
@@ -128,6 +142,7 @@ impl<S: Source> Reconciler<S> {
             inventory,
             proxies: watch::Sender::new(0),
             tasks: BTreeMap::new(),
+            leaving: BTreeMap::new(),
             tracker: TaskTracker::new(),
         }
     }
@@ -141,9 +156,9 @@ impl<S: Source> Reconciler<S> {
     /// That may serve proxies only afterwards: a proxy stops whatever its snapshot does not name.
     pub async fn adopt(&mut self) {
         self.remove_orphans().await;
-        for (_, mut task) in self.update() {
+        for (mut task, wanted) in self.update() {
             task.adopt().await;
-            self.tracker.spawn(task.run());
+            self.start(task, wanted);
         }
     }
 
@@ -169,8 +184,8 @@ impl<S: Source> Reconciler<S> {
                     Ok(_) | Err(RecvError::Closed) => {}
                 },
             }
-            for (_, task) in self.update() {
-                self.tracker.spawn(task.run());
+            for (task, wanted) in self.update() {
+                self.start(task, wanted);
             }
         }
         // The tasks see their senders go, and stop where they are.
@@ -180,41 +195,49 @@ impl<S: Source> Reconciler<S> {
     }
 
     /// Tells every task what is wanted now; returns the tasks of pods that are new.
-    fn update(&mut self) -> Vec<(PodKey, PodTask<S>)> {
+    fn update(&mut self) -> Vec<(PodTask<S>, watch::Sender<Wanted>)> {
         let inventory = Arc::clone(&self.inventory.borrow_and_update());
         let overrides = self.overrides.current();
         let now = SystemTime::now();
-        self.tasks.retain(|key, (uid, wanted)| {
-            let stays = inventory.pods.get(key).is_some_and(|pod| pod.uid == *uid);
-            if !stays {
-                wanted.send_replace(None);
-                self.shared.views().remove(key);
-            }
-            stays
-        });
+        let stays = |key: &PodKey, task: &mut Running| {
+            inventory.pods.get(key).is_some_and(|pod| pod.uid == task.uid)
+        };
+        for (key, task) in self.tasks.extract_if(.., |key, task| !stays(key, task)) {
+            task.wanted.send_replace(None);
+            self.shared.views().remove(&key);
+            self.leaving.insert(key, task.handle);
+        }
+        self.leaving.retain(|_, handle| !handle.is_finished());
         let mut new = Vec::new();
         for (key, pod) in &inventory.pods {
-            let decision = self.decide(&inventory, &overrides, pod, now);
-            let wanted = Some((pod.clone(), decision));
-            match self.tasks.entry(key.clone()) {
-                Entry::Occupied(task) => {
-                    task.get().1.send_if_modified(|old| {
-                        let modified = *old != wanted;
-                        *old = wanted;
-                        modified
-                    });
-                }
-                Entry::Vacant(slot) => {
-                    let (sender, receiver) = watch::channel(wanted);
-                    let proxies = self.proxies.subscribe();
-                    let shared = Arc::clone(&self.shared);
-                    let task = PodTask::new(shared, receiver, proxies, pod.clone());
-                    slot.insert((pod.uid.clone(), sender));
-                    new.push((key.clone(), task));
-                }
+            let wanted = Some((pod.clone(), self.decide(&inventory, &overrides, pod, now)));
+            if let Some(task) = self.tasks.get(key) {
+                task.wanted.send_if_modified(|old| {
+                    let modified = *old != wanted;
+                    *old = wanted;
+                    modified
+                });
+            } else {
+                let (sender, receiver) = watch::channel(wanted);
+                let shared = Arc::clone(&self.shared);
+                let task = PodTask::new(shared, receiver, self.proxies.subscribe(), pod.clone());
+                new.push((task, sender));
             }
         }
         new
+    }
+
+    fn start(&mut self, task: PodTask<S>, wanted: watch::Sender<Wanted>) {
+        let (key, uid) = (task.key().clone(), task.uid().to_owned());
+        let former = self.leaving.remove(&key);
+        let handle = self.tracker.spawn(async move {
+            if let Some(former) = former {
+                // However it ended, it has ended.
+                let _ended = former.await;
+            }
+            task.run().await;
+        });
+        self.tasks.insert(key, Running { uid, wanted, handle });
     }
 
     fn decide(
@@ -258,7 +281,7 @@ impl<S: Source> Reconciler<S> {
             .borrow()
             .pods
             .keys()
-            .map(|key| self.shared.settings.netns_dir.join(key.netns_name()))
+            .map(|key| self.shared.settings.netns_path(key))
             .collect();
         let dataplane = Arc::clone(&self.shared.dataplane);
         let netns_dir = self.shared.settings.netns_dir.clone();
@@ -268,9 +291,11 @@ impl<S: Source> Reconciler<S> {
                 if linked.contains(&netns.inode()) && !known.contains(netns.path()) {
                     let path = netns.path().to_owned();
                     warn!("restoring {}: no pod that is known has it", path.display());
-                    let pod = PodNetns::new(netns, &[], 0)?;
+                    let pod = PodNetns::existing(netns)?;
                     dataplane.release(&pod)?;
-                    dataplane.remove(&pod).with_context(|| format!("restore {}", path.display()))?;
+                    dataplane
+                        .remove(&pod)
+                        .with_context(|| format!("restore {}", path.display()))?;
                 }
             }
             anyhow::Ok(())

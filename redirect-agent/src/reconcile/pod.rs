@@ -1,11 +1,6 @@
 //! The task of one pod.
 
-use std::{
-    net::IpAddr,
-    path::PathBuf,
-    sync::Arc,
-    time::Duration,
-};
+use std::{net::IpAddr, path::PathBuf, sync::Arc, time::Duration};
 
 use anyhow::{Context as _, Result, anyhow};
 use tokio::{
@@ -87,6 +82,14 @@ impl<S: Source> PodTask<S> {
         }
     }
 
+    pub(super) fn key(&self) -> &PodKey {
+        &self.key
+    }
+
+    pub(super) fn uid(&self) -> &str {
+        &self.pod.uid
+    }
+
     /// Takes over what a former agent has set up, and makes the pod known to the ZDS server, which
     /// must know every enrolled pod before it serves the first proxy.
     pub(super) async fn adopt(&mut self) {
@@ -104,14 +107,12 @@ impl<S: Source> PodTask<S> {
         let enrolled = self.wish() == Some(Wish::Enrolled);
         match self.open_netns().await {
             Ok(netns) => {
-                let inode = netns.netns.inode();
-                let dataplane = Arc::clone(&self.shared.dataplane);
-                let (prepared, captured) = blocking(move || {
-                    let rows = dataplane.rows()?;
-                    let captured = rows.iter().any(|row| row.pod_id == inode && row.capture);
-                    Ok((dataplane.linked_pods()?.contains(&inode), captured))
-                })
-                .await?;
+                let (prepared, captured) = self
+                    .on_netns(netns, |d, pod| {
+                        let prepared = d.linked_pods()?.contains(&pod.netns.inode());
+                        Ok((prepared, d.partly_captured(pod)?))
+                    })
+                    .await?;
                 // A captured pod may have redirected connections, and the proxy may know it.
                 self.standing.captured = captured;
                 self.standing.redirected = prepared;
@@ -320,10 +321,9 @@ impl<S: Source> PodTask<S> {
     /// everything is still there.
     async fn verify(&mut self, kernel: bool) -> Result<()> {
         let Some(netns) = self.netns.clone() else { return Ok(()) };
-        let present = Netns::open(&self.netns_path()).map(|netns| netns.inode());
-        if !matches!(present, Ok(inode) if inode == netns.netns.inode()) {
+        if !self.netns_stands() {
             self.lose_netns().await;
-            return present.map(drop);
+            return Netns::open(&self.netns_path()).map(drop);
         }
         if !kernel || !self.standing.captured {
             return Ok(());
@@ -334,6 +334,16 @@ impl<S: Source> PodTask<S> {
             self.standing.prepared = false;
         }
         Ok(())
+    }
+
+    /// Whether the namespace that was set up is still where it should be.
+    fn netns_stands(&self) -> bool {
+        let present = Netns::open(&self.netns_path());
+        match (&self.netns, present) {
+            (Some(netns), Ok(present)) => netns.netns.inode() == present.inode(),
+            (None, Ok(_)) => true,
+            (_, Err(_)) => false,
+        }
     }
 
     /// The namespace is gone or another: the proxy must let go of it. What the kernel still has
@@ -348,16 +358,15 @@ impl<S: Source> PodTask<S> {
     /// The pod is gone from the source. If its namespace is still there, it leaves the mesh in
     /// order; then nothing of it is kept.
     async fn bury(&mut self) {
-        if Netns::open(&self.netns_path()).is_err() {
+        if !self.netns_stands() {
             self.lose_netns().await;
         }
         let mut retry = RETRY_FIRST;
-        while let Some(step) =
-            next(Wish::Bypass, &self.standing).filter(|step| *step != Step::Note)
+        while let Some(step) = next(Wish::Bypass, &self.standing).filter(|step| *step != Step::Note)
         {
             match self.take(step).await {
                 Ok(_) => retry = RETRY_FIRST,
-                Err(_) if Netns::open(&self.netns_path()).is_err() => self.lose_netns().await,
+                Err(_) if !self.netns_stands() => self.lose_netns().await,
                 Err(e) => {
                     warn!(pod = %self.key, "{e:#}");
                     if let Woken::Stopped = self.wait(Instant::now() + retry).await {
@@ -369,8 +378,9 @@ impl<S: Source> PodTask<S> {
         }
         let noted = std::mem::take(&mut self.noted);
         let dataplane = Arc::clone(&self.shared.dataplane);
-        let deleted =
-            blocking(move || noted.into_iter().try_for_each(|address| dataplane.delete_row(address)));
+        let deleted = blocking(move || {
+            noted.into_iter().try_for_each(|address| dataplane.delete_row(address))
+        });
         if let Err(e) = deleted.await {
             warn!(pod = %self.key, "{e:#}");
         }
@@ -414,7 +424,7 @@ impl<S: Source> PodTask<S> {
     }
 
     fn netns_path(&self) -> PathBuf {
-        self.shared.settings.netns_dir.join(format!("{}_{}", self.key.namespace, self.key.name))
+        self.shared.settings.netns_path(&self.key)
     }
 
     async fn open_netns(&mut self) -> Result<Arc<PodNetns>> {

@@ -1,0 +1,145 @@
+//! The running agent: puts its parts together, and answers the control API.
+
+use std::{
+    path::PathBuf,
+    sync::Arc,
+    time::{Duration, SystemTime},
+};
+
+use anyhow::{Context as _, Result};
+use tokio::{task::JoinSet, time::interval};
+use tokio_util::sync::CancellationToken;
+use tracing::{error, info};
+
+use crate::{
+    cli::SourceSpec,
+    control::{self, Answer},
+    dataplane::{self, Dataplane},
+    membership::decide,
+    output::Status,
+    overrides::{Change, Store},
+    reconcile::{Observer, Reconciler, Settings},
+    source::{Source, dir},
+    zds,
+};
+
+/// How often the programs' log is read, when it is on.
+const LOG_INTERVAL: Duration = Duration::from_millis(100);
+
+/// How to run the agent.
+#[derive(Clone, Debug)]
+pub struct Options {
+    /// Where pods and namespaces come from.
+    pub source: SourceSpec,
+    /// This node's name.
+    pub node: String,
+    /// What to do with the pods.
+    pub settings: Settings,
+    /// Where and how to run the datapath.
+    pub dataplane: dataplane::Options,
+    /// What the agent has to remember is kept here.
+    pub state_dir: PathBuf,
+    /// Where the commands reach the agent.
+    pub control_socket: PathBuf,
+    /// Where proxies connect.
+    pub zds_socket: PathBuf,
+}
+
+/// Runs the agent until `shutdown`. What it has set up in the kernel stays, and the next one takes
+/// it over.
+///
+/// # Errors
+///
+/// When it cannot start, or one of its parts fails.
+pub async fn run(options: Options, shutdown: CancellationToken) -> Result<()> {
+    let control = control::Server::bind(&options.control_socket)?;
+    let overrides = Arc::new(Store::open(&options.state_dir)?);
+    let dataplane = Arc::new(Dataplane::open(&options.dataplane)?);
+    let zds = zds::Server::bind(&options.zds_socket)?;
+    let SourceSpec::Dir(path) = &options.source;
+    let (source, watcher) = dir::open(path, &options.node).await?;
+
+    let mut parts: JoinSet<Result<()>> = JoinSet::new();
+    if options.dataplane.log {
+        let mut log = dataplane.logger()?;
+        let mut tick = interval(LOG_INTERVAL);
+        let shutdown = shutdown.clone();
+        parts.spawn(async move {
+            while shutdown.run_until_cancelled(tick.tick()).await.is_some() {
+                log.flush();
+            }
+            Ok(())
+        });
+    }
+
+    let settings = options.settings.clone();
+    let mut reconciler =
+        Reconciler::new(settings, source, Arc::clone(&overrides), dataplane, zds.handle());
+    let agent = Arc::new(Agent { options, overrides, observer: reconciler.observer() });
+    // A proxy stops whatever its snapshot does not name: every pod must be known first.
+    reconciler.adopt().await;
+    info!(
+        version = env!("CARGO_PKG_VERSION"),
+        node = agent.options.node,
+        source = agent.observer.source(),
+        "running"
+    );
+    parts.spawn(watcher.run(shutdown.clone()));
+    parts.spawn(control.run(Arc::clone(&agent), shutdown.clone()));
+    let stop = shutdown.clone();
+    parts.spawn(async move {
+        zds.run(stop.cancelled_owned()).await;
+        Ok(())
+    });
+    let stop = shutdown.clone();
+    parts.spawn(async move {
+        reconciler.run(stop).await;
+        Ok(())
+    });
+
+    let mut result = Ok(());
+    while let Some(ended) = parts.join_next().await {
+        // One part that fails takes the others along: whoever supervises the agent starts it anew.
+        shutdown.cancel();
+        if let Err(e) = ended.context("run a part of the agent").flatten() {
+            error!("{e:#}");
+            result = Err(e);
+        }
+    }
+    info!("stopped; pods stay as they are");
+    result
+}
+
+struct Agent<S> {
+    options: Options,
+    overrides: Arc<Store>,
+    observer: Observer<S>,
+}
+
+impl<S: Source> control::Agent for Agent<S> {
+    async fn status(&self) -> Result<Status> {
+        let overrides = self.overrides.current();
+        let proxies = self.observer.zds().proxies.len();
+        Ok(Status {
+            node: self.options.node.clone(),
+            version: env!("CARGO_PKG_VERSION").to_owned(),
+            source: self.observer.source(),
+            proxies: u32::try_from(proxies).unwrap_or(u32::MAX),
+            pause: overrides.pause(SystemTime::now()),
+            problems: self.observer.inventory().problems.clone(),
+            pods: self.observer.pods(&overrides).await?,
+        })
+    }
+
+    async fn change(&self, change: Change) -> Result<Answer> {
+        let now = SystemTime::now();
+        let changed = self.overrides.change(change.clone(), now)?;
+        let inventory = self.observer.inventory();
+        let decided = inventory.pods.values().map(|pod| {
+            let namespace = inventory.namespaces.get(&pod.key.namespace);
+            (&pod.key, decide(namespace, pod, &self.options.settings.membership))
+        });
+        let notes = self.overrides.current().notes(&change, decided, now);
+        Ok(Answer { changed, notes })
+    }
+}
