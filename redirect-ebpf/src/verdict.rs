@@ -4,7 +4,7 @@
 //! against. What a decision needs to ask of its surroundings goes through [`Env`].
 
 use crate::abi::{
-    Addr, Counter, DECISION_ENROLLED, Flow, HINT_FROM_PROXY, HINT_NO_LISTENER, Hint,
+    Addr, Counter, DECISION_ENROLLED, Flow, HINT_FROM_PROXY, HINT_NO_LISTENER, HINT_NONE, Hint,
     LISTENER_HBONE, LISTENER_INBOUND, LISTENER_OUTBOUND, MARK_DIRECT, MARK_MASK, MARK_PROXY,
     POD_CAPTURE, PORT_HBONE, PodEntry, PodId,
 };
@@ -220,29 +220,32 @@ pub fn steer(lookup: &Lookup, env: &impl Pods) -> Steer {
     if !tcp || flow.local.is_loopback() || flow.local.is_link_local() {
         return Steer::Pass(None);
     }
-    if let Some(pod) = env.pod(&flow.local) {
-        if enrolled(Some(pod)).is_none() || !captures(&pod) {
-            return Steer::Pass(None);
-        }
-        if same_pod(env.pod(&flow.remote), pod.pod_id) {
-            return Steer::Pass(Some((pod.pod_id, Counter::Local)));
-        }
-        if flow.local_port == PORT_HBONE {
-            return Steer::Pass(Some((pod.pod_id, Counter::Hbone)));
-        }
-        if hint.flow == *flow {
-            match hint.kind {
-                HINT_FROM_PROXY => return Steer::Pass(Some((pod.pod_id, Counter::FromProxy))),
-                HINT_NO_LISTENER => return Steer::Pass(Some((pod.pod_id, Counter::NoListener))),
-                _ => {}
-            }
-        }
-        return Steer::Redirect { pod_id: pod.pod_id, kind: LISTENER_INBOUND };
+    let local = env.pod(&flow.local);
+    let remote = env.pod(&flow.remote);
+    let hint = if hint.flow == *flow { hint.kind } else { HINT_NONE };
+    // Another pod of this node, called by ours, looks like ours, called by that one. But what ours
+    // sends comes in on `lo`, and only the proxy's packets there have a hint.
+    if *on_lo
+        && hint == HINT_NONE
+        && let Some(pod) = remote
+        && !same_pod(local, pod.pod_id)
+    {
+        return Steer::Redirect { pod_id: pod.pod_id, kind: LISTENER_OUTBOUND };
     }
-    // The address is not the pod's: the redirection route brought the packet here.
-    match env.pod(&flow.remote) {
-        Some(pod) if *on_lo => Steer::Redirect { pod_id: pod.pod_id, kind: LISTENER_OUTBOUND },
-        _ => Steer::Refuse(0, Counter::RefusedUnknownAddress),
+    let Some(pod) = local else { return Steer::Refuse(0, Counter::RefusedUnknownAddress) };
+    if enrolled(local).is_none() || !captures(&pod) {
+        return Steer::Pass(None);
+    }
+    if same_pod(remote, pod.pod_id) {
+        return Steer::Pass(Some((pod.pod_id, Counter::Local)));
+    }
+    if flow.local_port == PORT_HBONE {
+        return Steer::Pass(Some((pod.pod_id, Counter::Hbone)));
+    }
+    match hint {
+        HINT_FROM_PROXY => Steer::Pass(Some((pod.pod_id, Counter::FromProxy))),
+        HINT_NO_LISTENER => Steer::Pass(Some((pod.pod_id, Counter::NoListener))),
+        _ => Steer::Redirect { pod_id: pod.pod_id, kind: LISTENER_INBOUND },
     }
 }
 
