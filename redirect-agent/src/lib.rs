@@ -1,8 +1,15 @@
 //! The node agent of the ambient redirector, as a library: `main.rs` only wires it up.
 
-pub mod membership;
-pub mod source;
+pub mod agent;
+pub mod cli;
 pub mod commands;
+pub mod control;
 pub mod dataplane;
+pub mod membership;
 pub mod netns;
+pub mod output;
+pub mod overrides;
+pub mod preflight;
+pub mod reconcile;
+pub mod source;
 pub mod zds;

@@ -104,9 +104,8 @@ impl FromStr for PodKey {
     type Err = NameError;
 
     fn from_str(s: &str) -> Result<PodKey, NameError> {
-        let (namespace, name) = s
-            .split_once('/')
-            .ok_or_else(|| NameError::NotQualified(s.to_owned()))?;
+        let (namespace, name) =
+            s.split_once('/').ok_or_else(|| NameError::NotQualified(s.to_owned()))?;
         PodKey::new(namespace, name)
     }
 }
@@ -213,11 +212,7 @@ impl TryFrom<&k8s::Pod> for Pod {
             metadata.namespace.as_deref().unwrap_or("default"),
             metadata.name.as_deref().unwrap_or_default(),
         )?;
-        let uid = metadata
-            .uid
-            .clone()
-            .filter(|uid| !uid.is_empty())
-            .ok_or(PodError::NoUid)?;
+        let uid = metadata.uid.clone().filter(|uid| !uid.is_empty()).ok_or(PodError::NoUid)?;
         let spec = pod.spec.as_ref();
         let status = pod.status.as_ref();
         let non_empty = |s: &Option<String>| s.clone().filter(|s| !s.is_empty());
@@ -248,12 +243,7 @@ impl TryFrom<&k8s::Pod> for Pod {
 }
 
 fn addresses(status: &k8s::PodStatus) -> Result<Vec<IpAddr>, PodError> {
-    let mut texts: Vec<&str> = status
-        .pod_ips
-        .iter()
-        .flatten()
-        .map(|ip| ip.ip.as_str())
-        .collect();
+    let mut texts: Vec<&str> = status.pod_ips.iter().flatten().map(|ip| ip.ip.as_str()).collect();
     if texts.is_empty() {
         texts.extend(status.pod_ip.as_deref().filter(|ip| !ip.is_empty()));
     }
@@ -261,10 +251,7 @@ fn addresses(status: &k8s::PodStatus) -> Result<Vec<IpAddr>, PodError> {
     for text in texts {
         let address = text
             .parse::<IpAddr>()
-            .map_err(|source| PodError::Address {
-                address: text.to_owned(),
-                source,
-            })?
+            .map_err(|source| PodError::Address { address: text.to_owned(), source })?
             .to_canonical();
         if !addresses.contains(&address) {
             addresses.push(address);
@@ -304,10 +291,7 @@ impl TryFrom<&k8s::Namespace> for Namespace {
     fn try_from(namespace: &k8s::Namespace) -> Result<Namespace, NameError> {
         let name = namespace.metadata.name.clone().unwrap_or_default();
         check_namespace_name(&name)?;
-        Ok(Namespace {
-            name,
-            labels: namespace.metadata.labels.clone().unwrap_or_default(),
-        })
+        Ok(Namespace { name, labels: namespace.metadata.labels.clone().unwrap_or_default() })
     }
 }
 
@@ -320,9 +304,7 @@ pub struct Config {
 
 impl Default for Config {
     fn default() -> Config {
-        Config {
-            excluded_namespaces: BTreeSet::from([DEFAULT_EXCLUDED_NAMESPACE.to_owned()]),
-        }
+        Config { excluded_namespaces: BTreeSet::from([DEFAULT_EXCLUDED_NAMESPACE.to_owned()]) }
     }
 }
 
@@ -477,18 +459,12 @@ pub struct Decision {
 impl Decision {
     /// In the mesh because of `reason`.
     pub fn enrolled(reason: Reason) -> Decision {
-        Decision {
-            enrolled: true,
-            reason,
-        }
+        Decision { enrolled: true, reason }
     }
 
     /// Not in the mesh because of `reason`.
     pub fn bypass(reason: Reason) -> Decision {
-        Decision {
-            enrolled: false,
-            reason,
-        }
+        Decision { enrolled: false, reason }
     }
 }
 
@@ -537,10 +513,7 @@ mod tests {
 
     #[test]
     fn reasons_keep_their_names_and_numbers() {
-        let table: Vec<String> = Reason::ALL
-            .iter()
-            .map(|r| format!("{} {r}", r.code()))
-            .collect();
+        let table: Vec<String> = Reason::ALL.iter().map(|r| format!("{} {r}", r.code())).collect();
         assert_eq!(
             table,
             [
@@ -568,17 +541,9 @@ mod tests {
 
     #[test]
     fn a_pod_name_that_could_leave_its_directory_is_refused() {
-        assert_eq!(
-            PodKey::new("shop", "cart-0.web").unwrap().to_string(),
-            "shop/cart-0.web"
-        );
-        for name in [
-            "", ".", "..", "../cart", "a/b", "-a", "a-", "a..b", "A", "a_b", "a\0",
-        ] {
-            assert_eq!(
-                PodKey::new("shop", name),
-                Err(NameError::Pod(name.to_owned()))
-            );
+        assert_eq!(PodKey::new("shop", "cart-0.web").unwrap().to_string(), "shop/cart-0.web");
+        for name in ["", ".", "..", "../cart", "a/b", "-a", "a-", "a..b", "A", "a_b", "a\0"] {
+            assert_eq!(PodKey::new("shop", name), Err(NameError::Pod(name.to_owned())));
         }
         for namespace in ["", "..", "a.b", "a/b", "Shop", &"x".repeat(64)] {
             assert_eq!(
@@ -586,10 +551,7 @@ mod tests {
                 Err(NameError::Namespace(namespace.to_owned()))
             );
         }
-        assert_eq!(
-            "cart".parse::<PodKey>(),
-            Err(NameError::NotQualified("cart".to_owned()))
-        );
+        assert_eq!("cart".parse::<PodKey>(), Err(NameError::NotQualified("cart".to_owned())));
         assert!("shop/a/b".parse::<PodKey>().is_err());
     }
 
@@ -612,17 +574,11 @@ mod tests {
         }))
         .unwrap();
         assert_eq!(pod.key.to_string(), "shop/cart");
-        assert_eq!(
-            (pod.uid.as_str(), pod.service_account.as_str()),
-            ("u-1", "cart")
-        );
+        assert_eq!((pod.uid.as_str(), pod.service_account.as_str()), ("u-1", "cart"));
         assert_eq!(pod.node_name.as_deref(), Some("n1"));
         assert_eq!(pod.labels["app"], "cart");
         assert_eq!(pod.annotations["note"], "x");
-        assert_eq!(
-            (pod.phase, pod.deleting, pod.host_network),
-            (Phase::Running, true, false)
-        );
+        assert_eq!((pod.phase, pod.deleting, pod.host_network), (Phase::Running, true, false));
         let ips: Vec<IpAddr> = vec!["10.0.0.2".parse().unwrap(), "fd00::2".parse().unwrap()];
         assert_eq!(pod.ips, ips);
     }
@@ -635,10 +591,7 @@ mod tests {
         }))
         .unwrap();
         assert_eq!(pod.key.to_string(), "default/cart");
-        assert_eq!(
-            (pod.service_account.as_str(), pod.node_name),
-            ("default", None)
-        );
+        assert_eq!((pod.service_account.as_str(), pod.node_name), ("default", None));
         assert_eq!(pod.phase, Phase::Pending);
         assert_eq!(pod.ips, ["10.0.0.2".parse::<IpAddr>().unwrap()]);
     }
@@ -652,10 +605,7 @@ mod tests {
         };
         assert!(with("u-1", "10.0.0.2").is_ok());
         assert_eq!(with("", "10.0.0.2"), Err(PodError::NoUid));
-        assert!(matches!(
-            with("u-1", "10.0.0.256"),
-            Err(PodError::Address { .. })
-        ));
+        assert!(matches!(with("u-1", "10.0.0.256"), Err(PodError::Address { .. })));
         for ip in [
             "127.0.0.1",
             "0.0.0.0",
@@ -666,10 +616,7 @@ mod tests {
             "fe80::1",
             "ff02::1",
         ] {
-            assert!(
-                matches!(with("u-1", ip), Err(PodError::UnusableAddress(_))),
-                "{ip}"
-            );
+            assert!(matches!(with("u-1", ip), Err(PodError::UnusableAddress(_))), "{ip}");
         }
     }
 }

@@ -1,4 +1,5 @@
 //! The decision for every combination of what it looks at, against a table that people can read.
+#![expect(clippy::unwrap_used, reason = "a test stops at what it did not expect")]
 
 use std::{collections::BTreeMap, fmt::Write as _, fs, path::Path};
 
@@ -6,19 +7,11 @@ use redirect_agent::membership::{
     ANNOTATION_SIDECAR_STATUS, Config, LABEL_DATAPLANE_MODE, Namespace, Phase, Pod, PodKey, decide,
 };
 
-const MODES: [Option<&str>; 6] = [
-    None,
-    Some("ambient"),
-    Some("none"),
-    Some(""),
-    Some("Ambient"),
-    Some("sidecar"),
-];
+const MODES: [Option<&str>; 6] =
+    [None, Some("ambient"), Some("none"), Some(""), Some("Ambient"), Some("sidecar")];
 
 fn labels(mode: Option<&str>) -> BTreeMap<String, String> {
-    mode.map(|mode| (LABEL_DATAPLANE_MODE.to_owned(), mode.to_owned()))
-        .into_iter()
-        .collect()
+    mode.map(|mode| (LABEL_DATAPLANE_MODE.to_owned(), mode.to_owned())).into_iter().collect()
 }
 
 fn describe(mode: Option<&str>) -> String {
@@ -33,13 +26,9 @@ fn table() -> String {
     );
     for excluded in [false, true] {
         for host_network in [false, true] {
-            for phase in [
-                Phase::Pending,
-                Phase::Running,
-                Phase::Succeeded,
-                Phase::Failed,
-                Phase::Unknown,
-            ] {
+            for phase in
+                [Phase::Pending, Phase::Running, Phase::Succeeded, Phase::Failed, Phase::Unknown]
+            {
                 for sidecar in [None, Some(""), Some("{}")] {
                     block(&mut table, excluded, host_network, phase, sidecar);
                 }
@@ -65,18 +54,9 @@ fn block(
     .unwrap();
     let mut rows = vec![("no namespace".to_owned(), None)];
     rows.extend(MODES.map(|mode| {
-        (
-            describe(mode),
-            Some(Namespace {
-                name: "shop".to_owned(),
-                labels: labels(mode),
-            }),
-        )
+        (describe(mode), Some(Namespace { name: "shop".to_owned(), labels: labels(mode) }))
     }));
-    let header: String = MODES
-        .iter()
-        .map(|mode| format!("{:<26}", describe(*mode)))
-        .collect();
+    let header: String = MODES.iter().map(|mode| format!("{:<26}", describe(*mode))).collect();
     writeln!(table, "{:<14}{}", "", header.trim_end()).unwrap();
     let mut config = Config::default();
     if excluded {
@@ -119,10 +99,5 @@ fn every_combination_is_decided_as_in_the_table() {
     for (number, (actual, expected)) in actual.lines().zip(expected.lines()).enumerate() {
         assert_eq!(actual, expected, "{} line {}", path.display(), number + 1);
     }
-    assert_eq!(
-        actual.lines().count(),
-        expected.lines().count(),
-        "{}",
-        path.display()
-    );
+    assert_eq!(actual.lines().count(), expected.lines().count(), "{}", path.display());
 }

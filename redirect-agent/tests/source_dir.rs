@@ -1,4 +1,5 @@
 //! The directory source, on real files.
+#![expect(clippy::unwrap_used, clippy::panic, reason = "a test stops at what it did not expect")]
 
 use std::{
     fs,
@@ -43,13 +44,7 @@ impl Fixture {
         let stop = CancellationToken::new();
         let inventory = source.inventory();
         let watcher = tokio::spawn(watcher.run(stop.clone()));
-        Fixture {
-            dir,
-            source,
-            inventory,
-            _watcher: watcher,
-            _stop: stop.drop_guard(),
-        }
+        Fixture { dir, source, inventory, _watcher: watcher, _stop: stop.drop_guard() }
     }
 
     fn path(&self, name: &str) -> PathBuf {
@@ -98,12 +93,7 @@ fn names(inventory: &Inventory) -> Vec<&str> {
 }
 
 fn mode<'a>(inventory: &'a Inventory, name: &str) -> Option<&'a str> {
-    inventory
-        .pods
-        .get(&key(name))?
-        .labels
-        .get("istio.io/dataplane-mode")
-        .map(String::as_str)
+    inventory.pods.get(&key(name))?.labels.get("istio.io/dataplane-mode").map(String::as_str)
 }
 
 fn problem_with(inventory: &Inventory, object: &str) -> Problem {
@@ -125,10 +115,7 @@ async fn manifests_of_every_form_are_read_and_other_kinds_and_nodes_ignored() {
              apiVersion: v1\nkind: Service\nmetadata: {name: web}\n---\n\
              apiVersion: metrics.k8s.io/v1beta1\nkind: Pod\nmetadata: {name: no}\n",
         ),
-        (
-            "b.yml",
-            &format!("%YAML 1.2\n---\n{}...\n", pod("b", "u-b", "fd00::b")),
-        ),
+        ("b.yml", &format!("%YAML 1.2\n---\n{}...\n", pod("b", "u-b", "fd00::b"))),
         (
             "c.json",
             r#"{"apiVersion": "v1", "kind": "List", "items": [
@@ -146,18 +133,11 @@ async fn manifests_of_every_form_are_read_and_other_kinds_and_nodes_ignored() {
     ])
     .await;
     fs::create_dir(fixture.path("subdirectory")).unwrap();
-    fs::write(
-        fixture.path("subdirectory/f.yaml"),
-        pod("f", "u-f", "10.0.0.9"),
-    )
-    .unwrap();
+    fs::write(fixture.path("subdirectory/f.yaml"), pod("f", "u-f", "10.0.0.9")).unwrap();
     let inventory = fixture.now();
     assert_eq!(inventory.problems, []);
     assert_eq!(names(&inventory), ["b", "c", "d"]);
-    assert_eq!(
-        inventory.namespaces["shop"].labels["istio.io/dataplane-mode"],
-        "ambient"
-    );
+    assert_eq!(inventory.namespaces["shop"].labels["istio.io/dataplane-mode"], "ambient");
     assert_eq!(inventory.pods[&key("b")].node_name.as_deref(), Some(NODE));
     assert_eq!(inventory.pods[&key("c")].ips.len(), 2);
 }
@@ -168,16 +148,12 @@ async fn a_label_that_is_edited_takes_effect_within_a_second() {
     assert_eq!(mode(&fixture.now(), "cart"), Some("none"));
 
     fixture.write("cart.yaml", &labelled("cart", "ambient"));
-    fixture
-        .within_a_second(|i| mode(i, "cart") == Some("ambient"))
-        .await;
+    fixture.within_a_second(|i| mode(i, "cart") == Some("ambient")).await;
 
     // As editors do it: a new file beside, then renamed over the old one.
     fixture.write(".cart.yaml.swp", &labelled("cart", "none"));
     fs::rename(fixture.path(".cart.yaml.swp"), fixture.path("cart.yaml")).unwrap();
-    fixture
-        .within_a_second(|i| mode(i, "cart") == Some("none"))
-        .await;
+    fixture.within_a_second(|i| mode(i, "cart") == Some("none")).await;
 
     fs::remove_file(fixture.path("cart.yaml")).unwrap();
     fixture.within_a_second(|i| i.pods.is_empty()).await;
@@ -189,19 +165,13 @@ async fn an_editor_that_moves_the_file_away_first_does_not_take_the_pod_away() {
     let mut fixture = Fixture::new(&[("cart.yaml", &labelled("cart", "none"))]).await;
     let mut seen = fixture.source.inventory();
     for (number, mode_) in ["ambient", "none", "ambient"].into_iter().enumerate() {
-        fs::rename(
-            fixture.path("cart.yaml"),
-            fixture.path(&format!("cart.yaml~{number}")),
-        )
-        .unwrap();
+        fs::rename(fixture.path("cart.yaml"), fixture.path(&format!("cart.yaml~{number}")))
+            .unwrap();
         fixture.write("cart.yaml", &labelled("cart", mode_));
         let wait =
             seen.wait_for(|i| !i.pods.contains_key(&key("cart")) || mode(i, "cart") == Some(mode_));
-        let now = tokio::time::timeout(Duration::from_secs(1), wait)
-            .await
-            .unwrap()
-            .unwrap()
-            .clone();
+        let now =
+            tokio::time::timeout(Duration::from_secs(1), wait).await.unwrap().unwrap().clone();
         assert_eq!(mode(&now, "cart"), Some(mode_));
     }
     assert_eq!(fixture.now().problems, []);
@@ -214,22 +184,12 @@ async fn a_file_that_does_not_parse_or_is_empty_keeps_its_last_good_content() {
         ("b.yaml", &labelled("b", "ambient")),
     ])
     .await;
-    for broken in [
-        "apiVersion: v1\nkind: [Pod\n",
-        "",
-        "\n# all gone\n",
-        "\u{0}\u{1}",
-    ] {
+    for broken in ["apiVersion: v1\nkind: [Pod\n", "", "\n# all gone\n", "\u{0}\u{1}"] {
         fixture.write("a.yaml", broken);
         let inventory = fixture.within_a_second(|i| !i.problems.is_empty()).await;
         assert_eq!(names(&inventory), ["a", "b"]);
         let problem = problem_with(&inventory, "a.yaml");
-        assert!(
-            problem
-                .message
-                .contains("its last good content stays in force"),
-            "{problem}"
-        );
+        assert!(problem.message.contains("its last good content stays in force"), "{problem}");
         assert!(!problem.message.contains('\n'), "{problem}");
 
         fixture.write("a.yaml", &labelled("a", "none"));
@@ -243,21 +203,11 @@ async fn one_bad_document_affects_only_its_own_object() {
     let good = format!("{}---\n{}", labelled("a", "none"), labelled("b", "none"));
     let mut fixture = Fixture::new(&[("pods.yaml", &good)]).await;
     let bad_label = labelled("a", "none").replace("'none'", "[none]");
-    fixture.write(
-        "pods.yaml",
-        &format!("{bad_label}---\n{}", labelled("b", "ambient")),
-    );
-    let inventory = fixture
-        .within_a_second(|i| mode(i, "b") == Some("ambient"))
-        .await;
+    fixture.write("pods.yaml", &format!("{bad_label}---\n{}", labelled("b", "ambient")));
+    let inventory = fixture.within_a_second(|i| mode(i, "b") == Some("ambient")).await;
     assert_eq!(mode(&inventory, "a"), Some("none"));
     let problem = problem_with(&inventory, "pods.yaml, document 1 (pod shop/a)");
-    assert!(
-        problem
-            .message
-            .contains("its last good version stays in force"),
-        "{problem}"
-    );
+    assert!(problem.message.contains("its last good version stays in force"), "{problem}");
 }
 
 #[tokio::test]
@@ -277,14 +227,8 @@ async fn what_is_wrong_with_a_document_is_said_by_file_and_document() {
     assert_eq!(names(&inventory), ["good"]);
     for (object, message) in [
         ("pods.yaml, document 1 (pod shop/no-uid)", "metadata.uid"),
-        (
-            "pods.yaml, document 2 (pod shop/bad-ip)",
-            "\"10.0.0.300\" is not an IP address",
-        ),
-        (
-            "pods.yaml, document 3 (pod shop/loopback)",
-            "not an address that a pod can have",
-        ),
+        ("pods.yaml, document 2 (pod shop/bad-ip)", "\"10.0.0.300\" is not an IP address"),
+        ("pods.yaml, document 3 (pod shop/loopback)", "not an address that a pod can have"),
         ("pods.yaml, document 4", "../../etc"),
         ("pods.yaml, document 5", "no Kubernetes object"),
         ("pods.yaml, document 6", "no Kubernetes object"),
@@ -314,11 +258,7 @@ async fn the_same_pod_in_two_files_is_that_of_the_first_file() {
 
 #[tokio::test]
 async fn a_newcomer_with_the_address_or_uid_of_another_pod_is_left_alone() {
-    for (uid, ip) in [
-        ("u-2", "10.0.0.1"),
-        ("u-2", "::ffff:10.0.0.1"),
-        ("u-1", "10.0.0.2"),
-    ] {
+    for (uid, ip) in [("u-2", "10.0.0.1"), ("u-2", "::ffff:10.0.0.1"), ("u-1", "10.0.0.2")] {
         let mut fixture = Fixture::new(&[("cart.yaml", &pod("cart", "u-1", "10.0.0.1"))]).await;
         // Before it by name, and still it does not push the other one out.
         fixture.write("a.yaml", &pod("a", uid, ip));
@@ -365,16 +305,9 @@ async fn a_finished_pod_and_one_on_the_nodes_network_claim_no_address() {
 async fn the_redirection_is_published_as_the_merge_patch_that_a_cluster_would_get() {
     let fixture = Fixture::new(&[("cart.yaml", &pod("cart", "u-1", "10.0.0.1"))]).await;
     let status = fixture.path(".status/shop_cart.json");
-    for (state, text) in [
-        (Redirection::Pending, "pending"),
-        (Redirection::Enabled, "enabled"),
-    ] {
+    for (state, text) in [(Redirection::Pending, "pending"), (Redirection::Enabled, "enabled")] {
         for _ in 0..2 {
-            fixture
-                .source
-                .publish(&key("cart"), Some(state))
-                .await
-                .unwrap();
+            fixture.source.publish(&key("cart"), Some(state)).await.unwrap();
             assert_eq!(
                 fs::read_to_string(&status).unwrap(),
                 format!(
@@ -399,12 +332,7 @@ async fn the_status_of_a_pod_that_is_gone_is_removed_and_that_of_others_kept() {
     fs::create_dir(&status).unwrap();
     fs::write(dir.path().join("cart.yaml"), pod("cart", "u-1", "10.0.0.1")).unwrap();
     fs::write(dir.path().join("other.yaml"), another_nodes).unwrap();
-    for name in [
-        "shop_cart.json",
-        "shop_other.json",
-        "shop_gone.json",
-        ".shop_gone.json.new",
-    ] {
+    for name in ["shop_cart.json", "shop_other.json", "shop_gone.json", ".shop_gone.json.new"] {
         fs::write(status.join(name), "{}").unwrap();
     }
     fs::write(status.join("README"), "not ours").unwrap();
@@ -432,11 +360,7 @@ async fn the_status_of_a_pod_that_is_gone_is_removed_and_that_of_others_kept() {
 async fn until_gone(path: &Path) {
     let deadline = Instant::now() + Duration::from_secs(2);
     while path.exists() {
-        assert!(
-            Instant::now() < deadline,
-            "{} is still there",
-            path.display()
-        );
+        assert!(Instant::now() < deadline, "{} is still there", path.display());
         tokio::time::sleep(Duration::from_millis(10)).await;
     }
 }
@@ -450,16 +374,11 @@ async fn a_directory_that_is_replaced_is_followed_all_the_same() {
     assert_eq!(names(&inventory), ["cart"], "{:?}", inventory.problems);
     fs::create_dir(fixture.dir.path()).unwrap();
     fixture.write("cart.yaml", &labelled("cart", "ambient"));
-    fixture
-        .within_a_second(|i| mode(i, "cart") == Some("ambient"))
-        .await;
+    fixture.within_a_second(|i| mode(i, "cart") == Some("ambient")).await;
 }
 
 #[tokio::test]
 async fn a_directory_that_is_not_there_is_refused_by_name() {
     let error = dir::open("/nonexistent/manifests", NODE).await.unwrap_err();
-    assert!(
-        format!("{error:#}").contains("/nonexistent/manifests"),
-        "{error:#}"
-    );
+    assert!(format!("{error:#}").contains("/nonexistent/manifests"), "{error:#}");
 }

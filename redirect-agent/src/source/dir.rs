@@ -81,16 +81,7 @@ pub async fn open(
         (scanner, settled) = scan(scanner).await?;
     }
     let (sender, receiver) = watch::channel(Arc::clone(&scanner.inventory));
-    Ok((
-        DirSource {
-            dir,
-            inventory: receiver,
-        },
-        DirWatcher {
-            scanner,
-            inventory: sender,
-        },
-    ))
+    Ok((DirSource { dir, inventory: receiver }, DirWatcher { scanner, inventory: sender }))
 }
 
 async fn scan(mut scanner: Scanner) -> anyhow::Result<(Scanner, bool)> {
@@ -109,10 +100,7 @@ impl DirWatcher {
     ///
     /// Only when the reading task itself fails, which is a defect.
     pub async fn run(self, shutdown: CancellationToken) -> anyhow::Result<()> {
-        let DirWatcher {
-            mut scanner,
-            inventory,
-        } = self;
+        let DirWatcher { mut scanner, inventory } = self;
         let changed = Arc::new(Notify::new());
         let _watch = watch_directory(&scanner.dir, Arc::clone(&changed));
         let mut settled = true;
@@ -158,10 +146,7 @@ fn watch_directory(dir: &Path, changed: Arc<Notify>) -> Option<notify::Recommend
     });
     watch
         .inspect_err(|error| {
-            warn!(
-                "watch {}: {error}; it is read every {RESCAN:?} instead",
-                dir.display()
-            );
+            warn!("watch {}: {error}; it is read every {RESCAN:?} instead", dir.display());
         })
         .ok()
 }
@@ -174,11 +159,7 @@ fn may_change_manifests(event: &notify::Event) -> bool {
         EventKind::Access(_) => false,
         _ => true,
     };
-    writes
-        && event
-            .paths
-            .iter()
-            .any(|path| path.file_name() != Some(OsStr::new(STATUS_DIR)))
+    writes && event.paths.iter().any(|path| path.file_name() != Some(OsStr::new(STATUS_DIR)))
 }
 
 impl Source for DirSource {
@@ -209,9 +190,7 @@ impl Source for DirSource {
         tokio::fs::write(&new, patch.to_string())
             .await
             .with_context(|| format!("write {}", new.display()))?;
-        tokio::fs::rename(&new, &file)
-            .await
-            .with_context(|| format!("write {}", file.display()))
+        tokio::fs::rename(&new, &file).await.with_context(|| format!("write {}", file.display()))
     }
 }
 
@@ -229,10 +208,7 @@ fn status_file(pod: &PodKey) -> String {
 
 /// The pod whose status `file` is, or was about to become.
 fn pod_of_status_file(file: &str) -> Option<PodKey> {
-    let file = file
-        .strip_prefix('.')
-        .and_then(|f| f.strip_suffix(".new"))
-        .unwrap_or(file);
+    let file = file.strip_prefix('.').and_then(|f| f.strip_suffix(".new")).unwrap_or(file);
     let (namespace, name) = file.strip_suffix(".json")?.split_once('_')?;
     PodKey::new(namespace, name).ok()
 }
@@ -308,8 +284,7 @@ impl Scanner {
                     let path = self.dir.join(name);
                     settled &= self.files.entry(name.clone()).or_default().refresh(&path);
                 }
-                self.files
-                    .retain(|name, file| names.contains(name) || file.is_still_expected());
+                self.files.retain(|name, file| names.contains(name) || file.is_still_expected());
                 settled &= self.files.values().all(|file| file.missing.is_none());
             }
             Err(error) => problems.push(Problem {
@@ -334,11 +309,7 @@ impl Scanner {
             .filter(|(_, pod)| pod.node_name.as_ref().is_none_or(|node| *node == self.node))
             .collect();
         let pods = without_conflicts(&self.inventory.pods, ours, &mut problems);
-        self.inventory = Arc::new(Inventory {
-            namespaces,
-            pods,
-            problems,
-        });
+        self.inventory = Arc::new(Inventory { namespaces, pods, problems });
         settled
     }
 
@@ -380,11 +351,7 @@ impl Scanner {
 }
 
 fn place_in(file: &str, place: &str) -> String {
-    if place.is_empty() {
-        file.to_owned()
-    } else {
-        format!("{file}, {place}")
-    }
+    if place.is_empty() { file.to_owned() } else { format!("{file}, {place}") }
 }
 
 fn list(dir: &Path) -> io::Result<Vec<String>> {
@@ -427,10 +394,8 @@ impl File {
             }
             Err(error) => {
                 self.content = None;
-                self.problems = vec![(
-                    String::new(),
-                    format!("read it: {error}{}", self.what_stays()),
-                )];
+                self.problems =
+                    vec![(String::new(), format!("read it: {error}{}", self.what_stays()))];
                 return true;
             }
         };
@@ -456,11 +421,7 @@ impl File {
     }
 
     fn what_stays(&self) -> &'static str {
-        if self.objects.is_empty() {
-            ""
-        } else {
-            "; its last good content stays in force"
-        }
+        if self.objects.is_empty() { "" } else { "; its last good content stays in force" }
     }
 
     /// Takes over what was parsed; what is wrong keeps its last good version.
@@ -470,30 +431,20 @@ impl File {
                 // Many a writer empties a file before it fills it.
                 self.problems = vec![(
                     String::new(),
-                    format!(
-                        "it is empty{}; remove it if that is meant",
-                        self.what_stays()
-                    ),
+                    format!("it is empty{}; remove it if that is meant", self.what_stays()),
                 )];
                 return;
             }
             Ok(documents) => documents,
             Err(error) => {
-                self.problems = vec![(
-                    String::new(),
-                    format!("parse it: {error}{}", self.what_stays()),
-                )];
+                self.problems =
+                    vec![(String::new(), format!("parse it: {error}{}", self.what_stays()))];
                 return;
             }
         };
         let mut found = Vec::new();
         for (index, document) in documents.iter().enumerate() {
-            interpret(
-                format!("document {}", index + 1),
-                document,
-                None,
-                &mut found,
-            );
+            interpret(format!("document {}", index + 1), document, None, &mut found);
         }
         let last_good = std::mem::take(&mut self.objects);
         self.problems.clear();
@@ -502,15 +453,10 @@ impl File {
                 Ok(object) => self.objects.push((place, object)),
                 Err(error) => {
                     let old = last_good.iter().find(|(_, old)| Some(old.id()) == id);
-                    let stays = if old.is_some() {
-                        "; its last good version stays in force"
-                    } else {
-                        ""
-                    };
-                    self.problems
-                        .push((place.clone(), format!("{error}{stays}")));
-                    self.objects
-                        .extend(old.map(|(_, old)| (place, old.clone())));
+                    let stays =
+                        if old.is_some() { "; its last good version stays in force" } else { "" };
+                    self.problems.push((place.clone(), format!("{error}{stays}")));
+                    self.objects.extend(old.map(|(_, old)| (place, old.clone())));
                 }
             }
         }
@@ -529,10 +475,7 @@ fn parse(content: &[u8], is_json: bool) -> Result<Vec<Value>, String> {
         serde_saphyr::from_slice_multiple_with_options(content, options)
             .map_err(|error| error.to_string())?
     };
-    Ok(documents
-        .into_iter()
-        .filter(|document| !document.is_null())
-        .collect())
+    Ok(documents.into_iter().filter(|document| !document.is_null()).collect())
 }
 
 /// A Namespace or a Pod, or why there should be one and is none.
@@ -550,11 +493,7 @@ struct Found {
 fn interpret(place: String, document: &Value, kind: Option<&str>, found: &mut Vec<Found>) {
     let text = |field: &str| document.get(field).and_then(Value::as_str);
     let mut wrong = |place: &str, id, error: String| {
-        found.push(Found {
-            place: place.to_owned(),
-            id,
-            object: Err(error),
-        });
+        found.push(Found { place: place.to_owned(), id, object: Err(error) });
     };
     let (api, kind) = match (text("apiVersion"), text("kind"), kind) {
         (Some(api), Some(kind), _) => (api, kind),
@@ -571,21 +510,12 @@ fn interpret(place: String, document: &Value, kind: Option<&str>, found: &mut Ve
     match (api, kind) {
         ("v1", "List" | "PodList" | "NamespaceList") => {
             let Some(items) = document.get("items").and_then(Value::as_array) else {
-                wrong(
-                    &place,
-                    None,
-                    format!("read items of the {kind}: there are none"),
-                );
+                wrong(&place, None, format!("read items of the {kind}: there are none"));
                 return;
             };
             let item_kind = kind.strip_suffix("List").filter(|kind| !kind.is_empty());
             for (index, item) in items.iter().enumerate() {
-                interpret(
-                    format!("{place}, item {}", index + 1),
-                    item,
-                    item_kind,
-                    found,
-                );
+                interpret(format!("{place}, item {}", index + 1), item, item_kind, found);
             }
         }
         ("v1", "Namespace") => {
@@ -594,18 +524,11 @@ fn interpret(place: String, document: &Value, kind: Option<&str>, found: &mut Ve
                 .and_then(|n| Namespace::try_from(&n).map_err(|error| error.to_string()))
                 .map(Object::Namespace);
             let id = name.map(|name| ObjectId::Namespace(name.to_owned()));
-            found.push(Found {
-                place: with_name(place, &id),
-                id,
-                object,
-            });
+            found.push(Found { place: with_name(place, &id), id, object });
         }
         ("v1", "Pod") => {
             let text = |field: &str| {
-                document
-                    .get("metadata")
-                    .and_then(|m| m.get(field))
-                    .and_then(Value::as_str)
+                document.get("metadata").and_then(|m| m.get(field)).and_then(Value::as_str)
             };
             let key = text("name")
                 .and_then(|name| PodKey::new(text("namespace").unwrap_or("default"), name).ok());
@@ -613,11 +536,7 @@ fn interpret(place: String, document: &Value, kind: Option<&str>, found: &mut Ve
                 .and_then(|pod| Pod::try_from(&pod).map_err(|error| error.to_string()))
                 .map(Object::Pod);
             let id = key.map(ObjectId::Pod);
-            found.push(Found {
-                place: with_name(place, &id),
-                id,
-                object,
-            });
+            found.push(Found { place: with_name(place, &id), id, object });
         }
         _ => {}
     }

@@ -92,9 +92,7 @@ pub fn without_conflicts(
     problems: &mut Vec<Problem>,
 ) -> BTreeMap<PodKey, Pod> {
     let unchanged = |pod: &Pod| {
-        previous
-            .get(&pod.key)
-            .is_some_and(|old| old.uid == pod.uid && old.ips == pod.ips)
+        previous.get(&pod.key).is_some_and(|old| old.uid == pod.uid && old.ips == pod.ips)
     };
     let (incumbents, newcomers): (Vec<Pod>, Vec<Pod>) =
         candidates.into_values().partition(unchanged);
@@ -141,19 +139,15 @@ impl Claims {
         if let Some(other) = self.uids.get(&pod.uid) {
             return Err(format!("its uid {} is that of pod {other}, too", pod.uid));
         }
-        let ips: &[IpAddr] = if pod.host_network || pod.phase.is_finished() {
-            &[]
-        } else {
-            &pod.ips
-        };
+        let ips: &[IpAddr] =
+            if pod.host_network || pod.phase.is_finished() { &[] } else { &pod.ips };
         for ip in ips {
             if let Some(other) = self.addresses.get(ip) {
                 return Err(format!("its address {ip} is that of pod {other}, too"));
             }
         }
         self.uids.insert(pod.uid.clone(), pod.key.clone());
-        self.addresses
-            .extend(ips.iter().map(|ip| (*ip, pod.key.clone())));
+        self.addresses.extend(ips.iter().map(|ip| (*ip, pod.key.clone())));
         Ok(())
     }
 }

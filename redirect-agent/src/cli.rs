@@ -1,0 +1,385 @@
+//! The command line: every command with its options, its help and its examples.
+
+use std::{net::IpAddr, path::PathBuf, str::FromStr, time::Duration};
+
+use clap::{Args, CommandFactory as _, Parser, Subcommand, ValueEnum};
+use clap_complete::Shell;
+
+use crate::{
+    control::DEFAULT_SOCKET,
+    dataplane,
+    membership::{DEFAULT_EXCLUDED_NAMESPACE, NameError, check_namespace_name},
+    output::Format,
+    overrides::Target,
+};
+
+/// Puts pods of this node into the ambient mesh, with eBPF inside the pods and no iptables.
+#[derive(Debug, Parser)]
+#[command(
+    name = "redirect-agent",
+    version,
+    propagate_version = true,
+    disable_help_subcommand = true,
+    after_long_help = "\
+Examples:
+  redirect-agent check
+  redirect-agent run --source dir:/etc/redirect-agent/manifests
+  redirect-agent status
+  redirect-agent unenroll shop/cart --for 10m
+
+The commands that change something are harmless when they are repeated. The exit status is 0 for
+success, 1 for failure, and 2 for a command line that cannot be understood."
+)]
+pub struct Cli {
+    /// What to do.
+    #[command(subcommand)]
+    pub command: Command,
+}
+
+/// The commands.
+#[derive(Debug, Subcommand)]
+pub enum Command {
+    /// Runs the agent of this node.
+    Run(RunArgs),
+    /// Redirects one network namespace, without an agent.
+    Attach(AttachArgs),
+    /// Puts one network namespace back to how it was before `attach`.
+    Detach(DetachArgs),
+    /// Puts pods into the mesh on this node, whatever their labels say.
+    Enroll(EnrollArgs),
+    /// Takes pods out of the mesh on this node, whatever their labels say.
+    Unenroll(UnenrollArgs),
+    /// Takes `enroll` or `unenroll` back: the labels decide again.
+    Auto(AutoArgs),
+    /// Lets every pod of this node bypass the mesh.
+    Pause(PauseArgs),
+    /// Ends `pause`.
+    Resume(ResumeArgs),
+    /// Shows every pod of this node: in the mesh or not, why, and what the kernel has for it.
+    Status(StatusArgs),
+    /// Says whether this node can run the agent.
+    Check(CheckArgs),
+    /// Puts every pod of this node back and removes all that the agent keeps in the kernel.
+    Cleanup(CleanupArgs),
+    /// Prints completions for a shell.
+    Completions(CompletionsArgs),
+}
+
+/// Where pods and namespaces come from.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum SourceSpec {
+    /// `dir:PATH`: a directory of manifests.
+    Dir(PathBuf),
+}
+
+impl FromStr for SourceSpec {
+    type Err = String;
+
+    fn from_str(s: &str) -> Result<SourceSpec, String> {
+        match s.split_once(':') {
+            Some(("dir", path)) if !path.is_empty() => Ok(SourceSpec::Dir(path.into())),
+            _ => Err("a source is dir:PATH, a directory of Kubernetes manifests".to_owned()),
+        }
+    }
+}
+
+/// How to write the log.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
+pub enum LogFormat {
+    /// A line for people.
+    Text,
+    /// A JSON object to a line.
+    Json,
+}
+
+/// Where the agent keeps its pins.
+#[derive(Clone, Debug, Args)]
+pub struct BpffsDir {
+    /// Directory on a bpffs for the agent's maps and links; one for each agent on this kernel.
+    #[arg(long, value_name = "DIR", default_value_os_t = dataplane::Options::default_bpffs_dir())]
+    pub bpffs_dir: PathBuf,
+}
+
+/// How to reach the agent.
+#[derive(Clone, Debug, Args)]
+pub struct ControlSocket {
+    /// The agent's control socket.
+    #[arg(long, value_name = "PATH", default_value = DEFAULT_SOCKET)]
+    pub control_socket: PathBuf,
+}
+
+/// How long something lasts.
+#[derive(Clone, Debug, Args)]
+pub struct For {
+    /// Ends by itself after this time: 90s, 10m, 2h 30m, 1day.
+    #[arg(long = "for", value_name = "TIME", value_parser = whole_seconds)]
+    pub duration: Option<Duration>,
+}
+
+fn whole_seconds(s: &str) -> Result<Duration, String> {
+    let duration = humantime::parse_duration(s).map_err(|error| error.to_string())?;
+    if duration < Duration::from_secs(1) {
+        return Err("it must be a second or more".to_owned());
+    }
+    Ok(duration)
+}
+
+fn namespace(s: &str) -> Result<String, NameError> {
+    check_namespace_name(s)?;
+    Ok(s.to_owned())
+}
+
+/// `run`
+#[derive(Debug, Args)]
+#[command(after_long_help = "\
+Examples:
+  redirect-agent run --source dir:/etc/redirect-agent/manifests
+  redirect-agent run --source dir:manifests --node-name n1 --log-format json
+
+Stopping the agent changes nothing for the pods' traffic: what it set up stays in the kernel, and the
+next one takes it over. `redirect-agent cleanup` puts everything back.")]
+pub struct RunArgs {
+    /// Where pods and namespaces come from: dir:PATH, a directory of Kubernetes manifests.
+    #[arg(long, value_name = "SOURCE")]
+    pub source: SourceSpec,
+    /// This node's name, as in the pods' spec.nodeName; the host's name by default.
+    #[arg(long, value_name = "NAME", env = "NODE_NAME", hide_env_values = true)]
+    pub node_name: Option<String>,
+    /// Directory where the network namespaces of pods are, as NAMESPACE_NAME.
+    #[arg(long, value_name = "DIR", default_value = "/var/run/netns")]
+    pub netns_dir: PathBuf,
+    /// See [`BpffsDir`].
+    #[command(flatten)]
+    pub bpffs: BpffsDir,
+    /// Directory for what the agent has to remember: the overrides.
+    #[arg(long, value_name = "DIR", default_value = "/var/lib/redirect-agent")]
+    pub state_dir: PathBuf,
+    /// See [`ControlSocket`].
+    #[command(flatten)]
+    pub control: ControlSocket,
+    /// Where the proxy connects to hear of pods (ZDS).
+    #[arg(long, value_name = "PATH", default_value = "/var/run/ztunnel/ztunnel.sock")]
+    pub zds_socket: PathBuf,
+    /// Namespaces whose pods are never in the mesh, separated by commas.
+    #[arg(
+        long,
+        value_name = "NAMESPACE,…",
+        value_delimiter = ',',
+        default_value = DEFAULT_EXCLUDED_NAMESPACE,
+        value_parser = namespace
+    )]
+    pub excluded_namespaces: Vec<String>,
+    /// For how long new connections wait for a proxy that has stopped listening.
+    #[arg(long, value_name = "TIME", default_value = "3s", value_parser = humantime::parse_duration)]
+    pub proxy_grace: Duration,
+    /// How long a pod that leaves the mesh keeps its redirected connections at most.
+    #[arg(long, value_name = "TIME", default_value = "5s", value_parser = humantime::parse_duration)]
+    pub drain: Duration,
+    /// Log every decision of the eBPF programs; costs time on every connection.
+    #[arg(long)]
+    pub ebpf_log: bool,
+    /// How to write the log.
+    #[arg(long, value_name = "FORMAT", default_value = "text")]
+    pub log_format: LogFormat,
+}
+
+/// `attach`
+#[derive(Debug, Args)]
+#[command(after_long_help = "\
+Examples:
+  redirect-agent attach --netns /var/run/netns/shop_cart
+  redirect-agent attach --netns /proc/self/ns/net --address 10.0.0.2 --address fd00::2
+
+What it sets up outlives the command. There has to be a proxy that listens in the namespace, else new
+connections are refused.")]
+pub struct AttachArgs {
+    /// The network namespace.
+    #[arg(long, value_name = "PATH")]
+    pub netns: PathBuf,
+    /// An address of the pod; all global ones of the namespace by default.
+    #[arg(long, value_name = "IP")]
+    pub address: Vec<IpAddr>,
+    /// See [`BpffsDir`].
+    #[command(flatten)]
+    pub bpffs: BpffsDir,
+}
+
+/// `detach`
+#[derive(Debug, Args)]
+#[command(after_long_help = "\
+Examples:
+  redirect-agent detach --netns /var/run/netns/shop_cart")]
+pub struct DetachArgs {
+    /// The network namespace.
+    #[arg(long, value_name = "PATH")]
+    pub netns: PathBuf,
+    /// See [`BpffsDir`].
+    #[command(flatten)]
+    pub bpffs: BpffsDir,
+}
+
+/// `enroll`
+#[derive(Debug, Args)]
+#[command(after_long_help = "\
+Examples:
+  redirect-agent enroll shop/cart
+  redirect-agent enroll shop --for 10m
+
+Holds on this node only, over a restart of the agent, until `auto` or the end of --for. A pod's own
+override counts before that of its namespace. Pods on the node's network, finished pods, pods with a
+sidecar and pods of excluded namespaces stay out all the same.")]
+pub struct EnrollArgs {
+    /// For whom: NAMESPACE/POD, or NAMESPACE for all its pods.
+    #[arg(value_name = "NAMESPACE[/POD]")]
+    pub target: Target,
+    /// See [`For`].
+    #[command(flatten)]
+    pub duration: For,
+    /// See [`ControlSocket`].
+    #[command(flatten)]
+    pub control: ControlSocket,
+}
+
+/// `unenroll`
+#[derive(Debug, Args)]
+#[command(after_long_help = "\
+Examples:
+  redirect-agent unenroll shop/cart
+  redirect-agent unenroll shop --for 10m
+
+Holds on this node only, over a restart of the agent, until `auto` or the end of --for. A pod's own
+override counts before that of its namespace.")]
+pub struct UnenrollArgs {
+    /// For whom: NAMESPACE/POD, or NAMESPACE for all its pods.
+    #[arg(value_name = "NAMESPACE[/POD]")]
+    pub target: Target,
+    /// See [`For`].
+    #[command(flatten)]
+    pub duration: For,
+    /// See [`ControlSocket`].
+    #[command(flatten)]
+    pub control: ControlSocket,
+}
+
+/// `auto`
+#[derive(Debug, Args)]
+#[command(after_long_help = "\
+Examples:
+  redirect-agent auto shop/cart
+  redirect-agent auto shop
+
+Takes back what was said for exactly that: `auto shop` leaves the override of shop/cart alone.")]
+pub struct AutoArgs {
+    /// For whom: NAMESPACE/POD, or NAMESPACE.
+    #[arg(value_name = "NAMESPACE[/POD]")]
+    pub target: Target,
+    /// See [`ControlSocket`].
+    #[command(flatten)]
+    pub control: ControlSocket,
+}
+
+/// `pause`
+#[derive(Debug, Args)]
+#[command(after_long_help = "\
+Examples:
+  redirect-agent pause
+  redirect-agent pause --for 5m
+
+Every pod of the node leaves the mesh as if its label were removed. Holds over a restart of the agent.")]
+pub struct PauseArgs {
+    /// See [`For`].
+    #[command(flatten)]
+    pub duration: For,
+    /// See [`ControlSocket`].
+    #[command(flatten)]
+    pub control: ControlSocket,
+}
+
+/// `resume`
+#[derive(Debug, Args)]
+#[command(after_long_help = "\
+Examples:
+  redirect-agent resume")]
+pub struct ResumeArgs {
+    /// See [`ControlSocket`].
+    #[command(flatten)]
+    pub control: ControlSocket,
+}
+
+/// `status`
+#[derive(Debug, Args)]
+#[command(after_long_help = "\
+Examples:
+  redirect-agent status
+  redirect-agent status -o wide
+  redirect-agent status -o json | jq '.pods[] | select(.state == \"failed\")'")]
+pub struct StatusArgs {
+    /// How to print it.
+    #[arg(short, long, value_name = "FORMAT", default_value = "table")]
+    pub output: Format,
+    /// See [`ControlSocket`].
+    #[command(flatten)]
+    pub control: ControlSocket,
+}
+
+/// `check`
+#[derive(Debug, Args)]
+#[command(after_long_help = "\
+Examples:
+  redirect-agent check
+  redirect-agent check -o json
+
+Tries what the agent does in a network namespace of its own, and changes nothing. The exit status is 0
+when nothing that is needed is missing; what cannot be told counts as there.")]
+pub struct CheckArgs {
+    /// How to print it.
+    #[arg(short, long, value_name = "FORMAT", default_value = "table")]
+    pub output: Format,
+    /// Directory of the node's CNI configuration.
+    #[arg(long, value_name = "DIR", default_value = "/etc/cni/net.d")]
+    pub cni_conf_dir: PathBuf,
+    /// See [`BpffsDir`].
+    #[command(flatten)]
+    pub bpffs: BpffsDir,
+}
+
+/// `cleanup`
+#[derive(Debug, Args)]
+#[command(after_long_help = "\
+Examples:
+  redirect-agent cleanup
+
+For when the agent is to leave this node: stop it first. Doing it twice is harmless.")]
+pub struct CleanupArgs {
+    /// Directory where the network namespaces of pods are.
+    #[arg(long, value_name = "DIR", default_value = "/var/run/netns")]
+    pub netns_dir: PathBuf,
+    /// Directory with what the agent remembers; the overrides go, too.
+    #[arg(long, value_name = "DIR", default_value = "/var/lib/redirect-agent")]
+    pub state_dir: PathBuf,
+    /// See [`BpffsDir`].
+    #[command(flatten)]
+    pub bpffs: BpffsDir,
+    /// See [`ControlSocket`].
+    #[command(flatten)]
+    pub control: ControlSocket,
+}
+
+/// `completions`
+#[derive(Debug, Args)]
+#[command(after_long_help = "\
+Examples:
+  redirect-agent completions bash > /etc/bash_completion.d/redirect-agent")]
+pub struct CompletionsArgs {
+    /// Which shell.
+    pub shell: Shell,
+}
+
+impl CompletionsArgs {
+    /// The completions, as the shell reads them.
+    pub fn generate(&self) -> Vec<u8> {
+        let mut out = Vec::new();
+        clap_complete::generate(self.shell, &mut Cli::command(), "redirect-agent", &mut out);
+        out
+    }
+}

@@ -1,0 +1,112 @@
+//! Whether the kernel can do what the datapath does: by doing it, in a network namespace of our own
+//! that is gone afterwards.
+
+use std::{
+    io,
+    net::{IpAddr, Ipv4Addr, Ipv6Addr},
+    path::Path,
+    thread,
+};
+
+use anyhow::{Context as _, Result, anyhow};
+use aya::{Btf, EbpfLoader, programs::TcAttachType};
+use nix::sched::{CloneFlags, unshare};
+
+use super::{
+    ITERATORS, Kernel, OBJECT, TCX_PROGRAMS,
+    links::attach_tcx,
+    routes::{Routing, Rule},
+    sockets, sysctl,
+};
+use crate::netns::Netns;
+
+/// What became of each attempt; an error that [`is_denied`] says nothing about the kernel.
+#[derive(Debug)]
+pub struct Probes {
+    /// `sk_lookup` on a network namespace.
+    pub sk_lookup: Result<()>,
+    /// A program at tcx ingress.
+    pub tcx: Result<()>,
+    /// An iterator over TCP sockets that sets socket options.
+    pub iterators: Result<()>,
+    /// A rule by mark and protocol, for IPv4.
+    pub rule_ipv4: Result<()>,
+    /// The same for IPv6.
+    pub rule_ipv6: Result<()>,
+    /// The sysctls of an enrolled pod.
+    pub sysctls: Result<()>,
+}
+
+/// Tries everything.
+///
+/// # Errors
+///
+/// When there can be no network namespace to try it in.
+pub fn probe() -> Result<Probes> {
+    let inside = thread::Builder::new()
+        .name("probe".to_owned())
+        .spawn(|| {
+            unshare(CloneFlags::CLONE_NEWNET).context("create a network namespace")?;
+            Ok(Probes {
+                sk_lookup: sk_lookup(),
+                tcx: tcx(),
+                iterators: iterators(),
+                rule_ipv4: rule(Ipv4Addr::LOCALHOST.into()),
+                rule_ipv6: rule(Ipv6Addr::LOCALHOST.into()),
+                sysctls: sysctl::set(),
+            })
+        })
+        .context("start a thread")?;
+    inside.join().map_err(|_| anyhow!("a probe of the kernel panicked"))?
+}
+
+/// Whether the attempt failed for want of privileges: then it says nothing about the kernel.
+pub fn is_denied(error: &anyhow::Error) -> bool {
+    error.chain().any(|cause| {
+        if let Some(rtnetlink::Error::NetlinkError(error)) = cause.downcast_ref() {
+            return matches!(-error.raw_code(), libc::EPERM | libc::EACCES);
+        }
+        let errno = cause.downcast_ref::<nix::Error>().map(|e| *e as i32);
+        let code = cause.downcast_ref::<io::Error>().and_then(io::Error::raw_os_error);
+        matches!(errno.or(code), Some(libc::EPERM | libc::EACCES))
+    })
+}
+
+/// The programs with maps of their own, which nobody else sees.
+fn kernel() -> Result<Kernel> {
+    EbpfLoader::new().load(OBJECT).map(Kernel).context("load the eBPF object")
+}
+
+fn sk_lookup() -> Result<()> {
+    let mut kernel = kernel()?;
+    let program = kernel.lookup()?;
+    program.load().context("load the sk_lookup program")?;
+    let here = Netns::open(Path::new("/proc/thread-self/ns/net"))?;
+    program.attach(&here).context("attach the sk_lookup program")?;
+    Ok(())
+}
+
+fn tcx() -> Result<()> {
+    let mut kernel = kernel()?;
+    for name in TCX_PROGRAMS {
+        let program = kernel.classifier(name)?;
+        program.load().with_context(|| format!("load program {name}"))?;
+        attach_tcx(program, "lo", TcAttachType::Ingress)?;
+    }
+    Ok(())
+}
+
+fn iterators() -> Result<()> {
+    let mut kernel = kernel()?;
+    let btf = Btf::from_sys_fs().context("read the kernel's BTF")?;
+    for name in ITERATORS {
+        let program = kernel.iterator(name)?;
+        program.load("tcp", &btf).with_context(|| format!("load program {name}"))?;
+        sockets::iterate(program)?;
+    }
+    Ok(())
+}
+
+fn rule(family: IpAddr) -> Result<()> {
+    Routing::open()?.add_rule(family, Rule::Keep)
+}

@@ -1,0 +1,245 @@
+//! What the commands print: tables for people, JSON for programs.
+
+use std::{collections::BTreeMap, fmt::Write as _, net::IpAddr};
+
+use comfy_table::{Table, presets};
+use serde::{Deserialize, Serialize};
+
+use crate::{
+    membership::Reason,
+    overrides::{Mode, Moment, Pause, Target},
+    source::Problem,
+};
+
+/// `-o`.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, clap::ValueEnum)]
+pub enum Format {
+    /// A table.
+    #[default]
+    Table,
+    /// A table with every column.
+    Wide,
+    /// One JSON document.
+    Json,
+}
+
+/// What `status` shows.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Status {
+    /// The node's name.
+    pub node: String,
+    /// The agent's version.
+    pub version: String,
+    /// Where pods and namespaces come from: `dir:/etc/manifests`.
+    pub source: String,
+    /// How many proxies are connected on the ZDS socket.
+    pub proxies: u32,
+    /// Set while the whole node bypasses.
+    pub pause: Option<Pause>,
+    /// What in the source cannot be used.
+    pub problems: Vec<Problem>,
+    /// Every pod of the node.
+    pub pods: Vec<PodStatus>,
+}
+
+/// What the agent knows of a pod, and what the kernel has for it.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct PodStatus {
+    /// The pod's namespace.
+    pub namespace: String,
+    /// The pod's name.
+    pub name: String,
+    /// The pod's uid.
+    pub uid: String,
+    /// The pod's addresses.
+    pub ips: Vec<IpAddr>,
+    /// Where the pod is.
+    pub state: PodState,
+    /// Why it should be there.
+    pub reason: Reason,
+    /// Why it is not where it should be, when it is not.
+    pub message: Option<String>,
+    /// The override in force for it.
+    #[serde(rename = "override")]
+    pub overridden: Option<OverrideStatus>,
+    /// The inode number of the pod's network namespace, when it is known.
+    pub netns: Option<u32>,
+    /// What the kernel has for the pod; `None`: nothing, as it should be for a pod that bypasses.
+    pub kernel: Option<KernelStatus>,
+    /// The pod's counters, by name.
+    pub counters: BTreeMap<String, u64>,
+}
+
+/// Where a pod is on its way into or out of the mesh.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "lowercase")]
+pub enum PodState {
+    /// In the mesh: its new connections are redirected.
+    Enrolled,
+    /// On its way in.
+    Enrolling,
+    /// Not in the mesh, untouched.
+    Bypassing,
+    /// On its way out.
+    Leaving,
+    /// Could not be brought to where it should be; it is tried again.
+    Failed,
+}
+
+impl PodState {
+    /// The name in the output.
+    pub fn as_str(self) -> &'static str {
+        match self {
+            PodState::Enrolled => "enrolled",
+            PodState::Enrolling => "enrolling",
+            PodState::Bypassing => "bypassing",
+            PodState::Leaving => "leaving",
+            PodState::Failed => "failed",
+        }
+    }
+}
+
+/// An override as it counts for one pod.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct OverrideStatus {
+    /// Which way.
+    pub mode: Mode,
+    /// What it was given for: the pod, or its namespace.
+    pub target: Target,
+    /// When it ends by itself.
+    pub until: Option<Moment>,
+}
+
+/// What the kernel has for a pod, as it was found there.
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub struct KernelStatus {
+    /// Everything is there that should be.
+    pub complete: bool,
+    /// What is there, each thing by a short name: `sk_lookup`, `tcx lo`, `rule ipv4`.
+    pub present: Vec<String>,
+    /// What should be there and is not.
+    pub missing: Vec<String>,
+}
+
+/// Prints `status` in `format`; pods by namespace and name, whatever their order in it.
+///
+/// # Errors
+///
+/// Never for what the agent sends; when JSON cannot express it.
+pub fn status(status: &Status, format: Format) -> anyhow::Result<String> {
+    let mut pods: Vec<&PodStatus> = status.pods.iter().collect();
+    pods.sort_by_key(|pod| (&pod.namespace, &pod.name));
+    if format == Format::Json {
+        let ordered = Status { pods: pods.into_iter().cloned().collect(), ..status.clone() };
+        return json(&ordered);
+    }
+    let wide = format == Format::Wide;
+    let mut out = String::new();
+    writeln!(
+        out,
+        "node {}, redirect-agent {}, source {}, {}",
+        status.node,
+        status.version,
+        printable(&status.source),
+        match status.proxies {
+            0 => "no proxy connected".to_owned(),
+            1 => "1 proxy connected".to_owned(),
+            n => format!("{n} proxies connected"),
+        }
+    )?;
+    if let Some(pause) = status.pause {
+        writeln!(
+            out,
+            "PAUSED {}: every pod bypasses",
+            match pause.until {
+                Some(until) => format!("until {until}"),
+                None => "until `redirect-agent resume`".to_owned(),
+            }
+        )?;
+    }
+    let mut header =
+        vec!["NAMESPACE", "NAME", "STATE", "REASON", "OVERRIDE", "IPS", "KERNEL", "COUNTERS"];
+    if wide {
+        header.extend(["UID", "NETNS", "PRESENT"]);
+    }
+    let rows = pods.iter().map(|pod| {
+        let mut row = vec![
+            pod.namespace.clone(),
+            pod.name.clone(),
+            pod.state.as_str().to_owned(),
+            pod.reason.to_string(),
+            pod.overridden.as_ref().map(overridden).unwrap_or_default(),
+            pod.ips.iter().map(IpAddr::to_string).collect::<Vec<_>>().join(","),
+            match &pod.kernel {
+                None => "nothing".to_owned(),
+                Some(kernel) if kernel.complete => "complete".to_owned(),
+                Some(kernel) => format!("lacks {}", kernel.missing.join(", ")),
+            },
+            pod.counters
+                .iter()
+                .filter(|(_, value)| wide || **value != 0)
+                .map(|(name, value)| format!("{name}={value}"))
+                .collect::<Vec<_>>()
+                .join(" "),
+        ];
+        if wide {
+            row.push(pod.uid.clone());
+            row.push(pod.netns.map(|netns| netns.to_string()).unwrap_or_default());
+            row.push(pod.kernel.as_ref().map(|k| k.present.join(", ")).unwrap_or_default());
+        }
+        row
+    });
+    out.push_str(&table(&header, rows));
+    for pod in &pods {
+        if let Some(message) = &pod.message {
+            writeln!(out, "{}/{}: {}", pod.namespace, pod.name, printable(message))?;
+        }
+    }
+    for problem in &status.problems {
+        writeln!(out, "problem: {}", printable(&problem.to_string()))?;
+    }
+    Ok(out)
+}
+
+fn overridden(found: &OverrideStatus) -> String {
+    match found.until {
+        Some(until) => format!("{} {} until {until}", found.mode, found.target),
+        None => format!("{} {}", found.mode, found.target),
+    }
+}
+
+/// One JSON document, with a newline at its end.
+///
+/// # Errors
+///
+/// When JSON cannot express `value`.
+pub fn json(value: &impl Serialize) -> anyhow::Result<String> {
+    Ok(serde_json::to_string_pretty(value)? + "\n")
+}
+
+/// A table without lines, a row to a line, as `kubectl` prints them; an empty cell is a `-`.
+pub fn table(header: &[&str], rows: impl IntoIterator<Item = Vec<String>>) -> String {
+    let mut table = Table::new();
+    table.load_style(presets::NOTHING);
+    table.set_header(header.iter().copied());
+    for row in rows {
+        table.add_row(row.into_iter().map(|cell| match printable(&cell) {
+            cell if cell.is_empty() => "-".to_owned(),
+            cell => cell,
+        }));
+    }
+    for column in table.column_iter_mut() {
+        column.set_padding((0, 3));
+    }
+    let mut out = String::new();
+    for line in table.lines() {
+        out.push_str(line.trim_end());
+        out.push('\n');
+    }
+    out
+}
+
+/// Text from a manifest must not move the terminal's cursor, or begin a line of its own.
+pub fn printable(text: &str) -> String {
+    text.chars().map(|c| if c.is_control() { '\u{fffd}' } else { c }).collect()
+}

@@ -1,0 +1,618 @@
+//! What an operator says on this node over what the labels say, and where it is kept.
+
+use std::{
+    collections::BTreeMap,
+    fmt, fs,
+    io::{self, Write as _},
+    os::unix::fs::{DirBuilderExt as _, OpenOptionsExt as _},
+    path::{Path, PathBuf},
+    str::FromStr,
+    sync::{Arc, Mutex, PoisonError},
+    time::{Duration, SystemTime},
+};
+
+use anyhow::Context as _;
+use serde::{Deserialize, Serialize};
+use tokio::sync::watch;
+use tracing::error;
+
+use crate::membership::{Decision, NameError, PodKey, Reason, check_namespace_name};
+
+/// Layout of the state file; another one is not read.
+const FORMAT: u32 = 1;
+/// The state file's name in the state directory.
+const FILE: &str = "overrides.json";
+/// Longer than anybody means it, and short enough for every date to be written with four digits.
+const LONGEST: Duration = Duration::from_secs(10 * 365 * 24 * 60 * 60);
+
+/// Which way an override goes.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "lowercase")]
+pub enum Mode {
+    /// Into the mesh.
+    Enroll,
+    /// Out of it.
+    Unenroll,
+}
+
+impl fmt::Display for Mode {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(match self {
+            Mode::Enroll => "enroll",
+            Mode::Unenroll => "unenroll",
+        })
+    }
+}
+
+/// What an override is for: `NAMESPACE/POD`, or `NAMESPACE` for all its pods.
+#[derive(Clone, Debug, PartialEq, Eq, PartialOrd, Ord, Serialize, Deserialize)]
+#[serde(into = "String", try_from = "String")]
+pub enum Target {
+    /// Every pod of the namespace on this node.
+    Namespace(String),
+    /// The pod of that name, now and whenever it comes back.
+    Pod(PodKey),
+}
+
+impl fmt::Display for Target {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            Target::Namespace(namespace) => f.write_str(namespace),
+            Target::Pod(key) => key.fmt(f),
+        }
+    }
+}
+
+impl FromStr for Target {
+    type Err = NameError;
+
+    fn from_str(s: &str) -> Result<Target, NameError> {
+        if s.contains('/') {
+            return s.parse().map(Target::Pod);
+        }
+        check_namespace_name(s)?;
+        Ok(Target::Namespace(s.to_owned()))
+    }
+}
+
+impl TryFrom<String> for Target {
+    type Error = NameError;
+
+    fn try_from(s: String) -> Result<Target, NameError> {
+        s.parse()
+    }
+}
+
+impl From<Target> for String {
+    fn from(target: Target) -> String {
+        target.to_string()
+    }
+}
+
+/// A moment by the wall clock, in whole seconds; RFC 3339 in UTC as text.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Serialize, Deserialize)]
+#[serde(into = "String", try_from = "String")]
+pub struct Moment(SystemTime);
+
+impl Moment {
+    /// The moment `after` from `now`; a part of a second is left out.
+    ///
+    /// # Errors
+    ///
+    /// When that is more than ten years off.
+    pub fn after(now: SystemTime, after: Duration) -> anyhow::Result<Moment> {
+        let until = now.checked_add(after).filter(|_| after <= LONGEST).with_context(|| {
+            format!("wait {}: that is more than ten years", humantime::format_duration(after))
+        })?;
+        let seconds = until
+            .duration_since(SystemTime::UNIX_EPOCH)
+            .context("read the wall clock: it is before 1970")?
+            .as_secs();
+        Ok(Moment(SystemTime::UNIX_EPOCH + Duration::from_secs(seconds)))
+    }
+
+    /// How long it is from `now` until then; nothing when it is over.
+    pub fn from(self, now: SystemTime) -> Duration {
+        self.0.duration_since(now).unwrap_or_default()
+    }
+}
+
+impl fmt::Display for Moment {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        humantime::format_rfc3339_seconds(self.0).fmt(f)
+    }
+}
+
+impl TryFrom<String> for Moment {
+    type Error = humantime::TimestampError;
+
+    fn try_from(s: String) -> Result<Moment, humantime::TimestampError> {
+        humantime::parse_rfc3339(&s).map(Moment)
+    }
+}
+
+impl From<Moment> for String {
+    fn from(moment: Moment) -> String {
+        moment.to_string()
+    }
+}
+
+/// One override.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Override {
+    /// Which way.
+    pub mode: Mode,
+    /// When it ends by itself; `None`: not before `auto`.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub until: Option<Moment>,
+}
+
+/// The whole node bypasses.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Pause {
+    /// When it ends by itself; `None`: not before `resume`.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub until: Option<Moment>,
+}
+
+/// Everything an operator has said, as it is at one moment.
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Overrides {
+    /// The overrides; some may have ended.
+    #[serde(default)]
+    targets: BTreeMap<Target, Override>,
+    /// The pause; it may have ended.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pause: Option<Pause>,
+}
+
+/// What an operator asks for.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum Change {
+    /// `enroll` and `unenroll`.
+    Set {
+        /// For whom.
+        target: Target,
+        /// What.
+        value: Override,
+    },
+    /// `auto`: the labels decide again.
+    Clear {
+        /// For whom.
+        target: Target,
+    },
+    /// `pause`.
+    Pause(Pause),
+    /// `resume`.
+    Resume,
+}
+
+fn in_force(until: Option<Moment>, now: SystemTime) -> bool {
+    until.is_none_or(|until| !until.from(now).is_zero())
+}
+
+impl Overrides {
+    /// The override that counts for `pod`: its own, else its namespace's.
+    pub fn find(&self, pod: &PodKey, now: SystemTime) -> Option<(Target, Override)> {
+        [Target::Pod(pod.clone()), Target::Namespace(pod.namespace.clone())].into_iter().find_map(
+            |target| {
+                let found = *self.targets.get(&target)?;
+                in_force(found.until, now).then_some((target, found))
+            },
+        )
+    }
+
+    /// The pause, when the node is paused.
+    pub fn pause(&self, now: SystemTime) -> Option<Pause> {
+        self.pause.filter(|pause| in_force(pause.until, now))
+    }
+
+    /// What becomes of `decision` for `pod`.
+    ///
+    /// A hard reason ([`Reason::is_hard`]) stands: no override enrols such a pod. Where the node is
+    /// paused, nobody is enrolled, and who bypasses for another reason keeps that reason.
+    pub fn apply(&self, decision: Decision, pod: &PodKey, now: SystemTime) -> Decision {
+        if decision.reason.is_hard() {
+            return decision;
+        }
+        let decision = match self.find(pod, now).map(|(_, found)| found.mode) {
+            Some(Mode::Enroll) => Decision::enrolled(Reason::OverrideEnrolled),
+            Some(Mode::Unenroll) => Decision::bypass(Reason::OverrideBypass),
+            None => decision,
+        };
+        match self.pause(now) {
+            Some(_) if decision.enrolled => Decision::bypass(Reason::Paused),
+            _ => decision,
+        }
+    }
+
+    /// When the next override or the pause ends by itself: decisions have to be made anew then.
+    pub fn next_end(&self, now: SystemTime) -> Option<Moment> {
+        let ends = self.targets.values().map(|found| found.until);
+        ends.chain([self.pause.and_then(|pause| pause.until)])
+            .flatten()
+            .filter(|until| !until.from(now).is_zero())
+            .min()
+    }
+
+    /// What there is after `change`; what has ended by `now` is forgotten.
+    fn with(&self, change: Change, now: SystemTime) -> Overrides {
+        let mut next = self.clone();
+        next.targets.retain(|_, found| in_force(found.until, now));
+        next.pause = next.pause(now);
+        match change {
+            Change::Set { target, value } => drop(next.targets.insert(target, value)),
+            Change::Clear { target } => drop(next.targets.remove(&target)),
+            Change::Pause(pause) => next.pause = Some(pause),
+            Change::Resume => next.pause = None,
+        }
+        next
+    }
+
+    /// What an operator should know when `change` does not do, or not yet, what it seems to:
+    /// `decided` are the pods of this node with what the labels say of each.
+    pub fn notes<'a>(
+        &self,
+        change: &Change,
+        decided: impl IntoIterator<Item = (&'a PodKey, Decision)>,
+        now: SystemTime,
+    ) -> Vec<String> {
+        let target = match change {
+            Change::Set { target, .. } | Change::Clear { target } => target,
+            Change::Pause(_) | Change::Resume => return Vec::new(),
+        };
+        let mut notes = Vec::new();
+        let mut pods = decided
+            .into_iter()
+            .filter(|(pod, _)| match target {
+                Target::Namespace(namespace) => pod.namespace == *namespace,
+                Target::Pod(key) => *pod == key,
+            })
+            .peekable();
+        if pods.peek().is_none() {
+            notes.push(format!("{target}: there is no such pod on this node now"));
+        }
+        for (pod, decision) in pods {
+            let found = self.find(pod, now);
+            let enrolls = found.as_ref().is_some_and(|(_, found)| found.mode == Mode::Enroll);
+            if decision.reason.is_hard() && enrolls {
+                notes.push(format!(
+                    "{pod} stays out of the mesh: {}, and no override changes that",
+                    decision.reason.explain()
+                ));
+            }
+            if let Some((by, found)) = found.filter(|(by, _)| by != target) {
+                notes.push(format!("{pod} has an override by {by}, which counts: {}", found.mode));
+            }
+        }
+        if self.pause(now).is_some() && matches!(change, Change::Set { .. }) {
+            notes.push("the node is paused: every pod bypasses until `resume`".to_owned());
+        }
+        notes
+    }
+}
+
+/// Keeps the overrides in the state directory, over a restart of the agent.
+#[derive(Debug)]
+pub struct Store {
+    file: PathBuf,
+    current: watch::Sender<Arc<Overrides>>,
+    /// Held while a change is written, so that changes are made one after the other.
+    writing: Mutex<()>,
+}
+
+/// The state file.
+#[derive(Serialize, Deserialize)]
+struct Saved {
+    version: u32,
+    #[serde(flatten)]
+    overrides: Overrides,
+}
+
+impl Store {
+    /// Reads what is kept in `state_dir`, which is made when it is not there.
+    ///
+    /// A file that cannot be understood is moved aside, and the labels decide alone: an agent that
+    /// does not start helps nobody.
+    ///
+    /// # Errors
+    ///
+    /// When the directory or the file cannot be used.
+    pub fn open(state_dir: &Path) -> anyhow::Result<Store> {
+        fs::DirBuilder::new()
+            .recursive(true)
+            .mode(0o700)
+            .create(state_dir)
+            .with_context(|| format!("create the state directory {}", state_dir.display()))?;
+        let file = state_dir.join(FILE);
+        let overrides = match fs::read(&file) {
+            Ok(content) => match understand(&content) {
+                Ok(overrides) => overrides,
+                Err(reason) => {
+                    let aside = move_aside(&file)?;
+                    error!(
+                        "read the overrides in {}: {reason}; moved it to {}, and go on without \
+                         overrides: give them again where they are still wanted",
+                        file.display(),
+                        aside.display()
+                    );
+                    Overrides::default()
+                }
+            },
+            Err(error) if error.kind() == io::ErrorKind::NotFound => Overrides::default(),
+            Err(error) => {
+                return Err(error).with_context(|| format!("read {}", file.display()));
+            }
+        };
+        Ok(Store {
+            file,
+            current: watch::Sender::new(Arc::new(overrides)),
+            writing: Mutex::default(),
+        })
+    }
+
+    /// What is said now.
+    pub fn current(&self) -> Arc<Overrides> {
+        Arc::clone(&self.current.borrow())
+    }
+
+    /// Follows what is said; what ends by itself ([`Overrides::next_end`]) is no change.
+    pub fn subscribe(&self) -> watch::Receiver<Arc<Overrides>> {
+        self.current.subscribe()
+    }
+
+    /// Makes `change` and keeps it; says whether it changed anything.
+    ///
+    /// # Errors
+    ///
+    /// When it cannot be kept; then nothing has changed.
+    pub fn change(&self, change: Change, now: SystemTime) -> anyhow::Result<bool> {
+        let _writing = self.writing.lock().unwrap_or_else(PoisonError::into_inner);
+        let before = self.current();
+        let next = before.with(change, now);
+        if next == *before {
+            return Ok(false);
+        }
+        write(&self.file, &next).with_context(|| format!("write {}", self.file.display()))?;
+        self.current.send_replace(Arc::new(next));
+        Ok(true)
+    }
+}
+
+fn understand(content: &[u8]) -> Result<Overrides, String> {
+    let saved: Saved = serde_json::from_slice(content).map_err(|error| error.to_string())?;
+    if saved.version != FORMAT {
+        return Err(format!("its version is {}, this agent reads {FORMAT}", saved.version));
+    }
+    Ok(saved.overrides)
+}
+
+fn move_aside(file: &Path) -> anyhow::Result<PathBuf> {
+    let aside = file.with_extension("json.unreadable");
+    fs::rename(file, &aside)
+        .with_context(|| format!("move {} to {}", file.display(), aside.display()))?;
+    Ok(aside)
+}
+
+/// Either the old content or the new one is there, also after a power failure.
+fn write(file: &Path, overrides: &Overrides) -> anyhow::Result<()> {
+    let mut content =
+        serde_json::to_vec_pretty(&Saved { version: FORMAT, overrides: overrides.clone() })?;
+    content.push(b'\n');
+    let new = file.with_extension("json.new");
+    let mut writer =
+        fs::OpenOptions::new().write(true).create(true).truncate(true).mode(0o600).open(&new)?;
+    writer.write_all(&content)?;
+    writer.sync_all()?;
+    fs::rename(&new, file)?;
+    if let Some(dir) = file.parent() {
+        fs::File::open(dir)?.sync_all()?;
+    }
+    Ok(())
+}
+
+#[cfg(test)]
+mod tests {
+    use std::os::unix::fs::PermissionsExt as _;
+
+    use super::*;
+
+    const MINUTE: Duration = Duration::from_secs(60);
+
+    fn start() -> SystemTime {
+        humantime::parse_rfc3339("2026-08-01T12:00:00Z").unwrap()
+    }
+
+    fn set(target: &str, mode: Mode, minutes: Option<u32>) -> Change {
+        let until = minutes.map(|m| Moment::after(start(), MINUTE * m).unwrap());
+        Change::Set { target: target.parse().unwrap(), value: Override { mode, until } }
+    }
+
+    fn clear(target: &str) -> Change {
+        Change::Clear { target: target.parse().unwrap() }
+    }
+
+    fn overrides(changes: &[Change]) -> Overrides {
+        changes.iter().fold(Overrides::default(), |o, change| o.with(change.clone(), start()))
+    }
+
+    fn key(pod: &str) -> PodKey {
+        pod.parse().unwrap()
+    }
+
+    const AMBIENT: Decision = Decision { enrolled: true, reason: Reason::NamespaceLabelAmbient };
+    const PLAIN: Decision = Decision { enrolled: false, reason: Reason::NotLabelled };
+
+    #[test]
+    fn a_pods_override_beats_its_namespaces_and_both_beat_the_labels() {
+        let o =
+            overrides(&[set("shop", Mode::Unenroll, None), set("shop/cart", Mode::Enroll, None)]);
+        let enrolled = Decision::enrolled(Reason::OverrideEnrolled);
+        let bypass = Decision::bypass(Reason::OverrideBypass);
+        for labels in [AMBIENT, PLAIN] {
+            assert_eq!(o.apply(labels, &key("shop/cart"), start()), enrolled);
+            assert_eq!(o.apply(labels, &key("shop/web"), start()), bypass);
+            assert_eq!(o.apply(labels, &key("bank/cart"), start()), labels);
+        }
+        let o = o.with(clear("shop/cart"), start());
+        assert_eq!(o.apply(AMBIENT, &key("shop/cart"), start()), bypass);
+        let o = o.with(clear("shop"), start());
+        assert_eq!(o.apply(AMBIENT, &key("shop/cart"), start()), AMBIENT);
+    }
+
+    #[test]
+    fn a_hard_reason_cannot_be_overridden() {
+        let o = overrides(&[set("shop", Mode::Enroll, None), Change::Pause(Pause { until: None })]);
+        for reason in Reason::ALL.into_iter().filter(|reason| reason.is_hard()) {
+            let decision = Decision::bypass(reason);
+            assert_eq!(o.apply(decision, &key("shop/cart"), start()), decision);
+        }
+    }
+
+    #[test]
+    fn a_pause_takes_everybody_out_and_resume_brings_everybody_back() {
+        let o = overrides(&[
+            set("shop/cart", Mode::Enroll, None),
+            set("shop/web", Mode::Unenroll, None),
+            Change::Pause(Pause { until: None }),
+        ]);
+        let paused = Decision::bypass(Reason::Paused);
+        assert_eq!(o.apply(PLAIN, &key("shop/cart"), start()), paused);
+        assert_eq!(o.apply(AMBIENT, &key("bank/app"), start()), paused);
+        assert_eq!(o.apply(PLAIN, &key("bank/app"), start()), PLAIN);
+        let web = Decision::bypass(Reason::OverrideBypass);
+        assert_eq!(o.apply(AMBIENT, &key("shop/web"), start()), web);
+        let o = o.with(Change::Resume, start());
+        assert_eq!(o.apply(AMBIENT, &key("bank/app"), start()), AMBIENT);
+    }
+
+    #[test]
+    fn what_has_an_end_ends_by_itself() {
+        let until = Some(Moment::after(start(), 5 * MINUTE).unwrap());
+        let o = overrides(&[
+            set("shop", Mode::Unenroll, None),
+            set("shop/cart", Mode::Enroll, Some(10)),
+            Change::Pause(Pause { until }),
+        ]);
+        let cart = key("shop/cart");
+        let at = |minutes: u32| start() + MINUTE * minutes;
+        assert_eq!(o.next_end(at(0)), until);
+        assert_eq!(o.apply(PLAIN, &cart, at(4)).reason, Reason::Paused);
+        assert_eq!(o.apply(PLAIN, &cart, at(5)).reason, Reason::OverrideEnrolled);
+        assert_eq!(o.next_end(at(5)).unwrap().from(at(5)), 5 * MINUTE);
+        assert_eq!(o.apply(PLAIN, &cart, at(9)).reason, Reason::OverrideEnrolled);
+        assert_eq!(o.apply(PLAIN, &cart, at(10)).reason, Reason::OverrideBypass);
+        assert_eq!(o.next_end(at(10)), None);
+        assert!(Moment::after(start(), Duration::MAX).is_err());
+        assert!(Moment::after(start(), LONGEST + MINUTE).is_err());
+    }
+
+    #[test]
+    fn the_operator_hears_what_an_override_does_not_do() {
+        let (cart, web) = (key("shop/cart"), key("shop/web"));
+        let decided = || {
+            [
+                (&cart, Decision::bypass(Reason::HostNetwork)),
+                (&web, Decision::bypass(Reason::NotLabelled)),
+            ]
+        };
+        let notes = |changes: &[Change]| {
+            overrides(changes).notes(changes.last().unwrap(), decided(), start())
+        };
+        assert_eq!(
+            notes(&[set("shop", Mode::Enroll, None)]),
+            [
+                "shop/cart stays out of the mesh: it uses the node's network (spec.hostNetwork), and \
+              no override changes that"
+            ]
+        );
+        assert_eq!(notes(&[set("shop/web", Mode::Enroll, None)]), [""; 0]);
+        assert_eq!(
+            notes(&[set("shop/gone", Mode::Enroll, None)]),
+            ["shop/gone: there is no such pod on this node now"]
+        );
+        assert_eq!(
+            notes(&[set("shop/web", Mode::Unenroll, None), set("shop", Mode::Unenroll, None)]),
+            ["shop/web has an override by shop/web, which counts: unenroll"]
+        );
+        assert_eq!(
+            notes(&[Change::Pause(Pause { until: None }), set("shop/web", Mode::Enroll, None)]),
+            ["the node is paused: every pod bypasses until `resume`"]
+        );
+    }
+
+    #[test]
+    fn overrides_are_kept_over_a_restart_and_doing_it_twice_changes_nothing() {
+        let dir = tempfile::tempdir().unwrap();
+        let state = dir.path().join("state");
+        let store = Store::open(&state).unwrap();
+        let mut seen = store.subscribe();
+        let changes = [
+            set("shop/cart", Mode::Enroll, Some(10)),
+            set("bank", Mode::Unenroll, None),
+            Change::Pause(Pause { until: None }),
+        ];
+        for change in changes {
+            assert!(store.change(change.clone(), start()).unwrap());
+            assert!(seen.has_changed().unwrap());
+            seen.mark_unchanged();
+            assert!(!store.change(change, start()).unwrap());
+            assert!(!seen.has_changed().unwrap());
+        }
+        let expected = store.current();
+        assert_eq!(*Store::open(&state).unwrap().current(), *expected);
+        let file = state.join(FILE);
+        assert_eq!(
+            fs::read_to_string(&file).unwrap(),
+            r#"{
+  "version": 1,
+  "targets": {
+    "bank": {
+      "mode": "unenroll"
+    },
+    "shop/cart": {
+      "mode": "enroll",
+      "until": "2026-08-01T12:10:00Z"
+    }
+  },
+  "pause": {}
+}
+"#
+        );
+        let mode = |path: &Path| fs::metadata(path).unwrap().permissions().mode() & 0o777;
+        assert_eq!((mode(&state), mode(&file)), (0o700, 0o600));
+
+        // What has ended goes from the file with the next change.
+        store.change(Change::Resume, start() + 11 * MINUTE).unwrap();
+        assert!(!fs::read_to_string(&file).unwrap().contains("shop/cart"));
+    }
+
+    #[test]
+    fn a_state_file_that_cannot_be_understood_is_moved_aside() {
+        for content in [
+            "",
+            "{\"version\":1,\"targets\":{\"shop/ca",
+            "[]",
+            "{\"version\":2}",
+            "{\"version\":1,\"targets\":{\"../x\":{\"mode\":\"enroll\"}}}",
+            "{\"version\":1,\"pause\":{\"until\":\"tomorrow\"}}",
+        ] {
+            let dir = tempfile::tempdir().unwrap();
+            fs::write(dir.path().join(FILE), content).unwrap();
+            let store = Store::open(dir.path()).unwrap();
+            assert_eq!(*store.current(), Overrides::default(), "{content}");
+            let aside = dir.path().join("overrides.json.unreadable");
+            assert_eq!(fs::read_to_string(aside).unwrap(), content);
+            assert!(store.change(Change::Pause(Pause { until: None }), start()).unwrap());
+        }
+    }
+
+    #[test]
+    fn a_change_that_cannot_be_kept_is_not_made() {
+        let dir = tempfile::tempdir().unwrap();
+        let store = Store::open(dir.path()).unwrap();
+        fs::create_dir(dir.path().join("overrides.json.new")).unwrap();
+        assert!(store.change(Change::Pause(Pause { until: None }), start()).is_err());
+        assert_eq!(*store.current(), Overrides::default());
+    }
+}

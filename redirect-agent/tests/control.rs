@@ -1,0 +1,301 @@
+//! The control socket, with a real server, a real store and real clients.
+#![expect(clippy::unwrap_used, reason = "a test stops at what it did not expect")]
+
+use std::{
+    env, fs,
+    io::{Read as _, Write as _},
+    os::unix::{
+        fs::{PermissionsExt as _, symlink},
+        net::UnixStream,
+        process::CommandExt as _,
+    },
+    path::{Path, PathBuf},
+    process::Command,
+    sync::Arc,
+    time::{Duration, SystemTime},
+};
+
+use redirect_agent::{
+    control::{Agent, Answer, Client, OverrideRequest, PauseRequest, Server},
+    membership::{Decision, PodKey, Reason},
+    output::Status,
+    overrides::{Change, Mode, Store, Target},
+};
+use tempfile::TempDir;
+use tokio::task::JoinHandle;
+use tokio_util::sync::CancellationToken;
+
+/// Everything of an agent but the pods.
+struct Overridden {
+    store: Store,
+}
+
+impl Agent for Overridden {
+    async fn status(&self) -> anyhow::Result<Status> {
+        Ok(Status {
+            node: "n1".to_owned(),
+            version: "0.0.0".to_owned(),
+            source: "dir:/manifests".to_owned(),
+            proxies: 0,
+            pause: self.store.current().pause(SystemTime::now()),
+            problems: Vec::new(),
+            pods: Vec::new(),
+        })
+    }
+
+    async fn change(&self, change: Change) -> anyhow::Result<Answer> {
+        let now = SystemTime::now();
+        let changed = self.store.change(change.clone(), now)?;
+        let pod: PodKey = "shop/host".parse()?;
+        let decided = [(&pod, Decision::bypass(Reason::HostNetwork))];
+        Ok(Answer { changed, notes: self.store.current().notes(&change, decided, now) })
+    }
+}
+
+struct Fixture {
+    dir: TempDir,
+    agent: Arc<Overridden>,
+    stop: CancellationToken,
+    server: JoinHandle<anyhow::Result<()>>,
+}
+
+impl Fixture {
+    fn new() -> Fixture {
+        let dir = tempfile::tempdir().unwrap();
+        let store = Store::open(&dir.path().join("state")).unwrap();
+        let agent = Arc::new(Overridden { store });
+        let server = Server::bind(&socket(&dir)).unwrap();
+        let stop = CancellationToken::new();
+        let server = tokio::spawn(server.run(Arc::clone(&agent), stop.clone()));
+        Fixture { dir, agent, stop, server }
+    }
+
+    fn client(&self) -> Client {
+        Client::new(socket(&self.dir))
+    }
+}
+
+fn socket(dir: &TempDir) -> PathBuf {
+    dir.path().join("run/control.sock")
+}
+
+fn request(target: &str, mode: Option<Mode>, for_seconds: Option<u64>) -> OverrideRequest {
+    OverrideRequest { target: target.parse().unwrap(), mode, for_seconds }
+}
+
+fn mode(path: &Path) -> u32 {
+    fs::metadata(path).unwrap().permissions().mode() & 0o777
+}
+
+/// What comes back for a request as it goes over the wire.
+fn raw(socket: &Path, request: &str) -> String {
+    let mut stream = UnixStream::connect(socket).unwrap();
+    stream.set_read_timeout(Some(Duration::from_secs(5))).unwrap();
+    stream.write_all(request.as_bytes()).unwrap();
+    let mut response = String::new();
+    stream.read_to_string(&mut response).unwrap();
+    response
+}
+
+#[tokio::test]
+async fn overrides_and_the_pause_are_set_taken_back_and_repeated_without_harm() {
+    let fixture = Fixture::new();
+    let client = fixture.client();
+    client.healthz().await.unwrap();
+    let cart: PodKey = "shop/cart".parse().unwrap();
+    let plain = Decision::bypass(Reason::NotLabelled);
+    let decided = || fixture.agent.store.current().apply(plain, &cart, SystemTime::now()).reason;
+
+    let enroll = request("shop/cart", Some(Mode::Enroll), None);
+    assert!(client.set_override(&enroll).await.unwrap().changed);
+    assert!(!client.set_override(&enroll).await.unwrap().changed);
+    assert_eq!(decided(), Reason::OverrideEnrolled);
+
+    assert!(client.pause(&PauseRequest { for_seconds: Some(600) }).await.unwrap().changed);
+    assert_eq!(decided(), Reason::Paused);
+    let until = client.status().await.unwrap().pause.unwrap().until.unwrap();
+    let left = until.from(SystemTime::now());
+    assert!((590..=600).contains(&left.as_secs()), "{left:?}");
+
+    assert!(client.resume().await.unwrap().changed);
+    assert!(!client.resume().await.unwrap().changed);
+    assert_eq!(client.status().await.unwrap().pause, None);
+
+    let auto = request("shop/cart", None, None);
+    assert!(client.set_override(&auto).await.unwrap().changed);
+    assert!(!client.set_override(&auto).await.unwrap().changed);
+    assert_eq!(decided(), Reason::NotLabelled);
+}
+
+#[tokio::test]
+async fn the_operator_is_told_that_a_hard_reason_cannot_be_overridden() {
+    let fixture = Fixture::new();
+    let answer = fixture
+        .client()
+        .set_override(&request("shop", Some(Mode::Enroll), Some(60)))
+        .await
+        .unwrap();
+    assert!(answer.changed);
+    let [note] = &answer.notes[..] else { panic!("{answer:?}") };
+    assert!(note.contains("shop/host stays out of the mesh"), "{note}");
+}
+
+#[tokio::test]
+async fn the_socket_is_for_root_alone_and_goes_with_the_agent() {
+    let fixture = Fixture::new();
+    let socket = socket(&fixture.dir);
+    assert_eq!((mode(socket.parent().unwrap()), mode(&socket)), (0o700, 0o600));
+    fixture.stop.cancel();
+    fixture.server.await.unwrap().unwrap();
+    assert!(!socket.exists());
+}
+
+#[tokio::test]
+async fn a_request_that_makes_no_sense_is_refused_and_nothing_changes() {
+    let fixture = Fixture::new();
+    let post = |path: &str, body: &str| {
+        let socket = socket(&fixture.dir);
+        let request = format!(
+            "POST {path} HTTP/1.1\r\nHost: agent\r\nConnection: close\r\n\
+             Content-Type: application/json\r\nContent-Length: {}\r\n\r\n{body}",
+            body.len()
+        );
+        tokio::task::spawn_blocking(move || raw(&socket, &request))
+    };
+    for (path, body, status) in [
+        ("/overrides", "{", "400"),
+        ("/overrides", r#"{"target":"../etc","mode":"enroll"}"#, "400"),
+        ("/overrides", r#"{"target":"shop/a/b","mode":"enroll"}"#, "400"),
+        ("/overrides", r#"{"target":"shop","mode":"both"}"#, "400"),
+        ("/overrides", r#"{"target":"shop","mode":"enroll","fro_seconds":1}"#, "400"),
+        (
+            "/overrides",
+            r#"{"target":"shop","mode":"enroll","for_seconds":18446744073709551615}"#,
+            "400",
+        ),
+        ("/pause", r#"{"for_seconds":-1}"#, "400"),
+        ("/status", "{}", "405"),
+        ("/nowhere", "{}", "404"),
+    ] {
+        let response = post(path, body).await.unwrap();
+        assert!(response.starts_with(&format!("HTTP/1.1 {status} ")), "{path} {body}: {response}");
+        assert!(response.contains(r#"{"error":""#), "{path} {body}: {response}");
+    }
+    let state = fixture.dir.path().join("state/overrides.json");
+    assert!(!state.exists());
+}
+
+#[tokio::test]
+async fn a_stale_socket_is_taken_over_and_a_live_one_is_not() {
+    let dir = tempfile::tempdir().unwrap();
+    fs::create_dir(dir.path().join("run")).unwrap();
+    drop(std::os::unix::net::UnixListener::bind(socket(&dir)).unwrap());
+    assert!(socket(&dir).exists());
+    let server = Server::bind(&socket(&dir)).unwrap();
+    let error = format!("{:#}", Server::bind(&socket(&dir)).unwrap_err());
+    assert!(error.contains("another agent listens there"), "{error}");
+    drop(server);
+}
+
+#[tokio::test]
+async fn a_place_that_is_not_safe_for_the_socket_is_refused() {
+    let dir = tempfile::tempdir().unwrap();
+    let run = dir.path().join("run");
+    fs::create_dir(&run).unwrap();
+
+    fs::write(socket(&dir), "precious").unwrap();
+    let error = format!("{:#}", Server::bind(&socket(&dir)).unwrap_err());
+    assert!(error.contains("something else of that name"), "{error}");
+    assert_eq!(fs::read_to_string(socket(&dir)).unwrap(), "precious");
+
+    fs::remove_file(socket(&dir)).unwrap();
+    symlink("/etc/passwd", socket(&dir)).unwrap();
+    assert!(Server::bind(&socket(&dir)).is_err());
+
+    fs::remove_file(socket(&dir)).unwrap();
+    fs::set_permissions(&run, fs::Permissions::from_mode(0o777)).unwrap();
+    let error = format!("{:#}", Server::bind(&socket(&dir)).unwrap_err());
+    assert!(error.contains("others may write to the directory"), "{error}");
+}
+
+#[tokio::test]
+async fn without_an_agent_the_error_says_where_it_was_looked_for_and_what_to_do() {
+    let error = Client::new("/nonexistent/control.sock").status().await.unwrap_err().to_string();
+    assert!(
+        error.starts_with(
+            "cannot reach the agent at /nonexistent/control.sock: No such file or directory"
+        ),
+        "{error}"
+    );
+    assert!(error.contains("is `redirect-agent run` running on this node?"), "{error}");
+}
+
+#[tokio::test]
+async fn an_answer_that_is_none_is_an_error_that_names_the_socket() {
+    let dir = tempfile::tempdir().unwrap();
+    for answer in ["", "SSH-2.0-no\r\n", "HTTP/1.1 200 OK\r\nContent-Length: 2\r\n\r\n{}"] {
+        let path = dir.path().join("nonsense.sock");
+        let listener = std::os::unix::net::UnixListener::bind(&path).unwrap();
+        let peer = std::thread::spawn(move || {
+            let (mut stream, _) = listener.accept().unwrap();
+            assert!(stream.read(&mut [0; 1024]).unwrap() > 0);
+            stream.write_all(answer.as_bytes()).unwrap();
+        });
+        let error = format!("{:#}", Client::new(&path).status().await.unwrap_err());
+        assert!(error.contains("nonsense.sock"), "{answer:?}: {error}");
+        peer.join().unwrap();
+        fs::remove_file(&path).unwrap();
+    }
+}
+
+const NOBODY: u32 = 65534;
+const SOCKET_OF_NOBODYS_CALL: &str = "TEST_CONTROL_SOCKET";
+
+#[tokio::test]
+async fn who_is_not_root_is_refused_even_where_the_sockets_mode_would_let_them_in() {
+    assert!(nix::unistd::geteuid().is_root(), "this test needs root: it becomes somebody else");
+    let fixture = Fixture::new();
+    let socket = socket(&fixture.dir);
+    for (path, mode) in
+        [(fixture.dir.path(), 0o755), (socket.parent().unwrap(), 0o755), (&socket, 0o666)]
+    {
+        fs::set_permissions(path, fs::Permissions::from_mode(mode)).unwrap();
+    }
+    // The test's own binary may lie where nobody can read it.
+    let copy = fixture.dir.path().join("nobodys-call");
+    fs::copy(env::current_exe().unwrap(), &copy).unwrap();
+    let call = Command::new(&copy)
+        .args(["--exact", "nobodys_call", "--ignored", "--nocapture"])
+        .env(SOCKET_OF_NOBODYS_CALL, &socket)
+        .current_dir("/")
+        .gid(NOBODY)
+        .uid(NOBODY)
+        .spawn()
+        .unwrap();
+    let output = tokio::task::spawn_blocking(move || call.wait_with_output()).await.unwrap();
+    assert!(output.unwrap().status.success());
+    assert_eq!(fixture.client().status().await.unwrap().pause, None);
+}
+
+#[tokio::test]
+#[ignore = "the other half of the test above, which runs it as nobody"]
+async fn nobodys_call() {
+    let client = Client::new(env::var_os(SOCKET_OF_NOBODYS_CALL).unwrap());
+    for error in [
+        client.status().await.unwrap_err(),
+        client.pause(&PauseRequest::default()).await.unwrap_err(),
+        client.healthz().await.unwrap_err(),
+    ] {
+        let error = error.to_string();
+        assert!(error.contains("only root may control the agent"), "{error}");
+    }
+}
+
+#[test]
+fn a_target_is_a_pod_or_a_namespace() {
+    assert_eq!("shop".parse(), Ok(Target::Namespace("shop".to_owned())));
+    assert_eq!("shop/cart".parse(), Ok(Target::Pod("shop/cart".parse().unwrap())));
+    for wrong in ["", "/", "shop/", "/cart", "Shop", "shop/a/b", "*"] {
+        assert!(wrong.parse::<Target>().is_err(), "{wrong}");
+    }
+}

@@ -1,0 +1,173 @@
+//! What the commands print and what they understand, against files that people can read.
+#![expect(clippy::unwrap_used, reason = "a test stops at what it did not expect")]
+
+use std::{collections::BTreeMap, fs, path::Path, time::Duration};
+
+use clap::{CommandFactory as _, Parser as _, error::ErrorKind};
+use redirect_agent::{
+    cli::{Cli, Command, CompletionsArgs, SourceSpec},
+    membership::Reason,
+    output::{self, Format, KernelStatus, OverrideStatus, PodState, PodStatus, Status},
+    overrides::{Mode, Moment, Pause},
+    source::Problem,
+};
+
+fn golden(name: &str, actual: &str) {
+    let path = Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/golden").join(name);
+    if std::env::var_os("UPDATE_GOLDEN").is_some() {
+        fs::write(&path, actual).unwrap();
+    }
+    let expected = fs::read_to_string(&path).unwrap();
+    assert_eq!(actual, expected, "{} (UPDATE_GOLDEN=1 writes it)", path.display());
+}
+
+fn moment(text: &str) -> Moment {
+    text.to_owned().try_into().unwrap()
+}
+
+fn pod(namespace: &str, name: &str, state: PodState, reason: Reason) -> PodStatus {
+    PodStatus {
+        namespace: namespace.to_owned(),
+        name: name.to_owned(),
+        uid: format!("uid-of-{name}"),
+        ips: vec!["10.0.0.2".parse().unwrap(), "fd00::2".parse().unwrap()],
+        state,
+        reason,
+        message: None,
+        overridden: None,
+        netns: Some(4_026_532_001),
+        kernel: None,
+        counters: BTreeMap::new(),
+    }
+}
+
+fn everything() -> Status {
+    let complete = KernelStatus {
+        complete: true,
+        present: vec!["sk_lookup".to_owned(), "tcx lo".to_owned(), "tcx eth0".to_owned()],
+        missing: Vec::new(),
+    };
+    let counters =
+        BTreeMap::from([("redirected_outbound".to_owned(), 7), ("no_listener".to_owned(), 0)]);
+    let until = Some(moment("2026-08-01T12:10:00Z"));
+    Status {
+        node: "n1".to_owned(),
+        version: "0.1.0".to_owned(),
+        source: "dir:/etc/manifests".to_owned(),
+        proxies: 1,
+        pause: Some(Pause { until }),
+        problems: vec![Problem {
+            object: "a.yaml, document 2".to_owned(),
+            message: "a line\nthat \u{1b}[2J moves the cursor".to_owned(),
+        }],
+        pods: vec![
+            PodStatus {
+                ips: Vec::new(),
+                netns: None,
+                message: Some("open /var/run/netns/shop_web: no such file".to_owned()),
+                ..pod("shop", "web", PodState::Failed, Reason::NamespaceLabelAmbient)
+            },
+            PodStatus {
+                kernel: Some(complete.clone()),
+                counters,
+                ..pod("shop", "cart", PodState::Enrolled, Reason::PodLabelAmbient)
+            },
+            PodStatus {
+                overridden: Some(OverrideStatus {
+                    mode: Mode::Unenroll,
+                    target: "bank".parse().unwrap(),
+                    until,
+                }),
+                kernel: Some(KernelStatus {
+                    complete: false,
+                    missing: vec!["rule ipv6".to_owned()],
+                    ..complete
+                }),
+                ..pod("bank", "vault", PodState::Leaving, Reason::OverrideBypass)
+            },
+            pod("bank", "plain", PodState::Bypassing, Reason::NotLabelled),
+        ],
+    }
+}
+
+#[test]
+fn status_is_a_table_a_wide_table_and_json() {
+    let all = everything();
+    golden("status.txt", &output::status(&all, Format::Table).unwrap());
+    golden("status-wide.txt", &output::status(&all, Format::Wide).unwrap());
+    let json = output::status(&all, Format::Json).unwrap();
+    golden("status.json", &json);
+    let back: Status = serde_json::from_str(&json).unwrap();
+    assert_eq!(output::status(&back, Format::Json).unwrap(), json);
+}
+
+#[test]
+fn status_of_an_empty_node_has_its_columns_all_the_same() {
+    let empty = Status { pause: None, proxies: 0, pods: vec![], problems: vec![], ..everything() };
+    assert_eq!(
+        output::status(&empty, Format::Table).unwrap(),
+        "node n1, redirect-agent 0.1.0, source dir:/etc/manifests, no proxy connected\n\
+         NAMESPACE   NAME   STATE   REASON   OVERRIDE   IPS   KERNEL   COUNTERS\n"
+    );
+}
+
+#[test]
+fn the_command_line_is_consistent_and_every_command_has_examples() {
+    let mut cli = Cli::command();
+    cli.build();
+    cli.clone().debug_assert();
+    let mut help = String::new();
+    for command in cli.get_subcommands_mut() {
+        let text = command.clone().term_width(100).render_long_help().to_string();
+        assert!(text.contains("Examples:\n  redirect-agent "), "{text}");
+        assert!(!text.contains("See ["), "{text}");
+        help += &format!("{text}\n{}\n", "=".repeat(100));
+    }
+    golden("help.txt", &help);
+}
+
+#[test]
+fn run_has_the_defaults_that_the_documents_name() {
+    let cli = Cli::try_parse_from(["redirect-agent", "run", "--source", "dir:/m"]).unwrap();
+    let Command::Run(run) = cli.command else { panic!("{cli:?}") };
+    assert_eq!(run.source, SourceSpec::Dir("/m".into()));
+    assert_eq!(run.netns_dir, Path::new("/var/run/netns"));
+    assert_eq!(run.bpffs.bpffs_dir, Path::new("/sys/fs/bpf/redirect/v1"));
+    assert_eq!(run.state_dir, Path::new("/var/lib/redirect-agent"));
+    assert_eq!(run.control.control_socket, Path::new("/run/redirect-agent/control.sock"));
+    assert_eq!(run.zds_socket, Path::new("/var/run/ztunnel/ztunnel.sock"));
+    assert_eq!(run.excluded_namespaces, ["kube-system"]);
+    assert_eq!(run.proxy_grace, Duration::from_secs(3));
+    assert_eq!(run.drain, Duration::from_secs(5));
+}
+
+#[test]
+fn a_command_line_that_makes_no_sense_is_refused() {
+    for wrong in [
+        &["run"][..],
+        &["run", "--source", "/m"],
+        &["run", "--source", "dir:"],
+        &["run", "--source", "dir:/m", "--excluded-namespaces", "a,B"],
+        &["enroll"],
+        &["enroll", "shop/"],
+        &["enroll", "shop", "--for", "soon"],
+        &["pause", "--for", "0s"],
+        &["attach"],
+        &["attach", "--netns", "x", "--address", "10.0.0"],
+        &["status", "-o", "xml"],
+    ] {
+        let error = Cli::try_parse_from(["redirect-agent"].iter().chain(wrong)).unwrap_err();
+        assert!(error.use_stderr() && error.exit_code() == 2, "{wrong:?}");
+    }
+    let help = Cli::try_parse_from(["redirect-agent", "--help"]).unwrap_err();
+    assert_eq!(help.kind(), ErrorKind::DisplayHelp);
+}
+
+#[test]
+fn completions_are_there_for_every_shell() {
+    for shell in ["bash", "zsh", "fish", "elvish", "powershell"] {
+        let args = CompletionsArgs { shell: shell.parse().unwrap() };
+        let script = String::from_utf8(args.generate()).unwrap();
+        assert!(script.contains("unenroll"), "{shell}");
+    }
+}
