@@ -1,7 +1,6 @@
 //! The commands, each a function of its arguments.
 
 use std::{
-    fs,
     io::{self, Write as _},
     path::Path,
 };
@@ -22,7 +21,7 @@ use crate::{
     membership,
     netns::{self, Netns},
     output,
-    overrides::{Mode, Target},
+    overrides::{self, Mode, Target},
     preflight,
     reconcile::Settings,
 };
@@ -206,12 +205,8 @@ async fn cleanup(args: &CleanupArgs) -> Result<()> {
         }
         dataplane.unpin_if_unused()?;
     }
-    match fs::remove_dir_all(&args.state_dir) {
-        Err(e) if e.kind() != io::ErrorKind::NotFound => {
-            Err(e).with_context(|| format!("remove {}", args.state_dir.display()))
-        }
-        _ => print(b"nothing of redirect-agent is left on this node\n"),
-    }
+    overrides::remove_state(&args.state_dir)?;
+    print(b"nothing of redirect-agent is left on this node\n")
 }
 
 /// Writes to standard output; a reader that has gone away is no error.

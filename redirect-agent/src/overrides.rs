@@ -379,6 +379,42 @@ impl Store {
     }
 }
 
+/// Removes what is kept in `state_dir`, and the directory when nothing else is in it.
+///
+/// # Errors
+///
+/// When something that is there cannot be removed.
+pub fn remove_state(state_dir: &Path) -> anyhow::Result<()> {
+    let file = state_dir.join(FILE);
+    for file in [&file, &new(&file), &aside(&file)] {
+        match fs::remove_file(file) {
+            Err(error) if error.kind() == io::ErrorKind::NotFound => {}
+            result => result.with_context(|| format!("remove {}", file.display()))?,
+        }
+    }
+    match fs::remove_dir(state_dir) {
+        Err(error)
+            if !matches!(
+                error.kind(),
+                io::ErrorKind::NotFound | io::ErrorKind::DirectoryNotEmpty
+            ) =>
+        {
+            Err(error).with_context(|| format!("remove {}", state_dir.display()))
+        }
+        _ => Ok(()),
+    }
+}
+
+/// Where the state file is written before it takes its place.
+fn new(file: &Path) -> PathBuf {
+    file.with_extension("json.new")
+}
+
+/// Where a state file goes that cannot be understood.
+fn aside(file: &Path) -> PathBuf {
+    file.with_extension("json.unreadable")
+}
+
 fn understand(content: &[u8]) -> Result<Overrides, String> {
     let saved: Saved = serde_json::from_slice(content).map_err(|error| error.to_string())?;
     if saved.version != FORMAT {
@@ -388,7 +424,7 @@ fn understand(content: &[u8]) -> Result<Overrides, String> {
 }
 
 fn move_aside(file: &Path) -> anyhow::Result<PathBuf> {
-    let aside = file.with_extension("json.unreadable");
+    let aside = aside(file);
     fs::rename(file, &aside)
         .with_context(|| format!("move {} to {}", file.display(), aside.display()))?;
     Ok(aside)
@@ -399,7 +435,7 @@ fn write(file: &Path, overrides: &Overrides) -> anyhow::Result<()> {
     let mut content =
         serde_json::to_vec_pretty(&Saved { version: FORMAT, overrides: overrides.clone() })?;
     content.push(b'\n');
-    let new = file.with_extension("json.new");
+    let new = new(file);
     let mut writer =
         fs::OpenOptions::new().write(true).create(true).truncate(true).mode(0o600).open(&new)?;
     writer.write_all(&content)?;
@@ -605,6 +641,23 @@ mod tests {
             assert_eq!(fs::read_to_string(aside).unwrap(), content);
             assert!(store.change(Change::Pause(Pause { until: None }), start()).unwrap());
         }
+    }
+
+    #[test]
+    fn removing_the_state_leaves_what_is_not_ours() {
+        let dir = tempfile::tempdir().unwrap();
+        let state = dir.path().join("state");
+        let pause = Change::Pause(Pause { until: None });
+        Store::open(&state).unwrap().change(pause.clone(), start()).unwrap();
+        remove_state(&state).unwrap();
+        assert!(!state.exists());
+        remove_state(&state).unwrap();
+
+        Store::open(&state).unwrap().change(pause, start()).unwrap();
+        fs::write(state.join("precious"), "").unwrap();
+        remove_state(&state).unwrap();
+        let left: Vec<_> = fs::read_dir(&state).unwrap().map(|e| e.unwrap().file_name()).collect();
+        assert_eq!(left, ["precious"]);
     }
 
     #[test]
