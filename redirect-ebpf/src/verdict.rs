@@ -167,7 +167,7 @@ pub fn on_interface(ip: bool, segment: Option<&Segment>, env: &impl Env) -> Ingr
     if !hbone && !env.application_listens(segment) {
         // The proxy would accept first and find out later; the kernel refuses at once.
         let hint = Some(Hint { flow: segment.receiver_flow(), kind: HINT_NO_LISTENER });
-        return Ingress { hint, ..next };
+        return Ingress { hint, count: Some((pod.pod_id, Counter::NoListener)), ..next };
     }
     let kind = if hbone { LISTENER_HBONE } else { LISTENER_INBOUND };
     match env.proxy(pod.pod_id, kind, segment) {
@@ -244,7 +244,8 @@ pub fn steer(lookup: &Lookup, env: &impl Pods) -> Steer {
     }
     match hint {
         HINT_FROM_PROXY => Steer::Pass(Some((pod.pod_id, Counter::FromProxy))),
-        HINT_NO_LISTENER => Steer::Pass(Some((pod.pod_id, Counter::NoListener))),
+        // Not counted here: tcx's own question runs this program, too.
+        HINT_NO_LISTENER => Steer::Pass(None),
         _ => Steer::Redirect { pod_id: pod.pod_id, kind: LISTENER_INBOUND },
     }
 }
