@@ -16,7 +16,8 @@ pub const ABI_VERSION: u32 = 1;
 pub const MARK_MASK: u32 = 0xfff;
 /// The mark of every socket of the proxy. Source: ztunnel `src/config.rs`, `PACKET_MARK` 1337.
 pub const MARK_PROXY: u32 = 0x539;
-/// The mark of a flow that was redirected when its pod left the mesh: it keeps its route.
+/// The mark of a connection that has to go through the proxy whatever becomes of its pod: one that
+/// the proxy opened to the application, or that was redirected when its pod left the mesh.
 /// Source: Istio's in-pod mark.
 pub const MARK_REDIRECTED: u32 = 0x111;
 /// The mark of what came in on a pod's interface, and of flows that are older than the pod's

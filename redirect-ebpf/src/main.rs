@@ -151,16 +151,32 @@ pub fn redirect_lookup(ctx: SkLookupContext) -> u32 {
 /// Attached for a moment while a pod enters or leaves the mesh, where its packets leave on the old
 /// path: notes their flows, so that the iterators can mark their sockets.
 #[classifier]
-pub fn note_flow(ctx: TcContext) -> i32 {
+pub fn note_sent(ctx: TcContext) -> i32 {
     if mesh_mark(mark(&ctx)) == 0
         && let Some(parsed) = packet::parse(&ctx, packet::network(&ctx))
     {
-        // SAFETY: a helper without arguments.
-        let now = unsafe { bpf_ktime_get_ns() };
-        // An LRU map does not refuse for being full.
-        let _refused = TRANSITION.insert(&parsed.segment.sender_flow(), now, 0);
+        note(&parsed.segment.sender_flow());
     }
     TC_ACT_UNSPEC
+}
+
+/// Attached for a moment while a pod enters the mesh, where packets come to it: notes their flows.
+/// A connection that was half open, and so without a socket, shows itself by the packet that opens
+/// it in full.
+#[classifier]
+pub fn note_received(ctx: TcContext) -> i32 {
+    if let Some(parsed) = packet::parse(&ctx, packet::network(&ctx)) {
+        note(&parsed.segment.receiver_flow());
+    }
+    TC_ACT_UNSPEC
+}
+
+#[inline(always)]
+fn note(flow: &Flow) {
+    // SAFETY: a helper without arguments.
+    let now = unsafe { bpf_ktime_get_ns() };
+    // An LRU map does not refuse for being full.
+    let _refused = TRANSITION.insert(flow, now, 0);
 }
 
 /// Attached for a moment while a pod enters or leaves the mesh, where its packets leave on the new

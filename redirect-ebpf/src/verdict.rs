@@ -6,6 +6,7 @@
 use crate::abi::{
     Addr, Counter, DECISION_ENROLLED, Flow, HINT_FROM_PROXY, HINT_NO_LISTENER, HINT_NONE, Hint,
     LISTENER_HBONE, LISTENER_INBOUND, LISTENER_OUTBOUND, MARK_DIRECT, MARK_MASK, MARK_PROXY,
+    MARK_REDIRECTED,
     POD_CAPTURE, PORT_HBONE, PodEntry, PodId,
 };
 
@@ -119,9 +120,10 @@ pub fn with_mesh_mark(mark: u32, mesh: u32) -> u32 {
 pub fn on_lo(mark: u32, segment: Option<&Segment>, env: &impl Env) -> Ingress {
     if mesh_mark(mark) == MARK_PROXY {
         // Every packet, not only the SYN: under SYN cookies the ACK looks for the listener.
-        // The mark is cleared so that the accepted socket has none and its replies come back here.
+        // The accepted socket takes the mark, and so its replies come back here, also while the pod
+        // leaves the mesh.
         let hint = segment.map(|s| Hint { flow: s.receiver_flow(), kind: HINT_FROM_PROXY });
-        return Ingress { mark: Some(0), hint, ..Ingress::NEXT };
+        return Ingress { mark: Some(MARK_REDIRECTED), hint, ..Ingress::NEXT };
     }
     let Some(segment) = segment else { return Ingress::NEXT };
     if !segment.opens || segment.dst.is_loopback() {

@@ -65,7 +65,8 @@ const BPF_FS_MAGIC: i64 = 0xcafe_4a11;
 /// The maps that outlive the agent.
 const PINNED_MAPS: [&str; 7] =
     ["pods", "counters", "listeners", "proxy_missing", "hint", "transition", "saved_sysctls"];
-const TCX_PROGRAMS: [&str; 4] = ["redirect_lo", "redirect_ext", "note_flow", "hold_flow"];
+const TCX_PROGRAMS: [&str; 5] =
+    ["redirect_lo", "redirect_ext", "note_sent", "note_received", "hold_flow"];
 const LOOKUP_PROGRAM: &str = "redirect_lookup";
 const ITERATORS: [&str; 6] = [
     "mark_direct",
@@ -76,9 +77,14 @@ const ITERATORS: [&str; 6] = [
     "reuse_addr",
 ];
 /// After the switch, the flows that were caught half-way are marked at these instants: a connection
-/// that chose its route before the switch has sent its first packet long before the last of them.
-const SETTLE: [Duration; 3] =
-    [Duration::ZERO, Duration::from_millis(30), Duration::from_millis(120)];
+/// that chose its route before the switch, or was half open, has shown itself before the last of
+/// them.
+const SETTLE: [Duration; 4] = [
+    Duration::ZERO,
+    Duration::from_millis(30),
+    Duration::from_millis(120),
+    Duration::from_millis(250),
+];
 
 /// Where and how to run the datapath.
 #[derive(Clone, Debug)]
@@ -301,7 +307,7 @@ impl Dataplane {
     }
 
     /// Step 2: the pod's new connections are redirected, and those that are open go on as they
-    /// are. Returns when the switch has settled, about a sixth of a second later.
+    /// are. Returns when the switch has settled, less than half a second later.
     ///
     /// # Errors
     ///
@@ -614,20 +620,26 @@ impl Dataplane {
         })
     }
 
-    /// Notes the flows that leave on `old`, and holds them back on the other path, until dropped.
+    /// Notes the flows that are on the `old` way, and holds them back on the other one, until dropped.
     fn transition(&self, pod: &PodNetns, old: Way) -> Result<Vec<SchedClassifierLink>> {
         let mut locked = self.lock()?;
         let kernel = &mut *locked;
         pod.netns.run(|| {
             let mut links = Vec::new();
+            let mut attach = |program, interface: &str, at| -> Result<()> {
+                links.push(attach_tcx(kernel.classifier(program)?, interface, at)?);
+                Ok(())
+            };
             for (index, name) in Routing::open()?.interfaces()? {
-                let (path, at) = if index == LOOPBACK_IFINDEX {
-                    (Way::Loopback, TcAttachType::Ingress)
-                } else {
-                    (Way::Interfaces, TcAttachType::Egress)
-                };
-                let program = if path == old { "note_flow" } else { "hold_flow" };
-                links.push(attach_tcx(kernel.classifier(program)?, &name, at)?);
+                match (old, index == LOOPBACK_IFINDEX) {
+                    (Way::Interfaces, false) => {
+                        attach("note_sent", &name, TcAttachType::Egress)?;
+                        attach("note_received", &name, TcAttachType::Ingress)?;
+                    }
+                    (Way::Interfaces, true) => attach("hold_flow", &name, TcAttachType::Ingress)?,
+                    (Way::Loopback, true) => attach("note_sent", &name, TcAttachType::Ingress)?,
+                    (Way::Loopback, false) => attach("hold_flow", &name, TcAttachType::Egress)?,
+                }
             }
             Ok(links)
         })?
