@@ -123,7 +123,8 @@ fn detach(args: &DetachArgs) -> Result<()> {
 fn restore(dataplane: &Dataplane, netns: Netns) -> Result<()> {
     let pod = PodNetns::existing(netns)?;
     dataplane.release(&pod)?;
-    dataplane.remove(&pod)
+    dataplane.remove(&pod)?;
+    dataplane.forget(pod.netns.inode())
 }
 
 fn open(bpffs_dir: &Path) -> Result<Dataplane> {

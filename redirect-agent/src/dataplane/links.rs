@@ -96,6 +96,12 @@ impl PodLinks {
     /// Detaches everything.
     pub(super) fn remove(&self) -> Result<()> {
         for pin in self.pins()? {
+            if let Some(link) = open(&pin)?
+                && view(&link)?.target != 0
+            {
+                sys::link_detach(link.as_fd())
+                    .with_context(|| format!("detach {}", pin.display()))?;
+            }
             remove_if_there(&pin)?;
         }
         match fs::remove_dir(&self.dir) {

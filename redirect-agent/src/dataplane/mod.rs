@@ -319,7 +319,7 @@ impl Dataplane {
             // now: those that are redirected would be torn from the proxy.
             let mut locked = self.lock()?;
             pod.netns.run(|| add_capture_rules(pod))??;
-            return locked.set_capture(pod, true);
+            return locked.put_all(pod, true, true);
         }
         // The old path is the pod's interfaces, the new one is `lo`.
         let transition = self.transition(pod, Way::Interfaces)?;
@@ -330,7 +330,7 @@ impl Dataplane {
                 sockets::iterate(kernel.iterator("mark_direct")?)?;
                 add_capture_rules(pod)
             })??;
-            kernel.set_capture(pod, true)?;
+            kernel.put_all(pod, true, true)?;
         }
         self.settle(pod, "mark_direct_late")?;
         drop(transition);
@@ -364,7 +364,7 @@ impl Dataplane {
             let kernel = &mut *locked;
             pod.netns.run(|| {
                 sockets::iterate(kernel.iterator("mark_redir")?)?;
-                kernel.set_capture(pod, false)?;
+                kernel.put_all(pod, true, false)?;
                 Routing::open()?.delete_rule(Rule::Capture)
             })??;
         }
@@ -384,32 +384,32 @@ impl Dataplane {
         pod.netns.run(|| sockets::iterate(kernel.iterator("count_redir")?))?
     }
 
-    /// Step 4: the pod is as it was before step 1. Its rows of `pods` go too: the caller enters a
-    /// row that says why it bypasses.
+    /// Step 4: the pod is as it was before step 1. Its rows of `pods` stay, and say that it
+    /// bypasses; [`Dataplane::forget`] deletes them.
     ///
     /// # Errors
     ///
     /// When a system call fails; calling again completes it.
     pub fn remove(&self, pod: &PodNetns) -> Result<()> {
-        {
-            let mut locked = self.lock()?;
-            let kernel = &mut *locked;
-            let saved = kernel.saved_sysctls()?.get(&pod.id(), 0);
-            let saved = absent(saved).context("read map saved_sysctls")?;
-            let links = PodLinks::new(&self.dir, pod.id());
-            pod.netns.run(|| {
-                let routing = Routing::open()?;
-                routing.delete_rule(Rule::Capture)?;
-                routing.delete_rule(Rule::Keep)?;
-                routing.delete_routes()?;
-                links.remove()?;
-                match saved {
-                    Some(saved) => sysctl::restore(&saved),
-                    None => Ok(()),
-                }
-            })??;
-        }
-        self.forget(pod.id())
+        let mut locked = self.lock()?;
+        let kernel = &mut *locked;
+        // First, so that `sk_lookup` lets everything pass for as long as it still runs.
+        kernel.put_all(pod, false, false)?;
+        let saved = kernel.saved_sysctls()?.get(&pod.id(), 0);
+        let saved = absent(saved).context("read map saved_sysctls")?;
+        let links = PodLinks::new(&self.dir, pod.id());
+        pod.netns.run(|| {
+            let routing = Routing::open()?;
+            routing.delete_rule(Rule::Capture)?;
+            routing.delete_rule(Rule::Keep)?;
+            routing.delete_routes()?;
+            links.remove()?;
+            match saved {
+                Some(saved) => sysctl::restore(&saved),
+                None => Ok(()),
+            }
+        })??;
+        kernel.delete_state(pod.id())
     }
 
     /// Drops what the maps and bpffs hold for a pod whose namespace is gone.
@@ -427,10 +427,7 @@ impl Dataplane {
                 pods.delete(row.address)?;
             }
         }
-        kernel.delete_counters(pod_id)?;
-        kernel.clear_proxy_missing(pod_id)?;
-        absent(kernel.saved_sysctls()?.remove(&pod_id)).context("write map saved_sysctls")?;
-        Ok(())
+        kernel.delete_state(pod_id)
     }
 
     /// What the kernel has for an enrolled pod, and what it lacks.
@@ -763,11 +760,19 @@ impl Kernel {
         }
     }
 
-    fn set_capture(&mut self, pod: &PodNetns, capture: bool) -> Result<()> {
+    fn put_all(&mut self, pod: &PodNetns, enrolled: bool, capture: bool) -> Result<()> {
         let (pod_id, reason) = (pod.id(), pod.reason);
         for &address in &pod.addresses {
-            self.pods()?.put(Row { address, pod_id, enrolled: true, capture, reason })?;
+            self.pods()?.put(Row { address, pod_id, enrolled, capture, reason })?;
         }
+        Ok(())
+    }
+
+    /// Deletes what is kept for a pod besides its rows of `pods`.
+    fn delete_state(&mut self, pod_id: PodId) -> Result<()> {
+        self.delete_counters(pod_id)?;
+        self.clear_proxy_missing(pod_id)?;
+        absent(self.saved_sysctls()?.remove(&pod_id)).context("write map saved_sysctls")?;
         Ok(())
     }
 

@@ -1,5 +1,5 @@
-//! The two calls of bpf(2) on links that no library wraps: opening a pinned link for its file
-//! descriptor, and replacing the program of any link in place.
+//! The calls of bpf(2) on links that no library wraps: opening a pinned link for its file
+//! descriptor, replacing the program of any link in place, and detaching it at once.
 #![expect(unsafe_code, reason = "bpf(2) takes a union by address")]
 
 use std::{
@@ -41,6 +41,18 @@ pub(super) fn link_update(link: BorrowedFd<'_>, program: BorrowedFd<'_>) -> io::
     attr.link_update.link_fd = link.as_raw_fd() as u32;
     attr.link_update.__bindgen_anon_1.new_prog_fd = program.as_raw_fd() as u32;
     bpf(bpf_cmd::BPF_LINK_UPDATE, &mut attr).map(drop)
+}
+
+/// Detaches `link` before it returns; removing its last pin would do so some time later.
+///
+/// # Errors
+///
+/// Those of bpf(2), `BPF_LINK_DETACH`.
+pub(super) fn link_detach(link: BorrowedFd<'_>) -> io::Result<()> {
+    // SAFETY: all zeros is a valid `bpf_attr`.
+    let mut attr: bpf_attr = unsafe { mem::zeroed() };
+    attr.link_detach.link_fd = link.as_raw_fd() as u32;
+    bpf(bpf_cmd::BPF_LINK_DETACH, &mut attr).map(drop)
 }
 
 fn bpf(cmd: bpf_cmd, attr: &mut bpf_attr) -> io::Result<i32> {

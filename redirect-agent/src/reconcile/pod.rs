@@ -253,6 +253,7 @@ impl<S: Source> PodTask<S> {
             }
             Step::Remove => {
                 let netns = self.open_netns().await?;
+                self.noted.clone_from(&netns.addresses);
                 self.on_netns(netns, |d, pod| d.remove(pod)).await?;
                 self.standing.prepared = false;
                 // Whatever else holds the namespace's descriptor keeps it alive.
