@@ -55,9 +55,7 @@ impl App {
         let listener = netns.run(|| {
             let socket = Socket::new(Domain::for_address(addr), Type::STREAM, Some(Protocol::TCP))?;
             socket.set_reuse_address(true)?;
-            socket
-                .bind(&addr.into())
-                .with_context(|| format!("bind {addr} for {name}"))?;
+            socket.bind(&addr.into()).with_context(|| format!("bind {addr} for {name}"))?;
             socket.listen(4096)?;
             socket.set_nonblocking(true)?;
             Ok(TcpListener::from(socket))
@@ -68,18 +66,12 @@ impl App {
             let name = name.to_owned();
             move || serve(listener, name, behaviour, accepted)
         })?;
-        Ok(Self {
-            accepted,
-            _running: running,
-        })
+        Ok(Self { accepted, _running: running })
     }
 
     /// The connections it has accepted so far.
     pub fn accepted(&self) -> Vec<Accepted> {
-        self.accepted
-            .lock()
-            .unwrap_or_else(PoisonError::into_inner)
-            .clone()
+        self.accepted.lock().unwrap_or_else(PoisonError::into_inner).clone()
     }
 }
 
@@ -100,14 +92,8 @@ async fn serve(
         let Ok(local) = stream.local_addr() else {
             continue;
         };
-        let seen = Accepted {
-            peer: canonical(peer),
-            local: canonical(local),
-        };
-        accepted
-            .lock()
-            .unwrap_or_else(PoisonError::into_inner)
-            .push(seen);
+        let seen = Accepted { peer: canonical(peer), local: canonical(local) };
+        accepted.lock().unwrap_or_else(PoisonError::into_inner).push(seen);
         connections.spawn(answer(stream, greeting(&name, seen), behaviour));
         while connections.try_join_next().is_some() {}
     }
@@ -206,11 +192,7 @@ impl Outcome {
 impl fmt::Display for Outcome {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         match self {
-            Outcome::Answered(Answer {
-                by,
-                saw_peer,
-                saw_local,
-            }) => {
+            Outcome::Answered(Answer { by, saw_peer, saw_local }) => {
                 write!(f, "{by} answered at {saw_local} and saw {saw_peer}")
             }
             Outcome::Refused { after } => write!(f, "refused after {after:?}"),
@@ -233,29 +215,17 @@ pub struct Call {
 impl Call {
     /// A call to an address.
     pub fn to(to: SocketAddr) -> Self {
-        Self {
-            to,
-            source: None,
-            mark: None,
-            patience: PATIENCE,
-            until_closed: false,
-        }
+        Self { to, source: None, mark: None, patience: PATIENCE, until_closed: false }
     }
 
     /// From this address and port.
     pub fn from(self, source: SocketAddr) -> Self {
-        Self {
-            source: Some(source),
-            ..self
-        }
+        Self { source: Some(source), ..self }
     }
 
     /// With this SO_MARK on the client's socket.
     pub fn mark(self, mark: u32) -> Self {
-        Self {
-            mark: Some(mark),
-            ..self
-        }
+        Self { mark: Some(mark), ..self }
     }
 
     /// With this deadline.
@@ -265,10 +235,7 @@ impl Call {
 
     /// Waits for the server to close first.
     pub fn until_closed(self) -> Self {
-        Self {
-            until_closed: true,
-            ..self
-        }
+        Self { until_closed: true, ..self }
     }
 
     /// Calls from a namespace.
@@ -311,20 +278,14 @@ impl Call {
     }
 
     fn socket(&self) -> Result<Socket> {
-        let socket = Socket::new(
-            Domain::for_address(self.to),
-            Type::STREAM,
-            Some(Protocol::TCP),
-        )
-        .context("make a socket")?;
+        let socket = Socket::new(Domain::for_address(self.to), Type::STREAM, Some(Protocol::TCP))
+            .context("make a socket")?;
         if let Some(mark) = self.mark {
             socket.set_mark(mark).context("set SO_MARK")?;
         }
         if let Some(source) = self.source {
             socket.set_reuse_address(true).context("set SO_REUSEADDR")?;
-            socket
-                .bind(&source.into())
-                .with_context(|| format!("bind {source}"))?;
+            socket.bind(&source.into()).with_context(|| format!("bind {source}"))?;
         }
         Ok(socket)
     }
@@ -333,9 +294,7 @@ impl Call {
         let started = Instant::now();
         let connected = async {
             let socket = self.socket()?;
-            socket
-                .set_nonblocking(true)
-                .context("make a socket non-blocking")?;
+            socket.set_nonblocking(true).context("make a socket non-blocking")?;
             let socket = tokio::net::TcpSocket::from_std_stream(TcpStream::from(socket));
             Ok::<_, anyhow::Error>(socket.connect(self.to).await)
         };
@@ -345,9 +304,7 @@ impl Call {
                 Ok(stream) => stream,
                 Err(error) => match error.kind() {
                     ErrorKind::ConnectionRefused => {
-                        return Ok(Outcome::Refused {
-                            after: started.elapsed(),
-                        });
+                        return Ok(Outcome::Refused { after: started.elapsed() });
                     }
                     ErrorKind::TimedOut => return Ok(Outcome::TimedOut),
                     _ => return Err(anyhow!(error).context(format!("connect to {}", self.to))),
@@ -382,12 +339,8 @@ pub struct Conversation {
 
 impl Conversation {
     fn new(mut stream: TcpStream, patience: Duration) -> Result<Self> {
-        stream
-            .set_read_timeout(Some(patience))
-            .context("set a deadline")?;
-        stream
-            .set_write_timeout(Some(patience))
-            .context("set a deadline")?;
+        stream.set_read_timeout(Some(patience)).context("set a deadline")?;
+        stream.set_write_timeout(Some(patience)).context("set a deadline")?;
         let mut line = Vec::new();
         while line.last() != Some(&b'\n') {
             let mut byte = [0];
@@ -416,9 +369,7 @@ impl Conversation {
 
     /// The SO_MARK of this end.
     pub fn mark(&self) -> Result<u32> {
-        SockRef::from(&self.stream.as_fd())
-            .mark()
-            .context("read SO_MARK")
+        SockRef::from(&self.stream.as_fd()).mark().context("read SO_MARK")
     }
 
     /// Says something and checks that it comes back.
@@ -453,9 +404,7 @@ impl Conversation {
             let mut left = total;
             while left > 0 {
                 let size = left.min(CHUNK);
-                self.stream
-                    .read_exact(&mut got[..size])
-                    .context("receive")?;
+                self.stream.read_exact(&mut got[..size]).context("receive")?;
                 noise.fill(&mut expected[..size]);
                 ensure!(
                     got[..size] == expected[..size],
@@ -470,9 +419,7 @@ impl Conversation {
     /// Waits for the other end to close; false if it has not within `patience`. What arrives
     /// before is thrown away.
     pub fn closed_within(&mut self, patience: Duration) -> Result<bool> {
-        self.stream
-            .set_read_timeout(Some(patience))
-            .context("set a deadline")?;
+        self.stream.set_read_timeout(Some(patience)).context("set a deadline")?;
         loop {
             match self.stream.read(&mut [0; 4096]) {
                 Ok(0) => return Ok(true),

@@ -108,14 +108,8 @@ impl TestDir {
     /// all of them.
     pub fn mount_bpffs(&self, name: &str) -> Result<PathBuf> {
         let path = self.subdir(name)?;
-        mount(
-            Some("bpf"),
-            &path,
-            Some("bpf"),
-            MsFlags::empty(),
-            None::<&str>,
-        )
-        .with_context(|| format!("mount a bpffs at {}", path.display()))?;
+        mount(Some("bpf"), &path, Some("bpf"), MsFlags::empty(), None::<&str>)
+            .with_context(|| format!("mount a bpffs at {}", path.display()))?;
         Ok(path)
     }
 }
@@ -216,11 +210,7 @@ impl Netns {
 
     /// Its inode number.
     pub fn inode(&self) -> Result<u64> {
-        Ok(self
-            .file
-            .metadata()
-            .context("read the namespace's inode")?
-            .ino())
+        Ok(self.file.metadata().context("read the namespace's inode")?.ino())
     }
 
     /// Runs `f` in the namespace, on a thread of its own that ends with it.
@@ -252,10 +242,7 @@ impl Netns {
     where
         F: Future<Output = ()>,
     {
-        let file = self
-            .file
-            .try_clone()
-            .context("duplicate the namespace's descriptor")?;
+        let file = self.file.try_clone().context("duplicate the namespace's descriptor")?;
         let (stop, stopped) = oneshot::channel::<()>();
         let (entered, has_entered) = std::sync::mpsc::channel();
         let thread = thread::spawn(move || {
@@ -277,13 +264,8 @@ impl Netns {
                 }
             }
         });
-        let running = Running {
-            stop: Some(stop),
-            thread: Some(thread),
-        };
-        has_entered
-            .recv()
-            .map_err(|_| anyhow!("start a thread in {}", self.path.display()))??;
+        let running = Running { stop: Some(stop), thread: Some(thread) };
+        has_entered.recv().map_err(|_| anyhow!("start a thread in {}", self.path.display()))??;
         Ok(running)
     }
 
@@ -357,10 +339,7 @@ impl Drop for Netns {
 }
 
 fn runtime() -> Result<tokio::runtime::Runtime> {
-    tokio::runtime::Builder::new_current_thread()
-        .enable_all()
-        .build()
-        .context("start a runtime")
+    tokio::runtime::Builder::new_current_thread().enable_all().build().context("start a runtime")
 }
 
 /// A future that runs on a thread in a namespace. Dropping it ends the thread and closes all of

@@ -68,10 +68,7 @@ impl PlainProxy {
         let (started, has_started) = std::sync::mpsc::channel();
         let relayed = Arc::new(Mutex::new(Vec::new()));
         let running = netns.spawn({
-            let state = Arc::new(State {
-                relayed: Arc::clone(&relayed),
-                policy,
-            });
+            let state = Arc::new(State { relayed: Arc::clone(&relayed), policy });
             move || async move {
                 let mut listeners = JoinSet::new();
                 for (via, port) in [
@@ -91,30 +88,18 @@ impl PlainProxy {
                 listeners.join_all().await;
             }
         })?;
-        has_started
-            .recv()
-            .context("start the proxy")?
-            .context("open the proxy's listeners")?;
-        Ok(Self {
-            relayed,
-            _running: running,
-        })
+        has_started.recv().context("start the proxy")?.context("open the proxy's listeners")?;
+        Ok(Self { relayed, _running: running })
     }
 
     /// The connections it has accepted so far.
     pub fn relayed(&self) -> Vec<Relayed> {
-        self.relayed
-            .lock()
-            .unwrap_or_else(PoisonError::into_inner)
-            .clone()
+        self.relayed.lock().unwrap_or_else(PoisonError::into_inner).clone()
     }
 
     /// Those of one listener.
     pub fn relayed_via(&self, via: Via) -> Vec<Relayed> {
-        self.relayed()
-            .into_iter()
-            .filter(|relayed| relayed.via == via)
-            .collect()
+        self.relayed().into_iter().filter(|relayed| relayed.via == via).collect()
     }
 }
 
@@ -146,16 +131,8 @@ async fn accept(listener: TcpListener, via: Via, state: Arc<State>) {
         let Some(destination) = original_destination(&stream) else {
             continue;
         };
-        let relayed = Relayed {
-            via,
-            peer: canonical(peer),
-            destination,
-        };
-        state
-            .relayed
-            .lock()
-            .unwrap_or_else(PoisonError::into_inner)
-            .push(relayed);
+        let relayed = Relayed { via, peer: canonical(peer), destination };
+        state.relayed.lock().unwrap_or_else(PoisonError::into_inner).push(relayed);
         connections.spawn(relay(stream, relayed, Arc::clone(&state)));
         while connections.try_join_next().is_some() {}
     }
@@ -175,19 +152,9 @@ fn original_destination(stream: &TcpStream) -> Option<SocketAddr> {
 }
 
 async fn relay(mut client: TcpStream, relayed: Relayed, state: Arc<State>) -> io::Result<()> {
-    let Relayed {
-        via,
-        peer,
-        destination,
-    } = relayed;
+    let Relayed { via, peer, destination } = relayed;
     if via == Via::Hbone {
-        let greeting = greeting(
-            HBONE_NAME,
-            Accepted {
-                peer,
-                local: destination,
-            },
-        );
+        let greeting = greeting(HBONE_NAME, Accepted { peer, local: destination });
         return client.write_all(greeting.as_bytes()).await;
     }
     // As ztunnel's `illegal_ports`: a call of the proxy to itself would never end.
@@ -209,11 +176,7 @@ async fn relay(mut client: TcpStream, relayed: Relayed, state: Arc<State>) -> io
 
 /// As ztunnel's `freebind_connect` (`src/proxy.rs`).
 async fn connect(to: SocketAddr, source: Option<IpAddr>) -> io::Result<TcpStream> {
-    let socket = if to.is_ipv4() {
-        TcpSocket::new_v4()?
-    } else {
-        TcpSocket::new_v6()?
-    };
+    let socket = if to.is_ipv4() { TcpSocket::new_v4()? } else { TcpSocket::new_v6()? };
     {
         let socket = SockRef::from(&socket);
         socket.set_mark(MARK_PROXY)?;

@@ -72,11 +72,7 @@ impl Process {
             .stderr(err)
             .spawn()
             .with_context(|| format!("start {name}"))?;
-        Ok(Self {
-            name: name.to_owned(),
-            child,
-            log,
-        })
+        Ok(Self { name: name.to_owned(), child, log })
     }
 
     /// Its process id.
@@ -91,11 +87,7 @@ impl Process {
 
     /// Whether it is still running.
     pub fn is_running(&mut self) -> Result<bool> {
-        Ok(self
-            .child
-            .try_wait()
-            .with_context(|| format!("look after {}", self.name))?
-            .is_none())
+        Ok(self.child.try_wait().with_context(|| format!("look after {}", self.name))?.is_none())
     }
 
     /// Waits until a line with `text` is in its log.
@@ -120,19 +112,13 @@ impl Process {
             return Ok(status);
         }
         self.signal(Signal::SIGTERM)?;
-        wait_for(&format!("the end of {}", self.name), patience, || {
-            Ok(self.child.try_wait()?)
-        })
+        wait_for(&format!("the end of {}", self.name), patience, || Ok(self.child.try_wait()?))
     }
 
     /// Ends it at once (SIGKILL), as a crash would.
     pub fn kill(&mut self) -> Result<()> {
-        self.child
-            .kill()
-            .with_context(|| format!("kill {}", self.name))?;
-        self.child
-            .wait()
-            .with_context(|| format!("wait for {}", self.name))?;
+        self.child.kill().with_context(|| format!("kill {}", self.name))?;
+        self.child.wait().with_context(|| format!("wait for {}", self.name))?;
         Ok(())
     }
 }
@@ -143,11 +129,7 @@ impl Drop for Process {
             let _ = self.kill();
         }
         if thread::panicking() {
-            eprintln!(
-                "--- {} wrote:\n{}",
-                self.name,
-                self.log().unwrap_or_default()
-            );
+            eprintln!("--- {} wrote:\n{}", self.name, self.log().unwrap_or_default());
         }
     }
 }
@@ -177,21 +159,13 @@ impl<'a> Attached<'a> {
 
     /// Made before `attach` runs: what a failed one leaves behind is removed as well.
     fn prepare(topology: &Topology, pod: &'a Pod) -> Self {
-        Self {
-            pod,
-            bpffs: topology.bpffs().join("v1"),
-            attached: true,
-        }
+        Self { pod, bpffs: topology.bpffs().join("v1"), attached: true }
     }
 
     /// Enrols it once more: what is there already is not an error.
     pub fn again(&self) -> Result<()> {
         let (v4, v6) = (self.pod.v4.to_string(), self.pod.v6.to_string());
-        succeed(
-            self.command("attach")?
-                .args(["--address", &v4, "--address", &v6]),
-        )
-        .map(drop)
+        succeed(self.command("attach")?.args(["--address", &v4, "--address", &v6])).map(drop)
     }
 
     /// Where the pins are.
@@ -225,9 +199,7 @@ impl Drop for Attached<'_> {
 
 /// Runs a command to its end; that it fails is an error with what it wrote.
 pub fn succeed(command: &mut Command) -> Result<Output> {
-    let output = command
-        .output()
-        .with_context(|| format!("run {command:?}"))?;
+    let output = command.output().with_context(|| format!("run {command:?}"))?;
     ensure!(
         output.status.success(),
         "run {command:?}: {}\n{}{}",

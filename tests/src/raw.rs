@@ -80,12 +80,9 @@ impl Segment {
     /// The segment in an ordinary IP packet.
     pub fn ip(&self) -> Vec<u8> {
         match (self.src.ip(), self.dst.ip()) {
-            (IpAddr::V4(src), IpAddr::V4(dst)) => Ipv4 {
-                src,
-                dst,
-                ..Ipv4::default()
+            (IpAddr::V4(src), IpAddr::V4(dst)) => {
+                Ipv4 { src, dst, ..Ipv4::default() }.packet(&self.tcp())
             }
-            .packet(&self.tcp()),
             (src, dst) => ipv6(as_v6(src), as_v6(dst), PROTO_TCP, &self.tcp()),
         }
     }
@@ -101,11 +98,7 @@ impl Segment {
                 }
                 let src: [u8; 4] = packet.get(12..16)?.try_into().ok()?;
                 let dst: [u8; 4] = packet.get(16..20)?.try_into().ok()?;
-                (
-                    src.into(),
-                    dst.into(),
-                    packet.get(header..length.min(packet.len()))?,
-                )
+                (src.into(), dst.into(), packet.get(header..length.min(packet.len()))?)
             }
             6 => {
                 let length = usize::from(u16::from_be_bytes(packet.get(4..6)?.try_into().ok()?));
@@ -114,11 +107,7 @@ impl Segment {
                 }
                 let src: [u8; 16] = packet.get(8..24)?.try_into().ok()?;
                 let dst: [u8; 16] = packet.get(24..40)?.try_into().ok()?;
-                (
-                    src.into(),
-                    dst.into(),
-                    packet.get(40..(40 + length).min(packet.len()))?,
-                )
+                (src.into(), dst.into(), packet.get(40..(40 + length).min(packet.len()))?)
             }
             _ => return None,
         };
@@ -216,11 +205,7 @@ impl Ipv4 {
 
 fn ipv6(src: Ipv6Addr, dst: Ipv6Addr, next: u8, payload: &[u8]) -> Vec<u8> {
     let mut packet = vec![0x60, 0, 0, 0];
-    packet.extend(
-        u16::try_from(payload.len())
-            .unwrap_or(u16::MAX)
-            .to_be_bytes(),
-    );
+    packet.extend(u16::try_from(payload.len()).unwrap_or(u16::MAX).to_be_bytes());
     packet.extend([next, 64]);
     packet.extend(src.octets());
     packet.extend(dst.octets());
@@ -277,14 +262,11 @@ fn fragment_header(next: u8, offset: usize, more: bool, id: u32) -> Vec<u8> {
 
 /// The headers of `chain` in front of `payload`; the number of the first header, and the bytes.
 fn chained(chain: &[Extension], last: u8, payload: &[u8]) -> (u8, Vec<u8>) {
-    chain
-        .iter()
-        .rev()
-        .fold((last, payload.to_vec()), |(next, rest), extension| {
-            let mut bytes = extension.header(next);
-            bytes.extend(rest);
-            (extension.number(), bytes)
-        })
+    chain.iter().rev().fold((last, payload.to_vec()), |(next, rest), extension| {
+        let mut bytes = extension.header(next);
+        bytes.extend(rest);
+        (extension.number(), bytes)
+    })
 }
 
 /// What a frame is: the type of its payload, and the payload.
@@ -317,62 +299,36 @@ impl Wrapping {
 }
 
 const fn valid(name: &'static str, wrap: fn(&Segment) -> Vec<Frame>) -> Wrapping {
-    Wrapping {
-        name,
-        valid: true,
-        wrap,
-    }
+    Wrapping { name, valid: true, wrap }
 }
 
 const fn invalid(name: &'static str, wrap: fn(&Segment) -> Vec<Frame>) -> Wrapping {
-    Wrapping {
-        name,
-        valid: false,
-        wrap,
-    }
+    Wrapping { name, valid: false, wrap }
 }
 
 const WRAPPINGS_V4: &[Wrapping] = &[
     valid("plain", |s| frames4([s.ip()])),
     valid("followed by padding", |s| frames4([padded(s.ip())])),
-    valid("priority tag", |s| {
-        tagged(&[ETHERTYPE_VLAN], ETHERTYPE_IPV4, s.ip())
-    }),
-    valid("service tag", |s| {
-        tagged(&[ETHERTYPE_QINQ], ETHERTYPE_IPV4, s.ip())
-    }),
+    valid("priority tag", |s| tagged(&[ETHERTYPE_VLAN], ETHERTYPE_IPV4, s.ip())),
+    valid("service tag", |s| tagged(&[ETHERTYPE_QINQ], ETHERTYPE_IPV4, s.ip())),
     valid("two priority tags", |s| {
         tagged(&[ETHERTYPE_QINQ, ETHERTYPE_VLAN], ETHERTYPE_IPV4, s.ip())
     }),
     valid("option: no operation", |s| options4(s, &[1, 1, 1, 1])),
     valid("option: router alert", |s| options4(s, &[148, 4, 0, 0])),
-    valid("option: record route", |s| {
-        options4(s, &[7, 11, 4, 0, 0, 0, 0, 0, 0, 0, 0])
-    }),
+    valid("option: record route", |s| options4(s, &[7, 11, 4, 0, 0, 0, 0, 0, 0, 0, 0])),
     valid("40 bytes of options", |s| options4(s, &[1; 40])),
-    invalid("option: source route", |s| {
-        options4(s, &[131, 7, 4, 192, 168, 77, 1])
-    }),
+    invalid("option: source route", |s| options4(s, &[131, 7, 4, 192, 168, 77, 1])),
     valid("fragments of 8 bytes", |s| fragments4(s, 8, &[])),
     valid("fragments of 16 bytes", |s| fragments4(s, 16, &[])),
-    valid("fragments of 8 bytes, last one first", |s| {
-        reversed(fragments4(s, 8, &[]))
-    }),
-    valid("fragments of 8 bytes with options", |s| {
-        fragments4(s, 8, &[1, 1, 1, 1])
-    }),
+    valid("fragments of 8 bytes, last one first", |s| reversed(fragments4(s, 8, &[]))),
+    valid("fragments of 8 bytes with options", |s| fragments4(s, 8, &[1, 1, 1, 1])),
     invalid("a second first fragment for another port", |s| {
-        let innocent = Segment {
-            dst: SocketAddr::new(s.dst.ip(), 15008),
-            ..s.clone()
-        };
+        let innocent = Segment { dst: SocketAddr::new(s.dst.ip(), 15008), ..s.clone() };
         overlapped(fragments4(s, 8, &[]), fragments4(&innocent, 8, &[]))
     }),
     invalid("a first fragment of 16 bytes over one of 8", |s| {
-        let innocent = Segment {
-            dst: SocketAddr::new(s.dst.ip(), 15008),
-            ..s.clone()
-        };
+        let innocent = Segment { dst: SocketAddr::new(s.dst.ip(), 15008), ..s.clone() };
         overlapped(fragments4(s, 8, &[]), fragments4(&innocent, 16, &[]))
     }),
     invalid("total length behind the end", |s| {
@@ -438,48 +394,27 @@ const WRAPPINGS_V4: &[Wrapping] = &[
             dst: SocketAddr::new(dst.to_ipv6_mapped().into(), s.dst.port()),
             ..s.clone()
         };
-        vec![(
-            ETHERTYPE_IPV6,
-            ipv6(src, dst.to_ipv6_mapped(), PROTO_TCP, &s.tcp()),
-        )]
+        vec![(ETHERTYPE_IPV6, ipv6(src, dst.to_ipv6_mapped(), PROTO_TCP, &s.tcp()))]
     }),
 ];
 
 const WRAPPINGS_V6: &[Wrapping] = &[
     valid("plain", |s| frames6([s.ip()])),
     valid("followed by padding", |s| frames6([padded(s.ip())])),
-    valid("priority tag", |s| {
-        tagged(&[ETHERTYPE_VLAN], ETHERTYPE_IPV6, s.ip())
-    }),
-    valid("service tag", |s| {
-        tagged(&[ETHERTYPE_QINQ], ETHERTYPE_IPV6, s.ip())
-    }),
+    valid("priority tag", |s| tagged(&[ETHERTYPE_VLAN], ETHERTYPE_IPV6, s.ip())),
+    valid("service tag", |s| tagged(&[ETHERTYPE_QINQ], ETHERTYPE_IPV6, s.ip())),
     valid("two priority tags", |s| {
         tagged(&[ETHERTYPE_QINQ, ETHERTYPE_VLAN], ETHERTYPE_IPV6, s.ip())
     }),
-    valid("hop-by-hop options", |s| {
-        chain6(s, &[Extension::HopByHop(1)])
-    }),
-    valid("destination options", |s| {
-        chain6(s, &[Extension::DestinationOptions(1)])
-    }),
-    valid("destination options of 64 bytes", |s| {
-        chain6(s, &[Extension::DestinationOptions(8)])
-    }),
-    valid("a used routing header", |s| {
-        chain6(s, &[Extension::UsedRouting(0)])
-    }),
-    valid("an atomic fragment", |s| {
-        chain6(s, &[Extension::AtomicFragment])
-    }),
+    valid("hop-by-hop options", |s| chain6(s, &[Extension::HopByHop(1)])),
+    valid("destination options", |s| chain6(s, &[Extension::DestinationOptions(1)])),
+    valid("destination options of 64 bytes", |s| chain6(s, &[Extension::DestinationOptions(8)])),
+    valid("a used routing header", |s| chain6(s, &[Extension::UsedRouting(0)])),
+    valid("an atomic fragment", |s| chain6(s, &[Extension::AtomicFragment])),
     valid("an atomic fragment between options", |s| {
         chain6(
             s,
-            &[
-                Extension::HopByHop(1),
-                Extension::AtomicFragment,
-                Extension::DestinationOptions(1),
-            ],
+            &[Extension::HopByHop(1), Extension::AtomicFragment, Extension::DestinationOptions(1)],
         )
     }),
     valid("a chain of seven headers", |s| {
@@ -500,9 +435,7 @@ const WRAPPINGS_V6: &[Wrapping] = &[
         // The first fragment has to hold the whole TCP header: RFC 7112.
         fragments6(s, &[], &[Extension::DestinationOptions(1)], 32)
     }),
-    valid("fragments of 24 bytes, last one first", |s| {
-        reversed(fragments6(s, &[], &[], 24))
-    }),
+    valid("fragments of 24 bytes, last one first", |s| reversed(fragments6(s, &[], &[], 24))),
     valid("fragments behind hop-by-hop options", |s| {
         fragments6(s, &[Extension::HopByHop(1)], &[], 24)
     }),
@@ -511,29 +444,15 @@ const WRAPPINGS_V6: &[Wrapping] = &[
         fragments6(s, &[], &[Extension::DestinationOptions(2)], 16)
     }),
     invalid("a second first fragment for another port", |s| {
-        let innocent = Segment {
-            dst: SocketAddr::new(s.dst.ip(), 15008),
-            ..s.clone()
-        };
-        overlapped(
-            fragments6(s, &[], &[], 24),
-            fragments6(&innocent, &[], &[], 24),
-        )
+        let innocent = Segment { dst: SocketAddr::new(s.dst.ip(), 15008), ..s.clone() };
+        overlapped(fragments6(s, &[], &[], 24), fragments6(&innocent, &[], &[], 24))
     }),
     invalid("hop-by-hop options that are not first", |s| {
-        chain6(
-            s,
-            &[Extension::DestinationOptions(1), Extension::HopByHop(1)],
-        )
+        chain6(s, &[Extension::DestinationOptions(1), Extension::HopByHop(1)])
     }),
     invalid("an unknown header", |s| {
         let (src, dst) = (as_v6(s.src.ip()), as_v6(s.dst.ip()));
-        frames6([ipv6(
-            src,
-            dst,
-            253,
-            &[&[PROTO_TCP, 0, 0, 0, 0, 0, 0, 0], &s.tcp()[..]].concat(),
-        )])
+        frames6([ipv6(src, dst, 253, &[&[PROTO_TCP, 0, 0, 0, 0, 0, 0, 0], &s.tcp()[..]].concat())])
     }),
     invalid("payload length behind the end", |s| {
         let mut packet = s.ip();
@@ -569,26 +488,18 @@ const WRAPPINGS_V6: &[Wrapping] = &[
         frames6([Segment { dst, ..s.clone() }.ip()])
     }),
     invalid("from a mapped address", |s| {
-        let src = SocketAddr::new(
-            Ipv4Addr::new(203, 0, 113, 9).to_ipv6_mapped().into(),
-            s.src.port(),
-        );
+        let src =
+            SocketAddr::new(Ipv4Addr::new(203, 0, 113, 9).to_ipv6_mapped().into(), s.src.port());
         frames6([Segment { src, ..s.clone() }.ip()])
     }),
 ];
 
 fn frames4<const N: usize>(packets: [Vec<u8>; N]) -> Vec<Frame> {
-    packets
-        .into_iter()
-        .map(|packet| (ETHERTYPE_IPV4, packet))
-        .collect()
+    packets.into_iter().map(|packet| (ETHERTYPE_IPV4, packet)).collect()
 }
 
 fn frames6<const N: usize>(packets: [Vec<u8>; N]) -> Vec<Frame> {
-    packets
-        .into_iter()
-        .map(|packet| (ETHERTYPE_IPV6, packet))
-        .collect()
+    packets.into_iter().map(|packet| (ETHERTYPE_IPV6, packet)).collect()
 }
 
 fn padded(mut packet: Vec<u8>) -> Vec<u8> {
@@ -613,13 +524,7 @@ fn header4(segment: &Segment, options: &[u8]) -> Ipv4 {
     };
     // Each segment's fragments have an id of their own.
     let id = u16::from_be_bytes([segment.src.port().to_be_bytes()[1], segment.flags]);
-    Ipv4 {
-        src,
-        dst,
-        id,
-        options: options.to_vec(),
-        ..Ipv4::default()
-    }
+    Ipv4 { src, dst, id, options: options.to_vec(), ..Ipv4::default() }
 }
 
 fn options4(segment: &Segment, options: &[u8]) -> Vec<Frame> {
@@ -634,11 +539,7 @@ fn fragments4(segment: &Segment, size: usize, options: &[u8]) -> Vec<Frame> {
         .map(|(i, part)| {
             let fragment_offset = i * size;
             let more_fragments = fragment_offset + part.len() < tcp.len();
-            let header = Ipv4 {
-                fragment_offset,
-                more_fragments,
-                ..header.clone()
-            };
+            let header = Ipv4 { fragment_offset, more_fragments, ..header.clone() };
             (ETHERTYPE_IPV4, header.packet(part))
         })
         .collect()
@@ -646,12 +547,7 @@ fn fragments4(segment: &Segment, size: usize, options: &[u8]) -> Vec<Frame> {
 
 fn chain6(segment: &Segment, chain: &[Extension]) -> Vec<Frame> {
     let (next, payload) = chained(chain, PROTO_TCP, &segment.tcp());
-    frames6([ipv6(
-        as_v6(segment.src.ip()),
-        as_v6(segment.dst.ip()),
-        next,
-        &payload,
-    )])
+    frames6([ipv6(as_v6(segment.src.ip()), as_v6(segment.dst.ip()), next, &payload)])
 }
 
 fn fragments6(
@@ -706,15 +602,9 @@ impl Wire {
     pub fn open(topology: &Topology, pod: &Pod) -> Result<Self> {
         let node = topology.node(pod.node);
         let interface = link_addr(node, &pod.host_interface)?;
-        let pod_mac = link_addr(&pod.netns, "eth0")?
-            .addr()
-            .context("read the pod's MAC")?;
+        let pod_mac = link_addr(&pod.netns, "eth0")?.addr().context("read the pod's MAC")?;
         let socket = PacketSocket::open(node)?;
-        Ok(Self {
-            socket,
-            interface,
-            pod_mac,
-        })
+        Ok(Self { socket, interface, pod_mac })
     }
 
     /// Sends a frame to the pod.
@@ -725,13 +615,8 @@ impl Wire {
         frame.extend(payload);
         // Short frames are padded, as hardware does it.
         frame.resize(frame.len().max(60), 0);
-        let sent = sendto(
-            self.socket.fd().as_raw_fd(),
-            &frame,
-            &self.interface,
-            MsgFlags::empty(),
-        )
-        .context("send a frame")?;
+        let sent = sendto(self.socket.fd().as_raw_fd(), &frame, &self.interface, MsgFlags::empty())
+            .context("send a frame")?;
         ensure!(sent == frame.len(), "sent {sent} of {} bytes", frame.len());
         Ok(())
     }
@@ -797,12 +682,7 @@ pub struct RawClient<'a> {
 impl<'a> RawClient<'a> {
     /// A client with the address `src`.
     pub fn new(wire: &'a Wire, wrapping: Wrapping, src: SocketAddr, dst: SocketAddr) -> Self {
-        Self {
-            wire,
-            wrapping,
-            src,
-            dst,
-        }
+        Self { wire, wrapping, src, dst }
     }
 
     /// Sends a SYN, and if it is answered the rest of the handshake; then reads who is there.
@@ -817,10 +697,7 @@ impl<'a> RawClient<'a> {
         if reply.flags & RST != 0 {
             return Ok(RawOutcome::Refused);
         }
-        ensure!(
-            reply.flags & (SYN | ACK) == SYN | ACK,
-            "expected SYN-ACK, got {reply:?}"
-        );
+        ensure!(reply.flags & (SYN | ACK) == SYN | ACK, "expected SYN-ACK, got {reply:?}");
         let seq = seq.wrapping_add(1);
         let mut ack = reply.seq.wrapping_add(1);
         self.send(seq, ack, ACK, b"")?;
@@ -847,14 +724,7 @@ impl<'a> RawClient<'a> {
 
     fn send(&self, seq: u32, ack: u32, flags: u8, payload: &[u8]) -> Result<()> {
         let (src, dst, payload) = (self.src, self.dst, payload.to_vec());
-        let segment = Segment {
-            src,
-            dst,
-            seq,
-            ack,
-            flags,
-            payload,
-        };
+        let segment = Segment { src, dst, seq, ack, flags, payload };
         for (ethertype, packet) in (self.wrapping.wrap)(&segment) {
             self.wire.send(ethertype, &packet)?;
         }

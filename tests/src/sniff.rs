@@ -83,11 +83,7 @@ impl PacketSocket {
                         _ => Direction::In,
                     };
                     buffer.truncate(length);
-                    return Ok(Some(Frame {
-                        interface: from.ifindex(),
-                        direction,
-                        bytes: buffer,
-                    }));
+                    return Ok(Some(Frame { interface: from.ifindex(), direction, bytes: buffer }));
                 }
                 Ok((_, None)) | Err(Errno::EINTR) => {}
                 Err(Errno::EAGAIN) => {
@@ -162,30 +158,18 @@ impl Sniffer {
                         continue;
                     };
                     if let Some(segment) = frame.segment() {
-                        let sighting = Sighting {
-                            direction: frame.direction,
-                            segment,
-                        };
-                        seen.lock()
-                            .unwrap_or_else(PoisonError::into_inner)
-                            .push(sighting);
+                        let sighting = Sighting { direction: frame.direction, segment };
+                        seen.lock().unwrap_or_else(PoisonError::into_inner).push(sighting);
                     }
                 }
             }
         });
-        Ok(Self {
-            seen,
-            stop,
-            thread: Some(thread),
-        })
+        Ok(Self { seen, stop, thread: Some(thread) })
     }
 
     /// What it has seen so far.
     pub fn seen(&self) -> Vec<Sighting> {
-        self.seen
-            .lock()
-            .unwrap_or_else(PoisonError::into_inner)
-            .clone()
+        self.seen.lock().unwrap_or_else(PoisonError::into_inner).clone()
     }
 
     /// Ends it once everything that is on the wire by now is read, and gives what it has seen.

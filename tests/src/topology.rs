@@ -88,18 +88,9 @@ impl Topology {
                 );
             }
             netns.ip(&batch)?;
-            nodes.push(Node {
-                netns,
-                style,
-                pods: 0,
-            });
+            nodes.push(Node { netns, style, pods: 0 });
         }
-        Ok(Self {
-            nodes,
-            _fabric: fabric,
-            bpffs,
-            dir,
-        })
+        Ok(Self { nodes, _fabric: fabric, bpffs, dir })
     }
 
     /// The directory of the test.
@@ -136,11 +127,7 @@ impl Topology {
     pub fn add_pod(&mut self, node: usize, namespace: &str, name: &str) -> Result<Pod> {
         let netns_dir = self.netns_dir();
         let i = u8::try_from(node).context("number the node")?;
-        let Node {
-            netns: host,
-            style,
-            pods,
-        } = &mut self.nodes[node];
+        let Node { netns: host, style, pods } = &mut self.nodes[node];
         let number = *pods + 10;
         *pods += 1;
         let v4 = Ipv4Addr::new(10, 64, i, number);
@@ -148,9 +135,7 @@ impl Topology {
         let netns = Netns::new(&netns_dir, &format!("{namespace}_{name}"))?;
         let host_interface = format!("pod{number}");
         let peer = netns.path().display();
-        host.ip(&format!(
-            "link add {host_interface} type veth peer name eth0 netns {peer}"
-        ))?;
+        host.ip(&format!("link add {host_interface} type veth peer name eth0 netns {peer}"))?;
         match style {
             Style::Routed => {
                 let (node_v4, node_v6) =

@@ -30,11 +30,7 @@ both_families! {
 }
 
 fn outbound_call_keeps_its_addresses(family: Family) -> Result<()> {
-    let Pair {
-        client,
-        server,
-        topology,
-    } = &Pair::new()?;
+    let Pair { client, server, topology } = &Pair::new()?;
     let _app = echo(server, family)?;
     let proxy = PlainProxy::start(&client.netns)?;
     let _attached = Attached::new(topology, client)?;
@@ -51,11 +47,7 @@ fn outbound_call_keeps_its_addresses(family: Family) -> Result<()> {
 }
 
 fn inbound_call_keeps_its_addresses(family: Family) -> Result<()> {
-    let Pair {
-        client,
-        server,
-        topology,
-    } = &Pair::new()?;
+    let Pair { client, server, topology } = &Pair::new()?;
     let _app = echo(server, family)?;
     let proxy = PlainProxy::start(&server.netns)?;
     let _attached = Attached::new(topology, server)?;
@@ -74,11 +66,7 @@ fn inbound_call_keeps_its_addresses(family: Family) -> Result<()> {
 }
 
 fn call_between_enrolled_pods_passes_both_proxies(family: Family) -> Result<()> {
-    let Pair {
-        client,
-        server,
-        topology,
-    } = &Pair::new()?;
+    let Pair { client, server, topology } = &Pair::new()?;
     passes_both_proxies(family, topology, client, server)
 }
 
@@ -120,18 +108,11 @@ fn passes_both_proxies(
 }
 
 fn service_that_exists_nowhere_reaches_the_proxy(family: Family) -> Result<()> {
-    let Pair {
-        client,
-        server,
-        topology,
-    } = &Pair::new()?;
+    let Pair { client, server, topology } = &Pair::new()?;
     let _app = echo(server, family)?;
     let (service, backend) = (service(family), server.addr(family, PORT));
     let services = HashMap::from([(service, backend)]);
-    let policy = Policy {
-        services,
-        ..Policy::default()
-    };
+    let policy = Policy { services, ..Policy::default() };
     let proxy = PlainProxy::with_policy(&client.netns, policy)?;
     let _attached = Attached::new(topology, client)?;
 
@@ -145,11 +126,7 @@ fn service_that_exists_nowhere_reaches_the_proxy(family: Family) -> Result<()> {
 }
 
 fn hbone_reaches_the_proxy_as_it_is(family: Family) -> Result<()> {
-    let Pair {
-        client,
-        server,
-        topology,
-    } = &Pair::new()?;
+    let Pair { client, server, topology } = &Pair::new()?;
     let proxy = PlainProxy::start(&server.netns)?;
     let _attached = Attached::new(topology, server)?;
 
@@ -162,11 +139,7 @@ fn hbone_reaches_the_proxy_as_it_is(family: Family) -> Result<()> {
 }
 
 fn pod_that_calls_itself_stays_local(family: Family) -> Result<()> {
-    let Pair {
-        client: pod,
-        topology,
-        ..
-    } = &Pair::new()?;
+    let Pair { client: pod, topology, .. } = &Pair::new()?;
     let _app = echo(pod, family)?;
     let proxy = PlainProxy::start(&pod.netns)?;
     let _attached = Attached::new(topology, pod)?;
@@ -179,18 +152,12 @@ fn pod_that_calls_itself_stays_local(family: Family) -> Result<()> {
 }
 
 fn proxys_own_connections_are_not_captured(family: Family) -> Result<()> {
-    let Pair {
-        client,
-        server,
-        topology,
-    } = &Pair::new()?;
+    let Pair { client, server, topology } = &Pair::new()?;
     let _app = echo(server, family)?;
     let proxy = PlainProxy::start(&client.netns)?;
     let _attached = Attached::new(topology, client)?;
 
-    let conversation = Call::to(server.addr(family, PORT))
-        .mark(MARK_PROXY)
-        .open(&client.netns)?;
+    let conversation = Call::to(server.addr(family, PORT)).mark(MARK_PROXY).open(&client.netns)?;
 
     assert_eq!(conversation.answer().by, "server");
     assert_eq!(conversation.answer().saw_peer, conversation.local_addr()?);
@@ -219,11 +186,7 @@ fn loops_end_with_a_closed_connection(family: Family) -> Result<()> {
             let outcome = Call::to(SocketAddr::new(to, port))
                 .within(Duration::from_secs(2))
                 .make(&from.netns)?;
-            assert_eq!(
-                outcome,
-                Outcome::Closed { bytes: 0 },
-                "{from} to {to}, port {port}"
-            );
+            assert_eq!(outcome, Outcome::Closed { bytes: 0 }, "{from} to {to}, port {port}");
         }
     }
 
@@ -240,10 +203,7 @@ fn pods_that_are_not_enrolled_talk_directly(family: Family) -> Result<()> {
         topology.add_pod(0, "default", "neighbour")?,
         topology.add_pod(1, "default", "bridged")?,
     ];
-    let _apps = pods
-        .iter()
-        .map(|pod| echo(pod, family))
-        .collect::<Result<Vec<_>>>()?;
+    let _apps = pods.iter().map(|pod| echo(pod, family)).collect::<Result<Vec<_>>>()?;
     let proxy = PlainProxy::start(&enrolled.netns)?;
     let _attached = Attached::new(&topology, &enrolled)?;
 
@@ -258,11 +218,7 @@ fn pods_that_are_not_enrolled_talk_directly(family: Family) -> Result<()> {
 }
 
 fn addresses_are_found_when_none_is_given(family: Family) -> Result<()> {
-    let Pair {
-        client,
-        server,
-        topology,
-    } = &Pair::new()?;
+    let Pair { client, server, topology } = &Pair::new()?;
     let _app = echo(server, family)?;
     let proxy = PlainProxy::start(&server.netns)?;
     let _attached = Attached::without_addresses(topology, server)?;

@@ -40,35 +40,21 @@ fn while_busy<T>(busy: &mut Conversation, f: impl FnOnce() -> Result<T>) -> Resu
         });
         let outcome = f();
         done.store(true, Ordering::Relaxed);
-        let said = talking
-            .join()
-            .map_err(|_| anyhow!("the busy connection's thread panicked"))?;
+        let said = talking.join().map_err(|_| anyhow!("the busy connection's thread panicked"))?;
         Ok((outcome?, said.context("talk on the busy connection")?))
     })
 }
 
 fn connections_to_others_survive_enrolment(family: Family) -> Result<()> {
-    let Pair {
-        client,
-        server,
-        topology,
-    } = &Pair::new()?;
+    let Pair { client, server, topology } = &Pair::new()?;
     let _app = echo(server, family)?;
-    survive(family, client, client, server, Via::Outbound, || {
-        Attached::new(topology, client)
-    })
+    survive(family, client, client, server, Via::Outbound, || Attached::new(topology, client))
 }
 
 fn connections_from_others_survive_enrolment(family: Family) -> Result<()> {
-    let Pair {
-        client,
-        server,
-        topology,
-    } = &Pair::new()?;
+    let Pair { client, server, topology } = &Pair::new()?;
     let _app = echo(server, family)?;
-    survive(family, server, client, server, Via::Inbound, || {
-        Attached::new(topology, server)
-    })
+    survive(family, server, client, server, Via::Inbound, || Attached::new(topology, server))
 }
 
 fn survive<'a>(
@@ -87,13 +73,11 @@ fn survive<'a>(
     let (_attached, said) = while_busy(&mut busy, attach)?;
 
     assert!(said > 0);
-    idle.exchange(b"still there?")
-        .context("talk on the idle connection")?;
+    idle.exchange(b"still there?").context("talk on the idle connection")?;
     for pod in [client, server] {
         pod.netns.ip("neigh flush all")?;
     }
-    idle.exchange(b"and now?")
-        .context("talk after a flush of the neighbours")?;
+    idle.exchange(b"and now?").context("talk after a flush of the neighbours")?;
     assert_eq!(idle.answer().saw_peer, idle.local_addr()?);
     assert_eq!(proxy.relayed(), []);
 
@@ -102,16 +86,11 @@ fn survive<'a>(
     assert_eq!(new.answer().by, "server");
     assert_eq!(new.answer().saw_peer.ip(), client.ip(family));
     assert_relayed(&proxy, via, &new, to)?;
-    idle.exchange(b"side by side")
-        .context("talk beside a captured connection")
+    idle.exchange(b"side by side").context("talk beside a captured connection")
 }
 
 fn new_calls_succeed_during_enrolment(family: Family) -> Result<()> {
-    let Pair {
-        client,
-        server,
-        topology,
-    } = &Pair::new()?;
+    let Pair { client, server, topology } = &Pair::new()?;
     let _app = echo(server, family)?;
     let to = server.addr(family, PORT);
     let clients = PlainProxy::start(&client.netns)?;
@@ -134,31 +113,20 @@ fn new_calls_succeed_during_enrolment(family: Family) -> Result<()> {
         let attached = Attached::new(topology, client)
             .and_then(|client| Ok((client, Attached::new(topology, server)?)));
         done.store(true, Ordering::Relaxed);
-        let calls = calling
-            .join()
-            .map_err(|_| anyhow!("the calling thread panicked"))?;
+        let calls = calling.join().map_err(|_| anyhow!("the calling thread panicked"))?;
         Ok::<_, anyhow::Error>((attached?, calls?))
     })?;
 
     assert!(calls > 0);
     let conversation = Call::to(to).open(&client.netns)?;
     assert_relayed(&clients, Via::Outbound, &conversation, to)?;
-    assert!(
-        servers
-            .relayed()
-            .iter()
-            .any(|relayed| relayed.destination == to)
-    );
+    assert!(servers.relayed().iter().any(|relayed| relayed.destination == to));
     drop(attached);
     Ok(())
 }
 
 fn attaching_twice_is_harmless(family: Family) -> Result<()> {
-    let Pair {
-        client,
-        server,
-        topology,
-    } = &Pair::new()?;
+    let Pair { client, server, topology } = &Pair::new()?;
     let _app = echo(server, family)?;
     let to = server.addr(family, PORT);
     let proxy = PlainProxy::start(&client.netns)?;
@@ -169,34 +137,22 @@ fn attaching_twice_is_harmless(family: Family) -> Result<()> {
     attached.again()?;
 
     assert_eq!(footprint(client)?, before);
-    captured
-        .exchange(b"still there?")
-        .context("talk on the captured connection")?;
+    captured.exchange(b"still there?").context("talk on the captured connection")?;
     let new = Call::to(to).open(&client.netns)?;
     assert_eq!(new.answer().by, "server");
     assert_relayed(&proxy, Via::Outbound, &new, to)
 }
 
 fn detaching_restores_everything(family: Family) -> Result<()> {
-    let Pair {
-        client,
-        server,
-        topology,
-    } = &Pair::new()?;
+    let Pair { client, server, topology } = &Pair::new()?;
     let _apps = (echo(client, family)?, echo(server, family)?);
     let to = server.addr(family, PORT);
     // Not the kernel's default: it has to come back.
     server.netns.set_sysctl("net/ipv4/fwmark_reflect", "1")?;
     client.netns.set_sysctl("net/ipv4/tcp_fwmark_accept", "0")?;
     let before = (footprint(client)?, footprint(server)?);
-    let proxies = (
-        PlainProxy::start(&client.netns)?,
-        PlainProxy::start(&server.netns)?,
-    );
-    let (clients, servers) = (
-        Attached::new(topology, client)?,
-        Attached::new(topology, server)?,
-    );
+    let proxies = (PlainProxy::start(&client.netns)?, PlainProxy::start(&server.netns)?);
+    let (clients, servers) = (Attached::new(topology, client)?, Attached::new(topology, server)?);
     let mut redirected = Call::to(to).open(&client.netns)?;
     redirected.exchange(b"hello")?;
     assert_relayed(&proxies.0, Via::Outbound, &redirected, to)?;
@@ -212,10 +168,7 @@ fn detaching_restores_everything(family: Family) -> Result<()> {
     assert_direct(client, to, "server")?;
     assert_direct(server, client.addr(family, PORT), "client")?;
     assert_direct(client, SocketAddr::new(family.localhost(), PORT), "client")?;
-    assert_eq!(
-        (proxies.0.relayed().len(), proxies.1.relayed().len()),
-        handed
-    );
+    assert_eq!((proxies.0.relayed().len(), proxies.1.relayed().len()), handed);
     wait_for("the programs to be gone", Duration::from_secs(5), || {
         Ok((programs(client)? + programs(server)? == 0).then_some(()))
     })
@@ -229,10 +182,7 @@ fn footprint(pod: &Pod) -> Result<Vec<String>> {
             footprint.push(pod.netns.output("ip", &[&[family], what].concat())?);
         }
     }
-    footprint.push(
-        pod.netns
-            .output("ip", &["-details", "-oneline", "link", "show"])?,
-    );
+    footprint.push(pod.netns.output("ip", &["-details", "-oneline", "link", "show"])?);
     for sysctl in [
         "net/ipv4/tcp_fwmark_accept",
         "net/ipv4/fwmark_reflect",

@@ -54,10 +54,8 @@ fn every_reverse_path_filter_lets_mesh_traffic_pass(family: Family) -> Result<()
             let mut new = Call::to(to)
                 .open(&client.netns)
                 .with_context(|| format!("with rp_filter {filter}"))?;
-            new.exchange(b"hello")
-                .with_context(|| format!("with rp_filter {filter}"))?;
-            old.exchange(b"hello")
-                .with_context(|| format!("with rp_filter {filter}"))?;
+            new.exchange(b"hello").with_context(|| format!("with rp_filter {filter}"))?;
+            old.exchange(b"hello").with_context(|| format!("with rp_filter {filter}"))?;
             assert_eq!(new.answer().by, "server");
             assert_eq!(new.answer().saw_peer.ip(), client.ip(family));
             assert_relayed(clients, Via::Outbound, &new, to)?;
@@ -68,32 +66,18 @@ fn every_reverse_path_filter_lets_mesh_traffic_pass(family: Family) -> Result<()
 }
 
 fn calls_pass_after_a_flush_of_the_neighbours(family: Family) -> Result<()> {
-    enrolled(
-        family,
-        |Pair {
-             client,
-             server,
-             topology,
-         },
-         clients,
-         _| {
-            let to = server.addr(family, PORT);
-            for _ in 0..5 {
-                for netns in [
-                    &client.netns,
-                    &server.netns,
-                    topology.node(0),
-                    topology.node(1),
-                ] {
-                    netns.ip("neigh flush all")?;
-                }
-                let conversation = Call::to(to).open(&client.netns)?;
-                assert_eq!(conversation.answer().by, "server");
-                assert_relayed(clients, Via::Outbound, &conversation, to)?;
+    enrolled(family, |Pair { client, server, topology }, clients, _| {
+        let to = server.addr(family, PORT);
+        for _ in 0..5 {
+            for netns in [&client.netns, &server.netns, topology.node(0), topology.node(1)] {
+                netns.ip("neigh flush all")?;
             }
-            Ok(())
-        },
-    )
+            let conversation = Call::to(to).open(&client.netns)?;
+            assert_eq!(conversation.answer().by, "server");
+            assert_relayed(clients, Via::Outbound, &conversation, to)?;
+        }
+        Ok(())
+    })
 }
 
 fn syn_cookies_on_the_clients_side(family: Family) -> Result<()> {
@@ -138,18 +122,13 @@ fn hundred_client_ports_for_a_thousand_inbound_calls(family: Family) -> Result<(
 /// The server closes first, so the TIME_WAIT is where the next SYN of the same ports arrives.
 fn reused_ports(family: Family, enrolled: impl Fn(&Pair) -> &Pod, via: Via) -> Result<()> {
     let pair = Pair::new()?;
-    let Pair {
-        client,
-        server,
-        topology,
-    } = &pair;
+    let Pair { client, server, topology } = &pair;
     let any = SocketAddr::new(family.any(), PORT);
     let app = App::start(&server.netns, "server", any, Behaviour::CloseFirst)?;
     let proxy = PlainProxy::start(&enrolled(&pair).netns)?;
     let _attached = Attached::new(topology, enrolled(&pair))?;
     for pod in [client, server] {
-        pod.netns
-            .set_sysctl("net/ipv4/ip_local_port_range", "40000 40099")?;
+        pod.netns.set_sysctl("net/ipv4/ip_local_port_range", "40000 40099")?;
     }
 
     let to = server.addr(family, PORT);
@@ -180,11 +159,7 @@ fn thousand_inbound_calls_at_once(family: Family) -> Result<()> {
 
 fn at_once(family: Family, enrolled: impl Fn(&Pair) -> &Pod, via: Via) -> Result<()> {
     let pair = Pair::new()?;
-    let Pair {
-        client,
-        server,
-        topology,
-    } = &pair;
+    let Pair { client, server, topology } = &pair;
     let _app = echo(server, family)?;
     let proxy = PlainProxy::start(&enrolled(&pair).netns)?;
     let _attached = Attached::new(topology, enrolled(&pair))?;
@@ -209,10 +184,6 @@ fn all_answered(outcomes: Vec<Outcome>, client: &Pod, to: SocketAddr) -> Result<
         }
     }
     let first = wrong.first().map(ToString::to_string).unwrap_or_default();
-    ensure!(
-        wrong.is_empty(),
-        "{} of {total} calls went wrong, the first: {first}",
-        wrong.len()
-    );
+    ensure!(wrong.is_empty(), "{} of {total} calls went wrong, the first: {first}", wrong.len());
     Ok(())
 }

@@ -33,22 +33,13 @@ impl Pair {
         let mut topology = Topology::new(&[Style::Routed, Style::Bridged])?;
         let client = topology.add_pod(0, "default", "client")?;
         let server = topology.add_pod(1, "default", "server")?;
-        Ok(Self {
-            client,
-            server,
-            topology,
-        })
+        Ok(Self { client, server, topology })
     }
 }
 
 /// An application of a pod that says the pod's name and echoes.
 fn echo(pod: &Pod, family: Family) -> Result<App> {
-    App::start(
-        &pod.netns,
-        &pod.name,
-        SocketAddr::new(family.any(), PORT),
-        Behaviour::Echo,
-    )
+    App::start(&pod.netns, &pod.name, SocketAddr::new(family.any(), PORT), Behaviour::Echo)
 }
 
 /// Checks that the proxy has taken in a conversation, with the addresses that its client and its
@@ -60,15 +51,8 @@ fn assert_relayed(
     destination: SocketAddr,
 ) -> Result<()> {
     let relayed = proxy.relayed();
-    let expected = Relayed {
-        via,
-        peer: conversation.local_addr()?,
-        destination,
-    };
-    ensure!(
-        relayed.contains(&expected),
-        "the proxy saw {relayed:?}, not {expected:?}"
-    );
+    let expected = Relayed { via, peer: conversation.local_addr()?, destination };
+    ensure!(relayed.contains(&expected), "the proxy saw {relayed:?}, not {expected:?}");
     Ok(())
 }
 

@@ -30,35 +30,17 @@ const GRACE_IS_OVER: Duration = Duration::from_secs(15);
 
 fn outbound_call_waits_for_a_proxy_that_restarts(family: Family) -> Result<()> {
     let pair = Pair::new()?;
-    waits(
-        family,
-        &pair,
-        &pair.client,
-        &pair.client.netns,
-        "lo",
-        Via::Outbound,
-    )
+    waits(family, &pair, &pair.client, &pair.client.netns, "lo", Via::Outbound)
 }
 
 fn inbound_call_waits_for_a_proxy_that_restarts(family: Family) -> Result<()> {
     let pair = Pair::new()?;
-    waits(
-        family,
-        &pair,
-        &pair.server,
-        &pair.server.netns,
-        "eth0",
-        Via::Inbound,
-    )
+    waits(family, &pair, &pair.server, &pair.server.netns, "eth0", Via::Inbound)
 }
 
 fn waits(
     family: Family,
-    Pair {
-        client,
-        server,
-        topology,
-    }: &Pair,
+    Pair { client, server, topology }: &Pair,
     enrolled: &Pod,
     watched: &Netns,
     interface: &str,
@@ -78,16 +60,11 @@ fn waits(
     let (outcome, proxy) = thread::scope(|scope| {
         let calling = scope.spawn(|| Call::to(to).make(&client.netns));
         wait_for("the call's SYN", Duration::from_secs(5), || {
-            let syn = sniffer
-                .seen()
-                .iter()
-                .any(|seen| seen.is_syn() && seen.segment.dst == to);
+            let syn = sniffer.seen().iter().any(|seen| seen.is_syn() && seen.segment.dst == to);
             Ok(syn.then_some(()))
         })?;
         let proxy = PlainProxy::start(&enrolled.netns)?;
-        let outcome = calling
-            .join()
-            .map_err(|_| anyhow!("the calling thread panicked"))?;
+        let outcome = calling.join().map_err(|_| anyhow!("the calling thread panicked"))?;
         Ok::<_, anyhow::Error>((outcome?, proxy))
     })?;
 
@@ -95,10 +72,7 @@ fn waits(
     assert_eq!(answer.by, "server");
     assert_eq!(answer.saw_peer.ip(), client.ip(family));
     assert_eq!(proxy.relayed_via(via).len(), 1);
-    assert!(
-        !sniffer.finish().iter().any(|seen| seen.is_rst()),
-        "a RST while the grace lasts"
-    );
+    assert!(!sniffer.finish().iter().any(|seen| seen.is_rst()), "a RST while the grace lasts");
     Ok(())
 }
 
@@ -119,11 +93,7 @@ fn refused_after_the_grace(client: &Pod, to: SocketAddr) -> Result<()> {
 }
 
 fn outbound_calls_are_refused_without_a_proxy(family: Family) -> Result<()> {
-    let Pair {
-        client,
-        server,
-        topology,
-    } = &Pair::new()?;
+    let Pair { client, server, topology } = &Pair::new()?;
     // The caller itself listens on the port that it calls.
     let (own, app) = (echo(client, family)?, echo(server, family)?);
     let to = server.addr(family, PORT);
@@ -152,11 +122,7 @@ fn outbound_calls_are_refused_without_a_proxy(family: Family) -> Result<()> {
 }
 
 fn inbound_calls_are_refused_without_a_proxy(family: Family) -> Result<()> {
-    let Pair {
-        client,
-        server,
-        topology,
-    } = &Pair::new()?;
+    let Pair { client, server, topology } = &Pair::new()?;
     let app = echo(server, family)?;
     let to = server.addr(family, PORT);
     let proxy = PlainProxy::start(&server.netns)?;
@@ -183,26 +149,15 @@ fn inbound_calls_are_refused_without_a_proxy(family: Family) -> Result<()> {
 }
 
 fn pod_that_never_had_a_proxy_leaks_nothing(family: Family) -> Result<()> {
-    let Pair {
-        client,
-        server,
-        topology,
-    } = &Pair::new()?;
+    let Pair { client, server, topology } = &Pair::new()?;
     let (own, app) = (echo(client, family)?, echo(server, family)?);
-    let _attached = (
-        Attached::new(topology, client)?,
-        Attached::new(topology, server)?,
-    );
+    let _attached = (Attached::new(topology, client)?, Attached::new(topology, server)?);
     let sniffer = Sniffer::start(topology.node(client.node), &client.host_interface)?;
 
     refused_after_the_grace(client, server.addr(family, PORT))?;
     refused_after_the_grace(server, client.addr(family, PORT))?;
 
-    let leaked: Vec<_> = sniffer
-        .finish()
-        .into_iter()
-        .filter(|seen| seen.is_syn())
-        .collect();
+    let leaked: Vec<_> = sniffer.finish().into_iter().filter(|seen| seen.is_syn()).collect();
     assert!(leaked.is_empty(), "on the wire: {leaked:?}");
     assert_eq!((own.accepted(), app.accepted()), (vec![], vec![]));
     Ok(())

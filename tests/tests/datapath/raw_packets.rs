@@ -74,11 +74,7 @@ fn accepted(family: Family, pod: &Pod, app: &App) -> Result<Vec<SocketAddr>> {
     let control = Call::to(SocketAddr::new(family.localhost(), PORT)).open(&pod.netns)?;
     let control = control.local_addr()?;
     wait_for("the control call", Duration::from_secs(5), || {
-        let accepted: Vec<_> = app
-            .accepted()
-            .iter()
-            .map(|seen| canonical(seen.peer))
-            .collect();
+        let accepted: Vec<_> = app.accepted().iter().map(|seen| canonical(seen.peer)).collect();
         Ok(accepted.strip_suffix(&[control]).map(<[_]>::to_vec))
     })
 }
@@ -102,10 +98,7 @@ fn every_wrapping_is_what_it_claims_to_be(family: Family) -> Result<()> {
                 other => assert!(!wrapping.valid, "{wrapping:?}: {other:?}"),
             }
         }
-        let valid = outcomes
-            .iter()
-            .filter(|(wrapping, ..)| wrapping.valid)
-            .count();
+        let valid = outcomes.iter().filter(|(wrapping, ..)| wrapping.valid).count();
         assert_eq!(accepted(family, &pod, &app)?.len(), valid);
     }
     Ok(())
@@ -122,11 +115,7 @@ fn every_wrapping_reaches_the_app_through_the_proxy_or_not_at_all(family: Family
     let relayed = proxy.relayed();
     for (wrapping, from, outcome) in &outcomes {
         let destination = pod.addr(family, PORT);
-        let passed = relayed.contains(&Relayed {
-            via: Via::Inbound,
-            peer: *from,
-            destination,
-        });
+        let passed = relayed.contains(&Relayed { via: Via::Inbound, peer: *from, destination });
         match outcome {
             RawOutcome::Answered(answer) => {
                 assert!(passed, "{wrapping:?} was answered past the proxy");
@@ -144,32 +133,19 @@ fn no_wrapping_gets_past_a_strict_proxy(family: Family) -> Result<()> {
     for style in [Style::Routed, Style::Bridged] {
         let (pod, topology) = pod(style)?;
         let app = echo(&pod, family)?;
-        let policy = Policy {
-            strict: true,
-            ..Policy::default()
-        };
+        let policy = Policy { strict: true, ..Policy::default() };
         let proxy = PlainProxy::with_policy(&pod.netns, policy)?;
         let _attached = Attached::new(&topology, &pod)?;
 
         let outcomes = connect_all(family, &topology, &pod)?;
 
         for (wrapping, _, outcome) in &outcomes {
-            let expected = if wrapping.valid {
-                &RawOutcome::Accepted
-            } else {
-                outcome
-            };
+            let expected = if wrapping.valid { &RawOutcome::Accepted } else { outcome };
             assert_eq!(outcome, expected, "{wrapping:?}");
-            assert!(
-                !matches!(outcome, RawOutcome::Answered(_)),
-                "{wrapping:?} was answered"
-            );
+            assert!(!matches!(outcome, RawOutcome::Answered(_)), "{wrapping:?} was answered");
         }
         assert_eq!(accepted(family, &pod, &app)?, []);
-        let valid = outcomes
-            .iter()
-            .filter(|(wrapping, ..)| wrapping.valid)
-            .count();
+        let valid = outcomes.iter().filter(|(wrapping, ..)| wrapping.valid).count();
         assert_eq!(proxy.relayed_via(Via::Inbound).len(), valid);
     }
     Ok(())
@@ -195,13 +171,7 @@ fn no_wrapping_gets_past_a_proxy_that_is_away(family: Family) -> Result<()> {
 /// way for a packet of the same addresses and ports which cannot be read.
 fn fragments_do_not_profit_from_a_refusal_before_them(family: Family) -> Result<()> {
     let (pod, topology) = pod(Style::Routed)?;
-    let proxy = PlainProxy::with_policy(
-        &pod.netns,
-        Policy {
-            strict: true,
-            ..Policy::default()
-        },
-    )?;
+    let proxy = PlainProxy::with_policy(&pod.netns, Policy { strict: true, ..Policy::default() })?;
     let _attached = Attached::new(&topology, &pod)?;
     let wire = Wire::open(&topology, &pod)?;
     let wrappings = Wrapping::all(family);

@@ -24,11 +24,7 @@ const AT_ONCE: Duration = Duration::from_millis(500);
 
 /// Regression: <https://github.com/istio/istio/issues/52260>, EADDRINUSE.
 fn app_restarts_while_mesh_connections_to_its_port_are_open(family: Family) -> Result<()> {
-    let Pair {
-        client,
-        server,
-        topology,
-    } = &Pair::new()?;
+    let Pair { client, server, topology } = &Pair::new()?;
     let app = echo(server, family)?;
     let proxy = PlainProxy::start(&server.netns)?;
     let _attached = Attached::new(topology, server)?;
@@ -48,18 +44,12 @@ fn app_restarts_while_mesh_connections_to_its_port_are_open(family: Family) -> R
 }
 
 fn app_restarts_while_a_mesh_connection_from_its_port_is_open(family: Family) -> Result<()> {
-    let Pair {
-        client,
-        server,
-        topology,
-    } = &Pair::new()?;
+    let Pair { client, server, topology } = &Pair::new()?;
     let _servers = echo(server, family)?;
     let proxy = PlainProxy::start(&client.netns)?;
     let _attached = Attached::new(topology, client)?;
     let to = server.addr(family, PORT);
-    let mut open = Call::to(to)
-        .from(client.addr(family, PORT))
-        .open(&client.netns)?;
+    let mut open = Call::to(to).from(client.addr(family, PORT)).open(&client.netns)?;
     open.exchange(b"hello")?;
     assert_relayed(&proxy, Via::Outbound, &open, to)?;
 
@@ -74,11 +64,7 @@ fn app_restarts_while_a_mesh_connection_from_its_port_is_open(family: Family) ->
 }
 
 fn port_that_nobody_listens_on_refuses_at_once(family: Family) -> Result<()> {
-    let Pair {
-        client,
-        server,
-        topology,
-    } = &Pair::new()?;
+    let Pair { client, server, topology } = &Pair::new()?;
     let proxy = PlainProxy::start(&server.netns)?;
     let _attached = Attached::new(topology, server)?;
 
@@ -91,29 +77,18 @@ fn port_that_nobody_listens_on_refuses_at_once(family: Family) -> Result<()> {
     let _app = echo(server, family)?;
     let conversation = Call::to(server.addr(family, PORT)).open(&client.netns)?;
     assert_eq!(conversation.answer().by, "server");
-    assert_relayed(
-        &proxy,
-        Via::Inbound,
-        &conversation,
-        server.addr(family, PORT),
-    )
+    assert_relayed(&proxy, Via::Inbound, &conversation, server.addr(family, PORT))
 }
 
 /// An application at 127.0.0.1 is nobody to the rest of the world, enrolled or not.
 fn port_of_a_local_listener_refuses_at_once(family: Family) -> Result<()> {
-    let Pair {
-        client,
-        server,
-        topology,
-    } = &Pair::new()?;
+    let Pair { client, server, topology } = &Pair::new()?;
     let local = SocketAddr::new(family.localhost(), PORT);
     let app = App::start(&server.netns, "local", local, Behaviour::Echo)?;
     let proxy = PlainProxy::start(&server.netns)?;
     let _attached = Attached::new(topology, server)?;
 
-    let after = Call::to(server.addr(family, PORT))
-        .make(&client.netns)?
-        .refusal()?;
+    let after = Call::to(server.addr(family, PORT)).make(&client.netns)?.refusal()?;
 
     assert!(after < AT_ONCE, "refused after {after:?}");
     assert_eq!(proxy.relayed(), []);
