@@ -106,9 +106,9 @@ async fn run(args: RunArgs) -> Result<()> {
 }
 
 fn attach(args: &AttachArgs) -> Result<()> {
-    let pod = PodNetns::new(Netns::open(&args.netns)?, &args.address, 0)?;
+    let pod = PodNetns::new(Netns::open(&args.netns)?, &args.address)?;
     let dataplane = open(&args.bpffs.bpffs_dir)?;
-    dataplane.prepare(&pod)?;
+    dataplane.prepare(&pod, 0)?;
     dataplane.proxy_listens(&pod)?;
     dataplane.capture(&pod)
 }

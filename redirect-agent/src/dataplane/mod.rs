@@ -112,8 +112,6 @@ pub struct PodNetns {
     pub netns: Netns,
     /// Its addresses: first those that the cluster knows it by, then any others in the namespace.
     pub addresses: Vec<IpAddr>,
-    /// The `membership::Reason` for its decision, as a number, for whoever dumps the map.
-    pub reason: u32,
 }
 
 impl PodNetns {
@@ -122,7 +120,7 @@ impl PodNetns {
     /// # Errors
     ///
     /// When the namespace carries no address, or lacks one of `known`: then it is not that pod's.
-    pub fn new(netns: Netns, known: &[IpAddr], reason: u32) -> Result<Self> {
+    pub fn new(netns: Netns, known: &[IpAddr]) -> Result<Self> {
         let found = netns.run(|| Routing::open()?.addresses())??;
         let mut addresses: Vec<IpAddr> = Vec::new();
         for ip in known {
@@ -145,7 +143,7 @@ impl PodNetns {
         if addresses.is_empty() {
             bail!("{} has no address besides loopback", netns.path().display());
         }
-        Ok(Self { netns, addresses, reason })
+        Ok(Self { netns, addresses })
     }
 
     /// For a namespace that is to be put back, whatever addresses it has by now.
@@ -155,7 +153,7 @@ impl PodNetns {
     /// When the namespace cannot be entered.
     pub fn existing(netns: Netns) -> Result<Self> {
         let addresses = netns.run(|| Routing::open()?.addresses())??;
-        Ok(Self { netns, addresses, reason: 0 })
+        Ok(Self { netns, addresses })
     }
 
     fn id(&self) -> PodId {
@@ -264,25 +262,25 @@ impl Dataplane {
     }
 
     /// Step 1: everything is in place in the pod, nothing is redirected yet. On a pod that is
-    /// captured already it only repairs what is missing.
+    /// captured already it only repairs what is missing. `reason` is the `membership::Reason`, as a
+    /// number, for whoever dumps the map `pods`.
     ///
     /// # Errors
     ///
     /// When a system call fails; what was set up so far stays, and calling again completes it.
-    pub fn prepare(&self, pod: &PodNetns) -> Result<()> {
+    pub fn prepare(&self, pod: &PodNetns, reason: u32) -> Result<()> {
         let mut locked = self.lock()?;
         let kernel = &mut *locked;
         // First, so that the programs know the pod when they are attached.
-        for &ip in &pod.addresses {
-            let capture =
-                kernel.pods()?.row(ip)?.is_some_and(|r| r.pod_id == pod.id() && r.capture);
-            kernel.pods()?.put(Row {
-                address: ip,
-                pod_id: pod.id(),
-                enrolled: true,
-                capture,
-                reason: pod.reason,
-            })?;
+        let mut pods = kernel.pods()?;
+        let (pod_id, mut old) = (pod.id(), pods.rows()?);
+        old.retain(|row| row.pod_id == pod_id);
+        for &address in &pod.addresses {
+            let capture = old.iter().any(|row| row.address == address && row.capture);
+            pods.put(Row { address, pod_id, enrolled: true, capture, reason })?;
+        }
+        for row in old.iter().filter(|row| !pod.addresses.contains(&row.address)) {
+            pods.delete(row.address)?;
         }
         let saved = pod.netns.run(sysctl::read)??;
         kernel.save_sysctls(pod.id(), saved)?;
@@ -760,10 +758,12 @@ impl Kernel {
         }
     }
 
+    /// Changes the rows of a pod; why it is in the mesh or not stays as it is.
     fn put_all(&mut self, pod: &PodNetns, enrolled: bool, capture: bool) -> Result<()> {
-        let (pod_id, reason) = (pod.id(), pod.reason);
+        let mut pods = self.pods()?;
         for &address in &pod.addresses {
-            self.pods()?.put(Row { address, pod_id, enrolled, capture, reason })?;
+            let reason = pods.row(address)?.map_or(0, |row| row.reason);
+            pods.put(Row { address, pod_id: pod.id(), enrolled, capture, reason })?;
         }
         Ok(())
     }

@@ -16,7 +16,7 @@ use super::{
 };
 use crate::{
     dataplane::PodNetns,
-    membership::{Pod, PodKey},
+    membership::{Pod, PodKey, Reason},
     netns::Netns,
     source::{Redirection, Source},
     zds::{AddOutcome, Workload},
@@ -40,6 +40,8 @@ pub(super) struct PodTask<S> {
     wanted: watch::Receiver<Wanted>,
     proxies: watch::Receiver<u64>,
     pod: Pod,
+    /// The reason that its rows of the map `pods` were last entered with.
+    reason: Option<Reason>,
     standing: Standing,
     netns: Option<Arc<PodNetns>>,
     /// The addresses whose rows of the map `pods` say why the pod bypasses.
@@ -75,6 +77,7 @@ impl<S: Source> PodTask<S> {
             wanted,
             proxies,
             pod,
+            reason: None,
             standing,
             netns: None,
             noted: Vec::new(),
@@ -159,6 +162,9 @@ impl<S: Source> PodTask<S> {
                         warn!(pod = %self.key, "{problem}");
                     }
                     self.problem = Some(problem);
+                    if self.standing.prepared && !self.netns_stands() {
+                        self.lose_netns().await;
+                    }
                     let pause = retry;
                     retry = RETRY_LONGEST.min(retry * 2);
                     pause
@@ -203,8 +209,9 @@ impl<S: Source> PodTask<S> {
         match step {
             Step::Prepare => {
                 let netns = self.open_netns().await?;
-                let captured = self.on_netns(netns, |d, pod| {
-                    d.prepare(pod)?;
+                let reason = self.decision_code();
+                let captured = self.on_netns(netns, move |d, pod| {
+                    d.prepare(pod, reason)?;
                     d.captured(pod)
                 });
                 self.standing.captured = captured.await?;
@@ -412,14 +419,15 @@ impl<S: Source> PodTask<S> {
     fn settle_wish(&mut self) -> Option<Wish> {
         let wanted = self.wanted.borrow().clone();
         let (pod, decision) = wanted?;
-        let reason = decision.reason.code();
-        let stale = self.netns.as_ref().is_some_and(|netns| netns.reason != reason);
-        if stale || pod.ips != self.pod.ips {
+        if self.reason != Some(decision.reason) || pod.ips != self.pod.ips {
             // Its rows change.
             self.standing.prepared &= !decision.enrolled;
             self.standing.noted = false;
+        }
+        if pod.ips != self.pod.ips {
             self.netns = None;
         }
+        self.reason = Some(decision.reason);
         self.pod = pod;
         self.wish()
     }
@@ -435,9 +443,9 @@ impl<S: Source> PodTask<S> {
         if self.pod.ips.is_empty() {
             return Err(anyhow!("pod {} has no address yet", self.key));
         }
-        let (path, ips, reason) = (self.netns_path(), self.pod.ips.clone(), self.decision_code());
+        let (path, ips) = (self.netns_path(), self.pod.ips.clone());
         let key = self.key.clone();
-        let netns = blocking(move || PodNetns::new(Netns::open(&path)?, &ips, reason))
+        let netns = blocking(move || PodNetns::new(Netns::open(&path)?, &ips))
             .await
             .with_context(|| format!("enter pod {key}"))?;
         let netns = Arc::new(netns);
