@@ -210,12 +210,20 @@ pub struct Call {
     mark: Option<u32>,
     patience: Duration,
     until_closed: bool,
+    speaks_first: bool,
 }
 
 impl Call {
     /// A call to an address.
     pub fn to(to: SocketAddr) -> Self {
-        Self { to, source: None, mark: None, patience: PATIENCE, until_closed: false }
+        Self {
+            to,
+            source: None,
+            mark: None,
+            patience: PATIENCE,
+            until_closed: false,
+            speaks_first: false,
+        }
     }
 
     /// From this address and port.
@@ -236,6 +244,12 @@ impl Call {
     /// Waits for the server to close first.
     pub fn until_closed(self) -> Self {
         Self { until_closed: true, ..self }
+    }
+
+    /// Says something as soon as it is connected. A server whose queue overflows under SYN cookies
+    /// forgets a client that waits in silence; that is so without a mesh too.
+    pub fn speaks_first(self) -> Self {
+        Self { speaks_first: true, ..self }
     }
 
     /// Calls from a namespace.
@@ -315,6 +329,9 @@ impl Call {
         let mut line = String::new();
         let left = self.patience.saturating_sub(started.elapsed());
         let talk = async {
+            if self.speaks_first {
+                let _ = stream.write_all(b"hello\n").await;
+            }
             let _ = stream.read_line(&mut line).await;
             if self.until_closed {
                 let mut rest = Vec::new();

@@ -159,7 +159,7 @@ impl<'a> Attached<'a> {
 
     /// Made before `attach` runs: what a failed one leaves behind is removed as well.
     fn prepare(topology: &Topology, pod: &'a Pod) -> Self {
-        Self { pod, bpffs: topology.bpffs().join("v1"), attached: true }
+        Self { pod, bpffs: topology.bpffs().join(format!("node{}", pod.node)), attached: true }
     }
 
     /// Enrols it once more: what is there already is not an error.
