@@ -3,6 +3,7 @@
 //! saw, in both address families.
 
 mod addresses;
+mod bad_input;
 mod enrolment;
 mod load;
 mod no_proxy;
