@@ -67,7 +67,7 @@ impl Segment {
         tcp.extend(self.dst.port().to_be_bytes());
         tcp.extend(self.seq.to_be_bytes());
         tcp.extend(self.ack.to_be_bytes());
-        tcp.extend([header / 4 << 4, self.flags]);
+        tcp.extend([(header / 4) << 4, self.flags]);
         tcp.extend(0xffff_u16.to_be_bytes());
         tcp.extend([0; 4]);
         tcp.extend(options);
