@@ -1,10 +1,13 @@
-//! What a test run must not leave behind: network namespaces, BPF links, pins, mounts, processes.
+//! What a test run must not leave behind: network namespaces, pins, mounts, processes.
+//!
+//! The run has mounts of its own, so that what somebody else does on the machine meanwhile is not
+//! taken for ours, and so that nothing survives a run that is killed. BPF links are not looked for:
+//! each lives by a pin or by a process that holds it.
 
 use std::{
     collections::BTreeSet,
     fmt, fs, io,
     path::{Path, PathBuf},
-    process::Command,
     thread,
     time::{Duration, Instant},
 };
@@ -12,6 +15,8 @@ use std::{
 use anyhow::{Context as _, Result};
 use nix::{
     errno::Errno,
+    mount::{MsFlags, mount},
+    sched::{CloneFlags, unshare},
     sys::{
         prctl,
         signal::{Signal, kill},
@@ -20,7 +25,7 @@ use nix::{
     unistd::Pid,
 };
 
-use crate::{process::read, setup::BPFFS};
+use crate::setup::BPFFS;
 
 /// Where iproute2 keeps the named network namespaces.
 const NETNS_DIR: &str = "/run/netns";
@@ -33,8 +38,6 @@ const PATIENCE: Duration = Duration::from_secs(5);
 pub(crate) enum Thing {
     /// A named network namespace, as `ip netns list` shows it.
     Netns(String),
-    /// A BPF link: the first line that `bpftool link show` has for it.
-    Link(String),
     /// A file below a bpffs.
     Pin(PathBuf),
     /// A mount point.
@@ -47,7 +50,6 @@ impl fmt::Display for Thing {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         match self {
             Self::Netns(name) => write!(f, "network namespace {name}"),
-            Self::Link(line) => write!(f, "BPF link {line}"),
             Self::Pin(path) => write!(f, "pin {}", path.display()),
             Self::Mount(point) => write!(f, "mount at {point}"),
             Self::Process(pid, line) => write!(f, "process {pid} (ended now): {line}"),
@@ -55,37 +57,40 @@ impl fmt::Display for Thing {
     }
 }
 
-/// Everything there is of these things at one moment; processes are known by being ours.
+/// What there is of these things at one moment; processes are known by being our children.
 pub(crate) struct Snapshot(BTreeSet<Thing>);
 
 impl Snapshot {
-    /// Looks at the whole machine; needs root.
+    /// Looks at what our mounts show.
     pub(crate) fn take() -> Result<Self> {
         let mut things = BTreeSet::new();
         for name in entries(Path::new(NETNS_DIR))? {
             let name = name.file_name().unwrap_or_default().to_string_lossy().into_owned();
             things.insert(Thing::Netns(name));
         }
-        let links = read(
-            Command::new("bpftool").args(["link", "show"]).env("PATH", crate::process::path()?),
-        )?;
-        // What follows a link's first line is indented.
-        let links = links.lines().filter(|line| line.starts_with(|c: char| c.is_ascii_digit()));
-        things.extend(links.map(|line| Thing::Link(line.trim_end().to_owned())));
         pins(Path::new(BPFFS), &mut things)?;
         let mounts =
             fs::read_to_string("/proc/self/mountinfo").context("read /proc/self/mountinfo")?;
         let points = mounts.lines().filter_map(|line| line.split(' ').nth(4));
-        // iproute2 mounts /run/netns on itself with the first namespace, and keeps it so.
-        let points = points.filter(|point| *point != NETNS_DIR);
         things.extend(points.map(|point| Thing::Mount(point.to_owned())));
         Ok(Self(things))
     }
 }
 
-/// Makes us the parent of what tests leave running, so that it is known to be theirs.
-pub(crate) fn adopt_orphans() -> Result<()> {
-    prctl::set_child_subreaper(true).context("adopt orphaned processes")
+/// Gives us and what we start mounts of our own, with an empty bpffs and no named network
+/// namespace, and makes us the parent of the processes that tests leave running. Needs root.
+pub(crate) fn isolate() -> Result<()> {
+    prctl::set_child_subreaper(true).context("adopt orphaned processes")?;
+    unshare(CloneFlags::CLONE_NEWNS).context("make a mount namespace for the tests")?;
+    let private = MsFlags::MS_REC | MsFlags::MS_PRIVATE;
+    mount(None::<&str>, "/", None::<&str>, private, None::<&str>)
+        .context("keep the tests' mounts to themselves")?;
+    fs::create_dir_all(NETNS_DIR).with_context(|| format!("create {NETNS_DIR}"))?;
+    for (kind, directory) in [("bpf", BPFFS), ("tmpfs", NETNS_DIR)] {
+        mount(Some(kind), directory, Some(kind), MsFlags::empty(), None::<&str>)
+            .with_context(|| format!("mount a {kind} at {directory} for the tests"))?;
+    }
+    Ok(())
 }
 
 /// What there is now and was not `before`, after patience; processes among it are ended.

@@ -24,7 +24,7 @@ pub(crate) fn run_all(packages: &[String], harness: &[OsString]) -> Result<()> {
     become_root()?;
 
     let started = Instant::now();
-    leftovers::adopt_orphans()?;
+    leftovers::isolate()?;
     let before = Snapshot::take()?;
     let (passed, summary) = run_tests(packages, harness)?;
     let left = leftovers::since(&before)?;
@@ -40,11 +40,7 @@ pub(crate) fn run_all(packages: &[String], harness: &[OsString]) -> Result<()> {
         bail!("run the tests: not all passed");
     }
     if !left.is_empty() {
-        bail!(
-            "clean up after the tests: {} things are left behind; \
-             if something else was at work here meanwhile, run the tests again without it",
-            left.len()
-        );
+        bail!("clean up after the tests: {} things are left behind", left.len());
     }
     eprintln!("test: nothing left behind");
     Ok(())
