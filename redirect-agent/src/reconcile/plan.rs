@@ -22,8 +22,10 @@ pub(super) struct Standing {
     pub(super) captured: bool,
     /// Connections of it may be redirected.
     pub(super) redirected: bool,
-    /// Its peers may have been told to speak HBONE to it.
+    /// Its peers are told to speak HBONE to it.
     pub(super) published: bool,
+    /// Something may be published of it.
+    pub(super) mentioned: bool,
     /// The map `pods` says why it bypasses.
     pub(super) noted: bool,
 }
@@ -65,7 +67,7 @@ pub(super) fn next(wish: Wish, s: &Standing) -> Option<Step> {
         Wish::Enrolled if !s.captured => Some(Step::Capture),
         Wish::Enrolled if !s.published => Some(Step::Publish),
         Wish::Enrolled => None,
-        Wish::Bypass if s.published => Some(Step::Retract),
+        Wish::Bypass if s.mentioned => Some(Step::Retract),
         Wish::Bypass if s.captured => Some(Step::Release),
         Wish::Bypass if s.redirected => Some(Step::Drain),
         Wish::Bypass if s.offered => Some(Step::Withdraw),
@@ -85,8 +87,8 @@ mod tests {
             Step::Prepare => (s.prepared, s.noted) = (true, false),
             Step::Serve => (s.served, s.offered) = (true, true),
             Step::Capture => (s.captured, s.redirected) = (true, true),
-            Step::Publish => s.published = true,
-            Step::Retract => s.published = false,
+            Step::Publish => (s.published, s.mentioned) = (true, true),
+            Step::Retract => (s.published, s.mentioned) = (false, false),
             Step::Release => s.captured = false,
             Step::Drain => s.redirected = false,
             Step::Withdraw => (s.served, s.offered) = (false, false),
@@ -107,7 +109,7 @@ mod tests {
     }
 
     fn every_standing() -> impl Iterator<Item = Standing> {
-        (0..128u8).map(|bits| {
+        (0..=255u8).map(|bits| {
             let bit = |n: u8| bits & (1 << n) != 0;
             Standing {
                 prepared: bit(0),
@@ -117,6 +119,7 @@ mod tests {
                 redirected: bit(4),
                 published: bit(5),
                 noted: bit(6),
+                mentioned: bit(5) || bit(7),
             }
         })
     }

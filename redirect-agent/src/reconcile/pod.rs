@@ -69,7 +69,7 @@ impl<S: Source> PodTask<S> {
         pod: Pod,
     ) -> Self {
         // What a former agent published is not known; taking it back is harmless.
-        let standing = Standing { published: true, ..Standing::default() };
+        let standing = Standing { mentioned: true, ..Standing::default() };
         let key = pod.key.clone();
         Self {
             shared,
@@ -96,9 +96,6 @@ impl<S: Source> PodTask<S> {
     /// Takes over what a former agent has set up, and makes the pod known to the ZDS server, which
     /// must know every enrolled pod before it serves the first proxy.
     pub(super) async fn adopt(&mut self) {
-        if self.wish() == Some(Wish::Enrolled) {
-            self.standing.published = false;
-        }
         if let Err(e) = self.try_adopt().await {
             self.problem = Some(format!("{e:#}"));
         }
@@ -125,6 +122,9 @@ impl<S: Source> PodTask<S> {
                 }
                 if enrolled {
                     self.offer().await?;
+                } else if !prepared {
+                    // Nothing of ours keeps the namespace of a pod that bypasses alive.
+                    self.netns = None;
                 }
                 Ok(())
             }
@@ -221,8 +221,9 @@ impl<S: Source> PodTask<S> {
             }
             Step::Serve => {
                 if !self.offer().await? {
-                    let pending = (!self.standing.captured).then_some(Redirection::Pending);
-                    if pending.is_some() {
+                    if !self.standing.captured {
+                        let pending = Some(Redirection::Pending);
+                        self.standing.mentioned = true;
                         self.shared.source.publish(&self.key, pending).await?;
                     }
                     self.problem = Some("no proxy is connected to the ZDS socket yet".to_owned());
@@ -240,12 +241,14 @@ impl<S: Source> PodTask<S> {
                 info!(pod = %self.key, "enrolled");
             }
             Step::Publish => {
+                self.standing.mentioned = true;
                 self.shared.source.publish(&self.key, Some(Redirection::Enabled)).await?;
                 self.standing.published = true;
             }
             Step::Retract => {
                 self.shared.source.publish(&self.key, None).await?;
                 self.standing.published = false;
+                self.standing.mentioned = false;
             }
             Step::Release => {
                 let netns = self.open_netns().await?;
@@ -360,7 +363,7 @@ impl<S: Source> PodTask<S> {
         warn!(pod = %self.key, "its network namespace is gone");
         self.netns = None;
         self.shared.zds.delete(&self.pod.uid).await;
-        self.standing = Standing { published: self.standing.published, ..Standing::default() };
+        self.standing = Standing { mentioned: true, ..Standing::default() };
     }
 
     /// The pod is gone from the source. If its namespace is still there, it leaves the mesh in
