@@ -3,14 +3,19 @@
 use std::fmt;
 use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr};
 use std::path::{Path, PathBuf};
+use std::time::Duration;
 
 use anyhow::{Context as _, Result};
 
 use crate::netns::{Family, Netns, TestDir};
+use crate::process::wait_for;
 
 /// Routers of the ptp style, on the node's side of every pod's veth.
 const GATEWAY_V4: Ipv4Addr = Ipv4Addr::new(169, 254, 1, 1);
 const GATEWAY_V6: &str = "fe80::1";
+
+/// How long the kernel may take to bring up an interface.
+const PATIENCE: Duration = Duration::from_secs(10);
 
 /// How pods are wired to their node.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -88,6 +93,8 @@ impl Topology {
                 );
             }
             netns.ip(&batch)?;
+            wait_for_link(&netns, "uplink")?;
+            wait_for_link(&fabric, &format!("node{i}"))?;
             nodes.push(Node { netns, style, pods: 0 });
         }
         Ok(Self { nodes, _fabric: fabric, bpffs, dir })
@@ -167,6 +174,13 @@ impl Topology {
                 ))?;
             }
         }
+        wait_for_link(host, &host_interface)?;
+        wait_for_link(&netns, "eth0")?;
+        wait_for(&format!("the IPv6 addresses of {name}"), PATIENCE, || {
+            let routes = netns.output("ip", &["-6", "route", "show", "table", "local"])?;
+            let has = |address: &str| routes.contains(&format!("local {address}"));
+            Ok((has(&v6.to_string()) && has("fe80:")).then_some(()))
+        })?;
         Ok(Pod {
             namespace: namespace.to_owned(),
             name: name.to_owned(),
@@ -177,6 +191,18 @@ impl Topology {
             netns,
         })
     }
+}
+
+/// Waits until an interface sends what it is given: the kernel switches the queue on, and the port
+/// of a bridge, a while after the cable is in.
+fn wait_for_link(netns: &Netns, interface: &str) -> Result<()> {
+    wait_for(&format!("the carrier of {interface}"), PATIENCE, || {
+        let link =
+            netns.output("ip", &["-details", "-oneline", "link", "show", "dev", interface])?;
+        let up = link.contains(" state UP ") && !link.contains(" qdisc noop ");
+        let forwards = !link.contains(" bridge_slave ") || link.contains(" state forwarding ");
+        Ok((up && forwards).then_some(()))
+    })
 }
 
 /// A pod: a network namespace with an `eth0` that leads to its node.

@@ -1,5 +1,6 @@
 //! Entering and leaving the mesh under live connections.
 
+use std::collections::BTreeMap;
 use std::net::SocketAddr;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::thread;
@@ -136,7 +137,7 @@ fn attaching_twice_is_harmless(family: Family) -> Result<()> {
 
     attached.again()?;
 
-    assert_eq!(footprint(client)?, before);
+    assert_same_footprint(&footprint(client)?, &before);
     captured.exchange(b"still there?").context("talk on the captured connection")?;
     let new = Call::to(to).open(&client.netns)?;
     assert_eq!(new.answer().by, "server");
@@ -150,19 +151,21 @@ fn detaching_restores_everything(family: Family) -> Result<()> {
     // Not the kernel's default: it has to come back.
     server.netns.set_sysctl("net/ipv4/fwmark_reflect", "1")?;
     client.netns.set_sysctl("net/ipv4/tcp_fwmark_accept", "0")?;
-    let before = (footprint(client)?, footprint(server)?);
+    let before = [footprint(client)?, footprint(server)?];
     let proxies = (PlainProxy::start(&client.netns)?, PlainProxy::start(&server.netns)?);
     let (clients, servers) = (Attached::new(topology, client)?, Attached::new(topology, server)?);
     let mut redirected = Call::to(to).open(&client.netns)?;
     redirected.exchange(b"hello")?;
     assert_relayed(&proxies.0, Via::Outbound, &redirected, to)?;
-    assert_ne!((footprint(client)?, footprint(server)?), before);
+    assert_ne!(footprint(client)?, before[0]);
+    assert_ne!(footprint(server)?, before[1]);
     drop(redirected);
 
     clients.detach()?;
     servers.detach()?;
 
-    assert_eq!((footprint(client)?, footprint(server)?), before);
+    assert_same_footprint(&footprint(client)?, &before[0]);
+    assert_same_footprint(&footprint(server)?, &before[1]);
     // The proxies are still there, and get nothing.
     let handed = (proxies.0.relayed().len(), proxies.1.relayed().len());
     assert_direct(client, to, "server")?;
@@ -174,15 +177,17 @@ fn detaching_restores_everything(family: Family) -> Result<()> {
     })
 }
 
-/// All that enrolment may leave in a pod's network namespace.
-fn footprint(pod: &Pod) -> Result<Vec<String>> {
+/// All that enrolment may leave in a pod's network namespace: lines, and how often each is there.
+fn footprint(pod: &Pod) -> Result<BTreeMap<String, usize>> {
     let mut footprint = Vec::new();
     for family in ["-4", "-6"] {
         for what in [&["rule", "show"][..], &["route", "show", "table", "all"]] {
-            footprint.push(pod.netns.output("ip", &[&[family], what].concat())?);
+            let output = pod.netns.output("ip", &[&[family], what].concat())?;
+            footprint.extend(output.lines().map(|line| format!("{family}: {line}")));
         }
     }
-    footprint.push(pod.netns.output("ip", &["-details", "-oneline", "link", "show"])?);
+    let links = pod.netns.output("ip", &["-details", "-oneline", "link", "show"])?;
+    footprint.extend(links.lines().map(str::to_owned));
     for sysctl in [
         "net/ipv4/tcp_fwmark_accept",
         "net/ipv4/fwmark_reflect",
@@ -198,7 +203,19 @@ fn footprint(pod: &Pod) -> Result<Vec<String>> {
         footprint.push(format!("{sysctl} = {}", pod.netns.sysctl(sysctl)?));
     }
     footprint.push(format!("{} programs", programs(pod)?));
-    Ok(footprint)
+    let mut counted = BTreeMap::new();
+    for line in footprint {
+        *counted.entry(format!("{pod}: {line}")).or_default() += 1;
+    }
+    Ok(counted)
+}
+
+fn assert_same_footprint(now: &BTreeMap<String, usize>, before: &BTreeMap<String, usize>) {
+    let missing = |a: &BTreeMap<String, usize>, b: &BTreeMap<String, usize>| -> Vec<String> {
+        a.iter().filter(|(line, n)| b.get(*line) != Some(n)).map(|(line, _)| line.clone()).collect()
+    };
+    let (new, gone) = (missing(now, before), missing(before, now));
+    assert!(new.is_empty() && gone.is_empty(), "new: {new:#?}, gone: {gone:#?}");
 }
 
 /// How many tcx programs are attached in a pod's network namespace.
