@@ -589,6 +589,10 @@ impl Dataplane {
                 _ => {}
             }
         }
+        if let Some(parent) = self.dir.parent().filter(|parent| *parent != Path::new(BPFFS)) {
+            // Other versions of the layout, or the operator's own things, may be in it.
+            let _in_use = fs::remove_dir(parent);
+        }
         Ok(())
     }
 
