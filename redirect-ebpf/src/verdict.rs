@@ -6,8 +6,7 @@
 use crate::abi::{
     Addr, Counter, DECISION_ENROLLED, Flow, HINT_FROM_PROXY, HINT_NO_LISTENER, HINT_NONE, Hint,
     LISTENER_HBONE, LISTENER_INBOUND, LISTENER_OUTBOUND, MARK_DIRECT, MARK_MASK, MARK_PROXY,
-    MARK_REDIRECTED,
-    POD_CAPTURE, PORT_HBONE, PodEntry, PodId,
+    MARK_REDIRECTED, POD_CAPTURE, PORT_HBONE, PodEntry, PodId,
 };
 
 /// A TCP segment that could be parsed: not a fragment, no IPv6 extension header.
