@@ -57,7 +57,7 @@ impl Addr {
     #[inline(always)]
     pub fn is_loopback(&self) -> bool {
         let [hi, lo] = self.halves();
-        hi == 0 && (lo == 1 || lo >> 24 == 0xffff_7f)
+        hi == 0 && (lo == 1 || lo >> 24 == 0x00ff_ff7f)
     }
 
     /// Whether this is in fe80::/10.
