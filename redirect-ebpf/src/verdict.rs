@@ -237,18 +237,20 @@ pub fn steer(lookup: &Lookup, env: &impl Pods) -> Steer {
     if enrolled(local).is_none() || !captures(&pod) {
         return Steer::Pass(None);
     }
+    if hint == HINT_NO_LISTENER {
+        // Never counted here: tcx has counted it, or it is tcx's own question that runs this.
+        return Steer::Pass(None);
+    }
     if same_pod(remote, pod.pod_id) {
         return Steer::Pass(Some((pod.pod_id, Counter::Local)));
     }
     if flow.local_port == PORT_HBONE {
         return Steer::Pass(Some((pod.pod_id, Counter::Hbone)));
     }
-    match hint {
-        HINT_FROM_PROXY => Steer::Pass(Some((pod.pod_id, Counter::FromProxy))),
-        // Not counted here: tcx's own question runs this program, too.
-        HINT_NO_LISTENER => Steer::Pass(None),
-        _ => Steer::Redirect { pod_id: pod.pod_id, kind: LISTENER_INBOUND },
+    if hint == HINT_FROM_PROXY {
+        return Steer::Pass(Some((pod.pod_id, Counter::FromProxy)));
     }
+    Steer::Redirect { pod_id: pod.pod_id, kind: LISTENER_INBOUND }
 }
 
 /// What is counted for a redirection to one of `LISTENER_*`.
