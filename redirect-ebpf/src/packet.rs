@@ -45,8 +45,9 @@ pub fn network(ctx: &TcContext) -> Network {
     }
 }
 
-/// The TCP segment in the packet; `None` for anything else, for fragments and for IPv6 packets with
-/// extension headers: those are left to `sk_lookup`, which sees them reassembled.
+/// The TCP segment in the packet; `None` for anything else, for fragments, and for IPv6 packets with
+/// extension headers or mapped IPv4 addresses: those are left to `sk_lookup`, which sees them
+/// reassembled.
 #[inline(always)]
 pub fn parse(ctx: &TcContext, network: Network) -> Option<Parsed> {
     let (src, dst, tcp_offset) = match network {
@@ -64,7 +65,12 @@ pub fn parse(ctx: &TcContext, network: Network) -> Option<Parsed> {
             if ip[0][6] != IPPROTO_TCP {
                 return None;
             }
-            (addr(ip[1], ip[2]), addr(ip[3], ip[4]), 40)
+            let (src, dst) = (addr(ip[1], ip[2]), addr(ip[3], ip[4]));
+            // The form that IPv4 addresses have in our maps names nobody in an IPv6 packet.
+            if src.is_v4() || dst.is_v4() {
+                return None;
+            }
+            (src, dst, 40)
         }
         Network::Other => return None,
     };
