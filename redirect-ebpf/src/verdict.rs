@@ -67,7 +67,9 @@ pub trait Pods {
 
 /// What the decisions at tcx ask of the kernel besides.
 pub trait Env: Pods {
-    /// Whether an application listens for this segment; the proxy's listeners do not count.
+    /// Whether the kernel, by itself, finds a socket for this segment: an application's. On the
+    /// proxy's own ports it is the proxy's, and counts: a hint would let outsiders reach its
+    /// outbound listener.
     fn application_listens(&self, segment: &Segment) -> bool;
     /// Whether the proxy listens in this pod, on one of `LISTENER_*`.
     fn proxy(&self, pod_id: PodId, kind: u32, segment: &Segment) -> Proxy;
@@ -275,4 +277,505 @@ fn captures(pod: &PodEntry) -> bool {
 #[inline(always)]
 fn same_pod(pod: Option<PodEntry>, pod_id: PodId) -> bool {
     matches!(pod, Some(pod) if pod.pod_id == pod_id)
+}
+
+#[cfg(test)]
+mod tests {
+    use std::{cell::RefCell, collections::BTreeMap, net::IpAddr};
+
+    use super::*;
+    use crate::abi::{DECISION_BYPASS, PORT_INBOUND, PORT_OUTBOUND};
+
+    const OWN: PodId = 1;
+    const NEIGHBOUR: PodId = 2;
+    const BYPASSING: PodId = 3;
+    const PREPARING: PodId = 4;
+
+    const CLIENT_PORT: u16 = 40_000;
+    const SERVER_PORT: u16 = 8080;
+
+    /// Who is who, in one family.
+    #[derive(Clone, Copy)]
+    struct Addresses {
+        own: Addr,
+        own_second: Addr,
+        neighbour: Addr,
+        bypassing: Addr,
+        preparing: Addr,
+        stranger: Addr,
+        loopback: Addr,
+    }
+
+    fn both_families() -> [Addresses; 2] {
+        let addr = |text: &str| Addr::from(text.parse::<IpAddr>().unwrap());
+        [
+            Addresses {
+                own: addr("10.0.0.2"),
+                own_second: addr("10.0.0.3"),
+                neighbour: addr("10.0.0.10"),
+                bypassing: addr("10.0.0.11"),
+                preparing: addr("10.0.0.12"),
+                stranger: addr("192.0.2.1"),
+                loopback: addr("127.0.0.1"),
+            },
+            Addresses {
+                own: addr("fd00::2"),
+                own_second: addr("fd00::3"),
+                neighbour: addr("fd00::10"),
+                bypassing: addr("fd00::11"),
+                preparing: addr("fd00::12"),
+                stranger: addr("2001:db8::1"),
+                loopback: addr("::1"),
+            },
+        ]
+    }
+
+    /// What a decision has asked for besides pods.
+    #[derive(Debug, PartialEq, Eq)]
+    enum Asked {
+        Application,
+        Proxy(PodId, u32),
+    }
+
+    struct Node {
+        pods: BTreeMap<Addr, PodEntry>,
+        application_listens: bool,
+        proxy: Proxy,
+        asked: RefCell<Vec<Asked>>,
+    }
+
+    impl Node {
+        fn new(a: &Addresses, application_listens: bool, proxy: Proxy) -> Self {
+            let entry = |pod_id, decision, flags| PodEntry { pod_id, decision, reason: 0, flags };
+            let pods = BTreeMap::from([
+                (a.own, entry(OWN, DECISION_ENROLLED, POD_CAPTURE)),
+                (a.own_second, entry(OWN, DECISION_ENROLLED, POD_CAPTURE)),
+                (a.neighbour, entry(NEIGHBOUR, DECISION_ENROLLED, POD_CAPTURE)),
+                // The decision counts, whatever the flags.
+                (a.bypassing, entry(BYPASSING, DECISION_BYPASS, POD_CAPTURE)),
+                (a.preparing, entry(PREPARING, DECISION_ENROLLED, 0)),
+            ]);
+            Self { pods, application_listens, proxy, asked: RefCell::default() }
+        }
+
+        #[track_caller]
+        fn assert_asked(&self, asked: &[Asked]) {
+            assert_eq!(*self.asked.borrow(), asked);
+        }
+    }
+
+    impl Pods for Node {
+        fn pod(&self, addr: &Addr) -> Option<PodEntry> {
+            self.pods.get(addr).copied()
+        }
+    }
+
+    impl Env for Node {
+        fn application_listens(&self, _: &Segment) -> bool {
+            self.asked.borrow_mut().push(Asked::Application);
+            self.application_listens
+        }
+
+        fn proxy(&self, pod_id: PodId, kind: u32, _: &Segment) -> Proxy {
+            self.asked.borrow_mut().push(Asked::Proxy(pod_id, kind));
+            self.proxy
+        }
+    }
+
+    const PROXY_STATES: [Proxy; 3] = [Proxy::Listens, Proxy::AwayWithinGrace, Proxy::Away];
+
+    fn syn(src: Addr, dst: Addr) -> Segment {
+        Segment { src, dst, src_port: CLIENT_PORT, dst_port: SERVER_PORT, opens: true }
+    }
+
+    fn data(src: Addr, dst: Addr) -> Segment {
+        Segment { opens: false, ..syn(src, dst) }
+    }
+
+    fn flow(local: Addr, remote: Addr) -> Flow {
+        Flow { local, remote, local_port: SERVER_PORT, remote_port: CLIENT_PORT }
+    }
+
+    #[test]
+    fn only_the_bits_of_the_mesh_are_read_and_written() {
+        assert_eq!(mesh_mark(0xabcd_e539), MARK_PROXY);
+        assert_eq!(with_mesh_mark(0xabcd_e539, MARK_DIRECT), 0xabcd_e0d1);
+        assert_eq!(with_mesh_mark(0xffff_ffff, 0), 0xffff_f000);
+    }
+
+    #[test]
+    fn the_proxy_delivers_to_the_application() {
+        for a in both_families() {
+            // From a client's address, wherever that client is; every packet, not only the SYN.
+            for client in [a.stranger, a.neighbour, a.own] {
+                for segment in [syn(client, a.own), data(client, a.own)] {
+                    for mark in [MARK_PROXY, 0xabcd_e000 | MARK_PROXY] {
+                        let node = Node::new(&a, true, Proxy::Away);
+                        let hint = Hint { flow: flow(a.own, client), kind: HINT_FROM_PROXY };
+                        let expected = Ingress {
+                            fate: Fate::Next,
+                            mark: Some(MARK_REDIRECTED),
+                            hint: Some(hint),
+                            count: None,
+                        };
+                        assert_eq!(on_lo(mark, Some(&segment), &node), expected);
+                        node.assert_asked(&[]);
+                    }
+                }
+            }
+        }
+    }
+
+    #[test]
+    fn what_the_proxy_sends_and_cannot_be_parsed_has_no_hint() {
+        for a in both_families() {
+            let node = Node::new(&a, true, Proxy::Listens);
+            let expected = Ingress { mark: Some(MARK_REDIRECTED), ..Ingress::NEXT };
+            assert_eq!(on_lo(MARK_PROXY, None, &node), expected);
+        }
+    }
+
+    #[test]
+    fn the_pod_opens_a_connection() {
+        for a in both_families() {
+            for (proxy, fate, counter) in [
+                (Proxy::Listens, Fate::Next, None),
+                (Proxy::AwayWithinGrace, Fate::Drop, Some(Counter::DroppedProxyAway)),
+                (Proxy::Away, Fate::Reset, Some(Counter::RefusedProxyAway)),
+            ] {
+                // To its neighbours, too: it is the caller's proxy that counts.
+                for server in [a.stranger, a.neighbour, a.bypassing, a.preparing] {
+                    // Of these only the proxy's mark makes a difference.
+                    for mark in [0, MARK_REDIRECTED, MARK_DIRECT, 0xabcd_e000] {
+                        let node = Node::new(&a, true, proxy);
+                        let count = counter.map(|counter| (OWN, counter));
+                        let expected = Ingress { fate, count, ..Ingress::NEXT };
+                        assert_eq!(on_lo(mark, Some(&syn(a.own, server)), &node), expected);
+                        node.assert_asked(&[Asked::Proxy(OWN, LISTENER_OUTBOUND)]);
+                    }
+                }
+            }
+        }
+    }
+
+    #[test]
+    fn a_pod_that_leaves_the_mesh_still_needs_its_proxy_on_lo() {
+        for a in both_families() {
+            let node = Node::new(&a, true, Proxy::Away);
+            let ingress = on_lo(0, Some(&syn(a.preparing, a.stranger)), &node);
+            assert_eq!(ingress.fate, Fate::Reset);
+            node.assert_asked(&[Asked::Proxy(PREPARING, LISTENER_OUTBOUND)]);
+        }
+    }
+
+    #[test]
+    fn on_lo_everything_else_goes_on() {
+        for a in both_families() {
+            for (scenario, segment) in [
+                ("an open connection", Some(data(a.own, a.stranger))),
+                ("loopback calls loopback", Some(syn(a.loopback, a.loopback))),
+                ("the pod calls loopback", Some(syn(a.own, a.loopback))),
+                ("the pod calls itself", Some(syn(a.own, a.own))),
+                ("the pod calls its other address", Some(syn(a.own, a.own_second))),
+                ("a pod that bypasses", Some(syn(a.bypassing, a.stranger))),
+                ("nobody known", Some(syn(a.stranger, a.stranger))),
+                ("not TCP, or not to be parsed", None),
+            ] {
+                let node = Node::new(&a, false, Proxy::Away);
+                assert_eq!(on_lo(0, segment.as_ref(), &node), Ingress::NEXT, "{scenario}");
+                node.assert_asked(&[]);
+            }
+        }
+    }
+
+    #[test]
+    fn what_is_not_ip_is_left_alone() {
+        for a in both_families() {
+            let node = Node::new(&a, true, Proxy::Listens);
+            assert_eq!(on_interface(false, None, &node), Ingress::NEXT);
+        }
+    }
+
+    #[test]
+    fn what_comes_from_outside_is_marked_and_goes_on() {
+        for a in both_families() {
+            for (scenario, segment) in [
+                ("not TCP, or not to be parsed", None),
+                ("an open connection", Some(data(a.stranger, a.own))),
+                ("to a pod that bypasses", Some(syn(a.stranger, a.bypassing))),
+                ("to a pod that is being prepared", Some(syn(a.stranger, a.preparing))),
+                ("to nobody known", Some(syn(a.own, a.stranger))),
+            ] {
+                let node = Node::new(&a, false, Proxy::Away);
+                let expected = Ingress { mark: Some(MARK_DIRECT), ..Ingress::NEXT };
+                assert_eq!(on_interface(true, segment.as_ref(), &node), expected, "{scenario}");
+                node.assert_asked(&[]);
+            }
+        }
+    }
+
+    #[test]
+    fn nobody_listens_in_the_pod() {
+        for a in both_families() {
+            // Whether the proxy listens does not matter: it is not asked.
+            for proxy in PROXY_STATES {
+                let node = Node::new(&a, false, proxy);
+                let hint = Hint { flow: flow(a.own, a.stranger), kind: HINT_NO_LISTENER };
+                let expected = Ingress {
+                    fate: Fate::Next,
+                    mark: Some(MARK_DIRECT),
+                    hint: Some(hint),
+                    count: Some((OWN, Counter::NoListener)),
+                };
+                assert_eq!(on_interface(true, Some(&syn(a.stranger, a.own)), &node), expected);
+                node.assert_asked(&[Asked::Application]);
+            }
+        }
+    }
+
+    #[test]
+    fn an_application_listens_in_the_pod() {
+        for a in both_families() {
+            for (proxy, fate, counter) in [
+                (Proxy::Listens, Fate::Next, None),
+                (Proxy::AwayWithinGrace, Fate::Drop, Some(Counter::DroppedProxyAway)),
+                (Proxy::Away, Fate::Next, None),
+            ] {
+                for client in [a.stranger, a.neighbour, a.bypassing] {
+                    let node = Node::new(&a, true, proxy);
+                    let count = counter.map(|counter| (OWN, counter));
+                    let expected = Ingress { fate, mark: Some(MARK_DIRECT), hint: None, count };
+                    assert_eq!(on_interface(true, Some(&syn(client, a.own)), &node), expected);
+                    node.assert_asked(&[Asked::Application, Asked::Proxy(OWN, LISTENER_INBOUND)]);
+                }
+            }
+        }
+    }
+
+    #[test]
+    fn hbone_comes_to_the_pod() {
+        for a in both_families() {
+            for (proxy, fate, counter) in [
+                (Proxy::Listens, Fate::Next, None),
+                (Proxy::AwayWithinGrace, Fate::Drop, Some(Counter::DroppedProxyAway)),
+                (Proxy::Away, Fate::Next, None),
+            ] {
+                // No application has that port: it is not asked for.
+                let node = Node::new(&a, false, proxy);
+                let segment = Segment { dst_port: PORT_HBONE, ..syn(a.stranger, a.own) };
+                let count = counter.map(|counter| (OWN, counter));
+                let expected = Ingress { fate, mark: Some(MARK_DIRECT), hint: None, count };
+                assert_eq!(on_interface(true, Some(&segment), &node), expected);
+                node.assert_asked(&[Asked::Proxy(OWN, LISTENER_HBONE)]);
+            }
+        }
+    }
+
+    fn lookup(local: Addr, remote: Addr, on_lo: bool, kind: u32) -> Lookup {
+        let flow = flow(local, remote);
+        Lookup { tcp: true, flow, on_lo, hint: Hint { flow, kind } }
+    }
+
+    fn to_port(lookup: Lookup, port: u16) -> Lookup {
+        let flow = Flow { local_port: port, ..lookup.flow };
+        Lookup { flow, hint: Hint { flow, ..lookup.hint }, ..lookup }
+    }
+
+    const LO: bool = true;
+    const OUTSIDE: bool = false;
+    const OUTBOUND: Steer = Steer::Redirect { pod_id: OWN, kind: LISTENER_OUTBOUND };
+    const INBOUND: Steer = Steer::Redirect { pod_id: OWN, kind: LISTENER_INBOUND };
+    const UNTOUCHED: Steer = Steer::Pass(None);
+    const UNKNOWN: Steer = Steer::Refuse(0, Counter::RefusedUnknownAddress);
+
+    fn counted(counter: Counter) -> Steer {
+        Steer::Pass(Some((OWN, counter)))
+    }
+
+    #[track_caller]
+    fn assert_steered(a: &Addresses, rows: &[(&str, Lookup, Steer)]) {
+        let node = Node::new(a, true, Proxy::Listens);
+        for (scenario, lookup, expected) in rows {
+            assert_eq!(steer(lookup, &node), *expected, "{scenario}: {lookup:?}");
+        }
+    }
+
+    #[test]
+    fn the_pod_calls() {
+        for a in both_families() {
+            let none = HINT_NONE;
+            let hbone = to_port(lookup(a.neighbour, a.own, LO, none), PORT_HBONE);
+            let rows = [
+                ("a stranger", lookup(a.stranger, a.own, LO, none), OUTBOUND),
+                (
+                    "a stranger, by its other address",
+                    lookup(a.stranger, a.own_second, LO, none),
+                    OUTBOUND,
+                ),
+                ("a pod of this node", lookup(a.neighbour, a.own, LO, none), OUTBOUND),
+                ("the HBONE port of a pod of this node", hbone, OUTBOUND),
+                ("a pod that bypasses", lookup(a.bypassing, a.own, LO, none), OUTBOUND),
+                ("a pod that is being prepared", lookup(a.preparing, a.own, LO, none), OUTBOUND),
+                ("itself", lookup(a.own, a.own, LO, none), counted(Counter::Local)),
+                // The kernel gives the interface that has the address.
+                (
+                    "itself, as if from outside",
+                    lookup(a.own, a.own, OUTSIDE, none),
+                    counted(Counter::Local),
+                ),
+                (
+                    "its other address",
+                    lookup(a.own_second, a.own, LO, none),
+                    counted(Counter::Local),
+                ),
+                ("loopback", lookup(a.loopback, a.own, LO, none), UNTOUCHED),
+                ("loopback from loopback", lookup(a.loopback, a.loopback, LO, none), UNTOUCHED),
+                // A stale hint is for another flow.
+                (
+                    "a stranger, after a packet of the proxy",
+                    Lookup {
+                        hint: Hint { flow: flow(a.own, a.stranger), kind: HINT_FROM_PROXY },
+                        ..lookup(a.stranger, a.own, LO, none)
+                    },
+                    OUTBOUND,
+                ),
+            ];
+            assert_steered(&a, &rows);
+        }
+    }
+
+    #[test]
+    fn the_pod_is_called() {
+        for a in both_families() {
+            let none = HINT_NONE;
+            let hbone = |remote| to_port(lookup(a.own, remote, OUTSIDE, none), PORT_HBONE);
+            let rows = [
+                ("by a stranger", lookup(a.own, a.stranger, OUTSIDE, none), INBOUND),
+                (
+                    "by a stranger, its other address",
+                    lookup(a.own_second, a.stranger, OUTSIDE, none),
+                    INBOUND,
+                ),
+                ("by a pod of this node", lookup(a.own, a.neighbour, OUTSIDE, none), INBOUND),
+                ("by a pod that bypasses", lookup(a.own, a.bypassing, OUTSIDE, none), INBOUND),
+                ("by loopback on the wire", lookup(a.own, a.loopback, OUTSIDE, none), INBOUND),
+                ("with HBONE", hbone(a.stranger), counted(Counter::Hbone)),
+                ("with HBONE by a pod of this node", hbone(a.neighbour), counted(Counter::Hbone)),
+                (
+                    "on the proxy's own port",
+                    to_port(lookup(a.own, a.stranger, OUTSIDE, none), PORT_INBOUND),
+                    INBOUND,
+                ),
+                (
+                    "on the proxy's other own port",
+                    to_port(lookup(a.own, a.stranger, OUTSIDE, none), PORT_OUTBOUND),
+                    INBOUND,
+                ),
+                ("with a hint of no kind", lookup(a.own, a.stranger, OUTSIDE, 99), INBOUND),
+                (
+                    "on lo by nobody known, and no hint",
+                    lookup(a.own, a.stranger, LO, none),
+                    INBOUND,
+                ),
+            ];
+            assert_steered(&a, &rows);
+        }
+    }
+
+    #[test]
+    fn the_proxy_calls_the_application() {
+        for a in both_families() {
+            let rows = [
+                ("for a stranger", lookup(a.own, a.stranger, LO, HINT_FROM_PROXY)),
+                ("for a pod of this node", lookup(a.own, a.neighbour, LO, HINT_FROM_PROXY)),
+                ("for a pod that bypasses", lookup(a.own, a.bypassing, LO, HINT_FROM_PROXY)),
+                // The kernel gives the interface that has the address.
+                ("as if from outside", lookup(a.own, a.stranger, OUTSIDE, HINT_FROM_PROXY)),
+            ]
+            .map(|(scenario, lookup)| (scenario, lookup, counted(Counter::FromProxy)));
+            assert_steered(&a, &rows);
+        }
+    }
+
+    #[test]
+    fn a_hint_is_for_one_flow_only() {
+        for a in both_families() {
+            for kind in [HINT_FROM_PROXY, HINT_NO_LISTENER] {
+                let good = lookup(a.own, a.stranger, OUTSIDE, kind);
+                assert_ne!(steer(&good, &Node::new(&a, true, Proxy::Listens)), INBOUND);
+                let f = good.flow;
+                let rows = [
+                    ("local", Flow { local: a.own_second, ..f }),
+                    ("remote", Flow { remote: a.bypassing, ..f }),
+                    ("local port", Flow { local_port: f.local_port + 1, ..f }),
+                    ("remote port", Flow { remote_port: f.remote_port + 1, ..f }),
+                ]
+                .map(|(other, flow)| {
+                    (other, Lookup { hint: Hint { flow, kind }, ..good }, INBOUND)
+                });
+                assert_steered(&a, &rows);
+            }
+        }
+    }
+
+    #[test]
+    fn nobody_listens_and_the_kernel_answers() {
+        for a in both_families() {
+            let asked = |remote| lookup(a.own, remote, OUTSIDE, HINT_NO_LISTENER);
+            let rows = [
+                ("a stranger", asked(a.stranger)),
+                ("a pod of this node", asked(a.neighbour)),
+                ("who pretends to be the pod", asked(a.own)),
+                ("HBONE", to_port(asked(a.stranger), PORT_HBONE)),
+            ]
+            .map(|(scenario, lookup)| (scenario, lookup, UNTOUCHED));
+            assert_steered(&a, &rows);
+        }
+    }
+
+    #[test]
+    fn what_is_not_ours_is_left_alone() {
+        let link_local = Addr::from("fe80::1".parse::<IpAddr>().unwrap());
+        for a in both_families() {
+            let udp = |lookup| Lookup { tcp: false, ..lookup };
+            let none = HINT_NONE;
+            let rows = [
+                ("UDP to a stranger", udp(lookup(a.stranger, a.own, LO, none))),
+                ("UDP to the pod", udp(lookup(a.own, a.stranger, OUTSIDE, none))),
+                ("link-local", lookup(link_local, a.own, LO, none)),
+                ("link-local from outside", lookup(link_local, a.stranger, OUTSIDE, none)),
+                ("to a pod that bypasses", lookup(a.bypassing, a.stranger, OUTSIDE, none)),
+                ("to a pod that is being prepared", lookup(a.preparing, a.stranger, OUTSIDE, none)),
+                (
+                    "a pod that is being prepared calls itself",
+                    lookup(a.preparing, a.preparing, LO, none),
+                ),
+            ]
+            .map(|(scenario, lookup)| (scenario, lookup, UNTOUCHED));
+            assert_steered(&a, &rows);
+        }
+    }
+
+    #[test]
+    fn addresses_that_nobody_knows_are_refused() {
+        for a in both_families() {
+            let rows = [
+                ("on lo", lookup(a.stranger, a.stranger, LO, HINT_NONE)),
+                ("from outside", lookup(a.stranger, a.stranger, OUTSIDE, HINT_NONE)),
+                (
+                    "the pod's as a source from outside",
+                    lookup(a.stranger, a.own, OUTSIDE, HINT_NONE),
+                ),
+                ("the proxy's to a stranger", lookup(a.stranger, a.stranger, LO, HINT_FROM_PROXY)),
+            ]
+            .map(|(scenario, lookup)| (scenario, lookup, UNKNOWN));
+            assert_steered(&a, &rows);
+        }
+    }
+
+    #[test]
+    fn redirections_are_counted_by_their_direction() {
+        assert_eq!(redirected(LISTENER_OUTBOUND), Counter::RedirectedOutbound);
+        assert_eq!(redirected(LISTENER_INBOUND), Counter::RedirectedInbound);
+    }
 }
