@@ -53,7 +53,7 @@ use self::{
 use crate::netns::Netns;
 
 /// The kernel programs, compiled by the build script.
-static OBJECT: &[u8] = aya::include_bytes_aligned!(concat!(env!("OUT_DIR"), "/redirect"));
+pub static OBJECT: &[u8] = aya::include_bytes_aligned!(concat!(env!("OUT_DIR"), "/redirect"));
 
 /// How long a restart of the proxy may take before connections are refused.
 pub const DEFAULT_PROXY_GRACE: Duration = Duration::from_secs(3);

@@ -1,0 +1,370 @@
+//! The programs in the kernel, with maps of their own that are pinned nowhere.
+
+use std::{
+    collections::{BTreeMap, BTreeSet},
+    fs::File,
+    io,
+    os::fd::{AsFd as _, AsRawFd as _, OwnedFd},
+};
+
+use anyhow::{Context as _, Result, ensure};
+use aya::{
+    Ebpf, EbpfLoader,
+    maps::{HashMap, Map, MapData, MapError, PerCpuArray, PerCpuHashMap, PerCpuValues, SockHash},
+    programs::{ProgramFd, SchedClassifier, SkLookup},
+    util::nr_cpus,
+};
+use redirect_agent::dataplane::OBJECT;
+use redirect_ebpf::abi::{
+    Addr, Counter, CounterKey, Flow, HINT_NONE, Hint, ListenerKey, PodEntry, PodId,
+};
+
+use crate::{
+    packet::LINK_HEADER,
+    sys::{self, Insn},
+    world::{Key, Listener, Since},
+};
+
+/// Longer than any machine takes for one step of the test.
+const GRACE_NS: u64 = 600_000_000_000;
+const AF_INET: u32 = 2;
+const AF_INET6: u32 = 10;
+const IPPROTO_TCP: u32 = 6;
+const IPPROTO_UDP: u32 = 17;
+/// Length of `struct __sk_buff`, and where its `mark` is. Source: Linux `include/uapi/linux/bpf.h`.
+const SK_BUFF: usize = 192;
+const SK_BUFF_MARK: std::ops::Range<usize> = 8..12;
+/// Length of `struct bpf_sk_lookup`. Source: Linux `include/uapi/linux/bpf.h`.
+const SK_LOOKUP: usize = 72;
+
+/// Where a tcx program is attached.
+#[derive(Clone, Copy, Debug)]
+pub enum Tcx {
+    Lo,
+    Interface,
+}
+
+/// What a tcx program has done.
+pub struct RanTcx {
+    pub ret: u32,
+    pub mark: u32,
+    pub packet: Vec<u8>,
+}
+
+/// What the `sk_lookup` program has done.
+pub struct RanLookup {
+    pub ret: u32,
+    /// Of the socket that it has chosen.
+    pub cookie: Option<u64>,
+}
+
+pub struct Kernel {
+    ebpf: Ebpf,
+    lo: ProgramFd,
+    interface: ProgramFd,
+    lookup: ProgramFd,
+    ask_v4: OwnedFd,
+    ask_v6: OwnedFd,
+    pub maps: Maps,
+}
+
+impl Kernel {
+    pub fn load(cpu: usize) -> Result<Self> {
+        let mut ebpf = load(false)?;
+        Ok(Self {
+            lo: classifier(&mut ebpf, "redirect_lo")?,
+            interface: classifier(&mut ebpf, "redirect_ext")?,
+            lookup: lookup(&mut ebpf)?,
+            ask_v4: sys::load_tc(&ask(12)).context("load the question for IPv4")?,
+            ask_v6: sys::load_tc(&ask(36)).context("load the question for IPv6")?,
+            maps: Maps::take(&mut ebpf, cpu)?,
+            ebpf,
+        })
+    }
+
+    /// From here on the kernel asks `redirect_lookup` for listeners in this namespace.
+    pub fn attach_lookup(&mut self, netns: &File) -> Result<()> {
+        let program: &mut SkLookup =
+            self.ebpf.program_mut("redirect_lookup").context("find redirect_lookup")?.try_into()?;
+        program.attach(netns).context("attach redirect_lookup")?;
+        Ok(())
+    }
+
+    /// Runs a tcx program; `None` when the kernel does not take so short a packet.
+    pub fn run_tcx(&self, at: Tcx, packet: &[u8], mark: u32) -> Result<Option<RanTcx>> {
+        let program = match at {
+            Tcx::Lo => &self.lo,
+            Tcx::Interface => &self.interface,
+        };
+        let mut context = [0; SK_BUFF];
+        context[SK_BUFF_MARK].copy_from_slice(&mark.to_ne_bytes());
+        match sys::run(program.as_fd(), packet, &context) {
+            // A link header, and an IPv6 header at most.
+            Err(e) if e.raw_os_error() == Some(libc::EINVAL) && packet.len() < LINK_HEADER + 40 => {
+                Ok(None)
+            }
+            result => {
+                let sys::Ran { ret, packet, context } = result.context("run a tcx program")?;
+                let mark = u32::from_ne_bytes(array(&context[SK_BUFF_MARK])?);
+                Ok(Some(RanTcx { ret, mark, packet }))
+            }
+        }
+    }
+
+    /// Runs the `sk_lookup` program for a packet that did not come in on `lo`.
+    pub fn run_lookup(&self, v4: bool, tcp: bool, flow: &Flow) -> Result<RanLookup> {
+        let mut context = [0; SK_LOOKUP];
+        let mut put =
+            |at: usize, bytes: &[u8]| context[at..at + bytes.len()].copy_from_slice(bytes);
+        put(8, &(if v4 { AF_INET } else { AF_INET6 }).to_ne_bytes());
+        put(12, &(if tcp { IPPROTO_TCP } else { IPPROTO_UDP }).to_ne_bytes());
+        if v4 {
+            put(16, &flow.remote.octets[12..]);
+            put(40, &flow.local.octets[12..]);
+        } else {
+            put(20, &flow.remote.octets);
+            put(44, &flow.local.octets);
+        }
+        put(36, &flow.remote_port.to_be_bytes());
+        put(60, &u32::from(flow.local_port).to_ne_bytes());
+        let ran = sys::run(self.lookup.as_fd(), &[], &context).context("run redirect_lookup")?;
+        let cookie = u64::from_ne_bytes(array(&ran.context[..8])?);
+        Ok(RanLookup { ret: ran.ret, cookie: (cookie != 0).then_some(cookie) })
+    }
+
+    /// Lets the kernel look for the socket of a flow that comes in on `lo`; gives its local port.
+    pub fn ask_on_lo(&self, flow: &Flow) -> Result<Option<u16>> {
+        let skip = if flow.local.is_v4() { 12 } else { 0 };
+        let program = if skip == 12 { &self.ask_v4 } else { &self.ask_v6 };
+        let mut packet = vec![0; LINK_HEADER];
+        packet.extend(&flow.remote.octets[skip..]);
+        packet.extend(&flow.local.octets[skip..]);
+        packet.extend(flow.remote_port.to_be_bytes());
+        packet.extend(flow.local_port.to_be_bytes());
+        let ran = sys::run(program.as_fd(), &packet, &[0; SK_BUFF]).context("ask on lo")?;
+        let port = u16::try_from(ran.ret).with_context(|| format!("ask on lo: {:#x}", ran.ret))?;
+        Ok((port != 0).then_some(port))
+    }
+}
+
+/// The programs, by name, as loaded.
+pub struct Programs {
+    pub programs: BTreeMap<&'static str, ProgramFd>,
+    /// The id of the map that the debug log goes through.
+    pub log_map: u32,
+    _ebpf: Ebpf,
+}
+
+/// Loads the programs that log, with the log on or off.
+pub fn programs(log: bool) -> Result<Programs> {
+    let mut ebpf = load(log)?;
+    let programs = BTreeMap::from([
+        ("redirect_lo", classifier(&mut ebpf, "redirect_lo")?),
+        ("redirect_ext", classifier(&mut ebpf, "redirect_ext")?),
+        ("redirect_lookup", lookup(&mut ebpf)?),
+    ]);
+    let Map::RingBuf(map) = ebpf.map("AYA_LOGS").context("find map AYA_LOGS")? else {
+        anyhow::bail!("map AYA_LOGS is no ring buffer");
+    };
+    let log_map = map.info().context("read map AYA_LOGS")?.id();
+    Ok(Programs { programs, log_map, _ebpf: ebpf })
+}
+
+/// Whether a program uses a map.
+pub fn refers_to(program: &[Insn], map: u32) -> bool {
+    const LOAD_64: u8 = 0x18;
+    const PSEUDO_MAP_FD: u8 = 1;
+    program.iter().any(|[code, registers, _, _, id @ ..]| {
+        *code == LOAD_64 && registers >> 4 == PSEUDO_MAP_FD && u32::from_ne_bytes(*id) == map
+    })
+}
+
+fn load(log: bool) -> Result<Ebpf> {
+    EbpfLoader::new()
+        .override_global("LOG", &u8::from(log), true)
+        .override_global("PROXY_GRACE_NS", &GRACE_NS, true)
+        .load(OBJECT)
+        .context("load the eBPF object")
+}
+
+fn classifier(ebpf: &mut Ebpf, name: &str) -> Result<ProgramFd> {
+    let program: &mut SchedClassifier =
+        ebpf.program_mut(name).with_context(|| format!("find {name}"))?.try_into()?;
+    program.load().with_context(|| format!("load {name}"))?;
+    Ok(program.fd()?.try_clone()?)
+}
+
+fn lookup(ebpf: &mut Ebpf) -> Result<ProgramFd> {
+    let program: &mut SkLookup =
+        ebpf.program_mut("redirect_lookup").context("find redirect_lookup")?.try_into()?;
+    program.load().context("load redirect_lookup")?;
+    Ok(program.fd()?.try_clone()?)
+}
+
+/// A `tc` program that lets the kernel look for a TCP socket by the `struct bpf_sock_tuple` of this
+/// length behind the packet's link header, and returns the socket's local port, or 0.
+fn ask(len: i32) -> [Insn; 20] {
+    const SKB_LOAD_BYTES: i32 = 26;
+    const SKC_LOOKUP_TCP: i32 = 99;
+    const SK_RELEASE: i32 = 86;
+    const BPF_SOCK_SRC_PORT: i16 = 44;
+    let insn = |code: u8, dst: u8, src: u8, off: i16, imm: i32| -> Insn {
+        let [o0, o1] = off.to_ne_bytes();
+        let [i0, i1, i2, i3] = imm.to_ne_bytes();
+        [code, src << 4 | dst, o0, o1, i0, i1, i2, i3]
+    };
+    let copy = |dst, src| insn(0xbf, dst, src, 0, 0);
+    let set = |dst, imm| insn(0xb7, dst, 0, 0, imm);
+    let add = |dst, imm| insn(0x07, dst, 0, 0, imm);
+    let call = |helper| insn(0x85, 0, 0, 0, helper);
+    [
+        copy(6, 1),
+        set(2, LINK_HEADER as i32),
+        copy(3, 10),
+        add(3, -40),
+        set(4, len),
+        call(SKB_LOAD_BYTES),
+        // Not loaded: return the error.
+        insn(0x55, 0, 0, 12, 0),
+        copy(1, 6),
+        copy(2, 10),
+        add(2, -40),
+        set(3, len),
+        // BPF_F_CURRENT_NETNS
+        set(4, -1),
+        set(5, 0),
+        call(SKC_LOOKUP_TCP),
+        // Nothing found: return 0.
+        insn(0x15, 0, 0, 4, 0),
+        insn(0x61, 7, 0, BPF_SOCK_SRC_PORT, 0),
+        copy(1, 0),
+        call(SK_RELEASE),
+        copy(0, 7),
+        insn(0x95, 0, 0, 0, 0),
+    ]
+}
+
+/// The maps of the programs.
+pub struct Maps {
+    cpu: usize,
+    pods: HashMap<MapData, Addr, PodEntry>,
+    counters: PerCpuHashMap<MapData, CounterKey, u64>,
+    listeners: SockHash<MapData, ListenerKey>,
+    missing: HashMap<MapData, ListenerKey, u64>,
+    hint: PerCpuArray<MapData, Hint>,
+}
+
+impl Maps {
+    fn take(ebpf: &mut Ebpf, cpu: usize) -> Result<Self> {
+        let mut map = |name: &str| -> Result<Map> {
+            ebpf.take_map(name).with_context(|| format!("find map {name}"))
+        };
+        Ok(Self {
+            cpu,
+            pods: map("pods")?.try_into()?,
+            counters: map("counters")?.try_into()?,
+            listeners: map("listeners")?.try_into()?,
+            missing: map("proxy_missing")?.try_into()?,
+            hint: map("hint")?.try_into()?,
+        })
+    }
+
+    /// The pods that there are.
+    pub fn enter(&mut self, pods: &BTreeMap<Addr, PodEntry>) -> Result<()> {
+        pods.iter().try_for_each(|(addr, entry)| self.pods.insert(addr, entry, 0))?;
+        Ok(())
+    }
+
+    /// Empties all of them.
+    pub fn clear(&mut self) -> Result<()> {
+        for addr in self.pods.keys().collect::<Result<Vec<_>, _>>()? {
+            self.pods.remove(&addr)?;
+        }
+        for key in self.listeners()? {
+            self.set_listener(key, None)?;
+        }
+        for key in self.missing()?.into_keys() {
+            self.set_missing(key, None)?;
+        }
+        Ok(())
+    }
+
+    pub fn set_hint(&mut self, hint: Hint) -> Result<()> {
+        let cpus = nr_cpus().map_err(|(_, e)| e).context("count the CPUs")?;
+        self.hint.set(0, PerCpuValues::try_from(vec![hint; cpus])?, 0)?;
+        Ok(())
+    }
+
+    /// The hint, if there is one.
+    pub fn hint(&self) -> Result<Option<Hint>> {
+        let hint = self.hint.get(&0, 0)?[self.cpu];
+        Ok((hint.kind != HINT_NONE).then_some(hint))
+    }
+
+    /// What has been counted since the last call: one thing, once, on this CPU, or nothing.
+    pub fn take_count(&mut self) -> Result<Option<(PodId, Counter)>> {
+        let mut counted = None;
+        for entry in self.counters.iter() {
+            let (key, values) = entry?;
+            let on_this_cpu =
+                values.iter().enumerate().all(|(c, n)| *n == u64::from(c == self.cpu));
+            ensure!(on_this_cpu, "counted {values:?} of {key:?}");
+            ensure!(counted.is_none(), "counted twice: {counted:?} and {key:?}");
+            counted = Some(key);
+        }
+        let Some(key) = counted else { return Ok(None) };
+        self.counters.remove(&key)?;
+        let counter = Counter::ALL.iter().find(|(counter, _)| *counter as u32 == key.counter);
+        Ok(Some((key.pod_id, counter.with_context(|| format!("no such counter: {key:?}"))?.0)))
+    }
+
+    pub fn set_listener(&mut self, (pod_id, kind): Key, socket: Option<&Listener>) -> Result<()> {
+        let key = ListenerKey { pod_id, kind };
+        match socket {
+            Some(socket) => self.listeners.insert(key, socket.socket.as_raw_fd(), 0)?,
+            None => absent(self.listeners.remove(&key))?,
+        }
+        Ok(())
+    }
+
+    pub fn listeners(&self) -> Result<BTreeSet<Key>> {
+        self.listeners.keys().map(|key| Ok(key.map(|key| (key.pod_id, key.kind))?)).collect()
+    }
+
+    pub fn set_missing(&mut self, (pod_id, kind): Key, since: Option<Since>) -> Result<()> {
+        let key = ListenerKey { pod_id, kind };
+        let now = sys::now();
+        match since {
+            Some(Since::Now) => self.missing.insert(key, now, 0)?,
+            // A machine that has just booted has no such time; the programs wrap around, too.
+            Some(Since::LongAgo) => self.missing.insert(key, now.wrapping_sub(2 * GRACE_NS), 0)?,
+            None => absent(self.missing.remove(&key))?,
+        }
+        Ok(())
+    }
+
+    pub fn missing(&self) -> Result<BTreeMap<Key, Since>> {
+        let now = sys::now();
+        self.missing
+            .iter()
+            .map(|entry| {
+                let (key, since) = entry?;
+                let running = now.wrapping_sub(since) < GRACE_NS;
+                let since = if running { Since::Now } else { Since::LongAgo };
+                Ok(((key.pod_id, key.kind), since))
+            })
+            .collect()
+    }
+}
+
+/// To remove what is not there is no error.
+fn absent(result: Result<(), MapError>) -> Result<(), MapError> {
+    match result {
+        Err(MapError::SyscallError(e)) if e.io_error.kind() == io::ErrorKind::NotFound => Ok(()),
+        result => result,
+    }
+}
+
+fn array<const N: usize>(bytes: &[u8]) -> Result<[u8; N]> {
+    bytes.try_into().context("a field of that size")
+}

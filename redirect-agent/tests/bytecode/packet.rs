@@ -1,0 +1,234 @@
+//! Packets, made so that it is known what is in them, and the RST that answers one.
+
+use std::fmt;
+
+use anyhow::{Context as _, Result, bail, ensure};
+use etherparse::{NetSlice, SlicedPacket, TransportSlice};
+use fastrand::Rng;
+use redirect_ebpf::{abi::Addr, verdict::Segment};
+
+use crate::world;
+
+/// Source: Linux `include/uapi/linux/if_ether.h`, `ETH_HLEN`.
+pub const LINK_HEADER: usize = 14;
+const TCP: u8 = 6;
+const FIN: u8 = 0x01;
+const SYN: u8 = 0x02;
+const RST: u8 = 0x04;
+const ACK: u8 = 0x10;
+
+/// A frame, and what the programs should find in it.
+pub struct Packet {
+    pub bytes: Vec<u8>,
+    /// Whether it is IPv4 or IPv6.
+    pub ip: bool,
+    /// The TCP segment, unless it is one that the programs leave to `sk_lookup`.
+    pub segment: Option<Segment>,
+    /// Whether the TCP header reaches as far as its checksum.
+    pub has_checksum: bool,
+    /// Whether nothing is cut off.
+    whole: bool,
+    /// The segment's sequence number.
+    sequence: u32,
+}
+
+impl fmt::Debug for Packet {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let Self { bytes, ip, segment, has_checksum, .. } = self;
+        write!(f, "ip {ip}, checksum {has_checksum}, {segment:?}\n  bytes")?;
+        bytes.iter().try_for_each(|byte| write!(f, " {byte:02x}"))
+    }
+}
+
+impl Packet {
+    pub fn random(rng: &mut Rng) -> Self {
+        let v4 = rng.bool();
+        let (src, dst) = world::addresses(rng, v4);
+        let [src_port, dst_port] = [world::port(rng), world::port(rng)];
+        let flags = if rng.u8(..10) < 7 {
+            // With or without the flags of ECN, which are no part of the question.
+            SYN | choose(rng, &[0, 0, 0xc0])
+        } else {
+            choose(rng, &[SYN | ACK, ACK, RST, RST | ACK, FIN | ACK, SYN | RST, SYN | FIN, 0])
+        };
+        let sequence = rng.u32(..);
+        let tcp = segment(rng, [src, dst], [src_port, dst_port], sequence, flags);
+        let protocol = if rng.u8(..10) < 9 { TCP } else { choose(rng, &[17, 1, 58, 132, 0, 4]) };
+
+        let (ethertype, header, plain) = if v4 {
+            ipv4(rng, src, dst, protocol, &tcp)
+        } else {
+            ipv6(rng, src, dst, protocol, &tcp)
+        };
+        let ip = rng.u8(..20) > 0;
+        let ethertype =
+            if ip { ethertype } else { choose(rng, &[0x0806, 0x8100, 0x88a8, 0x8847, 0x05ff]) };
+        let mut bytes = vec![0; LINK_HEADER - 2];
+        bytes.extend(u16::to_be_bytes(ethertype));
+        bytes.extend(&header);
+        bytes.extend(&tcp);
+        let len = bytes.len();
+        match rng.u8(..20) {
+            0 => bytes.truncate(rng.usize(LINK_HEADER + 1..=len)),
+            // Within the TCP header, before and behind what is read and what is rewritten.
+            1..5 => bytes.truncate(LINK_HEADER + header.len() + rng.usize(12..=20)),
+            _ => {}
+        }
+        // What the programs read: ports, sequence numbers, flags.
+        let tcp_len = bytes.len().saturating_sub(LINK_HEADER + header.len());
+        let parsable = ip && plain && protocol == TCP && tcp_len >= 14;
+        let segment = parsable.then_some(Segment {
+            src,
+            dst,
+            src_port,
+            dst_port,
+            opens: flags & (SYN | ACK | RST) == SYN,
+        });
+        let whole = bytes.len() == len;
+        Self { bytes, ip, segment, has_checksum: tcp_len >= 18, whole, sequence }
+    }
+
+    /// Checks that `reply` is the RST that makes the sender of this SYN give up; nobody takes one
+    /// that is cut off.
+    pub fn check_reset(&self, reply: &[u8]) -> Result<()> {
+        let asked = self.segment.context("no segment")?;
+        if !self.whole {
+            return Ok(());
+        }
+        let (header, _) = self.bytes.split_at(LINK_HEADER);
+        ensure!(reply.starts_with(header), "the link header has changed");
+        ensure!(reply.len() == self.bytes.len(), "the length has changed");
+        let packet = SlicedPacket::from_ethernet(reply)?;
+        let Some(TransportSlice::Tcp(tcp)) = packet.transport else { bail!("it is not TCP") };
+        let (src, dst, checksum) = match &packet.net {
+            Some(NetSlice::Ipv4(ip)) => {
+                let ip = ip.header();
+                ensure!(
+                    ip.header_checksum() == ip.to_header().calc_header_checksum(),
+                    "the IPv4 header's checksum is wrong"
+                );
+                let checksum = tcp.calc_checksum_ipv4(ip.source(), ip.destination())?;
+                (Addr::v4(ip.source()), Addr::v4(ip.destination()), checksum)
+            }
+            Some(NetSlice::Ipv6(ip)) => {
+                let ip = ip.header();
+                let checksum = tcp.calc_checksum_ipv6(ip.source(), ip.destination())?;
+                (Addr { octets: ip.source() }, Addr { octets: ip.destination() }, checksum)
+            }
+            _ => bail!("it is not IP"),
+        };
+        ensure!(
+            tcp.checksum() == checksum,
+            "the TCP checksum is wrong, it should be {checksum:04x}"
+        );
+        ensure!((src, dst) == (asked.dst, asked.src), "the addresses are wrong");
+        ensure!(
+            (tcp.source_port(), tcp.destination_port()) == (asked.dst_port, asked.src_port),
+            "the ports are wrong"
+        );
+        // RFC 9293, 3.10.7.1: sequence 0, and it acknowledges the SYN.
+        ensure!(tcp.sequence_number() == 0, "the sequence number is wrong");
+        ensure!(
+            tcp.acknowledgment_number() == self.sequence.wrapping_add(1),
+            "the acknowledgement is wrong"
+        );
+        ensure!(reply[LINK_HEADER + tcp_offset(reply) + 13] == RST | ACK, "the flags are wrong");
+        Ok(())
+    }
+}
+
+fn tcp_offset(frame: &[u8]) -> usize {
+    match frame[LINK_HEADER] >> 4 {
+        4 => usize::from(frame[LINK_HEADER] & 0xf) * 4,
+        _ => 40,
+    }
+}
+
+/// The ethertype, the IPv4 header, and whether TCP follows it in plain sight.
+fn ipv4(rng: &mut Rng, src: Addr, dst: Addr, protocol: u8, tcp: &[u8]) -> (u16, Vec<u8>, bool) {
+    let words = if rng.u8(..8) == 0 { rng.usize(6..=15) } else { 5 };
+    // The flags DF and MF, and offsets.
+    let fragment: u16 = match rng.u8(..16) {
+        0 => 0x2000,
+        1 => 0x2000 | rng.u16(1..0x2000),
+        2 => rng.u16(1..0x2000),
+        3..8 => 0,
+        _ => 0x4000,
+    };
+    let mut header = vec![0x40 | words as u8, 0];
+    header.extend(((words * 4 + tcp.len()) as u16).to_be_bytes());
+    header.extend(rng.u16(..).to_be_bytes());
+    header.extend(fragment.to_be_bytes());
+    header.extend([64, protocol, 0, 0]);
+    header.extend(&src.octets[12..]);
+    header.extend(&dst.octets[12..]);
+    // Options: no operation.
+    header.resize(words * 4, 1);
+    let sum = checksum(&header);
+    header[10..12].copy_from_slice(&sum.to_be_bytes());
+    (0x0800, header, fragment & 0x3fff == 0)
+}
+
+/// The ethertype, the IPv6 header with those that extend it, and whether TCP follows the first,
+/// between addresses of IPv6.
+fn ipv6(rng: &mut Rng, src: Addr, dst: Addr, protocol: u8, tcp: &[u8]) -> (u16, Vec<u8>, bool) {
+    let mapped = src.is_v4() || dst.is_v4();
+    // Hop-by-hop options, routing, fragment, destination options.
+    let extension = (rng.u8(..8) == 0).then(|| choose(rng, &[0u8, 43, 44, 60]));
+    let extra = if extension.is_some() { 8 } else { 0 };
+    let mut header = vec![0x60, 0, 0, 0];
+    header.extend(((tcp.len() + extra) as u16).to_be_bytes());
+    header.extend([extension.unwrap_or(protocol), 64]);
+    header.extend(src.octets);
+    header.extend(dst.octets);
+    if extension.is_some() {
+        header.extend([protocol, 0, 0, 0, 0, 0, 0, 0]);
+    }
+    (0x86dd, header, extension.is_none() && !mapped)
+}
+
+fn segment(
+    rng: &mut Rng,
+    [src, dst]: [Addr; 2],
+    ports: [u16; 2],
+    sequence: u32,
+    flags: u8,
+) -> Vec<u8> {
+    let words = choose(rng, &[5, 5, 8, 10, 15]);
+    let mut tcp = Vec::new();
+    tcp.extend(ports.iter().flat_map(|port| port.to_be_bytes()));
+    tcp.extend(sequence.to_be_bytes());
+    tcp.extend(rng.u32(..).to_be_bytes());
+    tcp.extend([(words as u8) << 4, flags]);
+    tcp.extend(rng.u16(..).to_be_bytes());
+    tcp.extend([0; 4]);
+    tcp.resize(words * 4, 1);
+    for _ in 0..choose(rng, &[0, 0, 1, 8, 33]) {
+        tcp.push(rng.u8(..));
+    }
+    // A pseudo-header of IPv6 has the same sum as that of IPv4: it is longer by zeros only.
+    let skip = if src.is_v4() && dst.is_v4() { 12 } else { 0 };
+    let mut sum = [&src.octets[skip..], &dst.octets[skip..]].concat();
+    sum.extend((tcp.len() as u32).to_be_bytes());
+    sum.extend([0, 0, 0, TCP]);
+    sum.extend(&tcp);
+    let sum = checksum(&sum);
+    tcp[16..18].copy_from_slice(&sum.to_be_bytes());
+    tcp
+}
+
+/// The Internet checksum, RFC 1071.
+fn checksum(bytes: &[u8]) -> u16 {
+    let mut sum: u32 = bytes
+        .chunks(2)
+        .map(|pair| u32::from(u16::from_be_bytes([pair[0], *pair.get(1).unwrap_or(&0)])))
+        .sum();
+    while sum >> 16 != 0 {
+        sum = (sum & 0xffff) + (sum >> 16);
+    }
+    !(sum as u16)
+}
+
+pub fn choose<T: Copy>(rng: &mut Rng, of: &[T]) -> T {
+    of[rng.usize(..of.len())]
+}

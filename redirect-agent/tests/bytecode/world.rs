@@ -1,0 +1,285 @@
+//! What surrounds the programs: the pods, and who listens. It is set up in the kernel, and kept
+//! here a second time, where the decisions in [`verdict`] ask it as the model.
+//!
+//! [`verdict`]: redirect_ebpf::verdict
+
+use std::{
+    cell::RefCell,
+    collections::BTreeMap,
+    net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr},
+};
+
+use anyhow::{Context as _, Result};
+use fastrand::Rng;
+use redirect_ebpf::{
+    abi::{
+        Addr, DECISION_BYPASS, DECISION_ENROLLED, LISTENER_HBONE, LISTENER_INBOUND,
+        LISTENER_OUTBOUND, MARK_PROXY, MARK_REDIRECTED, POD_CAPTURE, PORT_HBONE, PORT_INBOUND,
+        PORT_OUTBOUND, PodEntry, PodId,
+    },
+    verdict::{Env, Pods, Proxy, Segment},
+};
+use socket2::{Domain, Socket, Type};
+
+use crate::packet::choose;
+
+const OWN: [&str; 4] = ["10.0.0.2", "10.0.0.3", "fd00::2", "fd00::3"];
+pub const OWN_ID: PodId = 4_026_532_001;
+/// The node's other pods: the decision, the flags, the addresses.
+const OTHERS: [(PodId, u32, u32, [&str; 2]); 3] = [
+    (4_026_532_002, DECISION_ENROLLED, POD_CAPTURE, ["10.0.0.10", "fd00::10"]),
+    (4_026_532_003, DECISION_BYPASS, 0, ["10.0.0.11", "fd00::11"]),
+    (4_026_532_004, DECISION_ENROLLED, 0, ["10.0.0.12", "fd00::12"]),
+];
+const STRANGERS_V4: [&str; 6] =
+    ["10.96.0.1", "192.0.2.1", "127.0.0.1", "127.255.255.255", "128.0.0.1", "169.254.7.127"];
+const STRANGERS_V6: [&str; 7] =
+    ["2001:db8::1", "fd00:10::1", "::1", "::2", "fe80::1", "febf::1", "fec0::1"];
+/// In an IPv6 packet: what our own form of IPv4 addresses could be confused by.
+const MAPPED: [&str; 3] = ["::ffff:10.0.0.2", "::ffff:127.0.0.1", "::ffff:192.0.2.1"];
+
+const APPLICATION_PORTS: [u16; 3] = [80, 8080, 9090];
+const KINDS: [(u32, u16); 3] = [
+    (LISTENER_OUTBOUND, PORT_OUTBOUND),
+    (LISTENER_INBOUND, PORT_INBOUND),
+    (LISTENER_HBONE, PORT_HBONE),
+];
+
+/// Source and destination of a packet, with the pod's own in most of them.
+pub fn addresses(rng: &mut Rng, v4: bool) -> (Addr, Addr) {
+    let own = own(rng, v4);
+    match rng.u8(..8) {
+        0..3 => (own, any(rng, v4)),
+        3..6 => (any(rng, v4), own),
+        _ => (any(rng, v4), any(rng, v4)),
+    }
+}
+
+fn own(rng: &mut Rng, v4: bool) -> Addr {
+    known(OWN[rng.usize(..2) + if v4 { 0 } else { 2 }])
+}
+
+fn any(rng: &mut Rng, v4: bool) -> Addr {
+    match rng.u8(..8) {
+        0..2 => own(rng, v4),
+        2..5 => known(choose(rng, &OTHERS).3[usize::from(!v4)]),
+        _ if v4 => known(choose(rng, &STRANGERS_V4)),
+        _ if rng.u8(..8) == 0 => known(choose(rng, &MAPPED)),
+        _ => known(choose(rng, &STRANGERS_V6)),
+    }
+}
+
+pub fn port(rng: &mut Rng) -> u16 {
+    match rng.u8(..8) {
+        0..4 => choose(rng, &APPLICATION_PORTS),
+        4..7 => choose(rng, &KINDS).1,
+        _ => rng.u16(32768..),
+    }
+}
+
+/// An address of this file.
+#[expect(clippy::expect_used, reason = "they are addresses")]
+fn known(text: &str) -> Addr {
+    text.parse::<IpAddr>().expect("an address").into()
+}
+
+/// A listening socket.
+#[derive(Debug)]
+pub struct Listener {
+    pub socket: Socket,
+    pub bound: SocketAddr,
+    pub cookie: u64,
+    only_v6: bool,
+    marked: bool,
+}
+
+impl Listener {
+    pub fn open(bound: SocketAddr, only_v6: bool, mark: u32) -> Result<Self> {
+        let open = || {
+            let socket = Socket::new(Domain::for_address(bound), Type::STREAM, None)?;
+            if bound.is_ipv4() {
+                socket.set_freebind_v4(true)?;
+            } else {
+                socket.set_only_v6(only_v6)?;
+                socket.set_freebind_v6(true)?;
+            }
+            socket.set_mark(mark)?;
+            socket.bind(&bound.into())?;
+            socket.listen(1)?;
+            let bound = socket.local_addr()?.as_socket().unwrap_or(bound);
+            let cookie = socket.cookie()?;
+            // A socket that is bound to an IPv6 address is for IPv6 only, too.
+            let only_v6 = bound.is_ipv6() && (only_v6 || !bound.ip().is_unspecified());
+            let marked = mark & 0xfff == MARK_PROXY;
+            std::io::Result::Ok(Self { socket, bound, cookie, only_v6, marked })
+        };
+        open().with_context(|| format!("listen on {bound}"))
+    }
+
+    /// Whether the kernel finds it for a packet to this address.
+    pub fn hears(&self, to: &Addr, port: u16) -> bool {
+        self.bound.port() == port
+            && match self.bound.ip() {
+                ip if !ip.is_unspecified() => Addr::from(ip) == *to,
+                ip if ip.is_ipv4() => to.is_v4(),
+                _ => !(self.only_v6 && to.is_v4()),
+            }
+    }
+
+    /// Whether `sk_lookup` may choose it for a packet of this family.
+    pub fn takes(&self, v4: bool) -> bool {
+        if v4 { !self.only_v6 } else { self.bound.is_ipv6() }
+    }
+}
+
+/// Since when a proxy does not listen.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Since {
+    /// The grace is running.
+    Now,
+    /// The grace is over.
+    LongAgo,
+}
+
+/// Key of `listeners` and `proxy_missing`: the pod and the kind.
+pub type Key = (PodId, u32);
+
+/// What the programs themselves change.
+#[derive(Debug, Default)]
+pub struct State {
+    /// The map `listeners`: the cookies of the sockets.
+    pub listeners: BTreeMap<Key, u64>,
+    /// The map `proxy_missing`.
+    pub missing: BTreeMap<Key, Since>,
+}
+
+/// The surroundings.
+#[derive(Debug)]
+pub struct World {
+    pub pods: BTreeMap<Addr, PodEntry>,
+    /// Every socket that listens in the namespace.
+    pub sockets: Vec<Listener>,
+    pub state: RefCell<State>,
+}
+
+impl World {
+    /// Opens the sockets in the namespace of the calling thread.
+    pub fn random(rng: &mut Rng) -> Result<Self> {
+        let mut sockets = Vec::new();
+        for (_, port) in KINDS {
+            sockets.extend(proxy(rng, port)?);
+        }
+        for port in APPLICATION_PORTS {
+            application(rng, port, &mut sockets)?;
+        }
+        Ok(Self { pods: pods(rng), sockets, state: RefCell::default() })
+    }
+
+    /// The listener that the kernel finds by itself.
+    pub fn listener(&self, to: &Addr, port: u16) -> Option<&Listener> {
+        self.sockets.iter().find(|socket| socket.hears(to, port))
+    }
+
+    /// A pod and a kind, of those that occur.
+    pub fn random_key(&self, rng: &mut Rng) -> Key {
+        let id = if rng.bool() { OWN_ID } else { choose(rng, &OTHERS).0 };
+        (id, choose(rng, &KINDS).0)
+    }
+
+    /// The proxy's socket for a kind.
+    pub fn proxy_socket(&self, kind: u32) -> Option<&Listener> {
+        self.sockets.iter().find(|socket| socket.marked && socket.bound.port() == port_of(kind))
+    }
+}
+
+impl Pods for World {
+    fn pod(&self, addr: &Addr) -> Option<PodEntry> {
+        self.pods.get(addr).copied()
+    }
+}
+
+impl Env for World {
+    fn application_listens(&self, segment: &Segment) -> bool {
+        self.listener(&segment.dst, segment.dst_port).is_some()
+    }
+
+    fn proxy(&self, pod_id: PodId, kind: u32, segment: &Segment) -> Proxy {
+        let key = (pod_id, kind);
+        let mut state = self.state.borrow_mut();
+        if state.listeners.contains_key(&key) {
+            return Proxy::Listens;
+        }
+        let loopback = known(if segment.dst.is_v4() { "127.0.0.1" } else { "::1" });
+        match self.listener(&loopback, port_of(kind)) {
+            Some(socket) if socket.marked => {
+                state.missing.remove(&key);
+                state.listeners.insert(key, socket.cookie);
+                Proxy::Listens
+            }
+            _ => match state.missing.entry(key).or_insert(Since::Now) {
+                Since::Now => Proxy::AwayWithinGrace,
+                Since::LongAgo => Proxy::Away,
+            },
+        }
+    }
+}
+
+fn port_of(kind: u32) -> u16 {
+    match kind {
+        LISTENER_INBOUND => PORT_INBOUND,
+        LISTENER_HBONE => PORT_HBONE,
+        _ => PORT_OUTBOUND,
+    }
+}
+
+fn pods(rng: &mut Rng) -> BTreeMap<Addr, PodEntry> {
+    let mut pods = BTreeMap::new();
+    for (pod_id, decision, flags, addresses) in OTHERS {
+        let entry = PodEntry { pod_id, decision, reason: 1, flags };
+        pods.extend(addresses.map(|address| (known(address), entry)));
+    }
+    let (decision, flags) = match rng.u8(..8) {
+        0 => (DECISION_BYPASS, 0),
+        // The decision counts, whatever the flags.
+        1 => (DECISION_BYPASS, POD_CAPTURE),
+        2 => (DECISION_ENROLLED, 0),
+        _ => (DECISION_ENROLLED, POD_CAPTURE | (rng.u32(..) & !POD_CAPTURE)),
+    };
+    let entry = PodEntry { pod_id: OWN_ID, decision, reason: 2, flags };
+    pods.extend(OWN.map(|address| (known(address), entry)));
+    if rng.u8(..4) == 0 {
+        pods.remove(&known(choose(rng, &OWN)));
+    }
+    pods
+}
+
+/// The proxy's listener, or who has its port instead.
+fn proxy(rng: &mut Rng, port: u16) -> Result<Option<Listener>> {
+    let dual = SocketAddr::from((Ipv6Addr::UNSPECIFIED, port));
+    let v4 = SocketAddr::from((Ipv4Addr::UNSPECIFIED, port));
+    Ok(Some(match rng.u8(..10) {
+        0..3 => Listener::open(dual, false, MARK_PROXY)?,
+        3 => Listener::open(dual, false, 0x0abc_0000 | MARK_PROXY)?,
+        4 => Listener::open(v4, false, MARK_PROXY)?,
+        5 => Listener::open(dual, true, MARK_PROXY)?,
+        6 => Listener::open(dual, false, choose(rng, &[0, MARK_REDIRECTED, 0x0abc_0000]))?,
+        7 => Listener::open(SocketAddr::new(OWN[rng.usize(..4)].parse()?, port), false, 0)?,
+        _ => return Ok(None),
+    }))
+}
+
+fn application(rng: &mut Rng, port: u16, sockets: &mut Vec<Listener>) -> Result<()> {
+    let mut open = |address: &str, only_v6| {
+        let bound = SocketAddr::new(address.parse()?, port);
+        sockets.push(Listener::open(bound, only_v6, 0)?);
+        anyhow::Ok(())
+    };
+    match rng.u8(..6) {
+        0 => open("::", false),
+        1 => open("0.0.0.0", false),
+        2 => open("::", true),
+        3 => ["127.0.0.1", "::1"].into_iter().try_for_each(|address| open(address, false)),
+        4 => Ok(()),
+        _ => OWN.into_iter().filter(|_| rng.bool()).try_for_each(|address| open(address, false)),
+    }
+}
