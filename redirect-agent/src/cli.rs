@@ -124,6 +124,14 @@ fn whole_seconds(s: &str) -> Result<Duration, String> {
     Ok(duration)
 }
 
+fn interval(s: &str) -> Result<Duration, String> {
+    let interval = humantime::parse_duration(s).map_err(|error| error.to_string())?;
+    if interval < Duration::from_millis(100) {
+        return Err("it must be 100ms or more".to_owned());
+    }
+    Ok(interval)
+}
+
 fn namespace(s: &str) -> Result<String, NameError> {
     check_namespace_name(s)?;
     Ok(s.to_owned())
@@ -175,6 +183,9 @@ pub struct RunArgs {
     /// How long a pod that leaves the mesh keeps its redirected connections at most.
     #[arg(long, value_name = "TIME", default_value = "5s", value_parser = humantime::parse_duration)]
     pub drain: Duration,
+    /// How often the kernel is compared with what should be there, and repaired.
+    #[arg(long, value_name = "TIME", default_value = "1m", value_parser = interval)]
+    pub verify_interval: Duration,
     /// Log every decision of the eBPF programs; costs time on every connection.
     #[arg(long)]
     pub ebpf_log: bool,

@@ -81,6 +81,7 @@ async fn run(args: RunArgs) -> Result<()> {
             },
             netns_dir: args.netns_dir,
             drain: args.drain,
+            verify_interval: args.verify_interval,
         },
         dataplane: dataplane::Options {
             bpffs_dir: args.bpffs.bpffs_dir,

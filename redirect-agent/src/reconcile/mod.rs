@@ -38,7 +38,7 @@ use crate::{
 /// How often the wish for each pod is computed anew without anything having changed: overrides end
 /// by the clock.
 const TICK: Duration = Duration::from_secs(1);
-/// How often what is left of dead namespaces is swept.
+/// How often what is left of dead namespaces is swept at least.
 const SWEEP: Duration = Duration::from_secs(10);
 
 /// How to run on this node.
@@ -50,6 +50,8 @@ pub struct Settings {
     pub netns_dir: PathBuf,
     /// For how long a pod that leaves the mesh may finish its redirected connections.
     pub drain: Duration,
+    /// How often the kernel is compared with what should be there.
+    pub verify_interval: Duration,
 }
 
 impl Settings {
@@ -168,7 +170,7 @@ impl<S: Source> Reconciler<S> {
         let mut events = self.shared.zds.subscribe();
         let mut tick = interval(TICK);
         tick.set_missed_tick_behavior(MissedTickBehavior::Delay);
-        let mut sweep = interval(SWEEP);
+        let mut sweep = interval(SWEEP.min(self.shared.settings.verify_interval));
         sweep.set_missed_tick_behavior(MissedTickBehavior::Delay);
         loop {
             tokio::select! {

@@ -22,10 +22,8 @@ use crate::{
     zds::{AddOutcome, Workload},
 };
 
-/// How often a pod's network namespace is looked for where it should be.
+/// How often a pod's network namespace is looked for where it should be, at least.
 const LOOK: Duration = Duration::from_secs(5);
-/// How often the kernel is compared with what should be there.
-const VERIFY: Duration = Duration::from_secs(60);
 /// The first pause before a step that failed is tried again; it doubles each time, up to the
 /// longest.
 const RETRY_FIRST: Duration = Duration::from_millis(250);
@@ -142,7 +140,9 @@ impl<S: Source> PodTask<S> {
     /// Runs until the pod is gone and nothing of it is left, or the agent stops.
     pub(super) async fn run(mut self) {
         let mut retry = RETRY_FIRST;
-        let mut verify = Instant::now() + VERIFY;
+        let verify_interval = self.shared.settings.verify_interval;
+        let look = LOOK.min(verify_interval);
+        let mut verify = Instant::now() + verify_interval;
         loop {
             self.wanted.mark_unchanged();
             if self.settle_wish().is_none() {
@@ -153,9 +153,9 @@ impl<S: Source> PodTask<S> {
                 Ok(true) => {
                     retry = RETRY_FIRST;
                     self.problem = None;
-                    LOOK
+                    look
                 }
-                Ok(false) => LOOK,
+                Ok(false) => look,
                 Err(e) => {
                     let problem = format!("{e:#}");
                     if self.problem.as_ref() != Some(&problem) {
@@ -178,7 +178,7 @@ impl<S: Source> PodTask<S> {
                 Woken::Time => {
                     let due = Instant::now() >= verify;
                     if due {
-                        verify = Instant::now() + VERIFY;
+                        verify = Instant::now() + verify_interval;
                     }
                     if let Err(e) = self.verify(due).await {
                         self.problem = Some(format!("{e:#}"));
