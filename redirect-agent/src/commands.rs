@@ -195,7 +195,7 @@ async fn cleanup(args: &CleanupArgs) -> Result<()> {
                 print(format!("restored {}\n", path.display()).as_bytes())?;
             }
         }
-        dataplane.sweep(&[].into())?;
+        dataplane.sweep(&[].into(), &[].into())?;
         let left = dataplane.linked_pods()?;
         if !left.is_empty() {
             let inodes: Vec<String> = left.iter().map(ToString::to_string).collect();

@@ -81,20 +81,35 @@ impl PodLinks {
         is_attached(&self.tcx_pin(index), index)
     }
 
-    /// Whether what the links were attached to is gone.
+    /// Whether nothing is attached any more: that is so when the namespace is gone. An interface
+    /// may be gone alone, and one may have been moved to another namespace.
     pub(super) fn are_dead(&self) -> Result<bool> {
-        for pin in self.pins()? {
+        let lookup = self.lookup_pin();
+        let pins = self.pins()?;
+        for pin in if pins.contains(&lookup) { vec![lookup] } else { pins } {
             if let Some(link) = open(&pin)?
-                && view(&link)?.target == 0
+                && view(&link)?.target != 0
             {
-                return Ok(true);
+                return Ok(false);
             }
         }
-        Ok(false)
+        Ok(true)
+    }
+
+    /// Removes the links of interfaces that are gone.
+    pub(super) fn prune_tcx(&self) -> Result<()> {
+        for pin in self.pins()?.iter().filter(|pin| **pin != self.lookup_pin()) {
+            if let Some(link) = open(pin)?
+                && view(&link)?.target == 0
+            {
+                remove_if_there(pin)?;
+            }
+        }
+        Ok(())
     }
 
     /// Detaches everything.
-    pub(super) fn remove(&self) -> Result<()> {
+    pub(super) fn detach(&self) -> Result<()> {
         for pin in self.pins()? {
             if let Some(link) = open(&pin)?
                 && view(&link)?.target != 0
@@ -104,6 +119,11 @@ impl PodLinks {
             }
             remove_if_there(&pin)?;
         }
+        Ok(())
+    }
+
+    /// Removes the directory, which is empty by now: there is no such pod any more.
+    pub(super) fn remove_dir(&self) -> Result<()> {
         match fs::remove_dir(&self.dir) {
             Err(e) if e.kind() != io::ErrorKind::NotFound => {
                 Err(e).with_context(|| format!("remove {}", self.dir.display()))

@@ -271,7 +271,10 @@ impl Dataplane {
     pub fn prepare(&self, pod: &PodNetns, reason: u32) -> Result<()> {
         let mut locked = self.lock()?;
         let kernel = &mut *locked;
-        // First, so that the programs know the pod when they are attached.
+        // Before anything that has to be undone: by its directory a pod is found again.
+        let links = PodLinks::new(&self.dir, pod.id());
+        links.create_dir()?;
+        // Before the links, so that the programs know the pod when they are attached.
         let mut pods = kernel.pods()?;
         let (pod_id, mut old) = (pod.id(), pods.rows()?);
         old.retain(|row| row.pod_id == pod_id);
@@ -285,8 +288,6 @@ impl Dataplane {
         let saved = pod.netns.run(sysctl::read)??;
         kernel.save_sysctls(pod.id(), saved)?;
 
-        let links = PodLinks::new(&self.dir, pod.id());
-        links.create_dir()?;
         links.ensure_lookup(kernel.lookup()?, &pod.netns)?;
         pod.netns.run(|| {
             sysctl::set()?;
@@ -401,13 +402,15 @@ impl Dataplane {
             routing.delete_rule(Rule::Capture)?;
             routing.delete_rule(Rule::Keep)?;
             routing.delete_routes()?;
-            links.remove()?;
+            links.detach()?;
             match saved {
                 Some(saved) => sysctl::restore(&saved),
                 None => Ok(()),
             }
         })??;
-        kernel.delete_state(pod.id())
+        kernel.delete_state(pod.id())?;
+        // Last, so that a pod that was left half-way is found again.
+        links.remove_dir()
     }
 
     /// Drops what the maps and bpffs hold for a pod whose namespace is gone.
@@ -416,16 +419,7 @@ impl Dataplane {
     ///
     /// When a system call fails.
     pub fn forget(&self, pod_id: PodId) -> Result<()> {
-        let mut locked = self.lock()?;
-        let kernel = &mut *locked;
-        PodLinks::new(&self.dir, pod_id).remove()?;
-        let mut pods = kernel.pods()?;
-        for row in pods.rows()? {
-            if row.pod_id == pod_id {
-                pods.delete(row.address)?;
-            }
-        }
-        kernel.delete_state(pod_id)
+        self.lock()?.forget(&PodLinks::new(&self.dir, pod_id), pod_id)
     }
 
     /// What the kernel has for an enrolled pod, and what it lacks.
@@ -482,17 +476,24 @@ impl Dataplane {
         Ok(found.any_row || found.any_rule)
     }
 
-    /// Drops what the maps and bpffs hold for namespaces that are dead, and the rows of addresses
-    /// that are neither `known` nor of a pod with links.
+    /// Drops what the maps and bpffs hold for namespaces that are dead, the pins of interfaces that
+    /// are gone, and the rows of addresses that are neither `known` nor of a pod with links. A link
+    /// that somebody has detached looks as if its namespace were dead: those that are known to be
+    /// `alive` have to be named.
     ///
     /// # Errors
     ///
     /// When a system call fails.
-    pub fn sweep(&self, known: &BTreeSet<IpAddr>) -> Result<()> {
+    pub fn sweep(&self, known: &BTreeSet<IpAddr>, alive: &BTreeSet<PodId>) -> Result<()> {
         for pod_id in self.linked_pods()? {
-            if PodLinks::new(&self.dir, pod_id).are_dead()? {
+            // One lock, lest a new namespace of that number is set up in between.
+            let mut locked = self.lock()?;
+            let links = PodLinks::new(&self.dir, pod_id);
+            if alive.contains(&pod_id) {
+                links.prune_tcx()?;
+            } else if links.are_dead()? {
                 debug!("network namespace {pod_id} is dead");
-                self.forget(pod_id)?;
+                locked.forget(&links, pod_id)?;
             }
         }
         let linked = self.linked_pods()?;
@@ -770,6 +771,19 @@ impl Kernel {
             pods.put(Row { address, pod_id: pod.id(), enrolled, capture, reason })?;
         }
         Ok(())
+    }
+
+    /// Drops all that is kept for a pod.
+    fn forget(&mut self, links: &PodLinks, pod_id: PodId) -> Result<()> {
+        links.detach()?;
+        let mut pods = self.pods()?;
+        for row in pods.rows()? {
+            if row.pod_id == pod_id {
+                pods.delete(row.address)?;
+            }
+        }
+        self.delete_state(pod_id)?;
+        links.remove_dir()
     }
 
     /// Deletes what is kept for a pod besides its rows of `pods`.

@@ -28,7 +28,7 @@ use self::{plan::Standing, pod::PodTask};
 use crate::{
     dataplane::{Dataplane, PodNetns},
     membership::{self, Decision, Pod, PodKey, decide},
-    netns,
+    netns::{self, Netns},
     output::{KernelStatus, OverrideStatus, PodState, PodStatus},
     overrides::{Overrides, Store},
     source::{Inventory, Source},
@@ -257,8 +257,16 @@ impl<S: Source> Reconciler<S> {
     /// Sweeps what is left of namespaces that are dead, and rows of addresses that nobody has.
     async fn sweep(&self) {
         let dataplane = Arc::clone(&self.shared.dataplane);
+        let netns_dir = self.shared.settings.netns_dir.clone();
         let known = self.known_addresses();
-        let swept = spawn_blocking(move || dataplane.sweep(&known)).await;
+        let held: Vec<Arc<PodNetns>> =
+            self.shared.views().values().filter_map(|view| view.netns.clone()).collect();
+        let swept = spawn_blocking(move || {
+            let found = netns::in_dir(&netns_dir)?;
+            let alive = held.iter().map(|pod| &pod.netns).chain(&found).map(Netns::inode).collect();
+            dataplane.sweep(&known, &alive)
+        })
+        .await;
         if let Err(e) = swept.map_err(Into::into).flatten() {
             warn!("cannot sweep what is left of dead network namespaces: {e:#}");
         }
