@@ -1,6 +1,7 @@
 //! Fixtures for the tests and the demo.
 
 pub mod app;
+pub mod footprint;
 pub mod hbone;
 pub mod netns;
 pub mod plain_proxy;

@@ -1,15 +1,14 @@
 //! Entering and leaving the mesh under live connections.
 
-use std::collections::BTreeMap;
 use std::net::SocketAddr;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::thread;
 use std::time::Duration;
 
 use anyhow::{Context as _, Result, anyhow};
-use aya::programs::{SchedClassifier, TcAttachType};
 use redirect_tests::app::{Call, Conversation};
 use redirect_tests::both_families;
+use redirect_tests::footprint::{assert_unchanged, footprint, programs};
 use redirect_tests::netns::Family;
 use redirect_tests::plain_proxy::{PlainProxy, Via};
 use redirect_tests::process::{Attached, wait_for};
@@ -133,11 +132,11 @@ fn attaching_twice_is_harmless(family: Family) -> Result<()> {
     let proxy = PlainProxy::start(&client.netns)?;
     let attached = Attached::new(topology, client)?;
     let mut captured = Call::to(to).open(&client.netns)?;
-    let before = footprint(client)?;
+    let before = footprint(&client.netns)?;
 
     attached.again()?;
 
-    assert_same_footprint(&footprint(client)?, &before);
+    assert_unchanged(&client.netns, &before)?;
     captured.exchange(b"still there?").context("talk on the captured connection")?;
     let new = Call::to(to).open(&client.netns)?;
     assert_eq!(new.answer().by, "server");
@@ -151,21 +150,21 @@ fn detaching_restores_everything(family: Family) -> Result<()> {
     // Not the kernel's default: it has to come back.
     server.netns.set_sysctl("net/ipv4/fwmark_reflect", "1")?;
     client.netns.set_sysctl("net/ipv4/tcp_fwmark_accept", "0")?;
-    let before = [footprint(client)?, footprint(server)?];
+    let before = [footprint(&client.netns)?, footprint(&server.netns)?];
     let proxies = (PlainProxy::start(&client.netns)?, PlainProxy::start(&server.netns)?);
     let (clients, servers) = (Attached::new(topology, client)?, Attached::new(topology, server)?);
     let mut redirected = Call::to(to).open(&client.netns)?;
     redirected.exchange(b"hello")?;
     assert_relayed(&proxies.0, Via::Outbound, &redirected, to)?;
-    assert_ne!(footprint(client)?, before[0]);
-    assert_ne!(footprint(server)?, before[1]);
+    assert_ne!(footprint(&client.netns)?, before[0]);
+    assert_ne!(footprint(&server.netns)?, before[1]);
     drop(redirected);
 
     clients.detach()?;
     servers.detach()?;
 
-    assert_same_footprint(&footprint(client)?, &before[0]);
-    assert_same_footprint(&footprint(server)?, &before[1]);
+    assert_unchanged(&client.netns, &before[0])?;
+    assert_unchanged(&server.netns, &before[1])?;
     // The proxies are still there, and get nothing.
     let handed = (proxies.0.relayed().len(), proxies.1.relayed().len());
     assert_direct(client, to, "server")?;
@@ -173,62 +172,7 @@ fn detaching_restores_everything(family: Family) -> Result<()> {
     assert_direct(client, SocketAddr::new(family.localhost(), PORT), "client")?;
     assert_eq!((proxies.0.relayed().len(), proxies.1.relayed().len()), handed);
     wait_for("the programs to be gone", Duration::from_secs(5), || {
-        Ok((programs(client)? + programs(server)? == 0).then_some(()))
-    })
-}
-
-/// All that enrolment may leave in a pod's network namespace: lines, and how often each is there.
-fn footprint(pod: &Pod) -> Result<BTreeMap<String, usize>> {
-    let mut footprint = Vec::new();
-    for family in ["-4", "-6"] {
-        for what in [&["rule", "show"][..], &["route", "show", "table", "all"]] {
-            let output = pod.netns.output("ip", &[&[family], what].concat())?;
-            footprint.extend(output.lines().map(|line| format!("{family}: {line}")));
-        }
-    }
-    let links = pod.netns.output("ip", &["-details", "-oneline", "link", "show"])?;
-    footprint.extend(links.lines().map(str::to_owned));
-    for sysctl in [
-        "net/ipv4/tcp_fwmark_accept",
-        "net/ipv4/fwmark_reflect",
-        "net/ipv6/fwmark_reflect",
-        "net/ipv4/conf/all/src_valid_mark",
-        "net/ipv4/conf/all/rp_filter",
-        "net/ipv4/conf/eth0/rp_filter",
-        "net/ipv4/conf/lo/rp_filter",
-        "net/ipv4/conf/all/accept_local",
-        "net/ipv4/conf/all/route_localnet",
-        "net/ipv4/ip_forward",
-    ] {
-        footprint.push(format!("{sysctl} = {}", pod.netns.sysctl(sysctl)?));
-    }
-    footprint.push(format!("{} programs", programs(pod)?));
-    let mut counted = BTreeMap::new();
-    for line in footprint {
-        *counted.entry(format!("{pod}: {line}")).or_default() += 1;
-    }
-    Ok(counted)
-}
-
-fn assert_same_footprint(now: &BTreeMap<String, usize>, before: &BTreeMap<String, usize>) {
-    let missing = |a: &BTreeMap<String, usize>, b: &BTreeMap<String, usize>| -> Vec<String> {
-        a.iter().filter(|(line, n)| b.get(*line) != Some(n)).map(|(line, _)| line.clone()).collect()
-    };
-    let (new, gone) = (missing(now, before), missing(before, now));
-    assert!(new.is_empty() && gone.is_empty(), "new: {new:#?}, gone: {gone:#?}");
-}
-
-/// How many tcx programs are attached in a pod's network namespace.
-fn programs(pod: &Pod) -> Result<usize> {
-    pod.netns.run(|| {
-        let mut programs = 0;
-        for interface in ["lo", "eth0"] {
-            for hook in [TcAttachType::Ingress, TcAttachType::Egress] {
-                let (_, attached) = SchedClassifier::query_tcx(interface, hook)
-                    .with_context(|| format!("ask for the programs on {interface}"))?;
-                programs += attached.len();
-            }
-        }
-        Ok(programs)
+        let left = [programs(&client.netns)?, programs(&server.netns)?].concat();
+        Ok(left.is_empty().then_some(()))
     })
 }

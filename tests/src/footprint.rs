@@ -1,0 +1,106 @@
+//! What enrolment leaves in a pod's network namespace, to show that a pod that bypasses has none of
+//! it.
+
+use std::collections::BTreeMap;
+use std::fs;
+use std::process::Command;
+
+use anyhow::{Context as _, Result, ensure};
+use aya::programs::{SchedClassifier, TcAttachType};
+use serde_json::Value;
+
+use crate::netns::Netns;
+use crate::process::succeed;
+
+/// The sysctls that redirections of one kind or another are known to change.
+const SYSCTLS: [&str; 10] = [
+    "net/ipv4/tcp_fwmark_accept",
+    "net/ipv4/fwmark_reflect",
+    "net/ipv6/fwmark_reflect",
+    "net/ipv4/conf/all/src_valid_mark",
+    "net/ipv4/conf/all/rp_filter",
+    "net/ipv4/conf/eth0/rp_filter",
+    "net/ipv4/conf/lo/rp_filter",
+    "net/ipv4/conf/all/accept_local",
+    "net/ipv4/conf/all/route_localnet",
+    "net/ipv4/ip_forward",
+];
+
+/// All that enrolment may leave in a pod's network namespace: rules, routes, interfaces, sysctls and
+/// programs, in lines, and how often each is there.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Footprint(BTreeMap<String, usize>);
+
+/// Takes down what is there now.
+pub fn footprint(netns: &Netns) -> Result<Footprint> {
+    let mut lines = Vec::new();
+    for family in ["-4", "-6"] {
+        for what in [&["rule", "show"][..], &["route", "show", "table", "all"]] {
+            let output = netns.output("ip", &[&[family], what].concat())?;
+            lines.extend(output.lines().map(|line| format!("{family}: {line}")));
+        }
+    }
+    let links = netns.output("ip", &["-details", "-oneline", "link", "show"])?;
+    lines.extend(links.lines().map(str::to_owned));
+    for sysctl in SYSCTLS {
+        lines.push(format!("{sysctl} = {}", netns.sysctl(sysctl)?));
+    }
+    lines.extend(programs(netns)?);
+    let mut footprint = BTreeMap::new();
+    for line in lines {
+        *footprint.entry(line).or_default() += 1;
+    }
+    Ok(Footprint(footprint))
+}
+
+impl Footprint {
+    /// What is there and was not before, and what was there before and is not; empty if nothing has
+    /// changed.
+    pub fn changes_since(&self, before: &Self) -> Vec<String> {
+        let lacking = |sign: &str, a: &Self, b: &Self| -> Vec<String> {
+            let lines = a.0.iter().filter(|(line, n)| b.0.get(*line) != Some(n));
+            lines.map(|(line, _)| format!("{sign} {line}")).collect()
+        };
+        [lacking("+", self, before), lacking("-", before, self)].concat()
+    }
+}
+
+/// Checks that a network namespace is as it was.
+pub fn assert_unchanged(netns: &Netns, before: &Footprint) -> Result<()> {
+    let changes = footprint(netns)?.changes_since(before);
+    ensure!(changes.is_empty(), "{} has changed: {changes:#?}", netns.path().display());
+    Ok(())
+}
+
+/// The BPF programs attached in a network namespace: to its interfaces, and to the namespace itself.
+pub fn programs(netns: &Netns) -> Result<Vec<String>> {
+    let mut programs = Vec::new();
+    netns.run(|| {
+        for interface in interfaces()? {
+            for hook in [TcAttachType::Ingress, TcAttachType::Egress] {
+                let (_, attached) = SchedClassifier::query_tcx(interface.as_str(), hook)
+                    .with_context(|| format!("ask for the programs on {interface}"))?;
+                let names = attached.iter().map(|program| program.name_as_str().unwrap_or("?"));
+                programs.extend(names.map(|name| format!("{name} at {hook:?} of {interface}")));
+            }
+        }
+        Ok(())
+    })?;
+    let output = succeed(Command::new("bpftool").args(["-j", "link", "show"]))?;
+    let links: Value = serde_json::from_slice(&output.stdout).context("read bpftool's output")?;
+    let inode = netns.inode()?;
+    for link in links.as_array().into_iter().flatten() {
+        if link["netns_ino"].as_u64() == Some(inode) {
+            programs.push(format!("{} on the namespace", link["attach_type"]));
+        }
+    }
+    Ok(programs)
+}
+
+/// The interfaces of the namespace that the calling thread is in.
+fn interfaces() -> Result<Vec<String>> {
+    let table = fs::read_to_string("/proc/thread-self/net/dev").context("list interfaces")?;
+    // Two lines of headings.
+    let names = table.lines().skip(2).filter_map(|line| line.split_once(':'));
+    Ok(names.map(|(name, _)| name.trim().to_owned()).collect())
+}

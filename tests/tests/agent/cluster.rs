@@ -1,0 +1,481 @@
+//! A node with a real agent and a stand-in proxy, pods on it, and a node without either.
+
+use std::fs;
+use std::net::{Ipv6Addr, SocketAddr};
+use std::path::{Path, PathBuf};
+use std::process::Command;
+use std::time::Duration;
+
+use anyhow::{Context as _, Result, bail, ensure};
+use redirect_agent::output::{PodState, PodStatus, Status};
+use redirect_tests::app::{App, Behaviour, Call, Conversation};
+use redirect_tests::hbone::{Direction, Record, read_log};
+use redirect_tests::netns::Family;
+use redirect_tests::process::{Process, binary, succeed, wait_for};
+use redirect_tests::topology::{Pod, Style, Topology};
+use serde_json::{Value, json};
+
+/// The port that the applications listen on.
+pub const PORT: u16 = 8080;
+/// By when something that takes a moment has happened, on a busy machine.
+pub const SOON: Duration = Duration::from_secs(20);
+
+/// A node with an agent and a proxy, and a pod on it; and a pod on a node that has neither.
+pub struct Cluster {
+    // Dropped in this order: processes, pods, and the network that they are in.
+    pub node: Node,
+    /// On the node.
+    pub server: Pod,
+    /// On the other node.
+    pub client: Pod,
+    pub topology: Topology,
+}
+
+impl Cluster {
+    /// The agent and the proxy run; no pod has a label.
+    pub fn start() -> Result<Self> {
+        Self::with_flags(&[])
+    }
+
+    /// The same, with these flags for the agent.
+    pub fn with_flags(flags: &[&str]) -> Result<Self> {
+        let mut cluster = Self::without_agent(flags)?;
+        cluster.node.start_agent()?;
+        cluster.node.start_proxy()?;
+        Ok(cluster)
+    }
+
+    /// Neither runs.
+    pub fn without_agent(flags: &[&str]) -> Result<Self> {
+        let mut topology = Topology::new(&[Style::Routed, Style::Bridged])?;
+        let server = topology.add_pod(0, "shop", "server")?;
+        let client = topology.add_pod(1, "shop", "client")?;
+        let node = Node::new(&topology, 0, flags)?;
+        node.write(&Manifest::of(&server))?;
+        node.write(&Manifest::of(&client))?;
+        Ok(Self { node, server, client, topology })
+    }
+
+    /// The same as [`Self::start`], and the pod on the node is in the mesh.
+    pub fn enrolled(flags: &[&str]) -> Result<Self> {
+        let cluster = Self::with_flags(flags)?;
+        cluster.node.enrol(&cluster.server)?;
+        Ok(cluster)
+    }
+
+    /// Checks who answers to new connections from and to the server, and that they saw the caller,
+    /// by way of the proxy.
+    pub fn assert_redirected(&self, family: Family) -> Result<()> {
+        self.node.assert_outbound(&self.server, &self.client, family)?;
+        self.node.assert_inbound(&self.client, &self.server, family)
+    }
+
+    /// The same, past the proxy.
+    pub fn assert_direct(&self, family: Family) -> Result<()> {
+        self.node.assert_direct(&self.server, &self.client, family)?;
+        self.node.assert_direct(&self.client, &self.server, family)
+    }
+}
+
+/// An application that says the pod's name and echoes, in both families.
+pub fn echo(pod: &Pod) -> Result<App> {
+    let any = SocketAddr::new(Ipv6Addr::UNSPECIFIED.into(), PORT);
+    App::start(&pod.netns, &pod.name, any, Behaviour::Echo)
+}
+
+/// The one agent of a node, its proxies, and all that they need.
+pub struct Node {
+    agent: Option<Process>,
+    proxies: Vec<Process>,
+    name: String,
+    dir: PathBuf,
+    manifests: PathBuf,
+    netns_dir: PathBuf,
+    bpffs: PathBuf,
+    flags: Vec<String>,
+    /// How many processes were started: each has a log of its own.
+    started: usize,
+}
+
+impl Node {
+    /// Starts nothing. The nodes of one topology share its manifests, as they do in a cluster.
+    pub fn new(topology: &Topology, number: usize, flags: &[&str]) -> Result<Self> {
+        let name = format!("node{number}");
+        Ok(Self {
+            agent: None,
+            proxies: Vec::new(),
+            dir: topology.dir().subdir(&format!("on-{name}"))?,
+            manifests: topology.dir().subdir("manifests")?,
+            netns_dir: topology.netns_dir(),
+            bpffs: topology.bpffs().join(&name),
+            flags: flags.iter().map(|&flag| flag.to_owned()).collect(),
+            started: 0,
+            name,
+        })
+    }
+
+    /// Starts the agent and waits until it answers.
+    pub fn start_agent(&mut self) -> Result<()> {
+        let agent = self.spawn_agent()?;
+        self.agent = Some(agent);
+        wait_for("the agent to answer", SOON, || match self.status() {
+            Ok(_) => Ok(Some(())),
+            Err(_) => {
+                let agent = self.agent.as_mut().context("no agent")?;
+                ensure!(agent.is_running()?, "the agent has ended:\n{}", agent.log()?);
+                Ok(None)
+            }
+        })
+    }
+
+    /// Starts the agent and does not wait.
+    pub fn spawn_agent(&mut self) -> Result<Process> {
+        let mut command = self.command("run")?;
+        command
+            .env("RUST_LOG", "debug,h2=warn")
+            .arg(format!("--source=dir:{}", self.manifests.display()))
+            .args(["--node-name", &self.name])
+            .arg("--netns-dir")
+            .arg(&self.netns_dir)
+            .arg("--bpffs-dir")
+            .arg(&self.bpffs)
+            .arg("--state-dir")
+            .arg(self.state_dir())
+            .arg("--zds-socket")
+            .arg(self.zds_socket())
+            .args(["--excluded-namespaces", "kube-system,excluded"])
+            .args(&self.flags);
+        let log = self.next_log("agent");
+        Process::spawn(&format!("agent of {}", self.name), &mut command, log)
+    }
+
+    /// Starts a proxy and waits until it has taken over what the agent knows.
+    pub fn start_proxy(&mut self) -> Result<()> {
+        let log = self.next_log("proxy");
+        let mut command = Command::new(binary("standin-proxy")?);
+        command
+            .env("RUST_LOG", "info,h2=warn")
+            .args(["run", "--node", &self.name])
+            .arg("--zds-socket")
+            .arg(self.zds_socket())
+            .arg("--ca-dir")
+            .arg(self.manifests.join("../ca"))
+            .arg("--manifests")
+            .arg(&self.manifests)
+            .arg("--log-json")
+            .arg(log.with_extension("json"));
+        let mut proxy = Process::spawn(&format!("proxy of {}", self.name), &mut command, log)?;
+        proxy.wait_for_log("snapshot complete", SOON)?;
+        self.proxies.push(proxy);
+        Ok(())
+    }
+
+    fn next_log(&mut self, what: &str) -> PathBuf {
+        self.started += 1;
+        self.dir.join(format!("{what}-{}.log", self.started))
+    }
+
+    /// Kills the agent as a crash would.
+    pub fn kill_agent(&mut self) -> Result<()> {
+        self.agent.take().context("no agent runs")?.kill()
+    }
+
+    /// Stops the agent as its supervisor would.
+    pub fn stop_agent(&mut self) -> Result<()> {
+        let status = self.agent.take().context("no agent runs")?.terminate(SOON)?;
+        ensure!(status.success(), "the agent ended with {status}");
+        Ok(())
+    }
+
+    /// The oldest running proxy, which is not looked after any more.
+    pub fn take_proxy(&mut self) -> Result<Process> {
+        ensure!(!self.proxies.is_empty(), "no proxy runs");
+        Ok(self.proxies.remove(0))
+    }
+
+    /// Kills the proxy as a crash would.
+    pub fn kill_proxy(&mut self) -> Result<()> {
+        self.take_proxy()?.kill()
+    }
+
+    /// A command of the agent's program that goes to the agent of this node.
+    pub fn command(&self, verb: &str) -> Result<Command> {
+        let mut command = Command::new(binary("redirect-agent")?);
+        command.arg(verb).arg("--control-socket").arg(self.control_socket());
+        Ok(command)
+    }
+
+    /// Runs such a command, and gives what it prints.
+    pub fn tell(&self, verb: &str, args: &[&str]) -> Result<String> {
+        let output = succeed(self.command(verb)?.args(args))?;
+        String::from_utf8(output.stdout).context("read what the command prints")
+    }
+
+    /// `cleanup`, which may fail: whether it succeeded, and what it said.
+    pub fn cleanup(&self) -> Result<(bool, String)> {
+        let output = self
+            .command("cleanup")?
+            .arg("--netns-dir")
+            .arg(&self.netns_dir)
+            .arg("--state-dir")
+            .arg(self.state_dir())
+            .arg("--bpffs-dir")
+            .arg(&self.bpffs)
+            .output()
+            .context("run cleanup")?;
+        let said = [output.stdout, output.stderr].concat();
+        Ok((output.status.success(), String::from_utf8_lossy(&said).into_owned()))
+    }
+
+    /// What `status` says.
+    pub fn status(&self) -> Result<Status> {
+        let json = self.tell("status", &["-o", "json"])?;
+        serde_json::from_str(&json).context("read status")
+    }
+
+    /// What `status` says of a pod.
+    pub fn pod(&self, pod: &Pod) -> Result<Option<PodStatus>> {
+        let pods = self.status()?.pods;
+        Ok(pods.into_iter().find(|p| p.namespace == pod.namespace && p.name == pod.name))
+    }
+
+    /// Waits until `status` says something of a pod, and gives it.
+    pub fn wait_for_pod(
+        &self,
+        what: &str,
+        pod: &Pod,
+        is: impl Fn(&PodStatus) -> bool,
+    ) -> Result<PodStatus> {
+        let waited = wait_for(&format!("{pod} {what}"), SOON, || Ok(self.pod(pod)?.filter(&is)));
+        waited.with_context(|| format!("status: {:#?}", self.status()))
+    }
+
+    /// Waits until a pod is there.
+    pub fn wait_for_state(&self, pod: &Pod, state: PodState) -> Result<PodStatus> {
+        self.wait_for_pod(&format!("to be {}", state.as_str()), pod, |p| p.state == state)
+    }
+
+    /// Labels a pod, and waits until it is in the mesh and its peers know.
+    pub fn enrol(&self, pod: &Pod) -> Result<()> {
+        self.write(&Manifest::of(pod).mode("ambient"))?;
+        self.wait_until_enrolled(pod)
+    }
+
+    /// Waits until a pod is in the mesh, its peers know, and nothing is missing.
+    pub fn wait_until_enrolled(&self, pod: &Pod) -> Result<()> {
+        self.wait_for_pod("to be enrolled", pod, |p| {
+            p.state == PodState::Enrolled && p.kernel.as_ref().is_some_and(|k| k.complete)
+        })?;
+        wait_for(&format!("{pod} to be published"), SOON, || {
+            Ok(self.is_published(pod).then_some(()))
+        })
+    }
+
+    /// Whether the pod's peers are told to speak HBONE to it.
+    pub fn is_published(&self, pod: &Pod) -> bool {
+        let name = format!("{}_{}.json", pod.namespace, pod.name);
+        fs::read_to_string(self.manifests.join(".status").join(name))
+            .is_ok_and(|patch| patch.contains("\"enabled\""))
+    }
+
+    /// Writes a manifest, in place, as an editor that is not careful does.
+    pub fn write(&self, manifest: &Manifest) -> Result<()> {
+        let file = self.manifests.join(&manifest.file);
+        fs::write(&file, manifest.object.to_string())
+            .with_context(|| format!("write {}", file.display()))
+    }
+
+    /// Removes a manifest.
+    pub fn remove(&self, manifest: &Manifest) -> Result<()> {
+        fs::remove_file(self.manifests.join(&manifest.file)).context("remove a manifest")
+    }
+
+    /// What the proxies have seen, oldest first.
+    pub fn records(&self) -> Result<Vec<Record>> {
+        let mut records = Vec::new();
+        for log in self.logs_of_proxies() {
+            records.extend(read_log(&log)?);
+        }
+        Ok(records)
+    }
+
+    /// What the proxies have seen of the connection that a client opened at `src`: a proxy has
+    /// written it down before the client gets its first byte.
+    pub fn record_of(&self, src: SocketAddr) -> Result<Vec<Record>> {
+        let needle = format!("\"src\":\"{src}\"");
+        let mut records = Vec::new();
+        for log in self.logs_of_proxies() {
+            let Ok(text) = fs::read_to_string(&log) else { continue };
+            for line in text.lines().filter(|line| line.contains(&needle)) {
+                records.push(serde_json::from_str(line).context("read an access log")?);
+            }
+        }
+        Ok(records)
+    }
+
+    fn logs_of_proxies(&self) -> impl Iterator<Item = PathBuf> {
+        (1..=self.started).map(|n| self.dir.join(format!("proxy-{n}.json")))
+    }
+
+    /// Checks that a new call of an enrolled pod is answered by `to` by way of the proxy.
+    pub fn assert_outbound(&self, from: &Pod, to: &Pod, family: Family) -> Result<()> {
+        self.assert_by_proxy(from, to, family, (from, Direction::Outbound))
+    }
+
+    /// Checks that a new plaintext call to an enrolled pod is answered by it by way of the proxy.
+    pub fn assert_inbound(&self, from: &Pod, to: &Pod, family: Family) -> Result<()> {
+        self.assert_by_proxy(from, to, family, (to, Direction::InboundPlaintext))
+    }
+
+    fn assert_by_proxy(
+        &self,
+        from: &Pod,
+        to: &Pod,
+        family: Family,
+        (pod, direction): (&Pod, Direction),
+    ) -> Result<()> {
+        let conversation = converse(from, to, family)?;
+        let (src, dst) = (conversation.local_addr()?, to.addr(family, PORT));
+        let records = self.record_of(src)?;
+        let expected = |r: &Record| {
+            r.pod == pod.to_string() && r.direction == direction && r.src == src && r.dst == dst
+        };
+        ensure!(
+            records.iter().any(expected),
+            "no {direction:?} connection of {pod} from {src} to {dst} was seen, but {records:?}; \
+             the app saw {:?}",
+            conversation.answer()
+        );
+        Ok(())
+    }
+
+    /// Checks that a new call is answered by `to` directly: it saw the caller's very address and
+    /// port.
+    pub fn assert_direct(&self, from: &Pod, to: &Pod, family: Family) -> Result<()> {
+        let conversation = converse(from, to, family)?;
+        let src = conversation.local_addr()?;
+        ensure!(
+            conversation.answer().saw_peer == src,
+            "{to} saw {} and not {src}",
+            conversation.answer().saw_peer
+        );
+        let records = self.record_of(src)?;
+        ensure!(records.is_empty(), "the proxy has seen {records:?}");
+        Ok(())
+    }
+
+    /// Where the pins of a pod's links are.
+    pub fn links(&self, pod: &Pod) -> Result<PathBuf> {
+        Ok(self.bpffs.join("links").join(pod.netns.inode()?.to_string()))
+    }
+
+    pub fn bpffs(&self) -> &Path {
+        &self.bpffs
+    }
+
+    pub fn manifests(&self) -> &Path {
+        &self.manifests
+    }
+
+    pub fn netns_dir(&self) -> &Path {
+        &self.netns_dir
+    }
+
+    pub fn state_dir(&self) -> PathBuf {
+        self.dir.join("state")
+    }
+
+    pub fn zds_socket(&self) -> PathBuf {
+        self.dir.join("run/zds.sock")
+    }
+
+    fn control_socket(&self) -> PathBuf {
+        self.dir.join("control/control.sock")
+    }
+}
+
+/// Opens a connection to a pod's application, and checks who answers and whom they see.
+pub fn converse(from: &Pod, to: &Pod, family: Family) -> Result<Conversation> {
+    let addr = to.addr(family, PORT);
+    let conversation = Call::to(addr).open(&from.netns)?;
+    let answer = conversation.answer();
+    if answer.by != to.name || answer.saw_peer.ip() != from.ip(family) || answer.saw_local != addr {
+        bail!("{from} called {to} at {addr}, and got {answer:?}");
+    }
+    Ok(conversation)
+}
+
+/// The links of a pod by the names of their pins: each with its id and its program's.
+pub fn links(dir: &Path) -> Result<Vec<(String, u64, u64)>> {
+    let mut links = Vec::new();
+    for pin in fs::read_dir(dir).with_context(|| format!("list {}", dir.display()))? {
+        let pin = pin?;
+        let mut command = Command::new("bpftool");
+        let output = succeed(command.args(["-j", "link", "show", "pinned"]).arg(pin.path()))?;
+        let link: Value =
+            serde_json::from_slice(&output.stdout).context("read bpftool's output")?;
+        let number = |key: &str| link[key].as_u64().with_context(|| format!("no {key}: {link}"));
+        links.push((
+            pin.file_name().to_string_lossy().into_owned(),
+            number("id")?,
+            number("prog_id")?,
+        ));
+    }
+    links.sort();
+    Ok(links)
+}
+
+/// A manifest and the name of its file.
+#[derive(Clone, Debug)]
+pub struct Manifest {
+    file: String,
+    object: Value,
+}
+
+impl Manifest {
+    /// A pod as Kubernetes would show it. Its uid is made of its name.
+    pub fn of(pod: &Pod) -> Self {
+        let object = json!({
+            "apiVersion": "v1",
+            "kind": "Pod",
+            "metadata": {
+                "name": pod.name,
+                "namespace": pod.namespace,
+                "uid": format!("uid-of-{}-{}", pod.namespace, pod.name),
+                "labels": {"app": pod.name},
+                "annotations": {},
+            },
+            "spec": {"nodeName": format!("node{}", pod.node), "serviceAccountName": pod.name},
+            "status": {"phase": "Running", "podIPs": [{"ip": pod.v4}, {"ip": pod.v6}]},
+        });
+        Self { file: format!("{}_{}.json", pod.namespace, pod.name), object }
+    }
+
+    /// A namespace.
+    pub fn of_namespace(name: &str) -> Self {
+        let object = json!({
+            "apiVersion": "v1",
+            "kind": "Namespace",
+            "metadata": {"name": name, "labels": {}},
+        });
+        Self { file: format!("{name}.yaml"), object }
+    }
+
+    /// With this value of the label `istio.io/dataplane-mode`.
+    pub fn mode(self, mode: &str) -> Self {
+        self.with("/metadata/labels", "istio.io/dataplane-mode", json!(mode))
+    }
+
+    /// With another uid.
+    pub fn uid(self, uid: &str) -> Self {
+        self.with("/metadata", "uid", json!(uid))
+    }
+
+    /// With this field of the object at `path`.
+    pub fn with(mut self, path: &str, field: &str, value: Value) -> Self {
+        if let Some(parent) = self.object.pointer_mut(path) {
+            parent[field] = value;
+        }
+        self
+    }
+}

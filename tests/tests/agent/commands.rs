@@ -1,0 +1,114 @@
+//! The commands that do without an agent: `cleanup`, `attach` and `detach`.
+
+use std::path::Path;
+
+use anyhow::{Context as _, Result, ensure};
+use redirect_tests::both_families;
+use redirect_tests::footprint::{assert_unchanged, footprint, programs};
+use redirect_tests::netns::Family;
+use redirect_tests::plain_proxy::{PlainProxy, Via};
+use redirect_tests::process::binary;
+
+use crate::cluster::{Cluster, converse, echo};
+
+both_families! {
+    cleanup_waits_for_the_agents_end_and_then_puts_everything_back,
+    namespace_attaches_itself_and_detaches_itself,
+}
+
+fn cleanup_waits_for_the_agents_end_and_then_puts_everything_back(family: Family) -> Result<()> {
+    let mut cluster = Cluster::without_agent(&[])?;
+    let second = cluster.topology.add_pod(0, "shop", "second")?;
+    let Cluster { node, server, client, .. } = &mut cluster;
+    let _apps = (echo(server)?, echo(client)?, echo(&second)?);
+    // Not the kernel's defaults: they have to come back.
+    server.netns.set_sysctl("net/ipv4/fwmark_reflect", "1")?;
+    second.netns.set_sysctl("net/ipv4/conf/all/src_valid_mark", "1")?;
+    let before = (footprint(&server.netns)?, footprint(&second.netns)?);
+    node.start_agent()?;
+    node.start_proxy()?;
+    for pod in [&*server, &second] {
+        node.enrol(pod)?;
+        node.tell("enroll", &[&pod.to_string()])?;
+        node.assert_inbound(client, pod, family)?;
+    }
+    assert_ne!((footprint(&server.netns)?, footprint(&second.netns)?), before);
+
+    let (done, said) = node.cleanup()?;
+    assert!(!done && said.contains("an agent runs on this node"), "{said}");
+    for pod in [&*server, &second] {
+        node.assert_inbound(client, pod, family)?;
+        node.assert_outbound(pod, client, family)?;
+    }
+
+    node.stop_agent()?;
+    let (done, said) = node.cleanup()?;
+    assert!(done, "{said}");
+    for pod in [&*server, &second] {
+        assert!(said.contains(&format!("restored {}", pod.netns_path().display())), "{said}");
+        node.assert_direct(client, pod, family)?;
+        node.assert_direct(pod, client, family)?;
+    }
+    assert_unchanged(&server.netns, &before.0)?;
+    assert_unchanged(&second.netns, &before.1)?;
+    assert!(!node.bpffs().exists(), "{} is left", node.bpffs().display());
+    assert!(!node.state_dir().exists(), "{} is left", node.state_dir().display());
+
+    for _ in 0..2 {
+        let (done, said) = node.cleanup()?;
+        assert!(done && said.contains("nothing of redirect-agent is left"), "{said}");
+    }
+    // And all over again: nothing stands in the way of another agent.
+    node.start_agent()?;
+    for pod in [&*server, &second] {
+        node.wait_until_enrolled(pod)?;
+        node.assert_inbound(client, pod, family)?;
+    }
+    Ok(())
+}
+
+/// From inside the namespace, as an init container would, and each time twice.
+fn namespace_attaches_itself_and_detaches_itself(family: Family) -> Result<()> {
+    let Cluster { node, server, client, .. } = &Cluster::without_agent(&[])?;
+    let _apps = (echo(server)?, echo(client)?);
+    let before = footprint(&server.netns)?;
+    let proxy = PlainProxy::start(&server.netns)?;
+    let agent = binary("redirect-agent")?;
+    let agent = agent.to_str().context("use the agent's path")?;
+    let bpffs = node.bpffs().to_str().context("use the bpffs directory")?;
+    let own = |verb: &str| {
+        let args = [verb, "--netns", "/proc/self/ns/net", "--bpffs-dir", bpffs];
+        server.netns.output(agent, &args).map(drop)
+    };
+    let relayed = |via: Via| -> Result<()> {
+        let (from, to) = if via == Via::Inbound { (client, server) } else { (server, client) };
+        let conversation = converse(from, to, family)?;
+        let peer = conversation.local_addr()?;
+        let seen = proxy.relayed_via(via);
+        ensure!(seen.iter().any(|r| r.peer == peer), "the proxy saw {seen:?}, not {peer}");
+        Ok(())
+    };
+
+    own("detach").context("detach what is not attached")?;
+    assert_unchanged(&server.netns, &before)?;
+    for _ in 0..2 {
+        own("attach")?;
+        let attached = footprint(&server.netns)?;
+        own("attach")?;
+        assert_unchanged(&server.netns, &attached)?;
+        relayed(Via::Inbound)?;
+        relayed(Via::Outbound)?;
+        let seen = proxy.relayed().len();
+
+        own("detach")?;
+        assert_unchanged(&server.netns, &before)?;
+        own("detach")?;
+        assert_unchanged(&server.netns, &before)?;
+        assert_eq!(programs(&server.netns)?, Vec::<String>::new());
+        converse(client, server, family)?;
+        converse(server, client, family)?;
+        assert_eq!(proxy.relayed().len(), seen, "the proxy is still handed connections");
+    }
+    assert!(!Path::new(bpffs).exists(), "{bpffs} is left");
+    Ok(())
+}

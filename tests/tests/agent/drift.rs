@@ -1,0 +1,117 @@
+//! What somebody removes behind the agent's back is put back.
+
+use std::net::IpAddr;
+use std::path::Path;
+use std::process::Command;
+
+use anyhow::{Context as _, Result};
+use redirect_tests::both_families;
+use redirect_tests::footprint::{assert_unchanged, footprint};
+use redirect_tests::netns::Family;
+use redirect_tests::process::{succeed, wait_for};
+use redirect_tests::topology::Pod;
+
+use crate::cluster::{Cluster, Node, SOON, echo, links};
+use crate::load::Load;
+
+both_families! {
+    what_is_removed_behind_the_agents_back_is_put_back,
+    interfaces_come_and_go_in_an_enrolled_pod,
+}
+
+const OFTEN: &[&str] = &["--verify-interval", "300ms"];
+
+fn what_is_removed_behind_the_agents_back_is_put_back(family: Family) -> Result<()> {
+    let cluster = &Cluster::enrolled(OFTEN)?;
+    let Cluster { node, server, client, .. } = cluster;
+    let _apps = (echo(server)?, echo(client)?);
+    let before = footprint(&server.netns)?;
+    let ip = |what: &str| {
+        let flag = if family == Family::V4 { "-4" } else { "-6" };
+        let args: Vec<&str> = [flag].into_iter().chain(what.split(' ')).collect();
+        server.netns.output("ip", &args).map(drop)
+    };
+    let pins = node.links(server)?;
+    let eth0 = index(server, "eth0")?;
+    let rows =
+        || [server.v4.into(), server.v6.into()].into_iter().try_for_each(|ip| delete_row(node, ip));
+
+    let removals: [(&str, &dyn Fn() -> Result<()>); 12] = [
+        ("the capture rule", &|| ip("rule del priority 15001")),
+        ("the drain rule", &|| ip("rule del priority 15002")),
+        ("the route", &|| ip("route flush table 15001")),
+        ("rules and route", &|| {
+            ip("rule del priority 15001")?;
+            ip("rule del priority 15002")?;
+            ip("route flush table 15001")
+        }),
+        ("the program on lo", &|| detach(&pins.join("tcx_1"))),
+        ("the program on eth0", &|| detach(&pins.join(format!("tcx_{eth0}")))),
+        ("sk_lookup", &|| detach(&pins.join("lookup"))),
+        ("the pin of sk_lookup", &|| {
+            std::fs::remove_file(pins.join("lookup")).context("remove a pin")
+        }),
+        ("all pins", &|| std::fs::remove_dir_all(&pins).context("remove the pins")),
+        ("one sysctl", &|| server.netns.set_sysctl("net/ipv4/tcp_fwmark_accept", "0")),
+        ("another sysctl", &|| server.netns.set_sysctl("net/ipv4/conf/all/src_valid_mark", "0")),
+        ("the rows", &rows),
+    ];
+    for (what, remove) in removals {
+        remove().with_context(|| format!("remove {what}"))?;
+        let repaired = wait_for(what, SOON, || {
+            let complete = node.pod(server)?.and_then(|p| p.kernel).is_some_and(|k| k.complete);
+            Ok((complete && footprint(&server.netns)? == before).then_some(()))
+        });
+        repaired.with_context(|| format!("now: {:#?}", node.pod(server)))?;
+        cluster.assert_redirected(family).with_context(|| format!("after {what} was put back"))?;
+    }
+    Ok(())
+}
+
+/// As Multus does it. The links of what stays are left alone.
+fn interfaces_come_and_go_in_an_enrolled_pod(family: Family) -> Result<()> {
+    let cluster = &Cluster::enrolled(OFTEN)?;
+    let Cluster { node, server, client, .. } = cluster;
+    let _apps = (echo(server)?, echo(client)?);
+    let dir = node.links(server)?;
+    let before = (footprint(&server.netns)?, links(&dir)?);
+
+    let load = Load::between(client, server, &[family]).keeping_old();
+    load.during(|| {
+        for _ in 0..2 {
+            server.netns.ip("link add net1 type veth peer name net2\nlink set net1 up")?;
+            let pin = dir.join(format!("tcx_{}", index(server, "net1")?));
+            wait_for("a program on the new interface", SOON, || Ok(pin.exists().then_some(())))?;
+            cluster.assert_redirected(family)?;
+
+            server.netns.ip("link del net1")?;
+            // The sweep sees that its link is dead, and takes that alone.
+            wait_for("the dead link to be gone", SOON, || Ok((!pin.exists()).then_some(())))?;
+            cluster.assert_redirected(family)?;
+        }
+        Ok(())
+    })?;
+    node.wait_until_enrolled(server)?;
+    wait_for("all dead links to be gone", SOON, || Ok((links(&dir)? == before.1).then_some(())))?;
+    assert_unchanged(&server.netns, &before.0)
+}
+
+fn index(pod: &Pod, interface: &str) -> Result<String> {
+    let line = pod.netns.output("ip", &["-oneline", "link", "show", "dev", interface])?;
+    Ok(line.split(':').next().context("no index")?.to_owned())
+}
+
+/// As `bpftool` in the hands of somebody who looks for something else.
+pub fn detach(pin: &Path) -> Result<()> {
+    succeed(Command::new("bpftool").args(["link", "detach", "pinned"]).arg(pin)).map(drop)
+}
+
+fn delete_row(node: &Node, address: IpAddr) -> Result<()> {
+    let octets = match address {
+        IpAddr::V4(ip) => ip.to_ipv6_mapped().octets(),
+        IpAddr::V6(ip) => ip.octets(),
+    };
+    let mut command = Command::new("bpftool");
+    command.args(["map", "delete", "pinned"]).arg(node.bpffs().join("pods")).args(["key", "hex"]);
+    succeed(command.args(octets.map(|octet| format!("{octet:02x}")))).map(drop)
+}

@@ -1,0 +1,107 @@
+//! A constant load of new connections, and long-lived ones that go on meanwhile.
+
+use std::net::SocketAddr;
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::thread;
+use std::time::Instant;
+
+use anyhow::{Context as _, Result, anyhow, ensure};
+use redirect_tests::app::{Call, Outcome};
+use redirect_tests::netns::Family;
+use redirect_tests::topology::Pod;
+
+use crate::cluster::{PORT, converse};
+
+/// How many connections each caller opens at once.
+const AT_ONCE: usize = 3;
+
+/// Who calls whom.
+pub struct Load<'a> {
+    calls: Vec<(&'a Pod, &'a Pod, Family)>,
+    keeps_old: bool,
+}
+
+/// Says that the load is to end, also when what it was for has panicked.
+struct Until<'a>(&'a AtomicBool);
+
+impl Drop for Until<'_> {
+    fn drop(&mut self) {
+        self.0.store(true, Ordering::Relaxed);
+    }
+}
+
+impl<'a> Load<'a> {
+    /// Two pods call each other.
+    pub fn between(a: &'a Pod, b: &'a Pod, families: &[Family]) -> Self {
+        let calls = families.iter().flat_map(|&family| [(a, b, family), (b, a, family)]).collect();
+        Self { calls, keeps_old: false }
+    }
+
+    /// A connection of each caller is opened before, and has to go on all the while.
+    pub fn keeping_old(self) -> Self {
+        Self { keeps_old: true, ..self }
+    }
+
+    /// Runs `f` under this load. Every connection has to be answered, by the right pod, which has
+    /// to see the right one; gives what `f` gives, and the number of connections.
+    pub fn during<T>(&self, f: impl FnOnce() -> Result<T>) -> Result<(T, usize)> {
+        let done = &AtomicBool::new(false);
+        thread::scope(|scope| {
+            let until = Until(done);
+            let mut callers = Vec::new();
+            for &(from, to, family) in &self.calls {
+                let old = match self.keeps_old {
+                    true => Some(converse(from, to, family)?),
+                    false => None,
+                };
+                callers.push(scope.spawn(move || {
+                    let mut old = old;
+                    let mut failures = Vec::new();
+                    let mut made = 0;
+                    let started = Instant::now();
+                    while !done.load(Ordering::Relaxed) {
+                        let addr = to.addr(family, PORT);
+                        let at = started.elapsed();
+                        for outcome in Call::to(addr).at_once(&from.netns, AT_ONCE)? {
+                            made += 1;
+                            if !is_right(&outcome, from, to, addr) {
+                                failures.push(format!("after {at:?}: {outcome}"));
+                            }
+                        }
+                        if let Some(old) = &mut old {
+                            old.exchange(b"still there?").with_context(|| {
+                                format!("talk on the old connection from {from} to {to}")
+                            })?;
+                        }
+                    }
+                    ensure!(
+                        failures.is_empty(),
+                        "{} of {made} calls of {from} to {to} went wrong: {failures:#?}",
+                        failures.len()
+                    );
+                    Ok(made)
+                }));
+            }
+            let outcome = f();
+            drop(until);
+            let mut made = 0;
+            let mut failed = Ok(());
+            for caller in callers {
+                match caller.join().map_err(|_| anyhow!("a caller panicked")).flatten() {
+                    Ok(calls) => made += calls,
+                    Err(error) => failed = Err(error),
+                }
+            }
+            let outcome = outcome?;
+            failed?;
+            Ok((outcome, made))
+        })
+    }
+}
+
+fn is_right(outcome: &Outcome, from: &Pod, to: &Pod, addr: SocketAddr) -> bool {
+    matches!(outcome, Outcome::Answered(answer)
+        if answer.by == to.name
+            && [from.v4.into(), from.v6.into()].contains(&answer.saw_peer.ip())
+            && answer.saw_local == addr)
+}

@@ -1,0 +1,15 @@
+//! The running agent on real packets: `redirect-agent run` with a directory of manifests, and the
+//! stand-in proxy on its ZDS socket. Every scenario asserts who answered and whom they saw, or what
+//! became of the pod.
+
+mod bad_input;
+mod cluster;
+mod commands;
+mod drift;
+mod labels;
+mod load;
+mod neighbours;
+mod pods;
+mod proxies;
+mod restart;
+mod toggles;
