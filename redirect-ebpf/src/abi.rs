@@ -232,7 +232,8 @@ pub struct SavedSysctls {
 /// [`SavedSysctls::values`]: the kernel had no such sysctl (IPv6 is off, say).
 pub const SYSCTL_ABSENT: i32 = i32::MIN;
 
-/// Offsets in the kernel's `struct sock_common`, bytes. Source: the running kernel's BTF.
+/// Offsets in the kernel's `struct sock_common` and `struct net`, bytes. Source: the running
+/// kernel's BTF.
 #[repr(C)]
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Pod, Zeroable)]
 pub struct SockOffsets {
@@ -252,10 +253,14 @@ pub struct SockOffsets {
     pub local_v6: u32,
     /// `skc_v6_daddr`, 16 bytes, network byte order.
     pub remote_v6: u32,
+    /// `skc_net`, the address of the socket's `struct net`.
+    pub net: u32,
+    /// `ns.inum` of `struct net`, u32: the namespace's inode number.
+    pub net_inode: u32,
 }
 
 const _: () = {
-    assert!(size_of::<SockOffsets>() == 32);
+    assert!(size_of::<SockOffsets>() == 40);
     assert!(size_of::<Addr>() == 16);
     assert!(size_of::<PodEntry>() == 16);
     assert!(size_of::<ListenerKey>() == 8);

@@ -9,15 +9,15 @@ use aya_ebpf::{
     },
     cty::{c_long, c_void},
     helpers::{
-        bpf_ktime_get_ns, bpf_map_lookup_elem, bpf_map_update_elem, bpf_sk_assign,
-        bpf_sk_lookup_tcp, bpf_sk_release, bpf_skc_lookup_tcp,
+        bpf_ktime_get_ns, bpf_map_lookup_elem, bpf_map_update_elem, bpf_probe_read_kernel,
+        bpf_sk_assign, bpf_sk_lookup_tcp, bpf_sk_release, bpf_skc_lookup_tcp,
     },
     programs::TcContext,
 };
 use redirect_ebpf::{
     abi::{
         Addr, LISTENER_HBONE, LISTENER_INBOUND, ListenerKey, MARK_PROXY, PORT_HBONE, PORT_INBOUND,
-        PORT_OUTBOUND,
+        PORT_OUTBOUND, PodId,
     },
     verdict::{Proxy, Segment, mesh_mark},
 };
@@ -109,12 +109,29 @@ fn find_listener(ctx: &TcContext, key: &ListenerKey, v4: bool) -> bool {
         if sk.is_null() {
             return false;
         }
-        // An application that took the port is not the proxy.
-        let found = (*sk).state == TCP_LISTEN && mesh_mark((*sk).mark) == MARK_PROXY;
+        // An application that took the port is not the proxy. Nor is a listener here another pod's,
+        // whose address a packet may pretend to: it would get that pod's connections.
+        let found = (*sk).state == TCP_LISTEN
+            && mesh_mark((*sk).mark) == MARK_PROXY
+            && netns_inode(sk) == Some(key.pod_id);
         let entered =
             found && bpf_map_update_elem(listeners(), ptr::from_ref(key).cast(), sk.cast(), 0) == 0;
         bpf_sk_release(sk.cast());
         entered
+    }
+}
+
+/// The inode number of the socket's network namespace.
+#[inline(always)]
+fn netns_inode(sk: *mut bpf_sock) -> Option<PodId> {
+    let offsets = config::sock_offsets();
+    // The verifier lets nobody compute with a socket's address; as a number it does.
+    let slot = core::hint::black_box(sk);
+    // SAFETY: the helper copes with any address.
+    unsafe {
+        let sk: u64 = bpf_probe_read_kernel(ptr::from_ref(&slot).cast()).ok()?;
+        let net: u64 = bpf_probe_read_kernel((sk + u64::from(offsets.net)) as *const u64).ok()?;
+        bpf_probe_read_kernel((net + u64::from(offsets.net_inode)) as *const PodId).ok()
     }
 }
 

@@ -46,6 +46,7 @@ use redirect_ebpf::abi::{
 };
 use tracing::debug;
 
+pub use self::sockets::offsets as sock_offsets;
 use self::{
     links::{PodLinks, attach_tcx},
     routes::{LOOPBACK_IFINDEX, Routing, Rule},

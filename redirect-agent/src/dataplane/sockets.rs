@@ -13,21 +13,26 @@ use redirect_ebpf::abi::SockOffsets;
 
 const VMLINUX_BTF: &str = "/sys/kernel/btf/vmlinux";
 
-/// Where the running kernel keeps what the iterators read from a socket.
-pub(super) fn offsets() -> Result<SockOffsets> {
+/// Where the running kernel keeps what the programs read from a socket.
+///
+/// # Errors
+///
+/// When the kernel has no BTF, or its structs have no such fields.
+pub fn offsets() -> Result<SockOffsets> {
     let bytes = fs::read(VMLINUX_BTF).with_context(|| {
         format!("read {VMLINUX_BTF}: the kernel must have CONFIG_DEBUG_INFO_BTF")
     })?;
     let btf = TypeInformation::new(&BtfBytes(bytes))
         .map_err(|e| anyhow!("parse {VMLINUX_BTF}: {e:?}"))?;
-    let sock_common =
-        btf.id_of("sock_common").with_context(|| format!("find sock_common in {VMLINUX_BTF}"))?;
-    let offset = |field: &str| -> Result<u32> {
-        match btf.offset_of(sock_common, field) {
+    let offset_in = |structure: &str, field: &str| -> Result<u32> {
+        let id =
+            btf.id_of(structure).with_context(|| format!("find {structure} in {VMLINUX_BTF}"))?;
+        match btf.offset_of(id, field) {
             Ok((_, Offset::ByteOffset(offset))) => Ok(offset),
-            _ => anyhow::bail!("cannot find sock_common.{field} in {VMLINUX_BTF}"),
+            _ => anyhow::bail!("cannot find {structure}.{field} in {VMLINUX_BTF}"),
         }
     };
+    let offset = |field| offset_in("sock_common", field);
     Ok(SockOffsets {
         family: offset("skc_family")?,
         state: offset("skc_state")?,
@@ -37,6 +42,8 @@ pub(super) fn offsets() -> Result<SockOffsets> {
         remote_v4: offset("skc_daddr")?,
         local_v6: offset("skc_v6_rcv_saddr")?,
         remote_v6: offset("skc_v6_daddr")?,
+        net: offset("skc_net")?,
+        net_inode: offset_in("net", "ns.inum")?,
     })
 }
 

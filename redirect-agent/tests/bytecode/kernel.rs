@@ -14,7 +14,7 @@ use aya::{
     programs::{ProgramFd, SchedClassifier, SkLookup},
     util::nr_cpus,
 };
-use redirect_agent::dataplane::OBJECT;
+use redirect_agent::dataplane::{OBJECT, sock_offsets};
 use redirect_ebpf::abi::{
     Addr, Counter, CounterKey, Flow, HINT_NONE, Hint, ListenerKey, PodEntry, PodId,
 };
@@ -180,9 +180,11 @@ pub fn refers_to(program: &[Insn], map: u32) -> bool {
 }
 
 fn load(log: bool) -> Result<Ebpf> {
+    let offsets = sock_offsets()?;
     EbpfLoader::new()
         .override_global("LOG", &u8::from(log), true)
         .override_global("PROXY_GRACE_NS", &GRACE_NS, true)
+        .override_global("SOCK_OFFSETS", &offsets, true)
         .load(OBJECT)
         .context("load the eBPF object")
 }

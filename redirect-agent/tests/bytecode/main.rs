@@ -29,7 +29,7 @@ use redirect_ebpf::{
 use crate::{
     kernel::{Kernel, Tcx},
     packet::{Packet, choose},
-    world::{OWN_ID, Since, World},
+    world::{Since, World, own_id},
 };
 
 const TC_ACT_UNSPEC: u32 = u32::MAX;
@@ -190,7 +190,7 @@ impl Checks<'_> {
         let maps = &mut self.kernel.maps;
         match rng.u8(..7) {
             0..3 => {
-                let socket = if key.0 == OWN_ID {
+                let socket = if key.0 == own_id() {
                     self.world.proxy_socket(key.1)
                 } else {
                     Some(self.neighbour)

@@ -7,6 +7,7 @@ use std::{
     cell::RefCell,
     collections::BTreeMap,
     net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr},
+    os::unix::fs::MetadataExt as _,
 };
 
 use anyhow::{Context as _, Result};
@@ -24,7 +25,10 @@ use socket2::{Domain, Socket, Type};
 use crate::packet::choose;
 
 const OWN: [&str; 4] = ["10.0.0.2", "10.0.0.3", "fd00::2", "fd00::3"];
-pub const OWN_ID: PodId = 4_026_532_001;
+pub fn own_id() -> PodId {
+    let netns = std::fs::metadata("/proc/thread-self/ns/net").expect("our network namespace");
+    PodId::try_from(netns.ino()).expect("its inode number")
+}
 /// The node's other pods: the decision, the flags, the addresses.
 const OTHERS: [(PodId, u32, u32, [&str; 2]); 3] = [
     (4_026_532_002, DECISION_ENROLLED, POD_CAPTURE, ["10.0.0.10", "fd00::10"]),
@@ -182,7 +186,7 @@ impl World {
 
     /// A pod and a kind, of those that occur.
     pub fn random_key(&self, rng: &mut Rng) -> Key {
-        let id = if rng.bool() { OWN_ID } else { choose(rng, &OTHERS).0 };
+        let id = if rng.bool() { own_id() } else { choose(rng, &OTHERS).0 };
         (id, choose(rng, &KINDS).0)
     }
 
@@ -211,7 +215,7 @@ impl Env for World {
         }
         let loopback = known(if segment.dst.is_v4() { "127.0.0.1" } else { "::1" });
         match self.listener(&loopback, port_of(kind)) {
-            Some(socket) if socket.marked => {
+            Some(socket) if socket.marked && pod_id == own_id() => {
                 state.missing.remove(&key);
                 state.listeners.insert(key, socket.cookie);
                 Proxy::Listens
@@ -245,7 +249,7 @@ fn pods(rng: &mut Rng) -> BTreeMap<Addr, PodEntry> {
         2 => (DECISION_ENROLLED, 0),
         _ => (DECISION_ENROLLED, POD_CAPTURE | (rng.u32(..) & !POD_CAPTURE)),
     };
-    let entry = PodEntry { pod_id: OWN_ID, decision, reason: 2, flags };
+    let entry = PodEntry { pod_id: own_id(), decision, reason: 2, flags };
     pods.extend(OWN.map(|address| (known(address), entry)));
     if rng.u8(..4) == 0 {
         pods.remove(&known(choose(rng, &OWN)));
