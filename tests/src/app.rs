@@ -304,7 +304,8 @@ impl Call {
         Ok(socket)
     }
 
-    async fn run(self) -> Result<Outcome> {
+    /// Calls from the namespace of the current thread.
+    pub async fn run(self) -> Result<Outcome> {
         let started = Instant::now();
         let connected = async {
             let socket = self.socket()?;

@@ -2,6 +2,7 @@
 
 pub mod app;
 pub mod footprint;
+pub mod demo;
 pub mod hbone;
 pub mod netns;
 pub mod plain_proxy;
