@@ -1,6 +1,9 @@
 //! `redirect-agent`: wiring only.
 
-use std::process::ExitCode;
+use std::{
+    io::{IsTerminal as _, stderr},
+    process::ExitCode,
+};
 
 use clap::Parser as _;
 use redirect_agent::{
@@ -14,7 +17,10 @@ async fn main() -> ExitCode {
     let cli = Cli::parse();
     let json = matches!(&cli.command, Command::Run(args) if args.log_format == LogFormat::Json);
     let filter = EnvFilter::try_from_default_env().unwrap_or_else(|_| EnvFilter::new("info"));
-    let log = tracing_subscriber::fmt().with_env_filter(filter).with_writer(std::io::stderr);
+    let log = tracing_subscriber::fmt()
+        .with_env_filter(filter)
+        .with_ansi(stderr().is_terminal())
+        .with_writer(stderr);
     if json {
         log.json().init();
     } else {

@@ -1,5 +1,6 @@
 //! The command line of the stand-in HBONE proxy, and of an HBONE client.
 
+use std::io::{IsTerminal as _, stderr};
 use std::net::SocketAddr;
 use std::path::PathBuf;
 use std::process::ExitCode;
@@ -79,7 +80,11 @@ struct Call {
 #[tokio::main]
 async fn main() -> ExitCode {
     let filter = EnvFilter::try_from_default_env().unwrap_or_else(|_| EnvFilter::new("info"));
-    tracing_subscriber::fmt().with_env_filter(filter).with_writer(std::io::stderr).init();
+    tracing_subscriber::fmt()
+        .with_env_filter(filter)
+        .with_ansi(stderr().is_terminal())
+        .with_writer(stderr)
+        .init();
     let done = match Cli::parse().command {
         Command::Run(run) => serve(run).await.map(|()| true),
         Command::HboneClient(call) => ask(call).await,
