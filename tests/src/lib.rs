@@ -1,8 +1,8 @@
 //! Fixtures for the tests and the demo.
 
 pub mod app;
-pub mod footprint;
 pub mod demo;
+pub mod footprint;
 pub mod hbone;
 pub mod netns;
 pub mod plain_proxy;
