@@ -25,10 +25,14 @@ use socket2::{Domain, Socket, Type};
 use crate::packet::choose;
 
 const OWN: [&str; 4] = ["10.0.0.2", "10.0.0.3", "fd00::2", "fd00::3"];
+
+/// The pod whose namespace the calling thread is in.
+#[expect(clippy::expect_used, reason = "a test: its thread has a namespace")]
 pub fn own_id() -> PodId {
     let netns = std::fs::metadata("/proc/thread-self/ns/net").expect("our network namespace");
     PodId::try_from(netns.ino()).expect("its inode number")
 }
+
 /// The node's other pods: the decision, the flags, the addresses.
 const OTHERS: [(PodId, u32, u32, [&str; 2]); 3] = [
     (4_026_532_002, DECISION_ENROLLED, POD_CAPTURE, ["10.0.0.10", "fd00::10"]),
