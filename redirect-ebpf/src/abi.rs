@@ -226,7 +226,7 @@ impl Counter {
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Pod, Zeroable)]
 pub struct SavedSysctls {
     /// The values.
-    pub values: [i32; 4],
+    pub values: [i32; 5],
 }
 
 /// [`SavedSysctls::values`]: the kernel had no such sysctl (IPv6 is off, say).
@@ -267,7 +267,7 @@ const _: () = {
     assert!(size_of::<Flow>() == 36);
     assert!(size_of::<Hint>() == 40);
     assert!(size_of::<CounterKey>() == 8);
-    assert!(size_of::<SavedSysctls>() == 16);
+    assert!(size_of::<SavedSysctls>() == 20);
 };
 
 #[cfg(feature = "user")]

@@ -322,6 +322,8 @@ impl Call {
                         return Ok(Outcome::Refused { after: started.elapsed() });
                     }
                     ErrorKind::TimedOut => return Ok(Outcome::TimedOut),
+                    // Between the last ACK of the handshake and our looking.
+                    ErrorKind::ConnectionReset => return Ok(Outcome::Closed { bytes: 0 }),
                     _ => return Err(anyhow!(error).context(format!("connect to {}", self.to))),
                 },
             },

@@ -13,10 +13,11 @@ use crate::netns::Netns;
 use crate::process::succeed;
 
 /// The sysctls that redirections of one kind or another are known to change.
-const SYSCTLS: [&str; 10] = [
+const SYSCTLS: [&str; 11] = [
     "net/ipv4/tcp_fwmark_accept",
     "net/ipv4/fwmark_reflect",
     "net/ipv6/fwmark_reflect",
+    "net/ipv4/tcp_migrate_req",
     "net/ipv4/conf/all/src_valid_mark",
     "net/ipv4/conf/all/rp_filter",
     "net/ipv4/conf/eth0/rp_filter",

@@ -12,16 +12,19 @@ use redirect_ebpf::abi::{SYSCTL_ABSENT, SavedSysctls};
 /// - `src_valid_mark`: reverse-path validation looks at the mark too, else what comes in on the
 ///   pod's interface would be validated against the redirection route.
 /// - `fwmark_reflect`: answers without a socket, such as RST, go the way the packet came.
-pub(super) const SYSCTLS: [(&str, i32); 4] = [
+/// - `tcp_migrate_req`: while the proxy is replaced both listen; connections that the old one has
+///   not accepted when it closes its listeners go to the new one, and are not reset.
+pub(super) const SYSCTLS: [(&str, i32); 5] = [
     ("net/ipv4/tcp_fwmark_accept", 1),
     ("net/ipv4/conf/all/src_valid_mark", 1),
     ("net/ipv4/fwmark_reflect", 1),
     ("net/ipv6/fwmark_reflect", 1),
+    ("net/ipv4/tcp_migrate_req", 1),
 ];
 
 /// The present values.
 pub(super) fn read() -> Result<SavedSysctls> {
-    let mut saved = SavedSysctls { values: [SYSCTL_ABSENT; 4] };
+    let mut saved = SavedSysctls { values: [SYSCTL_ABSENT; 5] };
     for (value, (name, _)) in saved.values.iter_mut().zip(SYSCTLS) {
         *value = get(name)?;
     }

@@ -4,7 +4,7 @@ use std::fs;
 use std::net::{Ipv6Addr, SocketAddr};
 use std::path::{Path, PathBuf};
 use std::process::Command;
-use std::time::Duration;
+use std::time::{Duration, SystemTime, UNIX_EPOCH};
 
 use anyhow::{Context as _, Result, bail, ensure};
 use redirect_agent::output::{PodState, PodStatus, Status};
@@ -299,15 +299,20 @@ impl Node {
         Ok(records)
     }
 
-    /// What the proxies have seen of the connection that a client opened at `src`: a proxy has
+    /// What the proxies have seen of a connection that was opened after `since`: a proxy has
     /// written it down before the client gets its first byte.
-    pub fn record_of(&self, src: SocketAddr) -> Result<Vec<Record>> {
+    pub fn records_of(&self, conversation: &Conversation, since: f64) -> Result<Vec<Record>> {
+        let (src, dst) = (conversation.local_addr()?, conversation.peer_addr()?);
         let needle = format!("\"src\":\"{src}\"");
         let mut records = Vec::new();
         for log in self.logs_of_proxies() {
             let Ok(text) = fs::read_to_string(&log) else { continue };
             for line in text.lines().filter(|line| line.contains(&needle)) {
-                records.push(serde_json::from_str(line).context("read an access log")?);
+                let record: Record = serde_json::from_str(line).context("read an access log")?;
+                // Ports are used again.
+                if record.dst == dst && record.ts >= since {
+                    records.push(record);
+                }
             }
         }
         Ok(records)
@@ -334,16 +339,16 @@ impl Node {
         family: Family,
         (pod, direction): (&Pod, Direction),
     ) -> Result<()> {
+        let since = now()?;
         let conversation = converse(from, to, family)?;
-        let (src, dst) = (conversation.local_addr()?, to.addr(family, PORT));
-        let records = self.record_of(src)?;
-        let expected = |r: &Record| {
-            r.pod == pod.to_string() && r.direction == direction && r.src == src && r.dst == dst
-        };
+        let records = self.records_of(&conversation, since)?;
+        let expected = |r: &Record| r.pod == pod.to_string() && r.direction == direction;
         ensure!(
             records.iter().any(expected),
-            "no {direction:?} connection of {pod} from {src} to {dst} was seen, but {records:?}; \
-             the app saw {:?}",
+            "no {direction:?} connection of {pod} from {} to {} was seen, but {records:?}; the app \
+             saw {:?}",
+            conversation.local_addr()?,
+            conversation.peer_addr()?,
             conversation.answer()
         );
         Ok(())
@@ -352,6 +357,7 @@ impl Node {
     /// Checks that a new call is answered by `to` directly: it saw the caller's very address and
     /// port.
     pub fn assert_direct(&self, from: &Pod, to: &Pod, family: Family) -> Result<()> {
+        let since = now()?;
         let conversation = converse(from, to, family)?;
         let src = conversation.local_addr()?;
         ensure!(
@@ -359,7 +365,7 @@ impl Node {
             "{to} saw {} and not {src}",
             conversation.answer().saw_peer
         );
-        let records = self.record_of(src)?;
+        let records = self.records_of(&conversation, since)?;
         ensure!(records.is_empty(), "the proxy has seen {records:?}");
         Ok(())
     }
@@ -392,6 +398,11 @@ impl Node {
     fn control_socket(&self) -> PathBuf {
         self.dir.join("control/control.sock")
     }
+}
+
+/// Seconds since 1970, as in the proxies' records.
+pub fn now() -> Result<f64> {
+    Ok(SystemTime::now().duration_since(UNIX_EPOCH).context("read the clock")?.as_secs_f64())
 }
 
 /// Opens a connection to a pod's application, and checks who answers and whom they see.

@@ -1,7 +1,5 @@
 //! Labels decide, and an edited one is followed at once.
 
-use std::time::{SystemTime, UNIX_EPOCH};
-
 use anyhow::{Context as _, Result};
 use redirect_agent::membership::Reason;
 use redirect_agent::output::PodState;
@@ -12,7 +10,7 @@ use redirect_tests::netns::Family;
 use redirect_tests::topology::Pod;
 use serde_json::json;
 
-use crate::cluster::{Cluster, Manifest, echo};
+use crate::cluster::{Cluster, Manifest, echo, now};
 use crate::load::Load;
 
 both_families! {
@@ -67,11 +65,6 @@ fn label_is_edited_under_load_and_followed_within_a_second(family: Family) -> Re
         }
     }
     Ok(())
-}
-
-/// Seconds since 1970, as in the proxy's records.
-fn now() -> Result<f64> {
-    Ok(SystemTime::now().duration_since(UNIX_EPOCH).context("read the clock")?.as_secs_f64())
 }
 
 fn namespace_label_brings_its_pods_in_but_those_that_opt_out(family: Family) -> Result<()> {

@@ -8,7 +8,7 @@ use redirect_tests::hbone::{Direction, Over, Record};
 use redirect_tests::netns::Family;
 use redirect_tests::topology::Pod;
 
-use crate::cluster::{Cluster, Manifest, Node, PORT, converse, echo};
+use crate::cluster::{Cluster, Manifest, Node, PORT, converse, echo, now};
 use crate::load::Load;
 
 both_families! {
@@ -92,15 +92,16 @@ fn two_agents_on_one_kernel_leave_one_another_alone(family: Family) -> Result<()
 
 /// Checks that a call between two enrolled pods goes over HBONE, and that either proxy knows both.
 fn assert_hbone(nodes: &[&Node], from: &Pod, to: &Pod, family: Family) -> Result<()> {
+    let since = now()?;
     let conversation = converse(from, to, family)?;
-    let (src, dst) = (conversation.local_addr()?, to.addr(family, PORT));
+    let dst = to.addr(family, PORT);
     let identity =
         |pod: &Pod| format!("spiffe://cluster.local/ns/{}/sa/{}", pod.namespace, pod.name);
 
     let mut outbound = Vec::new();
     let mut inbound = Vec::new();
     for node in nodes {
-        outbound.extend(node.record_of(src)?);
+        outbound.extend(node.records_of(&conversation, since)?);
         let records = node.records()?.into_iter();
         inbound.extend(
             records.filter(|r| r.direction == Direction::Inbound && r.pod == to.to_string()),

@@ -11,7 +11,7 @@ use redirect_tests::netns::Family;
 use redirect_tests::process::wait_for;
 use redirect_tests::topology::Pod;
 
-use crate::cluster::{Cluster, Node, PORT, SOON, converse, echo};
+use crate::cluster::{Cluster, Node, PORT, SOON, converse, echo, now};
 use crate::load::Load;
 
 both_families! {
@@ -33,6 +33,7 @@ fn calls_wait_for_a_proxy_that_is_killed_and_comes_back(family: Family) -> Resul
 
     for (from, to) in [(&*client, &*server), (&*server, &*client)] {
         let held = counter(node, server, "dropped_proxy_away")?;
+        let since = now()?;
         node.kill_proxy()?;
         let conversation = thread::scope(|scope| {
             let calling = scope.spawn(|| converse(from, to, family));
@@ -44,7 +45,7 @@ fn calls_wait_for_a_proxy_that_is_killed_and_comes_back(family: Family) -> Resul
             node.start_proxy()?;
             calling.join().map_err(|_| anyhow!("the caller panicked"))?
         })?;
-        let records = node.record_of(conversation.local_addr()?)?;
+        let records = node.records_of(&conversation, since)?;
         ensure!(records.len() == 1, "the proxy has seen {records:?}");
     }
     assert_eq!((apps.0.accepted().len(), apps.1.accepted().len()), (1, 1));
