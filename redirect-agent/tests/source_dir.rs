@@ -303,11 +303,12 @@ async fn a_finished_pod_and_one_on_the_nodes_network_claim_no_address() {
 
 #[tokio::test]
 async fn the_redirection_is_published_as_the_merge_patch_that_a_cluster_would_get() {
-    let fixture = Fixture::new(&[("cart.yaml", &pod("cart", "u-1", "10.0.0.1"))]).await;
+    let mut fixture = Fixture::new(&[("cart.yaml", &pod("cart", "u-1", "10.0.0.1"))]).await;
+    let cart = fixture.now().pods[&key("cart")].clone();
     let status = fixture.path(".status/shop_cart.json");
     for (state, text) in [(Redirection::Pending, "pending"), (Redirection::Enabled, "enabled")] {
         for _ in 0..2 {
-            fixture.source.publish(&key("cart"), Some(state)).await.unwrap();
+            fixture.source.publish(&cart, Some(state)).await.unwrap();
             assert_eq!(
                 fs::read_to_string(&status).unwrap(),
                 format!(
@@ -317,7 +318,7 @@ async fn the_redirection_is_published_as_the_merge_patch_that_a_cluster_would_ge
         }
     }
     for _ in 0..2 {
-        fixture.source.publish(&key("cart"), None).await.unwrap();
+        fixture.source.publish(&cart, None).await.unwrap();
         assert!(!status.exists());
     }
     let left: Vec<_> = fs::read_dir(fixture.path(".status")).unwrap().collect();

@@ -18,7 +18,7 @@ use crate::{
     dataplane::PodNetns,
     membership::{Pod, PodKey, Reason},
     netns::Netns,
-    source::{Redirection, Source},
+    source::{Event, EventKind, Redirection, Source},
     zds::{AddOutcome, Workload},
 };
 
@@ -28,6 +28,9 @@ const LOOK: Duration = Duration::from_secs(5);
 /// longest.
 const RETRY_FIRST: Duration = Duration::from_millis(250);
 const RETRY_LONGEST: Duration = Duration::from_secs(30);
+/// After how many failures in a row an Event says so: much of what is missing while a pod starts is
+/// there a moment later.
+const FAILURES_TO_TELL: u32 = 3;
 /// How often a pod that leaves the mesh is asked whether redirected connections are left.
 const DRAIN_POLL: Duration = Duration::from_millis(100);
 
@@ -45,6 +48,10 @@ pub(super) struct PodTask<S> {
     /// The addresses whose rows of the map `pods` say why the pod bypasses.
     noted: Vec<IpAddr>,
     problem: Option<String>,
+    /// How often steps have failed since one last succeeded.
+    failures: u32,
+    /// The problem that an Event was last recorded of.
+    told: Option<String>,
 }
 
 /// What ends a pause.
@@ -80,6 +87,8 @@ impl<S: Source> PodTask<S> {
             netns: None,
             noted: Vec::new(),
             problem: None,
+            failures: 0,
+            told: None,
         }
     }
 
@@ -153,6 +162,7 @@ impl<S: Source> PodTask<S> {
                 Ok(true) => {
                     retry = RETRY_FIRST;
                     self.problem = None;
+                    (self.failures, self.told) = (0, None);
                     look
                 }
                 Ok(false) => look,
@@ -160,6 +170,11 @@ impl<S: Source> PodTask<S> {
                     let problem = format!("{e:#}");
                     if self.problem.as_ref() != Some(&problem) {
                         warn!(pod = %self.key, "{problem}");
+                    }
+                    self.failures = self.failures.saturating_add(1);
+                    if self.failures >= FAILURES_TO_TELL && self.told.as_ref() != Some(&problem) {
+                        self.record(EventKind::EnrolmentFailed, problem.clone());
+                        self.told = Some(problem.clone());
                     }
                     self.problem = Some(problem);
                     if self.standing.prepared && !self.netns_stands() {
@@ -208,6 +223,11 @@ impl<S: Source> PodTask<S> {
     async fn take(&mut self, step: Step) -> Result<bool> {
         match step {
             Step::Prepare => {
+                if self.pod.ips.is_empty() {
+                    // It is starting; the source tells when it has one.
+                    self.problem = Some(no_address(&self.key));
+                    return Ok(false);
+                }
                 let netns = self.open_netns().await?;
                 let reason = self.decision_code();
                 let captured = self.on_netns(netns, move |d, pod| {
@@ -224,7 +244,7 @@ impl<S: Source> PodTask<S> {
                     if !self.standing.captured {
                         let pending = Some(Redirection::Pending);
                         self.standing.mentioned = true;
-                        self.shared.source.publish(&self.key, pending).await?;
+                        self.shared.source.publish(&self.pod, pending).await?;
                     }
                     self.problem = Some("no proxy is connected to the ZDS socket yet".to_owned());
                     return Ok(false);
@@ -239,14 +259,15 @@ impl<S: Source> PodTask<S> {
                 self.standing.captured = true;
                 self.standing.redirected = true;
                 info!(pod = %self.key, "enrolled");
+                self.record(EventKind::Enrolled, format!("in the mesh: {}", self.why()));
             }
             Step::Publish => {
                 self.standing.mentioned = true;
-                self.shared.source.publish(&self.key, Some(Redirection::Enabled)).await?;
+                self.shared.source.publish(&self.pod, Some(Redirection::Enabled)).await?;
                 self.standing.published = true;
             }
             Step::Retract => {
-                self.shared.source.publish(&self.key, None).await?;
+                self.shared.source.publish(&self.pod, None).await?;
                 self.standing.published = false;
                 self.standing.mentioned = false;
             }
@@ -269,6 +290,7 @@ impl<S: Source> PodTask<S> {
                 // Whatever else holds the namespace's descriptor keeps it alive.
                 self.netns = None;
                 info!(pod = %self.key, "un-enrolled");
+                self.record(EventKind::Unenrolled, format!("not in the mesh: {}", self.why()));
             }
             Step::Note => self.note().await?,
         }
@@ -342,6 +364,11 @@ impl<S: Source> PodTask<S> {
         let inspection = self.on_netns(netns, |d, pod| d.inspect(pod)).await?;
         if !inspection.missing.is_empty() {
             warn!(pod = %self.key, missing = ?inspection.missing, "repairing what was changed behind the agent's back");
+            let missing = inspection.missing.join(", ");
+            self.record(
+                EventKind::Repaired,
+                format!("missing in the pod, and put back: {missing}"),
+            );
             self.standing.prepared = false;
         }
         Ok(())
@@ -414,6 +441,18 @@ impl<S: Source> PodTask<S> {
         Some(if decision.enrolled { Wish::Enrolled } else { Wish::Bypass })
     }
 
+    /// Why the pod is where it should be, in words.
+    fn why(&self) -> &'static str {
+        self.wanted
+            .borrow()
+            .as_ref()
+            .map_or("it is gone", |(_, decision)| decision.reason.explain())
+    }
+
+    fn record(&self, kind: EventKind, message: String) {
+        self.shared.source.record(&self.pod, Event::new(kind, message));
+    }
+
     fn decision_code(&self) -> u32 {
         self.wanted.borrow().as_ref().map_or(0, |(_, decision)| decision.reason.code())
     }
@@ -444,7 +483,7 @@ impl<S: Source> PodTask<S> {
             return Ok(Arc::clone(netns));
         }
         if self.pod.ips.is_empty() {
-            return Err(anyhow!("pod {} has no address yet", self.key));
+            return Err(anyhow!(no_address(&self.key)));
         }
         let (path, ips) = (self.netns_path(), self.pod.ips.clone());
         let key = self.key.clone();
@@ -482,6 +521,10 @@ impl<S: Source> PodTask<S> {
 
 async fn blocking<T: Send + 'static>(f: impl FnOnce() -> Result<T> + Send + 'static) -> Result<T> {
     spawn_blocking(f).await.context("run a blocking task")?
+}
+
+fn no_address(pod: &PodKey) -> String {
+    format!("pod {pod} has no address yet")
 }
 
 fn workload(pod: &Pod) -> Workload {

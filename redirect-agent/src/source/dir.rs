@@ -21,9 +21,11 @@ use serde::de::DeserializeOwned;
 use serde_json::Value;
 use tokio::sync::{Notify, watch};
 use tokio_util::sync::CancellationToken;
-use tracing::{info, warn};
+use tracing::{debug, info, warn};
 
-use super::{ANNOTATION_REDIRECTION, Inventory, Problem, Redirection, Source, without_conflicts};
+use super::{
+    ANNOTATION_REDIRECTION, Event, Inventory, Problem, Redirection, Source, without_conflicts,
+};
 use crate::membership::{Namespace, Pod, PodKey};
 
 /// The directory is read this often even when nobody tells us of a change: a file system may have
@@ -173,9 +175,9 @@ impl Source for DirSource {
 
     /// Writes `.status/<namespace>_<name>.json` with the merge patch that a cluster's API server
     /// would get for the pod, or removes it.
-    async fn publish(&self, pod: &PodKey, state: Option<Redirection>) -> anyhow::Result<()> {
+    async fn publish(&self, pod: &Pod, state: Option<Redirection>) -> anyhow::Result<()> {
         let dir = self.dir.join(STATUS_DIR);
-        let file = dir.join(status_file(pod));
+        let file = dir.join(status_file(&pod.key));
         let Some(state) = state else {
             return already_gone(tokio::fs::remove_file(&file).await)
                 .with_context(|| format!("remove {}", file.display()));
@@ -183,7 +185,7 @@ impl Source for DirSource {
         let patch = serde_json::json!({
             "metadata": {"annotations": {ANNOTATION_REDIRECTION: state.as_str()}}
         });
-        let new = dir.join(format!(".{}.new", status_file(pod)));
+        let new = dir.join(format!(".{}.new", status_file(&pod.key)));
         tokio::fs::create_dir_all(&dir)
             .await
             .with_context(|| format!("create {}", dir.display()))?;
@@ -191,6 +193,10 @@ impl Source for DirSource {
             .await
             .with_context(|| format!("write {}", new.display()))?;
         tokio::fs::rename(&new, &file).await.with_context(|| format!("write {}", file.display()))
+    }
+
+    fn record(&self, pod: &Pod, event: Event) {
+        debug!(pod = %pod.key, event = event.kind.as_str(), "{}", event.message);
     }
 }
 

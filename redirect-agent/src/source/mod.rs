@@ -67,16 +67,69 @@ pub trait Source: Send + Sync + 'static {
     fn inventory(&self) -> watch::Receiver<Arc<Inventory>>;
 
     /// Says that `pod` is redirected (or, with `None`, that it is not), where its peers'
-    /// control plane reads it.
+    /// control plane reads it. A pod that is gone, or of which this is said already, costs nothing.
     ///
     /// # Errors
     ///
     /// When it could not be written; doing it again is harmless.
     fn publish(
         &self,
-        pod: &PodKey,
+        pod: &Pod,
         state: Option<Redirection>,
     ) -> impl Future<Output = anyhow::Result<()>> + Send;
+
+    /// Tells whoever looks at `pod` what happened to it. It never waits; what cannot be told is
+    /// logged, and lost.
+    fn record(&self, pod: &Pod, event: Event);
+}
+
+/// Something that happened to a pod.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Event {
+    /// What happened.
+    pub kind: EventKind,
+    /// The particulars, in a sentence for people.
+    pub message: String,
+}
+
+impl Event {
+    /// An event of this kind.
+    pub fn new(kind: EventKind, message: impl Into<String>) -> Event {
+        Event { kind, message: message.into() }
+    }
+}
+
+/// The kinds of [`Event`].
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
+pub enum EventKind {
+    /// The pod is in the mesh now.
+    Enrolled,
+    /// The pod is not in the mesh any more.
+    Unenrolled,
+    /// The pod should be in the mesh, or out of it, and is not.
+    EnrolmentFailed,
+    /// What somebody else changed in the pod was put right.
+    Repaired,
+    /// An annotation of the pod has a value that cannot be used.
+    InvalidAnnotation,
+}
+
+impl EventKind {
+    /// The event's `reason`, in Kubernetes' spelling.
+    pub fn as_str(self) -> &'static str {
+        match self {
+            EventKind::Enrolled => "Enrolled",
+            EventKind::Unenrolled => "Unenrolled",
+            EventKind::EnrolmentFailed => "EnrolmentFailed",
+            EventKind::Repaired => "Repaired",
+            EventKind::InvalidAnnotation => "InvalidAnnotation",
+        }
+    }
+
+    /// Whether somebody should look at it.
+    pub fn is_warning(self) -> bool {
+        !matches!(self, EventKind::Enrolled | EventKind::Unenrolled)
+    }
 }
 
 /// Takes `candidates` as the new pods, in place of `previous`, and leaves out what would let one
