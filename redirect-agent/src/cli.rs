@@ -8,6 +8,7 @@ use clap_complete::Shell;
 use crate::{
     control::DEFAULT_SOCKET,
     dataplane,
+    enablement::Selectors,
     membership::{DEFAULT_EXCLUDED_NAMESPACE, NameError, check_namespace_name},
     output::Format,
     overrides::Target,
@@ -137,6 +138,10 @@ fn namespace(s: &str) -> Result<String, NameError> {
     Ok(s.to_owned())
 }
 
+fn selectors(s: &str) -> Result<Selectors, String> {
+    Selectors::read(s).map_err(|error| format!("{error:#}"))
+}
+
 /// `run`
 #[derive(Debug, Args)]
 #[command(after_long_help = "\
@@ -177,6 +182,10 @@ pub struct RunArgs {
         value_parser = namespace
     )]
     pub excluded_namespaces: Vec<String>,
+    /// What puts pods into the mesh in place of the label istio.io/dataplane-mode: istio-cni's
+    /// ambient.enablementSelectors, as YAML or as @FILE.
+    #[arg(long, value_name = "YAML|@FILE", value_parser = selectors)]
+    pub enablement_selectors: Option<Selectors>,
     /// For how long new connections wait for a proxy that has stopped listening.
     #[arg(long, value_name = "TIME", default_value = "3s", value_parser = humantime::parse_duration)]
     pub proxy_grace: Duration,

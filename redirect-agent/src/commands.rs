@@ -78,6 +78,7 @@ async fn run(args: RunArgs) -> Result<()> {
         settings: Settings {
             membership: membership::Config {
                 excluded_namespaces: args.excluded_namespaces.into_iter().collect(),
+                selectors: args.enablement_selectors,
             },
             netns_dir: args.netns_dir,
             drain: args.drain,
