@@ -15,7 +15,9 @@ use crate::{
     cli::SourceSpec,
     control::{self, Answer},
     dataplane::{self, Dataplane},
+    health::{self, Condition},
     membership::decide,
+    metrics::Metrics,
     output::Status,
     overrides::{Change, Store},
     reconcile::{Observer, Reconciler, Settings},
@@ -43,6 +45,8 @@ pub struct Options {
     pub control_socket: PathBuf,
     /// Where proxies connect.
     pub zds_socket: PathBuf,
+    /// Where health and metrics are served.
+    pub health: health::Address,
 }
 
 /// Runs the agent until `shutdown`. What it has set up in the kernel stays, and the next one takes
@@ -52,12 +56,27 @@ pub struct Options {
 ///
 /// When it cannot start, or one of its parts fails.
 pub async fn run(options: Options, shutdown: CancellationToken) -> Result<()> {
+    match &options.source {
+        SourceSpec::Dir(path) => {
+            let (source, watcher) = dir::open(path, &options.node).await?;
+            let watch = watcher.run(shutdown.clone());
+            run_on(source, watch, options, shutdown).await
+        }
+    }
+}
+
+/// Runs on `source`, which `watch` keeps current.
+async fn run_on(
+    source: impl Source,
+    watch: impl Future<Output = Result<()>> + Send + 'static,
+    options: Options,
+    shutdown: CancellationToken,
+) -> Result<()> {
     let control = control::Server::bind(&options.control_socket)?;
     let overrides = Arc::new(Store::open(&options.state_dir)?);
     let dataplane = Arc::new(Dataplane::open(&options.dataplane)?);
     let zds = zds::Server::bind(&options.zds_socket)?;
-    let SourceSpec::Dir(path) = &options.source;
-    let (source, watcher) = dir::open(path, &options.node).await?;
+    let metrics = Metrics::default();
 
     let mut parts: JoinSet<Result<()>> = JoinSet::new();
     if options.dataplane.log {
@@ -73,9 +92,19 @@ pub async fn run(options: Options, shutdown: CancellationToken) -> Result<()> {
     }
 
     let settings = options.settings.clone();
-    let mut reconciler =
-        Reconciler::new(settings, source, Arc::clone(&overrides), dataplane, zds.handle());
-    let agent = Arc::new(Agent { options, overrides, observer: reconciler.observer() });
+    let mut reconciler = Reconciler::new(
+        settings,
+        source,
+        Arc::clone(&overrides),
+        dataplane,
+        zds.handle(),
+        metrics.clone(),
+    );
+    let agent = Arc::new(Agent { options, overrides, observer: reconciler.observer(), metrics });
+    if let health::Address::At(address) = agent.options.health {
+        let server = health::Server::bind(address).await?;
+        parts.spawn(server.run(Arc::clone(&agent), shutdown.clone()));
+    }
     // A proxy stops whatever its snapshot does not name: every pod must be known first.
     reconciler.adopt().await;
     info!(
@@ -84,7 +113,7 @@ pub async fn run(options: Options, shutdown: CancellationToken) -> Result<()> {
         source = agent.observer.source(),
         "running"
     );
-    parts.spawn(watcher.run(shutdown.clone()));
+    parts.spawn(watch);
     parts.spawn(control.run(Arc::clone(&agent), shutdown.clone()));
     let stop = shutdown.clone();
     parts.spawn(async move {
@@ -114,6 +143,19 @@ struct Agent<S> {
     options: Options,
     overrides: Arc<Store>,
     observer: Observer<S>,
+    metrics: Metrics,
+}
+
+impl<S: Source> health::Agent for Agent<S> {
+    fn conditions(&self) -> Vec<Condition> {
+        vec![Condition { name: "pods", missing: self.observer.unreconciled() }]
+    }
+
+    async fn metrics(&self) -> Result<String> {
+        let pods = self.observer.pods(&self.overrides.current()).await?;
+        self.metrics.update(&pods, self.observer.zds().proxies.len());
+        self.metrics.encode().context("write the metrics")
+    }
 }
 
 impl<S: Source> control::Agent for Agent<S> {

@@ -9,6 +9,7 @@ use crate::{
     control::DEFAULT_SOCKET,
     dataplane,
     enablement::Selectors,
+    health,
     membership::{DEFAULT_EXCLUDED_NAMESPACE, NameError, check_namespace_name},
     output::Format,
     overrides::Target,
@@ -195,6 +196,9 @@ pub struct RunArgs {
     /// How often the kernel is compared with what should be there, and repaired.
     #[arg(long, value_name = "TIME", default_value = "1m", value_parser = interval)]
     pub verify_interval: Duration,
+    /// Where to serve /healthz, /readyz and /metrics over HTTP: ADDRESS:PORT, or `off`.
+    #[arg(long, value_name = "ADDRESS", default_value = "[::]:15014")]
+    pub health_address: health::Address,
     /// Log every decision of the eBPF programs; costs time on every connection.
     #[arg(long)]
     pub ebpf_log: bool,

@@ -92,6 +92,7 @@ async fn run(args: RunArgs) -> Result<()> {
         state_dir: args.state_dir,
         control_socket: args.control.control_socket,
         zds_socket: args.zds_socket,
+        health: args.health_address,
     };
     let shutdown = CancellationToken::new();
     let mut terminate = signal(SignalKind::terminate()).context("listen for SIGTERM")?;

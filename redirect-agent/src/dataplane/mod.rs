@@ -14,10 +14,11 @@ mod routes;
 mod sockets;
 mod sys;
 mod sysctl;
+mod watch;
 
 use std::{
     collections::{BTreeMap, BTreeSet},
-    fs, io,
+    fmt, fs, io,
     net::IpAddr,
     ops::{Deref, DerefMut},
     os::unix::fs::DirBuilderExt as _,
@@ -46,11 +47,11 @@ use redirect_ebpf::abi::{
 };
 use tracing::debug;
 
-pub use self::sockets::offsets as sock_offsets;
 use self::{
     links::{PodLinks, attach_tcx},
     routes::{LOOPBACK_IFINDEX, Routing, Rule},
 };
+pub use self::{sockets::offsets as sock_offsets, watch::Watch};
 use crate::netns::Netns;
 
 /// The kernel programs, compiled by the build script.
@@ -169,18 +170,76 @@ impl PodNetns {
     }
 }
 
-/// What the kernel has for a pod, each thing by a short name: `sk_lookup`, `tcx lo`, `rule ipv4`.
+/// A kind of thing that the kernel has for an enrolled pod.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum PartKind {
+    /// The row of an address in the map `pods`.
+    Row,
+    /// The `sk_lookup` link.
+    Lookup,
+    /// A tcx link.
+    Tcx,
+    /// The redirection route of a family.
+    Route,
+    /// The capture rule of a family.
+    Rule,
+    /// The drain rule of a family.
+    DrainRule,
+    /// A sysctl.
+    Sysctl,
+}
+
+impl PartKind {
+    /// The name in metrics.
+    pub fn as_str(self) -> &'static str {
+        match self {
+            PartKind::Row => "row",
+            PartKind::Lookup => "sk_lookup",
+            PartKind::Tcx => "tcx",
+            PartKind::Route => "route",
+            PartKind::Rule => "rule",
+            PartKind::DrainRule => "drain_rule",
+            PartKind::Sysctl => "sysctl",
+        }
+    }
+}
+
+/// One thing that the kernel has, or should have, for an enrolled pod.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Part {
+    /// What it is.
+    pub kind: PartKind,
+    /// Which one, where there are several: an address, an interface, a family, a sysctl.
+    pub of: Option<String>,
+}
+
+impl fmt::Display for Part {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let kind = match self.kind {
+            PartKind::Row => "capture of",
+            PartKind::DrainRule => "drain rule",
+            kind => kind.as_str(),
+        };
+        match &self.of {
+            Some(of) => write!(f, "{kind} {of}"),
+            None => f.write_str(kind),
+        }
+    }
+}
+
+/// What the kernel has for a pod.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub struct Inspection {
     /// What is there.
-    pub present: Vec<String>,
+    pub present: Vec<Part>,
     /// What is missing.
-    pub missing: Vec<String>,
+    pub missing: Vec<Part>,
 }
 
 impl Inspection {
-    fn add(&mut self, present: bool, name: String) {
-        if present { &mut self.present } else { &mut self.missing }.push(name);
+    fn add(&mut self, present: bool, kind: PartKind, of: impl Into<Option<String>>) {
+        let part = Part { kind, of: of.into() };
+        if present { &mut self.present } else { &mut self.missing }.push(part);
     }
 }
 
@@ -435,23 +494,23 @@ impl Dataplane {
         for &ip in &pod.addresses {
             let row = kernel.pods()?.row(ip)?;
             let capture = row.is_some_and(|r| r.pod_id == pod.id() && r.enrolled && r.capture);
-            found.add(capture, format!("capture of {ip}"));
+            found.add(capture, PartKind::Row, ip.to_string());
         }
         let links = PodLinks::new(&self.dir, pod.id());
         pod.netns.run(|| {
-            found.add(links.has_lookup(pod.id())?, "sk_lookup".to_owned());
+            found.add(links.has_lookup(pod.id())?, PartKind::Lookup, None);
             let routing = Routing::open()?;
             for (index, name) in routing.interfaces()? {
-                found.add(links.has_tcx(index)?, format!("tcx {name}"));
+                found.add(links.has_tcx(index)?, PartKind::Tcx, name);
             }
             for source in pod.sources() {
-                let family = if source.is_ipv4() { "ipv4" } else { "ipv6" };
-                found.add(routing.has_route(source)?, format!("route {family}"));
-                found.add(routing.has_rule(source, Rule::Capture)?, format!("rule {family}"));
-                found.add(routing.has_rule(source, Rule::Keep)?, format!("drain rule {family}"));
+                let family = || if source.is_ipv4() { "ipv4" } else { "ipv6" }.to_owned();
+                found.add(routing.has_route(source)?, PartKind::Route, family());
+                found.add(routing.has_rule(source, Rule::Capture)?, PartKind::Rule, family());
+                found.add(routing.has_rule(source, Rule::Keep)?, PartKind::DrainRule, family());
             }
             for (name, right) in sysctl::check()? {
-                found.add(right, format!("sysctl {name}"));
+                found.add(right, PartKind::Sysctl, name.to_owned());
             }
             Ok(found)
         })?

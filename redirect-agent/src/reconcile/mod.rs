@@ -26,8 +26,9 @@ use tracing::warn;
 
 use self::{plan::Standing, pod::PodTask};
 use crate::{
-    dataplane::{Dataplane, PodNetns},
+    dataplane::{Dataplane, Part, PodNetns},
     membership::{self, Decision, Pod, PodKey, decide},
+    metrics::Metrics,
     netns::{self, Netns},
     output::{KernelStatus, OverrideStatus, PodState, PodStatus},
     overrides::{Overrides, Store},
@@ -69,6 +70,7 @@ struct Shared<S> {
     source: S,
     dataplane: Arc<Dataplane>,
     zds: zds::Handle,
+    metrics: Metrics,
     views: Mutex<BTreeMap<PodKey, View>>,
 }
 
@@ -86,6 +88,8 @@ struct View {
     standing: Standing,
     netns: Option<Arc<PodNetns>>,
     problem: Option<String>,
+    /// Whether it was tried to bring the pod to where it should be, since the agent started.
+    tried: bool,
 }
 
 impl View {
@@ -135,9 +139,10 @@ impl<S: Source> Reconciler<S> {
         overrides: Arc<Store>,
         dataplane: Arc<Dataplane>,
         zds: zds::Handle,
+        metrics: Metrics,
     ) -> Self {
         let inventory = source.inventory();
-        let shared = Shared { settings, source, dataplane, zds, views: Mutex::default() };
+        let shared = Shared { settings, source, dataplane, zds, metrics, views: Mutex::default() };
         Self {
             shared: Arc::new(shared),
             overrides,
@@ -327,6 +332,20 @@ impl<S: Source> Observer<S> {
         Arc::clone(&self.shared.source.inventory().borrow())
     }
 
+    /// `None` when every pod was tried to bring to where it should be since the agent started; else
+    /// what is awaited.
+    pub fn unreconciled(&self) -> Option<String> {
+        let views = self.shared.views();
+        let waiting: Vec<&PodKey> =
+            views.iter().filter(|(_, view)| !view.tried).map(|(key, _)| key).collect();
+        let first = waiting.first()?;
+        Some(format!(
+            "{} of {} pods are not reconciled yet, {first} among them",
+            waiting.len(),
+            views.len()
+        ))
+    }
+
     /// The proxies and the workloads they serve.
     pub fn zds(&self) -> zds::ZdsStatus {
         self.shared.zds.status()
@@ -362,8 +381,8 @@ impl<S: Source> Observer<S> {
                             Ok(found) => {
                                 kernel = Some(KernelStatus {
                                     complete: found.missing.is_empty(),
-                                    present: found.present,
-                                    missing: found.missing,
+                                    present: names(&found.present),
+                                    missing: names(&found.missing),
                                 });
                             }
                             Err(e) => message = Some(format!("{e:#}")),
@@ -394,4 +413,8 @@ impl<S: Source> Observer<S> {
         .await
         .context("read the kernel's state")?
     }
+}
+
+fn names(parts: &[Part]) -> Vec<String> {
+    parts.iter().map(Part::to_string).collect()
 }

@@ -15,7 +15,7 @@ use super::{
     plan::{Standing, Step, Wish, next},
 };
 use crate::{
-    dataplane::PodNetns,
+    dataplane::{Part, PodNetns},
     membership::{Pod, PodKey, Reason},
     netns::Netns,
     source::{Event, EventKind, Redirection, Source},
@@ -52,6 +52,10 @@ pub(super) struct PodTask<S> {
     failures: u32,
     /// The problem that an Event was last recorded of.
     told: Option<String>,
+    /// Since when the pod should be in the mesh and is not.
+    enrolling: Option<Instant>,
+    /// Whether it was tried to bring the pod to where it should be.
+    tried: bool,
 }
 
 /// What ends a pause.
@@ -89,6 +93,8 @@ impl<S: Source> PodTask<S> {
             problem: None,
             failures: 0,
             told: None,
+            enrolling: None,
+            tried: false,
         }
     }
 
@@ -168,6 +174,7 @@ impl<S: Source> PodTask<S> {
                 Ok(false) => look,
                 Err(e) => {
                     let problem = format!("{e:#}");
+                    self.shared.metrics.failed();
                     if self.problem.as_ref() != Some(&problem) {
                         warn!(pod = %self.key, "{problem}");
                     }
@@ -185,6 +192,7 @@ impl<S: Source> PodTask<S> {
                     pause
                 }
             };
+            self.tried = true;
             self.show();
             match self.wait(Instant::now() + pause).await {
                 Woken::Wanted => {}
@@ -258,6 +266,9 @@ impl<S: Source> PodTask<S> {
                 self.on_netns(netns, |d, pod| d.capture(pod)).await?;
                 self.standing.captured = true;
                 self.standing.redirected = true;
+                if let Some(since) = self.enrolling.take() {
+                    self.shared.metrics.enrolled(since.elapsed());
+                }
                 info!(pod = %self.key, "enrolled");
                 self.record(EventKind::Enrolled, format!("in the mesh: {}", self.why()));
             }
@@ -363,8 +374,12 @@ impl<S: Source> PodTask<S> {
         }
         let inspection = self.on_netns(netns, |d, pod| d.inspect(pod)).await?;
         if !inspection.missing.is_empty() {
-            warn!(pod = %self.key, missing = ?inspection.missing, "repairing what was changed behind the agent's back");
-            let missing = inspection.missing.join(", ");
+            for part in &inspection.missing {
+                self.shared.metrics.drifted(part.kind.as_str());
+            }
+            let missing: Vec<String> = inspection.missing.iter().map(Part::to_string).collect();
+            warn!(pod = %self.key, ?missing, "repairing what was changed behind the agent's back");
+            let missing = missing.join(", ");
             self.record(
                 EventKind::Repaired,
                 format!("missing in the pod, and put back: {missing}"),
@@ -469,6 +484,11 @@ impl<S: Source> PodTask<S> {
         if pod.ips != self.pod.ips {
             self.netns = None;
         }
+        if !decision.enrolled || self.standing.captured {
+            self.enrolling = None;
+        } else if self.enrolling.is_none() {
+            self.enrolling = Some(Instant::now());
+        }
         self.reason = Some(decision.reason);
         self.pod = pod;
         self.wish()
@@ -514,6 +534,7 @@ impl<S: Source> PodTask<S> {
             standing: self.standing,
             netns: self.netns.clone(),
             problem: self.problem.clone(),
+            tried: self.tried,
         };
         self.shared.views().insert(self.key.clone(), view);
     }

@@ -144,6 +144,7 @@ impl Node {
             .arg("--zds-socket")
             .arg(self.zds_socket())
             .args(["--excluded-namespaces", "kube-system,excluded"])
+            .args(["--health-address", "off"])
             .args(&self.flags);
         let log = self.next_log("agent");
         Process::spawn(&format!("agent of {}", self.name), &mut command, log)
