@@ -4,6 +4,7 @@ use std::{net::IpAddr, path::PathBuf, str::FromStr, time::Duration};
 
 use clap::{Args, CommandFactory as _, Parser, Subcommand, ValueEnum};
 use clap_complete::Shell;
+use ipnet::IpNet;
 
 use crate::{
     control::DEFAULT_SOCKET,
@@ -11,6 +12,7 @@ use crate::{
     membership::{DEFAULT_EXCLUDED_NAMESPACE, NameError, check_namespace_name},
     output::Format,
     overrides::Target,
+    traffic::{Ports, Selection, Selections, parse_range},
 };
 
 /// Puts pods of this node into the ambient mesh, with eBPF inside the pods and no iptables.
@@ -137,6 +139,60 @@ fn namespace(s: &str) -> Result<String, NameError> {
     Ok(s.to_owned())
 }
 
+/// What is redirected of the traffic of a pod.
+#[derive(Clone, Debug, Args)]
+#[command(next_help_heading = "Traffic")]
+pub struct TrafficArgs {
+    /// Redirect only calls to these ranges.
+    #[arg(long, value_name = "CIDR,…", value_delimiter = ',', value_parser = parse_range)]
+    pub include_outbound_ip_ranges: Option<Vec<IpNet>>,
+    /// Do not redirect calls to these ranges.
+    #[arg(long, value_name = "CIDR,…", value_delimiter = ',', value_parser = parse_range)]
+    pub exclude_outbound_ip_ranges: Vec<IpNet>,
+    /// Redirect only calls to these ports.
+    #[arg(long, value_name = "PORTS,…", value_delimiter = ',')]
+    pub include_outbound_ports: Option<Vec<Ports>>,
+    /// Do not redirect calls to these ports: 3306, or 8000-8010.
+    #[arg(long, value_name = "PORTS,…", value_delimiter = ',')]
+    pub exclude_outbound_ports: Vec<Ports>,
+    /// Redirect only calls of others to these ports.
+    #[arg(long, value_name = "PORTS,…", value_delimiter = ',')]
+    pub include_inbound_ports: Option<Vec<Ports>>,
+    /// Do not redirect calls of others to these ports.
+    #[arg(long, value_name = "PORTS,…", value_delimiter = ',')]
+    pub exclude_inbound_ports: Vec<Ports>,
+    /// Redirect only calls that come from these ranges.
+    #[arg(long, value_name = "CIDR,…", value_delimiter = ',', value_parser = parse_range)]
+    pub include_inbound_source_ip_ranges: Option<Vec<IpNet>>,
+    /// Do not redirect calls that come from these ranges.
+    #[arg(long, value_name = "CIDR,…", value_delimiter = ',', value_parser = parse_range)]
+    pub exclude_inbound_source_ip_ranges: Vec<IpNet>,
+}
+
+impl TrafficArgs {
+    /// What they select.
+    pub fn selections(&self) -> Selections {
+        Selections {
+            outbound_ranges: Selection::new(
+                self.include_outbound_ip_ranges.as_deref(),
+                &self.exclude_outbound_ip_ranges,
+            ),
+            outbound_ports: Selection::new(
+                self.include_outbound_ports.as_deref(),
+                &self.exclude_outbound_ports,
+            ),
+            inbound_ports: Selection::new(
+                self.include_inbound_ports.as_deref(),
+                &self.exclude_inbound_ports,
+            ),
+            inbound_sources: Selection::new(
+                self.include_inbound_source_ip_ranges.as_deref(),
+                &self.exclude_inbound_source_ip_ranges,
+            ),
+        }
+    }
+}
+
 /// `run`
 #[derive(Debug, Args)]
 #[command(after_long_help = "\
@@ -177,6 +233,9 @@ pub struct RunArgs {
         value_parser = namespace
     )]
     pub excluded_namespaces: Vec<String>,
+    /// Read the sidecar's annotations for traffic, where ours are absent and mean the same.
+    #[arg(long)]
+    pub sidecar_annotations: bool,
     /// For how long new connections wait for a proxy that has stopped listening.
     #[arg(long, value_name = "TIME", default_value = "3s", value_parser = humantime::parse_duration)]
     pub proxy_grace: Duration,
@@ -192,6 +251,9 @@ pub struct RunArgs {
     /// How to write the log.
     #[arg(long, value_name = "FORMAT", default_value = "text")]
     pub log_format: LogFormat,
+    /// For pods whose annotations do not say otherwise; see [`TrafficArgs`].
+    #[command(flatten)]
+    pub traffic: TrafficArgs,
 }
 
 /// `attach`
@@ -213,6 +275,9 @@ pub struct AttachArgs {
     /// See [`BpffsDir`].
     #[command(flatten)]
     pub bpffs: BpffsDir,
+    /// See [`TrafficArgs`].
+    #[command(flatten)]
+    pub traffic: TrafficArgs,
 }
 
 /// `detach`

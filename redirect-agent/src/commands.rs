@@ -24,6 +24,7 @@ use crate::{
     overrides::{self, Mode, Target},
     preflight,
     reconcile::Settings,
+    traffic::{self, Traffic},
 };
 
 /// Carries out a command.
@@ -79,6 +80,10 @@ async fn run(args: RunArgs) -> Result<()> {
             membership: membership::Config {
                 excluded_namespaces: args.excluded_namespaces.into_iter().collect(),
             },
+            traffic: traffic::Settings {
+                defaults: args.traffic.selections(),
+                sidecar_annotations: args.sidecar_annotations,
+            },
             netns_dir: args.netns_dir,
             drain: args.drain,
             verify_interval: args.verify_interval,
@@ -109,9 +114,10 @@ async fn run(args: RunArgs) -> Result<()> {
 fn attach(args: &AttachArgs) -> Result<()> {
     let pod = PodNetns::new(Netns::open(&args.netns)?, &args.address)?;
     let dataplane = open(&args.bpffs.bpffs_dir)?;
-    dataplane.prepare(&pod, 0)?;
+    let traffic = Traffic { selections: args.traffic.selections(), ..Traffic::default() };
+    dataplane.prepare(&pod, 0, &traffic)?;
     dataplane.proxy_listens(&pod)?;
-    dataplane.capture(&pod)
+    dataplane.capture(&pod, &traffic)
 }
 
 fn detach(args: &DetachArgs) -> Result<()> {

@@ -32,6 +32,7 @@ use crate::{
     output::{KernelStatus, OverrideStatus, PodState, PodStatus},
     overrides::{Overrides, Store},
     source::{Inventory, Source},
+    traffic::{self, Traffic},
     zds,
 };
 
@@ -46,6 +47,8 @@ const SWEEP: Duration = Duration::from_secs(10);
 pub struct Settings {
     /// What decides who is in the mesh.
     pub membership: membership::Config,
+    /// What decides which traffic of theirs is redirected.
+    pub traffic: traffic::Settings,
     /// Where network namespaces are, as `<namespace>_<name>`.
     pub netns_dir: PathBuf,
     /// For how long a pod that leaves the mesh may finish its redirected connections.
@@ -85,6 +88,7 @@ struct View {
     decision: Decision,
     standing: Standing,
     netns: Option<Arc<PodNetns>>,
+    traffic: Traffic,
     problem: Option<String>,
 }
 
@@ -358,7 +362,7 @@ impl<S: Source> Observer<S> {
                     let mut message = view.problem;
                     let mut kernel = None;
                     if let Some(netns) = view.netns.as_ref().filter(|_| view.standing.prepared) {
-                        match dataplane.inspect(netns) {
+                        match dataplane.inspect(netns, &view.traffic) {
                             Ok(found) => {
                                 kernel = Some(KernelStatus {
                                     complete: found.missing.is_empty(),
@@ -380,6 +384,7 @@ impl<S: Source> Observer<S> {
                         reason: view.decision.reason,
                         message,
                         overridden,
+                        traffic: Some(view.traffic).filter(|t| *t != Traffic::default()),
                         netns,
                         kernel,
                         counters: counters

@@ -19,6 +19,7 @@ use crate::{
     membership::{Pod, PodKey, Reason},
     netns::Netns,
     source::{Event, EventKind, Redirection, Source},
+    traffic::Traffic,
     zds::{AddOutcome, Workload},
 };
 
@@ -44,6 +45,10 @@ pub(super) struct PodTask<S> {
     /// The reason that its rows of the map `pods` were last entered with.
     reason: Option<Reason>,
     standing: Standing,
+    /// What its annotations last asked for, as far as they could be read.
+    traffic: Option<Traffic>,
+    /// What is wrong with its annotations.
+    misread: Vec<String>,
     netns: Option<Arc<PodNetns>>,
     /// The addresses whose rows of the map `pods` say why the pod bypasses.
     noted: Vec<IpAddr>,
@@ -84,6 +89,8 @@ impl<S: Source> PodTask<S> {
             pod,
             reason: None,
             standing,
+            traffic: None,
+            misread: Vec::new(),
             netns: None,
             noted: Vec::new(),
             problem: None,
@@ -229,12 +236,12 @@ impl<S: Source> PodTask<S> {
                     return Ok(false);
                 }
                 let netns = self.open_netns().await?;
-                let reason = self.decision_code();
+                let (reason, traffic) = (self.decision_code(), self.traffic());
                 let captured = self.on_netns(netns, move |d, pod| {
-                    d.prepare(pod, reason)?;
-                    d.captured(pod)
+                    d.prepare(pod, reason, &traffic)?;
+                    Ok((d.partly_captured(pod)?, d.captured(pod, &traffic)?))
                 });
-                self.standing.captured = captured.await?;
+                (self.standing.captured, self.standing.shaped) = captured.await?;
                 self.standing.prepared = true;
                 self.standing.noted = false;
                 self.noted.clear();
@@ -255,11 +262,15 @@ impl<S: Source> PodTask<S> {
             }
             Step::Capture => {
                 let netns = self.open_netns().await?;
-                self.on_netns(netns, |d, pod| d.capture(pod)).await?;
+                let traffic = self.traffic();
+                self.on_netns(netns, move |d, pod| d.capture(pod, &traffic)).await?;
+                if !self.standing.captured {
+                    info!(pod = %self.key, "enrolled");
+                    self.record(EventKind::Enrolled, format!("in the mesh: {}", self.why()));
+                }
                 self.standing.captured = true;
+                self.standing.shaped = true;
                 self.standing.redirected = true;
-                info!(pod = %self.key, "enrolled");
-                self.record(EventKind::Enrolled, format!("in the mesh: {}", self.why()));
             }
             Step::Publish => {
                 self.standing.mentioned = true;
@@ -275,6 +286,7 @@ impl<S: Source> PodTask<S> {
                 let netns = self.open_netns().await?;
                 self.on_netns(netns, |d, pod| d.release(pod)).await?;
                 self.standing.captured = false;
+                self.standing.shaped = false;
             }
             Step::Drain => return self.drain().await,
             Step::Withdraw => {
@@ -361,7 +373,8 @@ impl<S: Source> PodTask<S> {
         if !kernel || !self.standing.captured {
             return Ok(());
         }
-        let inspection = self.on_netns(netns, |d, pod| d.inspect(pod)).await?;
+        let traffic = self.traffic();
+        let inspection = self.on_netns(netns, move |d, pod| d.inspect(pod, &traffic)).await?;
         if !inspection.missing.is_empty() {
             warn!(pod = %self.key, missing = ?inspection.missing, "repairing what was changed behind the agent's back");
             let missing = inspection.missing.join(", ");
@@ -471,7 +484,30 @@ impl<S: Source> PodTask<S> {
         }
         self.reason = Some(decision.reason);
         self.pod = pod;
+        self.read_traffic();
         self.wish()
+    }
+
+    /// Takes over what the pod's annotations now ask for.
+    fn read_traffic(&mut self) {
+        let settings = &self.shared.settings.traffic;
+        let (traffic, misread) = settings.read(&self.pod.annotations, self.traffic.as_ref());
+        if self.traffic.as_ref() != Some(&traffic) {
+            // Only a pod in the mesh has what follows from it.
+            self.standing.prepared &= self.wish() != Some(Wish::Enrolled);
+            self.traffic = Some(traffic);
+        }
+        if self.misread != misread {
+            for problem in misread.iter().filter(|problem| !self.misread.contains(problem)) {
+                warn!(pod = %self.key, "{problem}; what it said before holds");
+                self.record(EventKind::InvalidAnnotation, problem.clone());
+            }
+            self.misread = misread;
+        }
+    }
+
+    fn traffic(&self) -> Traffic {
+        self.traffic.clone().unwrap_or_default()
     }
 
     fn netns_path(&self) -> PathBuf {
@@ -505,6 +541,10 @@ impl<S: Source> PodTask<S> {
         blocking(move || f(&dataplane, &pod)).await.with_context(|| format!("set up pod {key}"))
     }
 
+    fn told_of_annotations(&self) -> Option<String> {
+        (!self.misread.is_empty()).then(|| self.misread.join("; "))
+    }
+
     /// Updates what `status` shows.
     fn show(&self) {
         let Some((_, decision)) = self.wanted.borrow().clone() else { return };
@@ -512,8 +552,9 @@ impl<S: Source> PodTask<S> {
             pod: self.pod.clone(),
             decision,
             standing: self.standing,
+            traffic: self.traffic(),
             netns: self.netns.clone(),
-            problem: self.problem.clone(),
+            problem: self.problem.clone().or_else(|| self.told_of_annotations()),
         };
         self.shared.views().insert(self.key.clone(), view);
     }

@@ -13,3 +13,4 @@ mod pods;
 mod proxies;
 mod restart;
 mod toggles;
+mod traffic;
