@@ -9,6 +9,7 @@ use ipnet::IpNet;
 use crate::{
     control::DEFAULT_SOCKET,
     dataplane,
+    enablement::Selectors,
     membership::{DEFAULT_EXCLUDED_NAMESPACE, NameError, check_namespace_name},
     output::Format,
     overrides::Target,
@@ -139,6 +140,7 @@ fn namespace(s: &str) -> Result<String, NameError> {
     Ok(s.to_owned())
 }
 
+<<<<<<< HEAD
 /// What is redirected of the traffic of a pod.
 #[derive(Clone, Debug, Args)]
 #[command(next_help_heading = "Traffic")]
@@ -191,6 +193,10 @@ impl TrafficArgs {
             ),
         }
     }
+=======
+fn selectors(s: &str) -> Result<Selectors, String> {
+    Selectors::read(s).map_err(|error| format!("{error:#}"))
+>>>>>>> main
 }
 
 /// `run`
@@ -233,9 +239,16 @@ pub struct RunArgs {
         value_parser = namespace
     )]
     pub excluded_namespaces: Vec<String>,
+<<<<<<< HEAD
     /// Read the sidecar's annotations for traffic, where ours are absent and mean the same.
     #[arg(long)]
     pub sidecar_annotations: bool,
+=======
+    /// What puts pods into the mesh in place of the label istio.io/dataplane-mode: istio-cni's
+    /// ambient.enablementSelectors, as YAML or as @FILE.
+    #[arg(long, value_name = "YAML|@FILE", value_parser = selectors)]
+    pub enablement_selectors: Option<Selectors>,
+>>>>>>> main
     /// For how long new connections wait for a proxy that has stopped listening.
     #[arg(long, value_name = "TIME", default_value = "3s", value_parser = humantime::parse_duration)]
     pub proxy_grace: Duration,

@@ -79,6 +79,7 @@ async fn run(args: RunArgs) -> Result<()> {
         settings: Settings {
             membership: membership::Config {
                 excluded_namespaces: args.excluded_namespaces.into_iter().collect(),
+                selectors: args.enablement_selectors,
             },
             traffic: traffic::Settings {
                 defaults: args.traffic.selections(),

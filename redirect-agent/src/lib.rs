@@ -5,6 +5,7 @@ pub mod cli;
 pub mod commands;
 pub mod control;
 pub mod dataplane;
+pub mod enablement;
 pub mod membership;
 pub mod netns;
 pub mod output;

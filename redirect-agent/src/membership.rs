@@ -10,6 +10,8 @@ use std::{
 use k8s_openapi::api::core::v1 as k8s;
 use serde::{Deserialize, Serialize};
 
+use crate::enablement::Selectors;
+
 /// The label on namespaces and pods that asks for a data plane mode.
 /// Source: Istio `pkg/config/constants`, `DataplaneModeLabel`.
 pub const LABEL_DATAPLANE_MODE: &str = "istio.io/dataplane-mode";
@@ -300,11 +302,26 @@ impl TryFrom<&k8s::Namespace> for Namespace {
 pub struct Config {
     /// Namespaces whose pods are never in the mesh.
     pub excluded_namespaces: BTreeSet<String>,
+    /// What asks for the mesh, in place of [`LABEL_DATAPLANE_MODE`].
+    pub selectors: Option<Selectors>,
 }
 
 impl Default for Config {
     fn default() -> Config {
-        Config { excluded_namespaces: BTreeSet::from([DEFAULT_EXCLUDED_NAMESPACE.to_owned()]) }
+        Config {
+            excluded_namespaces: BTreeSet::from([DEFAULT_EXCLUDED_NAMESPACE.to_owned()]),
+            selectors: None,
+        }
+    }
+}
+
+impl Config {
+    /// Whether [`decide`] looks at the label `key` of a namespace.
+    pub fn reads_namespace_label(&self, key: &str) -> bool {
+        match &self.selectors {
+            None => key == LABEL_DATAPLANE_MODE,
+            Some(selectors) => selectors.namespace_keys().contains(key),
+        }
     }
 }
 
@@ -337,11 +354,15 @@ pub enum Reason {
     OverrideBypass = 10,
     /// An operator lets the whole node bypass (`redirect-agent pause`).
     Paused = 11,
+    /// An enablement selector matches the pod and its namespace.
+    Selected = 12,
+    /// No enablement selector matches the pod and its namespace.
+    NotSelected = 13,
 }
 
 impl Reason {
     /// Every reason, by code.
-    pub const ALL: [Reason; 11] = [
+    pub const ALL: [Reason; 13] = [
         Reason::NamespaceExcluded,
         Reason::HostNetwork,
         Reason::PodFinished,
@@ -353,6 +374,8 @@ impl Reason {
         Reason::OverrideEnrolled,
         Reason::OverrideBypass,
         Reason::Paused,
+        Reason::Selected,
+        Reason::NotSelected,
     ];
 
     /// The stable name, in kebab case.
@@ -369,6 +392,8 @@ impl Reason {
             Reason::OverrideEnrolled => "override-enrolled",
             Reason::OverrideBypass => "override-bypass",
             Reason::Paused => "paused",
+            Reason::Selected => "selected",
+            Reason::NotSelected => "not-selected",
         }
     }
 
@@ -408,6 +433,8 @@ impl Reason {
             Reason::OverrideEnrolled => "an operator enrolled it on this node",
             Reason::OverrideBypass => "an operator took it out of the mesh on this node",
             Reason::Paused => "an operator paused the whole node",
+            Reason::Selected => "it and its namespace match one of --enablement-selectors",
+            Reason::NotSelected => "it and its namespace match none of --enablement-selectors",
         }
     }
 }
@@ -472,7 +499,9 @@ impl Decision {
 ///
 /// A `namespace` that is not known counts as one without labels. Label values are case-sensitive,
 /// and a pod's label that is empty or unknown is as good as none: only `none` opts out.
-/// `istio-injection`, `istio.io/rev` and container names are not consulted.
+/// `istio-injection`, `istio.io/rev` and container names are not consulted. With enablement
+/// selectors, they alone stand in for the two labels: `none` then opts out only where a selector
+/// says so.
 ///
 /// Source: Istio `cni/pkg/util/podutil.go`, `PodRedirectionEnabled`.
 pub fn decide(namespace: Option<&Namespace>, pod: &Pod, config: &Config) -> Decision {
@@ -487,6 +516,15 @@ pub fn decide(namespace: Option<&Namespace>, pod: &Pod, config: &Config) -> Deci
     }
     if pod.annotations.contains_key(ANNOTATION_SIDECAR_STATUS) {
         return Decision::bypass(Reason::Sidecar);
+    }
+    if let Some(selectors) = &config.selectors {
+        let none = BTreeMap::new();
+        let labels = namespace.map_or(&none, |namespace| &namespace.labels);
+        return if selectors.matches(&pod.labels, &pod.key.namespace, labels) {
+            Decision::enrolled(Reason::Selected)
+        } else {
+            Decision::bypass(Reason::NotSelected)
+        };
     }
     match mode(&pod.labels) {
         Some(DATAPLANE_MODE_NONE) => return Decision::bypass(Reason::PodLabelNone),
@@ -528,6 +566,8 @@ mod tests {
                 "9 override-enrolled",
                 "10 override-bypass",
                 "11 paused",
+                "12 selected",
+                "13 not-selected",
             ]
         );
         for reason in Reason::ALL {

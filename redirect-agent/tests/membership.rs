@@ -3,8 +3,12 @@
 
 use std::{collections::BTreeMap, fmt::Write as _, fs, path::Path};
 
-use redirect_agent::membership::{
-    ANNOTATION_SIDECAR_STATUS, Config, LABEL_DATAPLANE_MODE, Namespace, Phase, Pod, PodKey, decide,
+use redirect_agent::{
+    enablement::{self, Selectors},
+    membership::{
+        ANNOTATION_SIDECAR_STATUS, Config, LABEL_DATAPLANE_MODE, Namespace, Phase, Pod, PodKey,
+        decide,
+    },
 };
 
 const MODES: [Option<&str>; 6] =
@@ -30,12 +34,63 @@ fn table() -> String {
                 [Phase::Pending, Phase::Running, Phase::Succeeded, Phase::Failed, Phase::Unknown]
             {
                 for sidecar in [None, Some(""), Some("{}")] {
-                    block(&mut table, excluded, host_network, phase, sidecar);
+                    block(&mut table, excluded, host_network, phase, sidecar, None);
                 }
             }
         }
     }
+    for (name, selectors) in SELECTORS {
+        for sidecar in [None, Some("{}")] {
+            write!(table, "\nenablement selectors: {name}").unwrap();
+            let selectors = Some(selectors.parse().unwrap());
+            block(&mut table, false, false, Phase::Running, sidecar, selectors);
+        }
+    }
     table
+}
+
+/// Beside those that mean the same as the label.
+const SELECTORS: [(&str, &str); 3] = [
+    ("istio-cni's own", enablement::DEFAULT),
+    (
+        "namespaces with a mode, pods that do not opt out with an empty one",
+        "- namespaceSelector: {matchExpressions: [{key: istio.io/dataplane-mode, operator: Exists}]}
+  podSelector: {matchExpressions: [{key: istio.io/dataplane-mode, operator: NotIn, values: ['']}]}",
+    ),
+    ("none", "[]"),
+];
+
+#[test]
+fn istio_cnis_own_selectors_mean_what_the_label_means() {
+    let selectors: Selectors = enablement::DEFAULT.parse().unwrap();
+    let config = Config { selectors: Some(selectors), ..Config::default() };
+    for namespace in MODES {
+        for pod in MODES {
+            let (namespace, pod) = (in_namespace(namespace), pod_with(pod));
+            let by_label = decide(Some(&namespace), &pod, &Config::default());
+            let by_selectors = decide(Some(&namespace), &pod, &config);
+            assert_eq!(by_selectors.enrolled, by_label.enrolled, "{namespace:?} {pod:?}");
+        }
+    }
+}
+
+fn in_namespace(mode: Option<&str>) -> Namespace {
+    Namespace { name: "shop".to_owned(), labels: labels(mode) }
+}
+
+fn pod_with(mode: Option<&str>) -> Pod {
+    Pod {
+        key: PodKey::new("shop", "cart").unwrap(),
+        uid: "u-1".to_owned(),
+        service_account: "default".to_owned(),
+        node_name: None,
+        labels: labels(mode),
+        annotations: BTreeMap::new(),
+        host_network: false,
+        phase: Phase::Running,
+        ips: Vec::new(),
+        deleting: false,
+    }
 }
 
 fn block(
@@ -44,6 +99,7 @@ fn block(
     host_network: bool,
     phase: Phase,
     sidecar: Option<&str>,
+    selectors: Option<Selectors>,
 ) {
     writeln!(
         table,
@@ -53,12 +109,10 @@ fn block(
     )
     .unwrap();
     let mut rows = vec![("no namespace".to_owned(), None)];
-    rows.extend(MODES.map(|mode| {
-        (describe(mode), Some(Namespace { name: "shop".to_owned(), labels: labels(mode) }))
-    }));
+    rows.extend(MODES.map(|mode| (describe(mode), Some(in_namespace(mode)))));
     let header: String = MODES.iter().map(|mode| format!("{:<26}", describe(*mode))).collect();
     writeln!(table, "{:<14}{}", "", header.trim_end()).unwrap();
-    let mut config = Config::default();
+    let mut config = Config { selectors, ..Config::default() };
     if excluded {
         config.excluded_namespaces.insert("shop".to_owned());
     }
@@ -66,19 +120,13 @@ fn block(
         let mut row = format!("{name:<14}");
         for mode in MODES {
             let pod = Pod {
-                key: PodKey::new("shop", "cart").unwrap(),
-                uid: "u-1".to_owned(),
-                service_account: "default".to_owned(),
-                node_name: None,
-                labels: labels(mode),
                 annotations: sidecar
                     .map(|value| (ANNOTATION_SIDECAR_STATUS.to_owned(), value.to_owned()))
                     .into_iter()
                     .collect(),
                 host_network,
                 phase,
-                ips: Vec::new(),
-                deleting: false,
+                ..pod_with(mode)
             };
             let decision = decide(namespace.as_ref(), &pod, &config);
             let sign = if decision.enrolled { '+' } else { '-' };
