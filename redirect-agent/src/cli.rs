@@ -140,7 +140,6 @@ fn namespace(s: &str) -> Result<String, NameError> {
     Ok(s.to_owned())
 }
 
-<<<<<<< HEAD
 /// What is redirected of the traffic of a pod.
 #[derive(Clone, Debug, Args)]
 #[command(next_help_heading = "Traffic")]
@@ -193,10 +192,10 @@ impl TrafficArgs {
             ),
         }
     }
-=======
+}
+
 fn selectors(s: &str) -> Result<Selectors, String> {
     Selectors::read(s).map_err(|error| format!("{error:#}"))
->>>>>>> main
 }
 
 /// `run`
@@ -239,16 +238,13 @@ pub struct RunArgs {
         value_parser = namespace
     )]
     pub excluded_namespaces: Vec<String>,
-<<<<<<< HEAD
     /// Read the sidecar's annotations for traffic, where ours are absent and mean the same.
     #[arg(long)]
     pub sidecar_annotations: bool,
-=======
     /// What puts pods into the mesh in place of the label istio.io/dataplane-mode: istio-cni's
     /// ambient.enablementSelectors, as YAML or as @FILE.
     #[arg(long, value_name = "YAML|@FILE", value_parser = selectors)]
     pub enablement_selectors: Option<Selectors>,
->>>>>>> main
     /// For how long new connections wait for a proxy that has stopped listening.
     #[arg(long, value_name = "TIME", default_value = "3s", value_parser = humantime::parse_duration)]
     pub proxy_grace: Duration,
@@ -264,7 +260,7 @@ pub struct RunArgs {
     /// How to write the log.
     #[arg(long, value_name = "FORMAT", default_value = "text")]
     pub log_format: LogFormat,
-    /// For pods whose annotations do not say otherwise; see [`TrafficArgs`].
+    /// See [`TrafficArgs`].
     #[command(flatten)]
     pub traffic: TrafficArgs,
 }
