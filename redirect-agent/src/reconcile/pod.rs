@@ -134,9 +134,10 @@ impl<S: Source> PodTask<S> {
                 if !enrolled {
                     self.standing.prepared = prepared;
                 }
-                if enrolled {
+                if enrolled || prepared {
+                    // Also one on its way out: a proxy whose snapshot lacks it would cut what it drains.
                     self.offer().await?;
-                } else if !prepared {
+                } else {
                     // Nothing of ours keeps the namespace of a pod that bypasses alive.
                     self.netns = None;
                 }

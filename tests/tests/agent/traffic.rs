@@ -127,7 +127,9 @@ fn outbound_calls_are_selected_by_range_and_port(family: Family) -> Result<()> {
             .with_context(|| format!("with {annotations:?}"))?;
     }
     annotate(node, server, &[])?;
-    assert_unchanged(&server.netns, &enrolled)?;
+    wait_for("the switch to settle", SOON, || {
+        Ok((footprint(&server.netns)? == enrolled).then_some(()))
+    })?;
     cluster.assert_redirected(family)?;
 
     annotate(node, server, &[("excludeOutboundPorts", "1-10"), ("includeOutboundIPRanges", "")])?;
