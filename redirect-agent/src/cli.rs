@@ -26,7 +26,7 @@ use crate::{
     after_long_help = "\
 Examples:
   redirect-agent check
-  redirect-agent run --source dir:/etc/redirect-agent/manifests
+  redirect-agent run
   redirect-agent status
   redirect-agent unenroll shop/cart --for 10m
 
@@ -43,7 +43,7 @@ pub struct Cli {
 #[derive(Debug, Subcommand)]
 pub enum Command {
     /// Runs the agent of this node.
-    Run(RunArgs),
+    Run(Box<RunArgs>),
     /// Redirects one network namespace, without an agent.
     Attach(AttachArgs),
     /// Puts one network namespace back to how it was before `attach`.
@@ -71,6 +71,8 @@ pub enum Command {
 /// Where pods and namespaces come from.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub enum SourceSpec {
+    /// `kube`: the cluster's API server.
+    Kube,
     /// `dir:PATH`: a directory of manifests.
     Dir(PathBuf),
 }
@@ -81,7 +83,11 @@ impl FromStr for SourceSpec {
     fn from_str(s: &str) -> Result<SourceSpec, String> {
         match s.split_once(':') {
             Some(("dir", path)) if !path.is_empty() => Ok(SourceSpec::Dir(path.into())),
-            _ => Err("a source is dir:PATH, a directory of Kubernetes manifests".to_owned()),
+            None if s == "kube" => Ok(SourceSpec::Kube),
+            _ => Err(
+                "a source is kube, the cluster, or dir:PATH, a directory of Kubernetes manifests"
+                    .to_owned(),
+            ),
         }
     }
 }
@@ -202,15 +208,21 @@ fn selectors(s: &str) -> Result<Selectors, String> {
 #[derive(Debug, Args)]
 #[command(after_long_help = "\
 Examples:
-  redirect-agent run --source dir:/etc/redirect-agent/manifests
+  redirect-agent run
+  redirect-agent run --kubeconfig /etc/kubernetes/redirect-agent.conf --node-name n1
   redirect-agent run --source dir:manifests --node-name n1 --log-format json
 
 Stopping the agent changes nothing for the pods' traffic: what it set up stays in the kernel, and the
 next one takes it over. `redirect-agent cleanup` puts everything back.")]
 pub struct RunArgs {
-    /// Where pods and namespaces come from: dir:PATH, a directory of Kubernetes manifests.
-    #[arg(long, value_name = "SOURCE")]
+    /// Where pods and namespaces come from: kube, the cluster, or dir:PATH, a directory of
+    /// Kubernetes manifests.
+    #[arg(long, value_name = "SOURCE", default_value = "kube")]
     pub source: SourceSpec,
+    /// How to reach the cluster's API server; by default as $KUBECONFIG or ~/.kube/config say, or,
+    /// in a pod, by its service account.
+    #[arg(long, value_name = "PATH")]
+    pub kubeconfig: Option<PathBuf>,
     /// This node's name, as in the pods' spec.nodeName; the host's name by default.
     #[arg(long, value_name = "NAME", env = "NODE_NAME", hide_env_values = true)]
     pub node_name: Option<String>,

@@ -34,7 +34,7 @@ use crate::{
 /// What the command says when it fails.
 pub async fn execute(command: Command) -> Result<()> {
     match command {
-        Command::Run(args) => run(args).await,
+        Command::Run(args) => run(*args).await,
         Command::Attach(args) => attach(&args),
         Command::Detach(args) => detach(&args),
         Command::Enroll(args) => {
@@ -75,6 +75,7 @@ async fn run(args: RunArgs) -> Result<()> {
     };
     let options = agent::Options {
         source: args.source,
+        kubeconfig: args.kubeconfig,
         node,
         settings: Settings {
             membership: membership::Config {

@@ -138,9 +138,10 @@ fn the_command_line_is_consistent_and_every_command_has_examples() {
 
 #[test]
 fn run_has_the_defaults_that_the_documents_name() {
-    let cli = Cli::try_parse_from(["redirect-agent", "run", "--source", "dir:/m"]).unwrap();
+    let cli = Cli::try_parse_from(["redirect-agent", "run"]).unwrap();
     let Command::Run(run) = cli.command else { panic!("{cli:?}") };
-    assert_eq!(run.source, SourceSpec::Dir("/m".into()));
+    assert_eq!((run.source, run.kubeconfig), (SourceSpec::Kube, None));
+    assert_eq!("dir:/m".parse(), Ok(SourceSpec::Dir("/m".into())));
     assert_eq!(run.netns_dir, Path::new("/var/run/netns"));
     assert_eq!(run.bpffs.bpffs_dir, Path::new("/sys/fs/bpf/redirect/v2"));
     assert_eq!(run.state_dir, Path::new("/var/lib/redirect-agent"));
@@ -154,8 +155,9 @@ fn run_has_the_defaults_that_the_documents_name() {
 #[test]
 fn a_command_line_that_makes_no_sense_is_refused() {
     for wrong in [
-        &["run"][..],
-        &["run", "--source", "/m"],
+        &["run", "--source", "/m"][..],
+        &["run", "--source", "kube:/m"],
+        &["run", "--enablement-selectors", "- podSelector: {matchLabel: {a: b}}"],
         &["run", "--source", "dir:"],
         &["run", "--source", "dir:/m", "--excluded-namespaces", "a,B"],
         &["enroll"],

@@ -18,7 +18,7 @@ use crate::{
     dataplane::PodNetns,
     membership::{Pod, PodKey, Reason},
     netns::Netns,
-    source::{Event, EventKind, Redirection, Source},
+    source::{ANNOTATION_REDIRECTION, Event, EventKind, Redirection, Source},
     traffic::Traffic,
     zds::{AddOutcome, Workload},
 };
@@ -482,6 +482,12 @@ impl<S: Source> PodTask<S> {
         }
         if pod.ips != self.pod.ips {
             self.netns = None;
+        }
+        let published = |pod: &Pod| pod.annotations.get(ANNOTATION_REDIRECTION).cloned();
+        if published(&pod) != published(&self.pod) {
+            // It was us, or somebody else: saying it again costs nothing where it is right.
+            self.standing.published = false;
+            self.standing.mentioned = true;
         }
         self.reason = Some(decision.reason);
         self.pod = pod;

@@ -4,10 +4,12 @@ use std::{collections::BTreeMap, fmt, net::IpAddr, sync::Arc};
 
 use serde::{Deserialize, Serialize};
 use tokio::sync::watch;
+use tracing::{info, warn};
 
 use crate::membership::{Namespace, Pod, PodKey};
 
 pub mod dir;
+pub mod kube;
 
 /// The annotation that tells istiod whether a pod speaks HBONE.
 /// Source: Istio `pkg/config/constants`, `AmbientRedirection`.
@@ -129,6 +131,16 @@ impl EventKind {
     /// Whether somebody should look at it.
     pub fn is_warning(self) -> bool {
         !matches!(self, EventKind::Enrolled | EventKind::Unenrolled)
+    }
+}
+
+/// Logs which problems have come, and which have gone.
+fn report(before: &[Problem], after: &[Problem]) {
+    for problem in after.iter().filter(|p| !before.contains(p)) {
+        warn!(object = problem.object, "{}", problem.message);
+    }
+    for problem in before.iter().filter(|p| !after.contains(p)) {
+        info!(object = problem.object, "no longer: {}", problem.message);
     }
 }
 
