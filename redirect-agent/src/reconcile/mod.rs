@@ -290,6 +290,10 @@ impl<S: Source> Reconciler<S> {
     /// Restores pods that were set up by a former agent and are no longer known, where their
     /// namespace can be found.
     async fn remove_orphans(&self) {
+        if self.shared.source.gone_is_deleted() {
+            // Should anything still run in them, it is to be refused.
+            return;
+        }
         let known: BTreeSet<PathBuf> = self
             .inventory
             .borrow()

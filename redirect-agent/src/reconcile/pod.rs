@@ -402,6 +402,11 @@ impl<S: Source> PodTask<S> {
     /// for the old one keeps refusing, should anything run in it, and is swept when it is dead.
     async fn lose_netns(&mut self) {
         warn!(pod = %self.key, "its network namespace is gone");
+        self.let_go().await;
+    }
+
+    /// The proxy lets go of it, and what the kernel has for it stays.
+    async fn let_go(&mut self) {
         self.netns = None;
         self.shared.zds.delete(&self.pod.uid).await;
         self.standing = Standing { mentioned: true, ..Standing::default() };
@@ -412,6 +417,11 @@ impl<S: Source> PodTask<S> {
     async fn bury(&mut self) {
         if !self.netns_stands() {
             self.lose_netns().await;
+        } else if self.shared.source.gone_is_deleted() && self.standing.captured {
+            // Its containers have ended, unless it was deleted by force: then what still runs must
+            // not go on in plaintext.
+            info!(pod = %self.key, "deleted; what still runs of it is refused");
+            self.let_go().await;
         }
         let mut retry = RETRY_FIRST;
         while let Some(step) = next(Wish::Bypass, &self.standing).filter(|step| *step != Step::Note)

@@ -80,6 +80,12 @@ pub trait Source: Send + Sync + 'static {
         state: Option<Redirection>,
     ) -> impl Future<Output = anyhow::Result<()>> + Send;
 
+    /// Whether a pod that is gone from here was deleted. What still runs of such a pod must not speak
+    /// past the proxy; a pod that was merely taken out of this source leaves the mesh in order.
+    fn gone_is_deleted(&self) -> bool {
+        false
+    }
+
     /// Tells whoever looks at `pod` what happened to it. It never waits; what cannot be told is
     /// logged, and lost.
     fn record(&self, pod: &Pod, event: Event);

@@ -368,6 +368,10 @@ impl Source for KubeSource {
         }
     }
 
+    fn gone_is_deleted(&self) -> bool {
+        true
+    }
+
     fn record(&self, pod: &Pod, event: Event) {
         self.events.take(pod, event);
     }
