@@ -231,6 +231,39 @@ async fn refusal_is_named_with_what_is_needed_and_ends_when_it_is_granted() {
 }
 
 #[tokio::test]
+async fn watch_that_alone_is_refused_is_a_lasting_trouble_and_no_reason_to_list_again() {
+    let mut fixture = Fixture::start().await;
+    let lists = fixture.server.requests_of("list", "pods").len();
+    fixture.server.forbid("watch", "pods");
+    fixture.server.cut_watches(Cut::Cleanly);
+    fixture.until("the refusal", |i| !i.problems.is_empty()).await;
+    let watches = fixture.server.requests_of("watch", "pods").len();
+    let again = |s: &ApiServer| s.requests_of("watch", "pods").len() > watches + 1;
+    fixture.until_server("more attempts", again).await;
+    assert_eq!(fixture.now().problems.len(), 1);
+    fixture.label("1");
+    fixture.server.allow_all();
+    fixture.until_labelled("1").await;
+    fixture.until("no problem", |i| i.problems.is_empty()).await;
+    assert_eq!(fixture.server.requests_of("list", "pods").len(), lists);
+}
+
+#[tokio::test]
+async fn server_that_does_not_speak_tls_is_a_trouble_and_waited_for() {
+    let server = ApiServer::start().unwrap();
+    let mut config = config_of(&server).await;
+    config.cluster_url = server.url().replace("http:", "https:").parse().unwrap();
+    let membership = Config::default();
+    let opening = kube::open(config, NODE, &membership);
+    let waited = timeout(Duration::from_secs(2), opening).await;
+    assert!(
+        waited.is_err(),
+        "it was neither waited for nor refused: {:?}",
+        waited.map(|r| r.err())
+    );
+}
+
+#[tokio::test]
 async fn slow_api_server_is_followed() {
     let mut fixture = Fixture::start().await;
     fixture.server.slow_down(Duration::from_millis(700));

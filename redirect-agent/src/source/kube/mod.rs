@@ -195,10 +195,11 @@ pub async fn open(
     let mut problems = Vec::new();
     while !state.is_complete() {
         let update = updates.recv().await.context("follow the API server")?;
-        take(&mut state, update);
-        let now = state.inventory().problems;
-        report(&problems, &now);
-        problems = now;
+        if take(&mut state, update) {
+            let now = state.inventory().problems;
+            report(&problems, &now);
+            problems = now;
+        }
     }
     let inventory = state.inventory();
     if inventory.pods.is_empty() {
@@ -242,7 +243,8 @@ fn client(
     Ok(builder.with_layer(&RateLimitLayer::new(requests, per)).with_layer(&look).build())
 }
 
-fn take(state: &mut State, update: Update) {
+/// Takes an update over; says whether the inventory may have changed.
+fn take(state: &mut State, update: Update) -> bool {
     match update {
         Update::Pod(event) => state.pod(event),
         Update::Namespace(event) => state.namespace(event),
@@ -264,9 +266,13 @@ impl KubeWatcher {
         let mut scribes = JoinSet::new();
         scribes.spawn(scribe.run());
         while let Some(update) = shutdown.run_until_cancelled(updates.recv()).await {
-            take(&mut state, update.context("follow the API server: the watches have ended")?);
+            let update = update.context("follow the API server: the watches have ended")?;
+            let mut changed = take(&mut state, update);
             while let Ok(update) = updates.try_recv() {
-                take(&mut state, update);
+                changed |= take(&mut state, update);
+            }
+            if !changed {
+                continue;
             }
             // Whoever is woken by the inventory asks what is published.
             published.see(&state);

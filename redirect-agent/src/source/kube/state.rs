@@ -89,17 +89,18 @@ impl State {
         self.pods.complete && self.namespaces.complete
     }
 
-    /// Notes why `what` cannot be followed, or that it is.
-    pub(super) fn trouble(&mut self, what: &'static str, why: Option<String>) {
+    /// Notes why `what` cannot be followed, or that it is; says whether that is news.
+    pub(super) fn trouble(&mut self, what: &'static str, why: Option<String>) -> bool {
         match why {
-            Some(why) => self.troubles.insert(what, why),
-            None => self.troubles.remove(what),
-        };
+            Some(why) => self.troubles.insert(what, why.clone()).as_ref() != Some(&why),
+            None => self.troubles.remove(what).is_some(),
+        }
     }
 
-    /// Takes over what happened to a pod.
-    pub(super) fn pod(&mut self, event: Event<DynamicObject>) {
+    /// Takes over what happened to a pod; says whether the inventory may have changed.
+    pub(super) fn pod(&mut self, event: Event<DynamicObject>) -> bool {
         let listed = matches!(event, Event::InitApply(_));
+        let changes = !listed && !matches!(event, Event::Init);
         match event {
             Event::Init => self.pods.init(),
             Event::InitDone => self.pods.init_done(),
@@ -119,28 +120,36 @@ impl State {
                 }
             }
         }
+        changes
     }
 
     /// Takes over what happened to a namespace; of its labels only those that decide are kept, and
-    /// of one that has none of them nothing.
-    pub(super) fn namespace(&mut self, event: Event<PartialObjectMeta<k8s::Namespace>>) {
+    /// of one that has none of them nothing. Says whether the inventory may have changed.
+    pub(super) fn namespace(&mut self, event: Event<PartialObjectMeta<k8s::Namespace>>) -> bool {
         let listed = matches!(event, Event::InitApply(_));
         match event {
-            Event::Init => self.namespaces.init(),
-            Event::InitDone => self.namespaces.init_done(),
+            Event::Init => {
+                self.namespaces.init();
+                false
+            }
+            Event::InitDone => {
+                self.namespaces.init_done();
+                true
+            }
             Event::InitApply(object) | Event::Apply(object) => {
                 let name = name(&object.metadata);
                 let mut labels = object.metadata.labels.unwrap_or_default();
                 labels.retain(|key, _| self.membership.reads_namespace_label(key));
                 let target = self.namespaces.target(listed);
-                if labels.is_empty() {
-                    target.remove(&name);
+                let before = if labels.is_empty() {
+                    target.remove(&name)
                 } else {
-                    target.insert(name.clone(), Namespace { name, labels });
-                }
+                    target.insert(name.clone(), Namespace { name: name.clone(), labels })
+                };
+                !listed && before.as_ref() != target.get(&name)
             }
             Event::Delete(object) => {
-                self.namespaces.known.remove(&name(&object.metadata));
+                self.namespaces.known.remove(&name(&object.metadata)).is_some()
             }
         }
     }

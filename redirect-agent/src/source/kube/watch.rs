@@ -61,7 +61,12 @@ pub(super) async fn follow<K, T>(
 /// ever when 410 is the answer to the request; and an event that it cannot read is lost.
 fn needs_a_new_list(failed: &watcher::Error) -> bool {
     match failed {
-        watcher::Error::WatchStartFailed(Error::Api(status)) => (400..500).contains(&status.code),
+        watcher::Error::WatchStartFailed(Error::Api(status)) => match status.code {
+            400 | 410 => true,
+            // The server has been put back to an older state.
+            504 => status.message.contains("resource version"),
+            _ => false,
+        },
         watcher::Error::WatchFailed(Error::SerdeError(_)) => true,
         _ => false,
     }
