@@ -163,6 +163,18 @@ impl PodNetns {
         Ok(Self { netns, addresses })
     }
 
+    /// Whether the namespace has other addresses now, and still all of `known`.
+    ///
+    /// # Errors
+    ///
+    /// When the namespace cannot be entered.
+    pub fn has_changed(&self, known: &[IpAddr]) -> Result<bool> {
+        let found = self.netns.run(|| Routing::open()?.addresses())??;
+        let has_all = known.iter().all(|ip| found.contains(ip));
+        let found: BTreeSet<IpAddr> = found.into_iter().collect();
+        Ok(has_all && found != self.addresses.iter().copied().collect())
+    }
+
     fn id(&self) -> PodId {
         self.netns.inode()
     }

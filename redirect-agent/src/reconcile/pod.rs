@@ -374,6 +374,13 @@ impl<S: Source> PodTask<S> {
         if !kernel || !self.standing.captured {
             return Ok(());
         }
+        let known = self.pod.ips.clone();
+        if self.on_netns(Arc::clone(&netns), move |_, pod| pod.has_changed(&known)).await? {
+            info!(pod = %self.key, "its addresses have changed");
+            self.netns = None;
+            self.standing.prepared = false;
+            return Ok(());
+        }
         let traffic = self.traffic();
         let inspection = self.on_netns(netns, move |d, pod| d.inspect(pod, &traffic)).await?;
         if !inspection.missing.is_empty() {
