@@ -419,8 +419,8 @@ impl<S: Source> PodTask<S> {
         self.standing = Standing { mentioned: true, ..Standing::default() };
     }
 
-    /// The pod is gone from the source. If its namespace is still there, it leaves the mesh in
-    /// order; then nothing of it is kept.
+    /// The pod is gone from the source. If its namespace is still there, and it was not deleted, it
+    /// leaves the mesh in order; then nothing of it is kept.
     async fn bury(&mut self) {
         if !self.netns_stands() {
             self.lose_netns().await;
