@@ -21,7 +21,7 @@ use crate::{
     output::Status,
     overrides::{Change, Store},
     reconcile::{Observer, Reconciler, Settings},
-    source::{Source, dir},
+    source::{Source, dir, kube},
     zds,
 };
 
@@ -33,6 +33,8 @@ const LOG_INTERVAL: Duration = Duration::from_millis(100);
 pub struct Options {
     /// Where pods and namespaces come from.
     pub source: SourceSpec,
+    /// Where the API server and the credentials for it are, for a cluster as the source.
+    pub kubeconfig: Option<PathBuf>,
     /// This node's name.
     pub node: String,
     /// What to do with the pods.
@@ -56,28 +58,49 @@ pub struct Options {
 ///
 /// When it cannot start, or one of its parts fails.
 pub async fn run(options: Options, shutdown: CancellationToken) -> Result<()> {
+    let ground = Ground {
+        control: control::Server::bind(&options.control_socket)?,
+        overrides: Arc::new(Store::open(&options.state_dir)?),
+        dataplane: Arc::new(Dataplane::open(&options.dataplane)?),
+        zds: zds::Server::bind(&options.zds_socket)?,
+        metrics: Metrics::default(),
+    };
+    let (node, membership) = (&options.node, &options.settings.membership);
     match &options.source {
         SourceSpec::Dir(path) => {
-            let (source, watcher) = dir::open(path, &options.node).await?;
-            let watch = watcher.run(shutdown.clone());
-            run_on(source, watch, options, shutdown).await
+            let (source, watcher) = dir::open(path, node).await?;
+            serve(options, ground, source, watcher.run(shutdown.clone()), shutdown).await
+        }
+        SourceSpec::Kube => {
+            let config = kube::config(options.kubeconfig.as_deref()).await?;
+            let opening = kube::open(config, node, membership, &ground.metrics);
+            let Some(opened) = shutdown.run_until_cancelled(opening).await else {
+                info!("stopped before the cluster was known; pods stay as they are");
+                return Ok(());
+            };
+            let (source, watcher) = opened?;
+            serve(options, ground, source, watcher.run(shutdown.clone()), shutdown).await
         }
     }
 }
 
-/// Runs on `source`, which `watch` keeps current.
-async fn run_on(
-    source: impl Source,
-    watch: impl Future<Output = Result<()>> + Send + 'static,
+/// What the agent has before it knows of any pod.
+struct Ground {
+    control: control::Server,
+    overrides: Arc<Store>,
+    dataplane: Arc<Dataplane>,
+    zds: zds::Server,
+    metrics: Metrics,
+}
+
+/// Runs on what is known of the pods, which `following` keeps current.
+async fn serve<S: Source>(
     options: Options,
+    Ground { control, overrides, dataplane, zds, metrics }: Ground,
+    source: S,
+    following: impl Future<Output = Result<()>> + Send + 'static,
     shutdown: CancellationToken,
 ) -> Result<()> {
-    let control = control::Server::bind(&options.control_socket)?;
-    let overrides = Arc::new(Store::open(&options.state_dir)?);
-    let dataplane = Arc::new(Dataplane::open(&options.dataplane)?);
-    let zds = zds::Server::bind(&options.zds_socket)?;
-    let metrics = Metrics::default();
-
     let mut parts: JoinSet<Result<()>> = JoinSet::new();
     if options.dataplane.log {
         let mut log = dataplane.logger()?;
@@ -113,7 +136,7 @@ async fn run_on(
         source = agent.observer.source(),
         "running"
     );
-    parts.spawn(watch);
+    parts.spawn(following);
     parts.spawn(control.run(Arc::clone(&agent), shutdown.clone()));
     let stop = shutdown.clone();
     parts.spawn(async move {

@@ -4,6 +4,7 @@ use std::{net::IpAddr, path::PathBuf, str::FromStr, time::Duration};
 
 use clap::{Args, CommandFactory as _, Parser, Subcommand, ValueEnum};
 use clap_complete::Shell;
+use ipnet::IpNet;
 
 use crate::{
     control::DEFAULT_SOCKET,
@@ -13,6 +14,7 @@ use crate::{
     membership::{DEFAULT_EXCLUDED_NAMESPACE, NameError, check_namespace_name},
     output::Format,
     overrides::Target,
+    traffic::{Ports, Selection, Selections, parse_range},
 };
 
 /// Puts pods of this node into the ambient mesh, with eBPF inside the pods and no iptables.
@@ -25,7 +27,7 @@ use crate::{
     after_long_help = "\
 Examples:
   redirect-agent check
-  redirect-agent run --source dir:/etc/redirect-agent/manifests
+  redirect-agent run
   redirect-agent status
   redirect-agent unenroll shop/cart --for 10m
 
@@ -42,7 +44,7 @@ pub struct Cli {
 #[derive(Debug, Subcommand)]
 pub enum Command {
     /// Runs the agent of this node.
-    Run(RunArgs),
+    Run(Box<RunArgs>),
     /// Redirects one network namespace, without an agent.
     Attach(AttachArgs),
     /// Puts one network namespace back to how it was before `attach`.
@@ -70,6 +72,8 @@ pub enum Command {
 /// Where pods and namespaces come from.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub enum SourceSpec {
+    /// `kube`: the cluster's API server.
+    Kube,
     /// `dir:PATH`: a directory of manifests.
     Dir(PathBuf),
 }
@@ -80,7 +84,11 @@ impl FromStr for SourceSpec {
     fn from_str(s: &str) -> Result<SourceSpec, String> {
         match s.split_once(':') {
             Some(("dir", path)) if !path.is_empty() => Ok(SourceSpec::Dir(path.into())),
-            _ => Err("a source is dir:PATH, a directory of Kubernetes manifests".to_owned()),
+            None if s == "kube" => Ok(SourceSpec::Kube),
+            _ => Err(
+                "a source is kube, the cluster, or dir:PATH, a directory of Kubernetes manifests"
+                    .to_owned(),
+            ),
         }
     }
 }
@@ -139,6 +147,60 @@ fn namespace(s: &str) -> Result<String, NameError> {
     Ok(s.to_owned())
 }
 
+/// What is redirected of the traffic of a pod.
+#[derive(Clone, Debug, Args)]
+#[command(next_help_heading = "Traffic")]
+pub struct TrafficArgs {
+    /// Redirect only calls to these ranges.
+    #[arg(long, value_name = "CIDR,…", value_delimiter = ',', value_parser = parse_range)]
+    pub include_outbound_ip_ranges: Option<Vec<IpNet>>,
+    /// Do not redirect calls to these ranges.
+    #[arg(long, value_name = "CIDR,…", value_delimiter = ',', value_parser = parse_range)]
+    pub exclude_outbound_ip_ranges: Vec<IpNet>,
+    /// Redirect only calls to these ports.
+    #[arg(long, value_name = "PORTS,…", value_delimiter = ',')]
+    pub include_outbound_ports: Option<Vec<Ports>>,
+    /// Do not redirect calls to these ports: 3306, or 8000-8010.
+    #[arg(long, value_name = "PORTS,…", value_delimiter = ',')]
+    pub exclude_outbound_ports: Vec<Ports>,
+    /// Redirect only calls of others to these ports.
+    #[arg(long, value_name = "PORTS,…", value_delimiter = ',')]
+    pub include_inbound_ports: Option<Vec<Ports>>,
+    /// Do not redirect calls of others to these ports.
+    #[arg(long, value_name = "PORTS,…", value_delimiter = ',')]
+    pub exclude_inbound_ports: Vec<Ports>,
+    /// Redirect only calls that come from these ranges.
+    #[arg(long, value_name = "CIDR,…", value_delimiter = ',', value_parser = parse_range)]
+    pub include_inbound_source_ip_ranges: Option<Vec<IpNet>>,
+    /// Do not redirect calls that come from these ranges.
+    #[arg(long, value_name = "CIDR,…", value_delimiter = ',', value_parser = parse_range)]
+    pub exclude_inbound_source_ip_ranges: Vec<IpNet>,
+}
+
+impl TrafficArgs {
+    /// What they select.
+    pub fn selections(&self) -> Selections {
+        Selections {
+            outbound_ranges: Selection::new(
+                self.include_outbound_ip_ranges.as_deref(),
+                &self.exclude_outbound_ip_ranges,
+            ),
+            outbound_ports: Selection::new(
+                self.include_outbound_ports.as_deref(),
+                &self.exclude_outbound_ports,
+            ),
+            inbound_ports: Selection::new(
+                self.include_inbound_ports.as_deref(),
+                &self.exclude_inbound_ports,
+            ),
+            inbound_sources: Selection::new(
+                self.include_inbound_source_ip_ranges.as_deref(),
+                &self.exclude_inbound_source_ip_ranges,
+            ),
+        }
+    }
+}
+
 fn selectors(s: &str) -> Result<Selectors, String> {
     Selectors::read(s).map_err(|error| format!("{error:#}"))
 }
@@ -147,15 +209,21 @@ fn selectors(s: &str) -> Result<Selectors, String> {
 #[derive(Debug, Args)]
 #[command(after_long_help = "\
 Examples:
-  redirect-agent run --source dir:/etc/redirect-agent/manifests
+  redirect-agent run
+  redirect-agent run --kubeconfig /etc/kubernetes/redirect-agent.conf --node-name n1
   redirect-agent run --source dir:manifests --node-name n1 --log-format json
 
 Stopping the agent changes nothing for the pods' traffic: what it set up stays in the kernel, and the
 next one takes it over. `redirect-agent cleanup` puts everything back.")]
 pub struct RunArgs {
-    /// Where pods and namespaces come from: dir:PATH, a directory of Kubernetes manifests.
-    #[arg(long, value_name = "SOURCE")]
+    /// Where pods and namespaces come from: kube, the cluster, or dir:PATH, a directory of
+    /// Kubernetes manifests.
+    #[arg(long, value_name = "SOURCE", default_value = "kube")]
     pub source: SourceSpec,
+    /// How to reach the cluster's API server; by default as $KUBECONFIG or ~/.kube/config say, or,
+    /// in a pod, by its service account.
+    #[arg(long, value_name = "PATH")]
+    pub kubeconfig: Option<PathBuf>,
     /// This node's name, as in the pods' spec.nodeName; the host's name by default.
     #[arg(long, value_name = "NAME", env = "NODE_NAME", hide_env_values = true)]
     pub node_name: Option<String>,
@@ -183,6 +251,9 @@ pub struct RunArgs {
         value_parser = namespace
     )]
     pub excluded_namespaces: Vec<String>,
+    /// Read the sidecar's annotations for traffic, where ours are absent and mean the same.
+    #[arg(long)]
+    pub sidecar_annotations: bool,
     /// What puts pods into the mesh in place of the label istio.io/dataplane-mode: istio-cni's
     /// ambient.enablementSelectors, as YAML or as @FILE.
     #[arg(long, value_name = "YAML|@FILE", value_parser = selectors)]
@@ -205,6 +276,9 @@ pub struct RunArgs {
     /// How to write the log.
     #[arg(long, value_name = "FORMAT", default_value = "text")]
     pub log_format: LogFormat,
+    /// See [`TrafficArgs`].
+    #[command(flatten)]
+    pub traffic: TrafficArgs,
 }
 
 /// `attach`
@@ -226,6 +300,9 @@ pub struct AttachArgs {
     /// See [`BpffsDir`].
     #[command(flatten)]
     pub bpffs: BpffsDir,
+    /// See [`TrafficArgs`].
+    #[command(flatten)]
+    pub traffic: TrafficArgs,
 }
 
 /// `detach`

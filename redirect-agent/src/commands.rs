@@ -24,6 +24,7 @@ use crate::{
     overrides::{self, Mode, Target},
     preflight,
     reconcile::Settings,
+    traffic::{self, Traffic},
 };
 
 /// Carries out a command.
@@ -33,7 +34,7 @@ use crate::{
 /// What the command says when it fails.
 pub async fn execute(command: Command) -> Result<()> {
     match command {
-        Command::Run(args) => run(args).await,
+        Command::Run(args) => run(*args).await,
         Command::Attach(args) => attach(&args),
         Command::Detach(args) => detach(&args),
         Command::Enroll(args) => {
@@ -74,11 +75,16 @@ async fn run(args: RunArgs) -> Result<()> {
     };
     let options = agent::Options {
         source: args.source,
+        kubeconfig: args.kubeconfig,
         node,
         settings: Settings {
             membership: membership::Config {
                 excluded_namespaces: args.excluded_namespaces.into_iter().collect(),
                 selectors: args.enablement_selectors,
+            },
+            traffic: traffic::Settings {
+                defaults: args.traffic.selections(),
+                sidecar_annotations: args.sidecar_annotations,
             },
             netns_dir: args.netns_dir,
             drain: args.drain,
@@ -111,9 +117,10 @@ async fn run(args: RunArgs) -> Result<()> {
 fn attach(args: &AttachArgs) -> Result<()> {
     let pod = PodNetns::new(Netns::open(&args.netns)?, &args.address)?;
     let dataplane = open(&args.bpffs.bpffs_dir)?;
-    dataplane.prepare(&pod, 0)?;
+    let traffic = Traffic { selections: args.traffic.selections(), ..Traffic::default() };
+    dataplane.prepare(&pod, 0, &traffic)?;
     dataplane.proxy_listens(&pod)?;
-    dataplane.capture(&pod)
+    dataplane.capture(&pod, &traffic)
 }
 
 fn detach(args: &DetachArgs) -> Result<()> {

@@ -15,4 +15,5 @@ pub mod overrides;
 pub mod preflight;
 pub mod reconcile;
 pub mod source;
+pub mod traffic;
 pub mod zds;

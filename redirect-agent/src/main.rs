@@ -12,11 +12,15 @@ use redirect_agent::{
 };
 use tracing_subscriber::EnvFilter;
 
+/// What is logged unless RUST_LOG says otherwise. What goes wrong with the API server is said by the
+/// source, once; kube says it each time.
+const LOG: &str = "info,kube_client::client::builder=off,kube_runtime::watcher=off";
+
 #[tokio::main]
 async fn main() -> ExitCode {
     let cli = Cli::parse();
     let json = matches!(&cli.command, Command::Run(args) if args.log_format == LogFormat::Json);
-    let filter = EnvFilter::try_from_default_env().unwrap_or_else(|_| EnvFilter::new("info"));
+    let filter = EnvFilter::try_from_default_env().unwrap_or_else(|_| EnvFilter::new(LOG));
     let log = tracing_subscriber::fmt()
         .with_env_filter(filter)
         .with_ansi(stderr().is_terminal())

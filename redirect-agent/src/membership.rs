@@ -69,7 +69,7 @@ impl PodKey {
         let namespace = namespace.into();
         let name = name.into();
         check_namespace_name(&namespace)?;
-        if name.len() > 253 || !name.split('.').all(is_dns_part) {
+        if !is_dns_subdomain(&name) {
             return Err(NameError::Pod(name));
         }
         Ok(PodKey { namespace, name })
@@ -86,6 +86,11 @@ pub fn check_namespace_name(name: &str) -> Result<(), NameError> {
         return Err(NameError::Namespace(name.to_owned()));
     }
     Ok(())
+}
+
+/// Whether `name` is a DNS subdomain, as the names of pods and nodes are.
+pub fn is_dns_subdomain(name: &str) -> bool {
+    name.len() <= 253 && name.split('.').all(is_dns_part)
 }
 
 fn is_dns_part(part: &str) -> bool {

@@ -176,8 +176,9 @@ impl Metrics {
     /// Takes over what is true now of the pods and the proxies.
     pub fn update(&self, pods: &[PodStatus], proxies: usize) {
         self.zds_connections.set(i64::try_from(proxies).unwrap_or(i64::MAX));
-        self.pods.clear();
+        // One scrape at a time: the pods are counted anew.
         let mut seen = self.seen.lock().unwrap_or_else(PoisonError::into_inner);
+        self.pods.clear();
         let before = std::mem::take(&mut *seen);
         for pod in pods {
             let (state, reason) = (pod.state.as_str(), pod.reason.as_str());
@@ -221,6 +222,7 @@ mod tests {
             reason,
             message: None,
             overridden: None,
+            traffic: None,
             netns: None,
             kernel: None,
             counters: BTreeMap::from([("redirected_outbound".to_owned(), redirected)]),

@@ -9,6 +9,7 @@ use crate::{
     membership::Reason,
     overrides::{Mode, Moment, Pause, Target},
     source::Problem,
+    traffic::Traffic,
 };
 
 /// `-o`.
@@ -62,6 +63,9 @@ pub struct PodStatus {
     /// The override in force for it.
     #[serde(rename = "override")]
     pub overridden: Option<OverrideStatus>,
+    /// What of its traffic is redirected, where that is not everything.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub traffic: Option<Traffic>,
     /// The inode number of the pod's network namespace, when it is known.
     pub netns: Option<u32>,
     /// What the kernel has for the pod; `None`: nothing, as it should be for a pod that bypasses.
@@ -160,7 +164,7 @@ pub fn status(status: &Status, format: Format) -> anyhow::Result<String> {
     let mut header =
         vec!["NAMESPACE", "NAME", "STATE", "REASON", "OVERRIDE", "IPS", "KERNEL", "COUNTERS"];
     if wide {
-        header.extend(["UID", "NETNS", "PRESENT"]);
+        header.extend(["UID", "NETNS", "PRESENT", "SETTINGS"]);
     }
     let rows = pods.iter().map(|pod| {
         let mut row = vec![
@@ -186,6 +190,7 @@ pub fn status(status: &Status, format: Format) -> anyhow::Result<String> {
             row.push(pod.uid.clone());
             row.push(pod.netns.map(|netns| netns.to_string()).unwrap_or_default());
             row.push(pod.kernel.as_ref().map(|k| k.present.join(", ")).unwrap_or_default());
+            row.push(pod.traffic.as_ref().map(Traffic::to_string).unwrap_or_default());
         }
         row
     });

@@ -10,6 +10,7 @@ use redirect_agent::{
     output::{self, Format, KernelStatus, OverrideStatus, PodState, PodStatus, Status},
     overrides::{Mode, Moment, Pause},
     source::Problem,
+    traffic::{Selection, Selections, Traffic},
 };
 
 fn golden(name: &str, actual: &str) {
@@ -35,6 +36,7 @@ fn pod(namespace: &str, name: &str, state: PodState, reason: Reason) -> PodStatu
         reason,
         message: None,
         overridden: None,
+        traffic: None,
         netns: Some(4_026_532_001),
         kernel: None,
         counters: BTreeMap::new(),
@@ -70,6 +72,14 @@ fn everything() -> Status {
             PodStatus {
                 kernel: Some(complete.clone()),
                 counters,
+                traffic: Some(Traffic {
+                    bypass_inbound: true,
+                    selections: Selections {
+                        outbound_ports: Selection::new(None, &["3306".parse().unwrap()]),
+                        ..Selections::default()
+                    },
+                    ..Traffic::default()
+                }),
                 ..pod("shop", "cart", PodState::Enrolled, Reason::PodLabelAmbient)
             },
             PodStatus {
@@ -128,11 +138,12 @@ fn the_command_line_is_consistent_and_every_command_has_examples() {
 
 #[test]
 fn run_has_the_defaults_that_the_documents_name() {
-    let cli = Cli::try_parse_from(["redirect-agent", "run", "--source", "dir:/m"]).unwrap();
+    let cli = Cli::try_parse_from(["redirect-agent", "run"]).unwrap();
     let Command::Run(run) = cli.command else { panic!("{cli:?}") };
-    assert_eq!(run.source, SourceSpec::Dir("/m".into()));
+    assert_eq!((run.source, run.kubeconfig), (SourceSpec::Kube, None));
+    assert_eq!("dir:/m".parse(), Ok(SourceSpec::Dir("/m".into())));
     assert_eq!(run.netns_dir, Path::new("/var/run/netns"));
-    assert_eq!(run.bpffs.bpffs_dir, Path::new("/sys/fs/bpf/redirect/v1"));
+    assert_eq!(run.bpffs.bpffs_dir, Path::new("/sys/fs/bpf/redirect/v2"));
     assert_eq!(run.state_dir, Path::new("/var/lib/redirect-agent"));
     assert_eq!(run.control.control_socket, Path::new("/run/redirect-agent/control.sock"));
     assert_eq!(run.zds_socket, Path::new("/var/run/ztunnel/ztunnel.sock"));
@@ -144,8 +155,9 @@ fn run_has_the_defaults_that_the_documents_name() {
 #[test]
 fn a_command_line_that_makes_no_sense_is_refused() {
     for wrong in [
-        &["run"][..],
-        &["run", "--source", "/m"],
+        &["run", "--source", "/m"][..],
+        &["run", "--source", "kube:/m"],
+        &["run", "--enablement-selectors", "- podSelector: {matchLabel: {a: b}}"],
         &["run", "--source", "dir:"],
         &["run", "--source", "dir:/m", "--excluded-namespaces", "a,B"],
         &["enroll"],

@@ -10,7 +10,7 @@ use bytemuck::{Pod, Zeroable};
 
 /// Version of this layout, part of the pins' path: a pinned map is only ever reused by an agent
 /// that was built with the same layout.
-pub const ABI_VERSION: u32 = 1;
+pub const ABI_VERSION: u32 = 2;
 
 /// The bits of a mark that belong to the mesh. Source: Istio, `tools/istio-iptables`, `0xfff`.
 pub const MARK_MASK: u32 = 0xfff;
@@ -103,6 +103,10 @@ pub const DECISION_ENROLLED: u32 = 1;
 /// [`PodEntry::flags`]: new connections are redirected. Without it an enrolled pod is being
 /// prepared, or is on its way out.
 pub const POD_CAPTURE: u32 = 1;
+/// [`PodEntry::flags`]: what comes to the pod is not redirected, HBONE excepted.
+pub const POD_BYPASS_INBOUND: u32 = 1 << 1;
+/// [`PodEntry::flags`]: `inbound_ports` and `inbound_ranges` say what of it is redirected.
+pub const POD_INBOUND_RULES: u32 = 1 << 2;
 
 /// Value of the map `pods`, whose key is an address ([`Addr`]) of a pod on this node.
 #[repr(C)]
@@ -148,6 +152,58 @@ pub struct Flow {
     /// Port of `remote`, host byte order.
     pub remote_port: u16,
 }
+
+/// What a key of `inbound_ports` matches by its longest prefix: the pod, then the port.
+#[repr(C)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord, Pod, Zeroable)]
+pub struct PodPort {
+    /// The pod, always matched whole.
+    pub pod_id: PodId,
+    /// A port of the pod, network byte order.
+    pub port: [u8; 2],
+    /// Zero; never matched.
+    pub padding: [u8; 2],
+}
+
+impl PodPort {
+    /// Bits before the port.
+    pub const PREFIX: u32 = 32;
+    /// Bits of a whole key.
+    pub const BITS: u32 = Self::PREFIX + 16;
+
+    /// The key of `port`, host byte order.
+    #[inline(always)]
+    pub const fn new(pod_id: PodId, port: u16) -> Self {
+        Self { pod_id, port: port.to_be_bytes(), padding: [0; 2] }
+    }
+}
+
+/// What a key of `inbound_ranges` matches by its longest prefix: the pod, then the peer's address.
+#[repr(C)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord, Pod, Zeroable)]
+pub struct PodPeer {
+    /// The pod, always matched whole.
+    pub pod_id: PodId,
+    /// The address of whoever calls the pod.
+    pub peer: Addr,
+}
+
+impl PodPeer {
+    /// Bits before the address.
+    pub const PREFIX: u32 = 32;
+    /// Bits of a whole key.
+    pub const BITS: u32 = Self::PREFIX + 128;
+}
+
+/// Value of `inbound_ports` and `inbound_ranges`: redirected. So is what no key matches.
+pub const INBOUND_REDIRECT: u32 = 0;
+/// Value of `inbound_ports` and `inbound_ranges`: the application takes it, not the proxy.
+pub const INBOUND_BYPASS: u32 = 1;
+
+/// Value of the map `transition`: the way that a flow's packets take.
+pub const WAY_DIRECT: u32 = 1;
+/// Value of the map `transition`: through the proxy.
+pub const WAY_REDIRECTED: u32 = 2;
 
 /// The one entry, per CPU, of the map `hint`: the flow whose packet is on its way up the stack on
 /// this CPU and that `sk_lookup` is to leave alone.
@@ -200,13 +256,15 @@ pub enum Counter {
     RefusedProxyAway = 7,
     /// Connections refused because neither address belongs to a known pod.
     RefusedUnknownAddress = 8,
-    /// Packets held back for an instant while a pod enters or leaves the mesh.
+    /// Packets held back for an instant while a pod enters or leaves the mesh, or its settings change.
     HeldInTransition = 9,
+    /// Connections to the pod that its settings keep off the proxy.
+    BypassedInbound = 10,
 }
 
 impl Counter {
     /// Every counter with its name, as `status` and the metrics show it.
-    pub const ALL: [(Counter, &'static str); 10] = [
+    pub const ALL: [(Counter, &'static str); 11] = [
         (Counter::RedirectedOutbound, "redirected_outbound"),
         (Counter::RedirectedInbound, "redirected_inbound"),
         (Counter::Hbone, "hbone"),
@@ -217,6 +275,7 @@ impl Counter {
         (Counter::RefusedProxyAway, "refused_proxy_away"),
         (Counter::RefusedUnknownAddress, "refused_unknown_address"),
         (Counter::HeldInTransition, "held_in_transition"),
+        (Counter::BypassedInbound, "bypassed_inbound"),
     ];
 }
 
@@ -265,6 +324,8 @@ const _: () = {
     assert!(size_of::<PodEntry>() == 16);
     assert!(size_of::<ListenerKey>() == 8);
     assert!(size_of::<Flow>() == 36);
+    assert!(size_of::<PodPort>() == 8);
+    assert!(size_of::<PodPeer>() == 20);
     assert!(size_of::<Hint>() == 40);
     assert!(size_of::<CounterKey>() == 8);
     assert!(size_of::<SavedSysctls>() == 20);
@@ -272,7 +333,10 @@ const _: () = {
 
 #[cfg(feature = "user")]
 mod user {
-    use super::{Addr, CounterKey, Flow, Hint, ListenerKey, PodEntry, SavedSysctls, SockOffsets};
+    use super::{
+        Addr, CounterKey, Flow, Hint, ListenerKey, PodEntry, PodPeer, PodPort, SavedSysctls,
+        SockOffsets,
+    };
 
     macro_rules! pod {
         ($($t:ty),+) => {$(
@@ -281,7 +345,18 @@ mod user {
             unsafe impl aya::Pod for $t {}
         )+};
     }
-    pod!(Addr, CounterKey, Flow, Hint, ListenerKey, PodEntry, SavedSysctls, SockOffsets);
+    pod!(
+        Addr,
+        CounterKey,
+        Flow,
+        Hint,
+        ListenerKey,
+        PodEntry,
+        PodPeer,
+        PodPort,
+        SavedSysctls,
+        SockOffsets
+    );
 }
 
 #[cfg(test)]

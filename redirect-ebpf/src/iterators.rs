@@ -13,18 +13,19 @@ use aya_ebpf::{
 use redirect_ebpf::{
     abi::{
         Addr, Flow, MARK_DIRECT, MARK_PROXY, MARK_REDIRECTED, PORT_HBONE, PORT_INBOUND,
-        PORT_OUTBOUND,
+        PORT_OUTBOUND, WAY_DIRECT, WAY_REDIRECTED,
     },
     verdict::{mesh_mark, with_mesh_mark},
 };
 
-use crate::{config, maps::TRANSITION, sockets::from_words};
+use crate::{config, maps::TRANSITION, pod, sockets::from_words};
 
 const SOL_SOCKET: i32 = 1;
 const SO_REUSEADDR: i32 = 2;
 const SO_MARK: i32 = 36;
 const AF_INET: u16 = 2;
 const TCP_ESTABLISHED: u8 = 1;
+const TCP_SYN_SENT: u8 = 2;
 const TCP_LISTEN: u8 = 10;
 
 /// `struct bpf_iter_meta`, its first field. Source: Linux `include/linux/bpf.h`.
@@ -41,32 +42,61 @@ pub struct IterTcp {
     uid: i32,
 }
 
-/// Before capture starts: every connection that is open keeps its path.
+/// Notes every connection of the proxy, as its peer in the pod sees it: redirected. Also those that
+/// are half open or in TIME_WAIT.
 #[unsafe(no_mangle)]
 #[unsafe(link_section = "iter/tcp")]
-pub extern "C" fn mark_direct(ctx: *mut IterTcp) -> i32 {
-    mark_connection(ctx, MARK_DIRECT, false)
+pub extern "C" fn note_proxy(ctx: *mut IterTcp) -> i32 {
+    let Some(sk) = Common::new(ctx) else { return 0 };
+    let proxys = match Socket::new(ctx) {
+        Some(full) => {
+            sk.state() != TCP_LISTEN && full.get(SO_MARK).map(mesh_mark) == Some(MARK_PROXY)
+        }
+        // Whose it is cannot be told, and need not: no socket in the pod mirrors the application's.
+        None => true,
+    };
+    if proxys {
+        let flow = sk.flow();
+        let mirror = Flow {
+            local: flow.remote,
+            remote: flow.local,
+            local_port: flow.remote_port,
+            remote_port: flow.local_port,
+        };
+        // An LRU map does not refuse for being full.
+        let _refused = TRANSITION.insert(&mirror, WAY_REDIRECTED, 0);
+    }
+    0
 }
 
-/// After capture started: so does every connection that was noted where it goes direct.
+/// Before capture starts or ends: every connection that is open or half open keeps its way. What
+/// `note_proxy` has not noted as redirected goes direct.
 #[unsafe(no_mangle)]
 #[unsafe(link_section = "iter/tcp")]
-pub extern "C" fn mark_direct_late(ctx: *mut IterTcp) -> i32 {
-    mark_connection(ctx, MARK_DIRECT, true)
+pub extern "C" fn mark_all(ctx: *mut IterTcp) -> i32 {
+    mark_connection(ctx, |state, noted| match (state, noted) {
+        (TCP_LISTEN, _) => None,
+        (_, noted) => Some(noted.unwrap_or(WAY_DIRECT)),
+    })
 }
 
-/// Before capture ends: every connection that is redirected keeps its route.
+/// Before the settings of a captured pod change: every connection that is open keeps its way. One
+/// that is half open may be redirected although the proxy knows nothing of it yet: it waits for
+/// `mark_noted`.
 #[unsafe(no_mangle)]
 #[unsafe(link_section = "iter/tcp")]
-pub extern "C" fn mark_redir(ctx: *mut IterTcp) -> i32 {
-    mark_connection(ctx, MARK_REDIRECTED, false)
+pub extern "C" fn mark_open(ctx: *mut IterTcp) -> i32 {
+    mark_connection(ctx, |state, noted| match (state, noted) {
+        (TCP_LISTEN, _) | (TCP_SYN_SENT, None) => None,
+        (_, noted) => Some(noted.unwrap_or(WAY_DIRECT)),
+    })
 }
 
-/// After capture ended: so does every connection that was noted on the redirection route.
+/// After the switch: so does every connection whose way was noted meanwhile.
 #[unsafe(no_mangle)]
 #[unsafe(link_section = "iter/tcp")]
-pub extern "C" fn mark_redir_late(ctx: *mut IterTcp) -> i32 {
-    mark_connection(ctx, MARK_REDIRECTED, true)
+pub extern "C" fn mark_noted(ctx: *mut IterTcp) -> i32 {
+    mark_connection(ctx, |state, noted| if state == TCP_LISTEN { None } else { noted })
 }
 
 /// Writes one byte for each open connection that keeps the redirection route: their number is what
@@ -75,7 +105,7 @@ pub extern "C" fn mark_redir_late(ctx: *mut IterTcp) -> i32 {
 #[unsafe(link_section = "iter/tcp")]
 pub extern "C" fn count_redir(ctx: *mut IterTcp) -> i32 {
     let Some(sk) = Socket::new(ctx) else { return 0 };
-    if sk.read::<u8>(config::sock_offsets().state) == TCP_ESTABLISHED
+    if sk.common().state() == TCP_ESTABLISHED
         && sk.get(SO_MARK).map(mesh_mark) == Some(MARK_REDIRECTED)
     {
         let byte = b'.';
@@ -91,36 +121,87 @@ pub extern "C" fn count_redir(ctx: *mut IterTcp) -> i32 {
 #[unsafe(link_section = "iter/tcp")]
 pub extern "C" fn reuse_addr(ctx: *mut IterTcp) -> i32 {
     let Some(sk) = Socket::new(ctx) else { return 0 };
-    let offsets = config::sock_offsets();
-    if sk.read::<u8>(offsets.state) != TCP_LISTEN
-        || sk.get(SO_MARK).map(mesh_mark) != Some(MARK_PROXY)
-    {
+    let common = sk.common();
+    if common.state() != TCP_LISTEN || sk.get(SO_MARK).map(mesh_mark) != Some(MARK_PROXY) {
         return 0;
     }
-    if matches!(sk.read::<u16>(offsets.local_port), PORT_OUTBOUND | PORT_INBOUND | PORT_HBONE) {
+    if matches!(
+        common.read::<u16>(config::sock_offsets().local_port),
+        PORT_OUTBOUND | PORT_INBOUND | PORT_HBONE
+    ) {
         sk.set(SO_REUSEADDR, 1);
     }
     0
 }
 
+/// Marks an unmarked connection by its way, which `choose` tells from the socket's state and the
+/// way that was noted. A listener never has one: an accepted socket would take its mark before that
+/// of the SYN.
 #[inline(always)]
-fn mark_connection(ctx: *mut IterTcp, mark: u32, noted_only: bool) -> i32 {
+fn mark_connection(ctx: *mut IterTcp, choose: impl Fn(u8, Option<u32>) -> Option<u32>) -> i32 {
     let Some(sk) = Socket::new(ctx) else { return 0 };
-    // An accepted socket would take its listener's mark before that of the SYN.
-    if sk.read::<u8>(config::sock_offsets().state) == TCP_LISTEN {
-        return 0;
-    }
     let Some(old) = sk.get(SO_MARK) else { return 0 };
     if mesh_mark(old) != 0 {
         return 0;
     }
-    let flow = sk.flow();
+    let common = sk.common();
+    let flow = common.flow();
     // The pod's connections to itself never leave it.
-    if flow.local.is_loopback() || (noted_only && TRANSITION.get_ptr(&flow).is_none()) {
+    let own = pod(&flow.local).zip(pod(&flow.remote));
+    if flow.local.is_loopback() || own.is_some_and(|(local, remote)| local.pod_id == remote.pod_id)
+    {
         return 0;
     }
+    // SAFETY: the pointer is to a live map value; it is one word.
+    let noted = TRANSITION.get_ptr(&flow).map(|way| unsafe { *way });
+    let mark = match choose(common.state(), noted) {
+        Some(WAY_REDIRECTED) => MARK_REDIRECTED,
+        Some(_) => MARK_DIRECT,
+        None => return 0,
+    };
     sk.set(SO_MARK, with_mesh_mark(old, mark));
     0
+}
+
+/// What every TCP socket starts with, also one that is half open or in TIME_WAIT.
+struct Common(*mut c_void);
+
+impl Common {
+    #[inline(always)]
+    fn new(ctx: *mut IterTcp) -> Option<Self> {
+        // SAFETY: the context is valid while the program runs.
+        let common = unsafe { (*ctx).sk_common };
+        if common.is_null() { None } else { Some(Self(common)) }
+    }
+
+    #[inline(always)]
+    fn state(&self) -> u8 {
+        self.read(config::sock_offsets().state)
+    }
+
+    /// The field at `offset` of `struct sock_common`.
+    #[inline(always)]
+    fn read<T: bytemuck::Pod>(&self, offset: u32) -> T {
+        let field = self.0.cast::<u8>().wrapping_add(offset as usize);
+        // SAFETY: the helper copes with any address.
+        unsafe { bpf_probe_read_kernel(field.cast()) }.unwrap_or(T::zeroed())
+    }
+
+    #[inline(always)]
+    fn flow(&self) -> Flow {
+        let o = config::sock_offsets();
+        let (local, remote): (Addr, Addr) = if self.read::<u16>(o.family) == AF_INET {
+            (Addr::v4(self.read(o.local_v4)), Addr::v4(self.read(o.remote_v4)))
+        } else {
+            (from_words(self.read(o.local_v6)), from_words(self.read(o.remote_v6)))
+        };
+        Flow {
+            local,
+            remote,
+            local_port: self.read(o.local_port),
+            remote_port: u16::from_be(self.read(o.remote_port)),
+        }
+    }
 }
 
 /// A full TCP socket.
@@ -158,27 +239,8 @@ impl Socket {
             unsafe { bpf_setsockopt(self.0, SOL_SOCKET, option, (&raw mut value).cast(), 4) };
     }
 
-    /// The field at `offset` of `struct sock_common`, with which a socket starts.
     #[inline(always)]
-    fn read<T: bytemuck::Pod>(&self, offset: u32) -> T {
-        let field = self.0.cast::<u8>().wrapping_add(offset as usize);
-        // SAFETY: the helper copes with any address.
-        unsafe { bpf_probe_read_kernel(field.cast()) }.unwrap_or(T::zeroed())
-    }
-
-    #[inline(always)]
-    fn flow(&self) -> Flow {
-        let o = config::sock_offsets();
-        let (local, remote): (Addr, Addr) = if self.read::<u16>(o.family) == AF_INET {
-            (Addr::v4(self.read(o.local_v4)), Addr::v4(self.read(o.remote_v4)))
-        } else {
-            (from_words(self.read(o.local_v6)), from_words(self.read(o.remote_v6)))
-        };
-        Flow {
-            local,
-            remote,
-            local_port: self.read(o.local_port),
-            remote_port: u16::from_be(self.read(o.remote_port)),
-        }
+    fn common(&self) -> Common {
+        Common(self.0)
     }
 }

@@ -15,16 +15,16 @@ mod sockets;
 
 use aya_ebpf::{
     EbpfContext as _,
-    bindings::{BPF_NOEXIST, TC_ACT_SHOT, TC_ACT_UNSPEC},
-    helpers::bpf_ktime_get_ns,
+    bindings::{BPF_ANY, BPF_NOEXIST, TC_ACT_SHOT, TC_ACT_UNSPEC},
+    btf_maps::lpm_trie::Key,
     macros::{classifier, sk_lookup},
     programs::{SkLookupContext, TcContext},
 };
 use aya_log_ebpf::info;
 use redirect_ebpf::{
     abi::{
-        Addr, Counter, CounterKey, Flow, HINT_NO_LISTENER, HINT_NONE, Hint, ListenerKey, PodEntry,
-        PodId,
+        Addr, Counter, CounterKey, Flow, HINT_NO_LISTENER, HINT_NONE, Hint, INBOUND_BYPASS,
+        ListenerKey, MARK_PROXY, PodEntry, PodId, PodPeer, PodPort, WAY_DIRECT, WAY_REDIRECTED,
     },
     verdict::{
         self, Env, Fate, Ingress, Lookup, Pods, Proxy, Segment, Steer, mesh_mark, with_mesh_mark,
@@ -32,7 +32,7 @@ use redirect_ebpf::{
 };
 
 use crate::{
-    maps::{COUNTERS, HINT, PODS_BY_ADDR, TRANSITION},
+    maps::{COUNTERS, HINT, INBOUND_PORTS, INBOUND_RANGES, PODS_BY_ADDR, TRANSITION},
     packet::Network,
 };
 
@@ -148,59 +148,66 @@ pub fn redirect_lookup(ctx: SkLookupContext) -> u32 {
     pass
 }
 
-/// Attached for a moment while a pod enters or leaves the mesh, where its packets leave on the old
-/// path: notes their flows, so that the iterators can mark their sockets.
+/// Attached for a moment while a pod enters or leaves the mesh or its settings change, where its
+/// packets leave (egress of its interfaces, ingress of `lo`): notes which way each flow goes, and
+/// holds back a packet that goes another way than its flow did before. It is sent again, on the right
+/// way, once the flow's socket is marked.
 #[classifier]
-pub fn note_sent(ctx: TcContext) -> i32 {
-    if mesh_mark(mark(&ctx)) == 0
-        && let Some(parsed) = packet::parse(&ctx, packet::network(&ctx))
-    {
-        note(&parsed.segment.sender_flow());
+pub fn watch_sent(ctx: TcContext) -> i32 {
+    let mark = mesh_mark(mark(&ctx));
+    // SAFETY: the context is valid while the program runs.
+    let on_lo = unsafe { (*ctx.skb.skb).ifindex } == LOOPBACK_IFINDEX;
+    if mark != 0 && !(on_lo && mark == MARK_PROXY) {
+        return TC_ACT_UNSPEC;
     }
-    TC_ACT_UNSPEC
+    let Some(parsed) = packet::parse(&ctx, packet::network(&ctx)) else { return TC_ACT_UNSPEC };
+    if mark == MARK_PROXY {
+        note(&parsed.segment.receiver_flow(), WAY_REDIRECTED, BPF_ANY);
+        return TC_ACT_UNSPEC;
+    }
+    let flow = parsed.segment.sender_flow();
+    let way = if on_lo { WAY_REDIRECTED } else { WAY_DIRECT };
+    if parsed.segment.opens {
+        // A new connection, maybe with the ports of an old one.
+        note(&flow, way, BPF_ANY);
+        return TC_ACT_UNSPEC;
+    }
+    match noted(&flow) {
+        Some(noted) if noted != way => {
+            if let Some(pod) = pod(&flow.local) {
+                count(pod.pod_id, Counter::HeldInTransition);
+            }
+            TC_ACT_SHOT
+        }
+        Some(_) => TC_ACT_UNSPEC,
+        None => {
+            note(&flow, way, BPF_NOEXIST);
+            TC_ACT_UNSPEC
+        }
+    }
 }
 
-/// Attached for a moment while a pod enters the mesh, where packets come to it: notes their flows.
-/// A connection that was half open, and so without a socket, shows itself by the packet that opens
-/// it in full.
+/// Attached with [`watch_sent`] where packets come to the pod from outside: a connection that was
+/// half open, and so without a socket, shows itself by the packet that opens it in full.
 #[classifier]
-pub fn note_received(ctx: TcContext) -> i32 {
+pub fn watch_received(ctx: TcContext) -> i32 {
     if let Some(parsed) = packet::parse(&ctx, packet::network(&ctx)) {
-        note(&parsed.segment.receiver_flow());
+        // What is known to be redirected stays so, whatever outsiders send.
+        note(&parsed.segment.receiver_flow(), WAY_DIRECT, BPF_NOEXIST);
     }
     TC_ACT_UNSPEC
 }
 
 #[inline(always)]
-fn note(flow: &Flow) {
-    // SAFETY: a helper without arguments.
-    let now = unsafe { bpf_ktime_get_ns() };
-    // An LRU map does not refuse for being full.
-    let _refused = TRANSITION.insert(flow, now, 0);
+fn note(flow: &Flow, way: u32, flags: u32) {
+    // Refused only where a note is there already that counts for more.
+    let _noted = TRANSITION.insert(flow, way, u64::from(flags));
 }
 
-/// Attached for a moment while a pod enters or leaves the mesh, where its packets leave on the new
-/// path: holds back those of noted flows, which belong on the old path. They are sent again, on
-/// the right path, once their socket is marked.
-#[classifier]
-pub fn hold_flow(ctx: TcContext) -> i32 {
-    if mesh_mark(mark(&ctx)) != 0 {
-        return TC_ACT_UNSPEC;
-    }
-    let Some(parsed) = packet::parse(&ctx, packet::network(&ctx)) else { return TC_ACT_UNSPEC };
-    let flow = parsed.segment.sender_flow();
-    if parsed.segment.opens {
-        // A new connection with the ports of an old one.
-        let _absent = TRANSITION.remove(&flow);
-        return TC_ACT_UNSPEC;
-    }
-    if TRANSITION.get_ptr(&flow).is_none() {
-        return TC_ACT_UNSPEC;
-    }
-    if let Some(pod) = pod(&flow.local) {
-        count(pod.pod_id, Counter::HeldInTransition);
-    }
-    TC_ACT_SHOT
+#[inline(always)]
+fn noted(flow: &Flow) -> Option<u32> {
+    // SAFETY: the pointer is to a live map value; it is one word.
+    TRANSITION.get_ptr(flow).map(|way| unsafe { *way })
 }
 
 #[inline(always)]
@@ -245,6 +252,14 @@ fn pod(addr: &Addr) -> Option<PodEntry> {
     PODS_BY_ADDR.get_ptr(addr).map(|entry| unsafe { *entry })
 }
 
+#[inline(always)]
+fn excludes_inbound(pod_id: PodId, flow: &Flow) -> bool {
+    let port = Key::new(PodPort::BITS, PodPort::new(pod_id, flow.local_port));
+    let peer = Key::new(PodPeer::BITS, PodPeer { pod_id, peer: flow.remote });
+    matches!(INBOUND_PORTS.get(&port), Some(&INBOUND_BYPASS))
+        || matches!(INBOUND_RANGES.get(&peer), Some(&INBOUND_BYPASS))
+}
+
 struct Tc<'a> {
     ctx: &'a TcContext,
 }
@@ -253,6 +268,11 @@ impl Pods for Tc<'_> {
     #[inline(always)]
     fn pod(&self, addr: &Addr) -> Option<PodEntry> {
         pod(addr)
+    }
+
+    #[inline(always)]
+    fn excludes_inbound(&self, pod_id: PodId, flow: &Flow) -> bool {
+        excludes_inbound(pod_id, flow)
     }
 }
 
@@ -278,6 +298,11 @@ impl Pods for LookupEnv {
     #[inline(always)]
     fn pod(&self, addr: &Addr) -> Option<PodEntry> {
         pod(addr)
+    }
+
+    #[inline(always)]
+    fn excludes_inbound(&self, pod_id: PodId, flow: &Flow) -> bool {
+        excludes_inbound(pod_id, flow)
     }
 }
 

@@ -1,11 +1,11 @@
 //! Every map. Those that the agent reads or writes are pinned below the agent's bpffs directory.
 
 use aya_ebpf::{
-    btf_maps::{HashMap, LruHashMap, PerCpuArray, PerCpuHashMap, SockHash},
+    btf_maps::{HashMap, LpmTrie, LruHashMap, PerCpuArray, PerCpuHashMap, SockHash},
     macros::btf_map,
 };
 use redirect_ebpf::abi::{
-    Addr, CounterKey, Flow, Hint, ListenerKey, PodEntry, PodId, SavedSysctls,
+    Addr, CounterKey, Flow, Hint, ListenerKey, PodEntry, PodId, PodPeer, PodPort, SavedSysctls,
 };
 
 /// Addresses of pods: a large node has 500 pods, each with a few addresses.
@@ -33,9 +33,18 @@ pub static PROXY_MISSING: HashMap<ListenerKey, u64, { PODS * 4 }> = HashMap::new
 #[btf_map(name = "hint")]
 pub static HINT: PerCpuArray<Hint, 1> = PerCpuArray::new();
 
-/// Flows seen on the other path while a pod enters or leaves the mesh → ns of CLOCK_MONOTONIC.
+/// Pod and port of the pod, by their longest prefix → one of `INBOUND_*`. Looked into only for pods
+/// with `POD_INBOUND_RULES`.
+#[btf_map(name = "inbound_ports")]
+pub static INBOUND_PORTS: LpmTrie<PodPort, u32, 65536> = LpmTrie::new();
+
+/// Pod and peer of the pod, by their longest prefix → one of `INBOUND_*`. As `inbound_ports`.
+#[btf_map(name = "inbound_ranges")]
+pub static INBOUND_RANGES: LpmTrie<PodPeer, u32, 65536> = LpmTrie::new();
+
+/// Flows of a pod that enters or leaves the mesh, or whose settings change → one of `WAY_*`.
 #[btf_map(name = "transition")]
-pub static TRANSITION: LruHashMap<Flow, u64, 65536> = LruHashMap::new();
+pub static TRANSITION: LruHashMap<Flow, u32, 131072> = LruHashMap::new();
 
 /// Pod → its sysctls before enrolment. Only the agent uses it; it is here to be pinned with the rest.
 #[btf_map(name = "saved_sysctls")]

@@ -166,7 +166,11 @@ fn tuple(src: &Addr, src_port: u16, dst: &Addr, dst_port: u16) -> (bpf_sock_tupl
             dport,
         };
         let len = size_of_val(&ipv4) as u32;
-        (bpf_sock_tuple { __bindgen_anon_1: bpf_sock_tuple__bindgen_ty_1 { ipv4 } }, len)
+        // Whole, or the compiler fills what is left over with pointers, and the verifier objects.
+        // SAFETY: integers only.
+        let mut tuple: bpf_sock_tuple = unsafe { core::mem::zeroed() };
+        tuple.__bindgen_anon_1.ipv4 = ipv4;
+        (tuple, len)
     } else {
         let ipv6 = bpf_sock_tuple__bindgen_ty_1__bindgen_ty_2 {
             saddr: words(src),

@@ -6,7 +6,8 @@
 use crate::abi::{
     Addr, Counter, DECISION_ENROLLED, Flow, HINT_FROM_PROXY, HINT_NO_LISTENER, HINT_NONE, Hint,
     LISTENER_HBONE, LISTENER_INBOUND, LISTENER_OUTBOUND, MARK_DIRECT, MARK_MASK, MARK_PROXY,
-    MARK_REDIRECTED, POD_CAPTURE, PORT_HBONE, PodEntry, PodId,
+    MARK_REDIRECTED, POD_BYPASS_INBOUND, POD_CAPTURE, POD_INBOUND_RULES, PORT_HBONE, PORT_INBOUND,
+    PORT_OUTBOUND, PodEntry, PodId,
 };
 
 /// A TCP segment that could be parsed: not a fragment, no IPv6 extension header.
@@ -63,6 +64,8 @@ pub enum Proxy {
 pub trait Pods {
     /// The entry of `pods` for an address.
     fn pod(&self, addr: &Addr) -> Option<PodEntry>;
+    /// Whether `inbound_ports` or `inbound_ranges` keep this connection to the pod off the proxy.
+    fn excludes_inbound(&self, pod_id: PodId, flow: &Flow) -> bool;
 }
 
 /// What the decisions at tcx ask of the kernel besides.
@@ -166,6 +169,9 @@ pub fn on_interface(ip: bool, segment: Option<&Segment>, env: &impl Env) -> Ingr
     if !captures(&pod) {
         return next;
     }
+    if bypasses_inbound(&pod, &segment.receiver_flow(), env) {
+        return next;
+    }
     let hbone = segment.dst_port == PORT_HBONE;
     if !hbone && !env.application_listens(segment) {
         // The proxy would accept first and find out later; the kernel refuses at once.
@@ -252,6 +258,9 @@ pub fn steer(lookup: &Lookup, env: &impl Pods) -> Steer {
     if hint == HINT_FROM_PROXY {
         return Steer::Pass(Some((pod.pod_id, Counter::FromProxy)));
     }
+    if bypasses_inbound(&pod, flow, env) {
+        return Steer::Pass(Some((pod.pod_id, Counter::BypassedInbound)));
+    }
     Steer::Redirect { pod_id: pod.pod_id, kind: LISTENER_INBOUND }
 }
 
@@ -274,6 +283,17 @@ fn captures(pod: &PodEntry) -> bool {
     pod.flags & POD_CAPTURE != 0
 }
 
+/// Whether the pod's settings keep a connection to it off the proxy. The proxy's own ports are not
+/// for outsiders, whatever the settings: its outbound listener would take them for the pod.
+#[inline(always)]
+fn bypasses_inbound(pod: &PodEntry, flow: &Flow, env: &impl Pods) -> bool {
+    if matches!(flow.local_port, PORT_OUTBOUND | PORT_INBOUND | PORT_HBONE) {
+        return false;
+    }
+    pod.flags & POD_BYPASS_INBOUND != 0
+        || (pod.flags & POD_INBOUND_RULES != 0 && env.excludes_inbound(pod.pod_id, flow))
+}
+
 #[inline(always)]
 fn same_pod(pod: Option<PodEntry>, pod_id: PodId) -> bool {
     matches!(pod, Some(pod) if pod.pod_id == pod_id)
@@ -284,7 +304,7 @@ mod tests {
     use std::{cell::RefCell, collections::BTreeMap, net::IpAddr};
 
     use super::*;
-    use crate::abi::{DECISION_BYPASS, PORT_INBOUND, PORT_OUTBOUND};
+    use crate::abi::DECISION_BYPASS;
 
     const OWN: PodId = 1;
     const NEIGHBOUR: PodId = 2;
@@ -339,6 +359,9 @@ mod tests {
 
     struct Node {
         pods: BTreeMap<Addr, PodEntry>,
+        /// What `inbound_ports` and `inbound_ranges` keep off the proxy.
+        excluded_port: Option<u16>,
+        excluded_peer: Option<Addr>,
         application_listens: bool,
         proxy: Proxy,
         asked: RefCell<Vec<Asked>>,
@@ -355,7 +378,22 @@ mod tests {
                 (a.bypassing, entry(BYPASSING, DECISION_BYPASS, POD_CAPTURE)),
                 (a.preparing, entry(PREPARING, DECISION_ENROLLED, 0)),
             ]);
-            Self { pods, application_listens, proxy, asked: RefCell::default() }
+            Self {
+                pods,
+                excluded_port: None,
+                excluded_peer: None,
+                application_listens,
+                proxy,
+                asked: RefCell::default(),
+            }
+        }
+
+        /// With these flags for the pod itself, besides that it captures.
+        fn with_flags(mut self, a: &Addresses, flags: u32) -> Self {
+            for own in [a.own, a.own_second] {
+                self.pods.entry(own).and_modify(|entry| entry.flags = POD_CAPTURE | flags);
+            }
+            self
         }
 
         #[track_caller]
@@ -367,6 +405,12 @@ mod tests {
     impl Pods for Node {
         fn pod(&self, addr: &Addr) -> Option<PodEntry> {
             self.pods.get(addr).copied()
+        }
+
+        fn excludes_inbound(&self, pod_id: PodId, flow: &Flow) -> bool {
+            pod_id == OWN
+                && (self.excluded_port == Some(flow.local_port)
+                    || self.excluded_peer == Some(flow.remote))
         }
     }
 
@@ -553,6 +597,28 @@ mod tests {
     }
 
     #[test]
+    fn what_settings_keep_off_the_proxy_needs_none() {
+        for a in both_families() {
+            let nothing = Node::new(&a, false, Proxy::Away);
+            let inbound = nothing.with_flags(&a, POD_BYPASS_INBOUND);
+            let rules = || Node::new(&a, false, Proxy::Away).with_flags(&a, POD_INBOUND_RULES);
+            let port = Node { excluded_port: Some(SERVER_PORT), ..rules() };
+            let peer = Node { excluded_peer: Some(a.stranger), ..rules() };
+            for node in [inbound, port, peer] {
+                let expected = Ingress { mark: Some(MARK_DIRECT), ..Ingress::NEXT };
+                assert_eq!(on_interface(true, Some(&syn(a.stranger, a.own)), &node), expected);
+                node.assert_asked(&[]);
+                for proxys in [PORT_OUTBOUND, PORT_INBOUND, PORT_HBONE] {
+                    let node = Node { excluded_port: Some(proxys), ..rules() };
+                    let segment = Segment { dst_port: proxys, ..syn(a.stranger, a.own) };
+                    on_interface(true, Some(&segment), &node);
+                    assert_ne!(*node.asked.borrow(), [], "{proxys} is not for outsiders");
+                }
+            }
+        }
+    }
+
+    #[test]
     fn hbone_comes_to_the_pod() {
         for a in both_families() {
             for (proxy, fate, counter) in [
@@ -679,6 +745,35 @@ mod tests {
                 ),
             ];
             assert_steered(&a, &rows);
+        }
+    }
+
+    #[test]
+    fn settings_keep_calls_to_the_pod_off_the_proxy() {
+        const BYPASSED: Steer = Steer::Pass(Some((OWN, Counter::BypassedInbound)));
+        for a in both_families() {
+            let by = |remote| lookup(a.own, remote, OUTSIDE, HINT_NONE);
+            let node = |flags| Node::new(&a, true, Proxy::Listens).with_flags(&a, flags);
+            let inbound = node(POD_BYPASS_INBOUND);
+            let port = Node { excluded_port: Some(SERVER_PORT), ..node(POD_INBOUND_RULES) };
+            let peer = Node { excluded_peer: Some(a.stranger), ..node(POD_INBOUND_RULES) };
+            let unflagged = Node { excluded_port: Some(SERVER_PORT), ..node(0) };
+
+            assert_eq!(steer(&by(a.stranger), &inbound), BYPASSED);
+            assert_eq!(steer(&by(a.stranger), &port), BYPASSED);
+            assert_eq!(steer(&by(a.stranger), &peer), BYPASSED);
+            assert_eq!(steer(&to_port(by(a.stranger), 9090), &port), INBOUND);
+            assert_eq!(steer(&by(a.neighbour), &peer), INBOUND);
+            assert_eq!(steer(&by(a.stranger), &unflagged), INBOUND);
+            for proxys in [PORT_OUTBOUND, PORT_INBOUND] {
+                assert_eq!(steer(&to_port(by(a.stranger), proxys), &inbound), INBOUND);
+            }
+            let hbone = to_port(by(a.stranger), PORT_HBONE);
+            assert_eq!(steer(&hbone, &inbound), counted(Counter::Hbone));
+            let calls = lookup(a.stranger, a.own, LO, HINT_NONE);
+            assert_eq!(steer(&calls, &inbound), OUTBOUND, "outbound is captured all the same");
+            let from_proxy = lookup(a.own, a.stranger, LO, HINT_FROM_PROXY);
+            assert_eq!(steer(&from_proxy, &inbound), counted(Counter::FromProxy));
         }
     }
 

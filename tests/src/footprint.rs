@@ -4,13 +4,14 @@
 use std::collections::BTreeMap;
 use std::fs;
 use std::process::Command;
+use std::time::Duration;
 
 use anyhow::{Context as _, Result, ensure};
 use aya::programs::{SchedClassifier, TcAttachType};
 use serde_json::Value;
 
 use crate::netns::Netns;
-use crate::process::succeed;
+use crate::process::wait_for;
 
 /// The sysctls that redirections of one kind or another are known to change.
 const SYSCTLS: [&str; 11] = [
@@ -87,8 +88,7 @@ pub fn programs(netns: &Netns) -> Result<Vec<String>> {
         }
         Ok(())
     })?;
-    let output = succeed(Command::new("bpftool").args(["-j", "link", "show"]))?;
-    let links: Value = serde_json::from_slice(&output.stdout).context("read bpftool's output")?;
+    let links = links()?;
     let inode = netns.inode()?;
     for link in links.as_array().into_iter().flatten() {
         if link["netns_ino"].as_u64() == Some(inode) {
@@ -96,6 +96,16 @@ pub fn programs(netns: &Netns) -> Result<Vec<String>> {
         }
     }
     Ok(programs)
+}
+
+/// All links of the machine, as bpftool lists them.
+fn links() -> Result<Value> {
+    // bpftool stops at a link that somebody else is just making.
+    let listed = wait_for("a list of all BPF links", Duration::from_secs(10), || {
+        let output = Command::new("bpftool").args(["-j", "link", "show"]).output()?;
+        Ok(output.status.success().then_some(output.stdout))
+    })?;
+    serde_json::from_slice(&listed).context("read bpftool's output")
 }
 
 /// The interfaces of the namespace that the calling thread is in.

@@ -1,5 +1,6 @@
 //! Fixtures for the tests and the demo.
 
+pub mod apiserver;
 pub mod app;
 pub mod demo;
 pub mod footprint;

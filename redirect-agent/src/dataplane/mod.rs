@@ -5,9 +5,11 @@
 //!
 //! 1. [`Dataplane::prepare`]: everything is in place, nothing is redirected.
 //! 2. [`Dataplane::capture`]: new connections are redirected; those that are open stay as they are.
+//!    Again with other settings, it changes what is redirected in the same way.
 //! 3. [`Dataplane::release`]: new connections go direct; redirected ones stay redirected.
 //! 4. [`Dataplane::remove`]: the pod is as it was found.
 
+mod inbound;
 mod links;
 pub mod probe;
 mod routes;
@@ -42,17 +44,17 @@ use nix::{
 };
 use redirect_ebpf::abi::{
     ABI_VERSION, Addr, Counter, CounterKey, DECISION_BYPASS, DECISION_ENROLLED, Flow,
-    LISTENER_HBONE, LISTENER_INBOUND, LISTENER_OUTBOUND, ListenerKey, POD_CAPTURE, PodEntry, PodId,
-    SavedSysctls,
+    LISTENER_HBONE, LISTENER_INBOUND, LISTENER_OUTBOUND, ListenerKey, POD_BYPASS_INBOUND,
+    POD_CAPTURE, POD_INBOUND_RULES, PodEntry, PodId, PodPeer, PodPort, SavedSysctls,
 };
 use tracing::debug;
 
 use self::{
     links::{PodLinks, attach_tcx},
-    routes::{LOOPBACK_IFINDEX, Routing, Rule},
+    routes::{LOOPBACK_IFINDEX, OutboundState, Routing},
 };
 pub use self::{sockets::offsets as sock_offsets, watch::Watch};
-use crate::netns::Netns;
+use crate::{netns::Netns, traffic::Traffic};
 
 /// The kernel programs, compiled by the build script.
 pub static OBJECT: &[u8] = aya::include_bytes_aligned!(concat!(env!("OUT_DIR"), "/redirect"));
@@ -65,19 +67,23 @@ const BPFFS: &str = "/sys/fs/bpf";
 /// Source: Linux `include/uapi/linux/magic.h`, `BPF_FS_MAGIC`.
 const BPF_FS_MAGIC: i64 = 0xcafe_4a11;
 /// The maps that outlive the agent.
-const PINNED_MAPS: [&str; 7] =
-    ["pods", "counters", "listeners", "proxy_missing", "hint", "transition", "saved_sysctls"];
-const TCX_PROGRAMS: [&str; 5] =
-    ["redirect_lo", "redirect_ext", "note_sent", "note_received", "hold_flow"];
-const LOOKUP_PROGRAM: &str = "redirect_lookup";
-const ITERATORS: [&str; 6] = [
-    "mark_direct",
-    "mark_direct_late",
-    "mark_redir",
-    "mark_redir_late",
-    "count_redir",
-    "reuse_addr",
+const PINNED_MAPS: [&str; 9] = [
+    "pods",
+    "counters",
+    "listeners",
+    "proxy_missing",
+    "hint",
+    "transition",
+    "saved_sysctls",
+    INBOUND_PORTS,
+    INBOUND_RANGES,
 ];
+const INBOUND_PORTS: &str = "inbound_ports";
+const INBOUND_RANGES: &str = "inbound_ranges";
+const TCX_PROGRAMS: [&str; 4] = ["redirect_lo", "redirect_ext", "watch_sent", "watch_received"];
+const LOOKUP_PROGRAM: &str = "redirect_lookup";
+const ITERATORS: [&str; 6] =
+    ["note_proxy", "mark_all", "mark_open", "mark_noted", "count_redir", "reuse_addr"];
 /// After the switch, the flows that were caught half-way are marked at these instants: a connection
 /// that chose its route before the switch, or was half open, has shown itself before the last of
 /// them.
@@ -158,6 +164,18 @@ impl PodNetns {
         Ok(Self { netns, addresses })
     }
 
+    /// Whether the namespace has other addresses now, and still all of `known`.
+    ///
+    /// # Errors
+    ///
+    /// When the namespace cannot be entered.
+    pub fn has_changed(&self, known: &[IpAddr]) -> Result<bool> {
+        let found = self.netns.run(|| Routing::open()?.addresses())??;
+        let has_all = known.iter().all(|ip| found.contains(ip));
+        let found: BTreeSet<IpAddr> = found.into_iter().collect();
+        Ok(has_all && found != self.addresses.iter().copied().collect())
+    }
+
     fn id(&self) -> PodId {
         self.netns.inode()
     }
@@ -175,14 +193,20 @@ impl PodNetns {
 pub enum PartKind {
     /// The row of an address in the map `pods`.
     Row,
+    /// The inbound settings of ports in the map `inbound_ports`.
+    InboundPorts,
+    /// The inbound settings of ranges in the map `inbound_ranges`.
+    InboundRanges,
     /// The `sk_lookup` link.
     Lookup,
     /// A tcx link.
     Tcx,
-    /// The redirection route of a family.
+    /// The redirection routes of a family.
     Route,
-    /// The capture rule of a family.
+    /// The capture rules of a family.
     Rule,
+    /// The drain route of a family.
+    DrainRoute,
     /// The drain rule of a family.
     DrainRule,
     /// A sysctl.
@@ -194,10 +218,13 @@ impl PartKind {
     pub fn as_str(self) -> &'static str {
         match self {
             PartKind::Row => "row",
+            PartKind::InboundPorts => "inbound_ports",
+            PartKind::InboundRanges => "inbound_ranges",
             PartKind::Lookup => "sk_lookup",
             PartKind::Tcx => "tcx",
             PartKind::Route => "route",
             PartKind::Rule => "rule",
+            PartKind::DrainRoute => "drain_route",
             PartKind::DrainRule => "drain_rule",
             PartKind::Sysctl => "sysctl",
         }
@@ -217,6 +244,9 @@ impl fmt::Display for Part {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         let kind = match self.kind {
             PartKind::Row => "capture of",
+            PartKind::InboundPorts => "inbound ports",
+            PartKind::InboundRanges => "inbound ranges",
+            PartKind::DrainRoute => "drain route",
             PartKind::DrainRule => "drain rule",
             kind => kind.as_str(),
         };
@@ -245,14 +275,12 @@ impl Inspection {
 
 /// How much of the capture of a pod is there.
 struct CaptureState {
-    /// Every address's row says so.
+    /// Every address's row is as the settings want it.
     all_rows: bool,
-    /// Some address's row says so.
+    /// Some address's row says that the pod is captured.
     any_row: bool,
-    /// The rule is there for every family.
-    all_rules: bool,
-    /// The rule is there for some family.
-    any_rule: bool,
+    /// The rules and routes of each family.
+    outbound: Vec<OutboundState>,
 }
 
 /// One row of the map `pods`.
@@ -266,6 +294,8 @@ pub struct Row {
     pub enrolled: bool,
     /// Whether its new connections are redirected.
     pub capture: bool,
+    /// What of its inbound connections is not, as bits of `POD_BYPASS_INBOUND`, `POD_INBOUND_RULES`.
+    pub inbound: u32,
     /// The `membership::Reason`, as a number.
     pub reason: u32,
 }
@@ -322,28 +352,36 @@ impl Dataplane {
     }
 
     /// Step 1: everything is in place in the pod, nothing is redirected yet. On a pod that is
-    /// captured already it only repairs what is missing. `reason` is the `membership::Reason`, as a
-    /// number, for whoever dumps the map `pods`.
+    /// captured already it only repairs what is missing, and makes the inbound settings those of
+    /// `traffic`. `reason` is the `membership::Reason`, as a number, for whoever dumps the map `pods`.
     ///
     /// # Errors
     ///
     /// When a system call fails; what was set up so far stays, and calling again completes it.
-    pub fn prepare(&self, pod: &PodNetns, reason: u32) -> Result<()> {
+    pub fn prepare(&self, pod: &PodNetns, reason: u32, traffic: &Traffic) -> Result<()> {
         let mut locked = self.lock()?;
         let kernel = &mut *locked;
         // Before anything that has to be undone: by its directory a pod is found again.
         let links = PodLinks::new(&self.dir, pod.id());
         links.create_dir()?;
+        // Before the rows that tell the programs to look into them.
+        let inbound = inbound::flags(traffic);
+        if inbound & POD_INBOUND_RULES != 0 {
+            kernel.set_inbound(pod.id(), traffic)?;
+        }
         // Before the links, so that the programs know the pod when they are attached.
         let mut pods = kernel.pods()?;
         let (pod_id, mut old) = (pod.id(), pods.rows()?);
         old.retain(|row| row.pod_id == pod_id);
         for &address in &pod.addresses {
             let capture = old.iter().any(|row| row.address == address && row.capture);
-            pods.put(Row { address, pod_id, enrolled: true, capture, reason })?;
+            pods.put(Row { address, pod_id, enrolled: true, capture, inbound, reason })?;
         }
         for row in old.iter().filter(|row| !pod.addresses.contains(&row.address)) {
             pods.delete(row.address)?;
+        }
+        if inbound & POD_INBOUND_RULES == 0 {
+            kernel.set_inbound(pod.id(), traffic)?;
         }
         let saved = pod.netns.run(sysctl::read)??;
         kernel.save_sysctls(pod.id(), saved)?;
@@ -358,42 +396,28 @@ impl Dataplane {
                 links.ensure_tcx(kernel.classifier(program)?, index, &name)?;
             }
             for source in pod.sources() {
-                routing.add_route(source)?;
-                routing.add_rule(source, Rule::Keep)?;
+                routing.add_keep(source)?;
             }
             Ok(())
         })?
     }
 
-    /// Step 2: the pod's new connections are redirected, and those that are open go on as they
-    /// are. Returns when the switch has settled, less than half a second later.
+    /// Step 2: the pod's new connections are redirected as `traffic` says, and those that are open go
+    /// on as they are. On a pod that is captured otherwise, it changes that. Returns when the switch
+    /// has settled, less than half a second later.
     ///
     /// # Errors
     ///
     /// When a system call fails; calling again completes it.
-    pub fn capture(&self, pod: &PodNetns) -> Result<()> {
-        let state = self.capture_state(pod)?;
-        if state.any_rule {
-            // It was captured before, and some of that was lost. Its connections are not marked
-            // now: those that are redirected would be torn from the proxy.
-            let mut locked = self.lock()?;
-            pod.netns.run(|| add_capture_rules(pod))??;
-            return locked.put_all(pod, true, true);
-        }
-        // The old path is the pod's interfaces, the new one is `lo`.
-        let transition = self.transition(pod, Way::Interfaces)?;
-        {
-            let mut locked = self.lock()?;
-            let kernel = &mut *locked;
-            pod.netns.run(|| {
-                sockets::iterate(kernel.iterator("mark_direct")?)?;
-                add_capture_rules(pod)
-            })??;
-            kernel.put_all(pod, true, true)?;
-        }
-        self.settle(pod, "mark_direct_late")?;
-        drop(transition);
-        self.forget_transition(pod)
+    pub fn capture(&self, pod: &PodNetns, traffic: &Traffic) -> Result<()> {
+        let mark = if self.partly_captured(pod)? { "mark_open" } else { "mark_all" };
+        self.switch(pod, mark, |kernel| {
+            let routing = Routing::open()?;
+            for source in pod.sources() {
+                routing.set_outbound(source, &traffic.selections)?;
+            }
+            kernel.put_all(pod, true, true)
+        })
     }
 
     /// Lets the application bind ports that the proxy's accepted connections hold. To be called
@@ -416,20 +440,10 @@ impl Dataplane {
     ///
     /// When a system call fails; calling again completes it.
     pub fn release(&self, pod: &PodNetns) -> Result<()> {
-        // The old path is `lo`, the new one is the pod's interfaces.
-        let transition = self.transition(pod, Way::Loopback)?;
-        {
-            let mut locked = self.lock()?;
-            let kernel = &mut *locked;
-            pod.netns.run(|| {
-                sockets::iterate(kernel.iterator("mark_redir")?)?;
-                kernel.put_all(pod, true, false)?;
-                Routing::open()?.delete_rule(Rule::Capture)
-            })??;
-        }
-        self.settle(pod, "mark_redir_late")?;
-        drop(transition);
-        self.forget_transition(pod)
+        self.switch(pod, "mark_all", |kernel| {
+            kernel.put_all(pod, true, false)?;
+            Routing::open()?.delete_capture()
+        })
     }
 
     /// How many connections of a released pod are still redirected.
@@ -459,9 +473,7 @@ impl Dataplane {
         let links = PodLinks::new(&self.dir, pod.id());
         pod.netns.run(|| {
             let routing = Routing::open()?;
-            routing.delete_rule(Rule::Capture)?;
-            routing.delete_rule(Rule::Keep)?;
-            routing.delete_routes()?;
+            routing.delete_all()?;
             links.detach()?;
             match saved {
                 Some(saved) => sysctl::restore(&saved),
@@ -482,20 +494,23 @@ impl Dataplane {
         self.lock()?.forget(&PodLinks::new(&self.dir, pod_id), pod_id)
     }
 
-    /// What the kernel has for an enrolled pod, and what it lacks.
+    /// What the kernel has for an enrolled pod with these settings, and what it lacks.
     ///
     /// # Errors
     ///
     /// When a system call fails.
-    pub fn inspect(&self, pod: &PodNetns) -> Result<Inspection> {
+    pub fn inspect(&self, pod: &PodNetns, traffic: &Traffic) -> Result<Inspection> {
         let mut locked = self.lock()?;
         let kernel = &mut *locked;
         let mut found = Inspection::default();
         for &ip in &pod.addresses {
             let row = kernel.pods()?.row(ip)?;
-            let capture = row.is_some_and(|r| r.pod_id == pod.id() && r.enrolled && r.capture);
+            let capture = row.is_some_and(|r| r.enrolled && is_captured(&r, pod, traffic));
             found.add(capture, PartKind::Row, ip.to_string());
         }
+        let (ports, ranges) = kernel.has_inbound(pod.id(), traffic)?;
+        found.add(ports, PartKind::InboundPorts, None);
+        found.add(ranges, PartKind::InboundRanges, None);
         let links = PodLinks::new(&self.dir, pod.id());
         pod.netns.run(|| {
             found.add(links.has_lookup(pod.id())?, PartKind::Lookup, None);
@@ -505,9 +520,12 @@ impl Dataplane {
             }
             for source in pod.sources() {
                 let family = || if source.is_ipv4() { "ipv4" } else { "ipv6" }.to_owned();
-                found.add(routing.has_route(source)?, PartKind::Route, family());
-                found.add(routing.has_rule(source, Rule::Capture)?, PartKind::Rule, family());
-                found.add(routing.has_rule(source, Rule::Keep)?, PartKind::DrainRule, family());
+                let outbound = routing.outbound(source, &traffic.selections)?;
+                found.add(outbound.routes, PartKind::Route, family());
+                found.add(outbound.rules, PartKind::Rule, family());
+                let (rule, route) = routing.has_keep(source)?;
+                found.add(route, PartKind::DrainRoute, family());
+                found.add(rule, PartKind::DrainRule, family());
             }
             for (name, right) in sysctl::check()? {
                 found.add(right, PartKind::Sysctl, name.to_owned());
@@ -516,14 +534,16 @@ impl Dataplane {
         })?
     }
 
-    /// Whether the pod's new connections are redirected, in both directions and all families.
+    /// Whether the pod's new connections are redirected as `traffic` says, in both directions and all
+    /// families.
     ///
     /// # Errors
     ///
     /// When a system call fails.
-    pub fn captured(&self, pod: &PodNetns) -> Result<bool> {
-        let found = self.capture_state(pod)?;
-        Ok(found.all_rows && found.all_rules)
+    pub fn captured(&self, pod: &PodNetns, traffic: &Traffic) -> Result<bool> {
+        let found = self.capture_state(pod, traffic)?;
+        Ok(found.all_rows
+            && found.outbound.iter().all(|outbound| outbound.rules && outbound.routes))
     }
 
     /// Whether some of the pod's new connections may be redirected.
@@ -532,8 +552,8 @@ impl Dataplane {
     ///
     /// When a system call fails.
     pub fn partly_captured(&self, pod: &PodNetns) -> Result<bool> {
-        let found = self.capture_state(pod)?;
-        Ok(found.any_row || found.any_rule)
+        let found = self.capture_state(pod, &Traffic::default())?;
+        Ok(found.any_row || found.outbound.iter().any(|outbound| outbound.any))
     }
 
     /// Drops what the maps and bpffs hold for namespaces that are dead, the pins of interfaces that
@@ -580,7 +600,7 @@ impl Dataplane {
     ///
     /// When a system call fails.
     pub fn put_bypass(&self, address: IpAddr, pod_id: PodId, reason: u32) -> Result<()> {
-        let row = Row { address, pod_id, enrolled: false, capture: false, reason };
+        let row = Row { address, pod_id, enrolled: false, capture: false, inbound: 0, reason };
         self.lock()?.pods()?.put(row)
     }
 
@@ -657,31 +677,61 @@ impl Dataplane {
         Ok(())
     }
 
-    fn capture_state(&self, pod: &PodNetns) -> Result<CaptureState> {
-        let rows = {
+    fn capture_state(&self, pod: &PodNetns, traffic: &Traffic) -> Result<CaptureState> {
+        let rows: Vec<Option<Row>> = {
             let mut locked = self.lock()?;
             let pods = locked.pods()?;
-            let captured = |ip: &IpAddr| {
-                Ok(pods.row(*ip)?.is_some_and(|row| row.pod_id == pod.id() && row.capture))
-            };
-            pod.addresses.iter().map(captured).collect::<Result<Vec<bool>>>()?
+            pod.addresses.iter().map(|ip| pods.row(*ip)).collect::<Result<_>>()?
         };
-        let rules = pod.netns.run(|| {
+        let outbound = pod.netns.run(|| {
             let routing = Routing::open()?;
             pod.sources()
-                .map(|source| routing.has_rule(source, Rule::Capture))
-                .collect::<Result<Vec<bool>>>()
+                .map(|source| routing.outbound(source, &traffic.selections))
+                .collect::<Result<Vec<OutboundState>>>()
         })??;
+        let captured = |row: &Row| row.pod_id == pod.id() && row.capture;
         Ok(CaptureState {
-            all_rows: !rows.contains(&false),
-            any_row: rows.contains(&true),
-            all_rules: !rules.contains(&false),
-            any_rule: rules.contains(&true),
+            all_rows: rows.iter().all(|row| row.is_some_and(|row| is_captured(&row, pod, traffic))),
+            any_row: rows.iter().flatten().any(captured),
+            outbound,
         })
     }
 
-    /// Notes the flows that are on the `old` way, and holds them back on the other one, until dropped.
-    fn transition(&self, pod: &PodNetns, old: Way) -> Result<Vec<SchedClassifierLink>> {
+    /// Changes what of the pod is redirected, by `change`, which runs inside its namespace: every
+    /// connection that is open keeps its way, and none is lost in the switch.
+    ///
+    /// Before the change the iterators mark the open connections by their way. Those that come into
+    /// being between the two show their way by their packets, which `watch_sent` and
+    /// `watch_received` note, and hold back on the other way, until their sockets are marked, too.
+    fn switch(
+        &self,
+        pod: &PodNetns,
+        mark: &'static str,
+        change: impl FnOnce(&mut Kernel) -> Result<()> + Send,
+    ) -> Result<()> {
+        self.forget_transition(pod)?;
+        let watch = self.watch(pod)?;
+        {
+            let mut locked = self.lock()?;
+            let kernel = &mut *locked;
+            pod.netns.run(|| {
+                sockets::iterate(kernel.iterator("note_proxy")?)?;
+                sockets::iterate(kernel.iterator(mark)?)?;
+                change(kernel)
+            })??;
+        }
+        for delay in SETTLE {
+            thread::sleep(delay);
+            let mut locked = self.lock()?;
+            let kernel = &mut *locked;
+            pod.netns.run(|| sockets::iterate(kernel.iterator("mark_noted")?))??;
+        }
+        drop(watch);
+        self.forget_transition(pod)
+    }
+
+    /// Notes the flows of the pod's packets, and holds back those that change their way, until dropped.
+    fn watch(&self, pod: &PodNetns) -> Result<Vec<SchedClassifierLink>> {
         let mut locked = self.lock()?;
         let kernel = &mut *locked;
         pod.netns.run(|| {
@@ -691,35 +741,22 @@ impl Dataplane {
                 Ok(())
             };
             for (index, name) in Routing::open()?.interfaces()? {
-                match (old, index == LOOPBACK_IFINDEX) {
-                    (Way::Interfaces, false) => {
-                        attach("note_sent", &name, TcAttachType::Egress)?;
-                        attach("note_received", &name, TcAttachType::Ingress)?;
-                    }
-                    (Way::Interfaces, true) => attach("hold_flow", &name, TcAttachType::Ingress)?,
-                    (Way::Loopback, true) => attach("note_sent", &name, TcAttachType::Ingress)?,
-                    (Way::Loopback, false) => attach("hold_flow", &name, TcAttachType::Egress)?,
+                if index == LOOPBACK_IFINDEX {
+                    attach("watch_sent", &name, TcAttachType::Ingress)?;
+                } else {
+                    attach("watch_sent", &name, TcAttachType::Egress)?;
+                    attach("watch_received", &name, TcAttachType::Ingress)?;
                 }
             }
             Ok(links)
         })?
     }
 
-    fn settle(&self, pod: &PodNetns, late: &'static str) -> Result<()> {
-        for delay in SETTLE {
-            thread::sleep(delay);
-            let mut locked = self.lock()?;
-            let kernel = &mut *locked;
-            pod.netns.run(|| sockets::iterate(kernel.iterator(late)?))??;
-        }
-        Ok(())
-    }
-
     fn forget_transition(&self, pod: &PodNetns) -> Result<()> {
         let ours: Vec<Addr> = pod.addresses.iter().map(|ip| Addr::from(*ip)).collect();
         let mut locked = self.lock()?;
         let kernel = &mut *locked;
-        let mut flows: HashMap<_, Flow, u64> = kernel.map("transition")?;
+        let mut flows: HashMap<_, Flow, u32> = kernel.map("transition")?;
         let noted: Vec<Flow> = flows.keys().filter_map(Result::ok).collect();
         for flow in noted {
             if ours.contains(&flow.local) {
@@ -739,15 +776,6 @@ impl Dataplane {
             .with_context(|| format!("lock {}", self.dir.display()))?;
         Ok(Locked { kernel, _file: file })
     }
-}
-
-/// The two ways on which a pod's packets leave: a switch of the pod moves them from one to the other.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-enum Way {
-    /// Direct, by the pod's interfaces.
-    Interfaces,
-    /// Redirected, by `lo`.
-    Loopback,
 }
 
 /// The loaded programs and the open maps.
@@ -823,12 +851,27 @@ impl Kernel {
         }
     }
 
+    /// Makes the entries of `inbound_ports` and `inbound_ranges` those of the settings.
+    fn set_inbound(&mut self, pod_id: PodId, traffic: &Traffic) -> Result<()> {
+        inbound::set::<PodPort>(&mut self.map(INBOUND_PORTS)?, pod_id, traffic)?;
+        inbound::set::<PodPeer>(&mut self.map(INBOUND_RANGES)?, pod_id, traffic)
+    }
+
+    /// Whether those entries are those of the settings: the ports', the ranges'.
+    fn has_inbound(&mut self, pod_id: PodId, traffic: &Traffic) -> Result<(bool, bool)> {
+        Ok((
+            inbound::is_set::<PodPort>(&self.map(INBOUND_PORTS)?, pod_id, traffic)?,
+            inbound::is_set::<PodPeer>(&self.map(INBOUND_RANGES)?, pod_id, traffic)?,
+        ))
+    }
+
     /// Changes the rows of a pod; why it is in the mesh or not stays as it is.
     fn put_all(&mut self, pod: &PodNetns, enrolled: bool, capture: bool) -> Result<()> {
         let mut pods = self.pods()?;
         for &address in &pod.addresses {
-            let reason = pods.row(address)?.map_or(0, |row| row.reason);
-            pods.put(Row { address, pod_id: pod.id(), enrolled, capture, reason })?;
+            let old = pods.row(address)?;
+            let (inbound, reason) = old.map_or((0, 0), |row| (row.inbound, row.reason));
+            pods.put(Row { address, pod_id: pod.id(), enrolled, capture, inbound, reason })?;
         }
         Ok(())
     }
@@ -850,6 +893,8 @@ impl Kernel {
     fn delete_state(&mut self, pod_id: PodId) -> Result<()> {
         self.delete_counters(pod_id)?;
         self.clear_proxy_missing(pod_id)?;
+        inbound::clear::<PodPort>(&mut self.map(INBOUND_PORTS)?, pod_id)?;
+        inbound::clear::<PodPeer>(&mut self.map(INBOUND_RANGES)?, pod_id)?;
         absent(self.saved_sysctls()?.remove(&pod_id)).context("write map saved_sysctls")?;
         Ok(())
     }
@@ -894,7 +939,7 @@ impl Pods<'_> {
             pod_id: row.pod_id,
             decision: if row.enrolled { DECISION_ENROLLED } else { DECISION_BYPASS },
             reason: row.reason,
-            flags: if row.capture { POD_CAPTURE } else { 0 },
+            flags: row.inbound | if row.capture { POD_CAPTURE } else { 0 },
         };
         self.0
             .insert(Addr::from(row.address), entry, 0)
@@ -906,10 +951,9 @@ impl Pods<'_> {
     }
 }
 
-/// Runs inside the pod's namespace.
-fn add_capture_rules(pod: &PodNetns) -> Result<()> {
-    let routing = Routing::open()?;
-    pod.sources().try_for_each(|source| routing.add_rule(source, Rule::Capture))
+/// Whether a row says that the pod is captured, with these settings.
+fn is_captured(row: &Row, pod: &PodNetns, traffic: &Traffic) -> bool {
+    row.pod_id == pod.id() && row.capture && row.inbound == inbound::flags(traffic)
 }
 
 fn row(address: IpAddr, entry: PodEntry) -> Row {
@@ -918,6 +962,7 @@ fn row(address: IpAddr, entry: PodEntry) -> Row {
         pod_id: entry.pod_id,
         enrolled: entry.decision == DECISION_ENROLLED,
         capture: entry.flags & POD_CAPTURE != 0,
+        inbound: entry.flags & (POD_BYPASS_INBOUND | POD_INBOUND_RULES),
         reason: entry.reason,
     }
 }

@@ -13,10 +13,7 @@ use aya::{Btf, EbpfLoader, programs::TcAttachType};
 use nix::sched::{CloneFlags, unshare};
 
 use super::{
-    ITERATORS, Kernel, OBJECT, TCX_PROGRAMS,
-    links::attach_tcx,
-    routes::{Routing, Rule},
-    sockets, sysctl,
+    ITERATORS, Kernel, OBJECT, TCX_PROGRAMS, links::attach_tcx, routes::Routing, sockets, sysctl,
 };
 use crate::netns::Netns;
 
@@ -108,5 +105,5 @@ fn iterators() -> Result<()> {
 }
 
 fn rule(family: IpAddr) -> Result<()> {
-    Routing::open()?.add_rule(family, Rule::Keep)
+    Routing::open()?.add_keep_rule(family)
 }

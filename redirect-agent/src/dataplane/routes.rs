@@ -2,12 +2,14 @@
 //! here runs inside it.
 
 use std::{
-    collections::BTreeMap,
+    collections::{BTreeMap, BTreeSet},
+    fmt,
     net::{IpAddr, Ipv4Addr, Ipv6Addr},
 };
 
 use anyhow::{Context as _, Result};
 use futures_util::{StreamExt as _, TryStreamExt as _};
+use ipnet::{IpNet, Ipv4Net, Ipv6Net};
 use redirect_ebpf::abi::{MARK_MASK, MARK_REDIRECTED};
 use rtnetlink::{
     Error, Handle, IpVersion, RouteMessageBuilder,
@@ -15,43 +17,233 @@ use rtnetlink::{
         AddressFamily, IpProtocol,
         address::{AddressAttribute, AddressFlags, AddressScope},
         link::LinkAttribute,
-        route::{RouteAttribute, RouteMessage, RouteScope, RouteType},
-        rule::{RuleAction, RuleAttribute, RuleMessage},
+        route::{RouteAddress, RouteAttribute, RouteMessage, RouteScope, RouteType},
+        rule::{RuleAction, RuleAttribute, RuleMessage, RulePortRange},
     },
 };
 
-/// The routing table that delivers everything to `lo`.
-pub(super) const TABLE: u32 = 15001;
-/// The rule for unmarked TCP of the pod: this is the outbound capture.
+use crate::traffic::{Ports, Selection, Selections};
+
+/// The routing table that delivers to `lo` what is to be redirected.
+const TABLE: u32 = 15001;
+/// The one that delivers everything to `lo`, for what is redirected already.
+const TABLE_KEEP: u32 = 15002;
+/// The rules for ports that are excluded: they skip the capture.
+const PRIORITY_EXCLUDE: u32 = 15000;
+/// The rules for unmarked TCP of the pod: this is the outbound capture.
 const PRIORITY_CAPTURE: u32 = 15001;
-/// The rule for redirected connections of a pod that leaves the mesh.
+/// The rule for redirected connections that stay so, whatever is captured.
 const PRIORITY_KEEP: u32 = 15002;
 /// Every interface's index of `lo`. Source: Linux `include/net/flow.h`, `LOOPBACK_IFINDEX`.
 pub(super) const LOOPBACK_IFINDEX: u32 = 1;
 
-/// Which connections of the pod take the redirection route.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+/// Which connections of the pod take the redirection route, and which do not. All are for TCP that
+/// the pod itself sends.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
 pub(super) enum Rule {
-    /// All that are not marked.
-    Capture,
-    /// Those that were redirected when the pod left the mesh.
+    /// Not those that are not marked and go to these ports: they go on behind [`Rule::Capture`].
+    Exclude(Ports),
+    /// All that are not marked and go to these ports, or to any.
+    Capture(Option<Ports>),
+    /// Those that were redirected when they ceased to be captured.
     Keep,
 }
 
 impl Rule {
     fn priority(self) -> u32 {
         match self {
-            Self::Capture => PRIORITY_CAPTURE,
+            Self::Exclude(_) => PRIORITY_EXCLUDE,
+            Self::Capture(_) => PRIORITY_CAPTURE,
             Self::Keep => PRIORITY_KEEP,
         }
     }
 
     fn mark(self) -> u32 {
         match self {
-            Self::Capture => 0,
+            Self::Exclude(_) | Self::Capture(_) => 0,
             Self::Keep => MARK_REDIRECTED,
         }
     }
+
+    /// The rule of ours that the kernel shows.
+    fn read(message: &RuleMessage) -> Option<Self> {
+        let has = |attribute| message.attributes.contains(&attribute);
+        let ports = message.attributes.iter().find_map(|a| match a {
+            RuleAttribute::DestinationPortRange(range) => {
+                Some(Ports { first: range.start, last: range.end })
+            }
+            _ => None,
+        });
+        let rule = match message.header.action {
+            RuleAction::Goto if has(RuleAttribute::Goto(PRIORITY_KEEP)) => Self::Exclude(ports?),
+            RuleAction::ToTable if has(RuleAttribute::Table(TABLE)) => Self::Capture(ports),
+            RuleAction::ToTable if has(RuleAttribute::Table(TABLE_KEEP)) => Self::Keep,
+            _ => return None,
+        };
+        has(RuleAttribute::Priority(rule.priority())).then_some(rule)
+    }
+}
+
+/// A route of one of our tables.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
+struct Route {
+    table: u32,
+    destination: IpNet,
+    /// The source that a connection without one takes; `None`: this route leaves the destination to
+    /// the rules behind (`throw`).
+    source: Option<IpAddr>,
+}
+
+impl Route {
+    /// The route of ours that the kernel shows.
+    fn read(message: &RouteMessage) -> Option<Self> {
+        let find = |of: &dyn Fn(&RouteAttribute) -> Option<RouteAddress>| {
+            message.attributes.iter().find_map(of).and_then(address)
+        };
+        let table = [TABLE, TABLE_KEEP]
+            .into_iter()
+            .find(|table| message.attributes.contains(&RouteAttribute::Table(*table)))?;
+        let any: IpAddr = match message.header.address_family {
+            AddressFamily::Inet => Ipv4Addr::UNSPECIFIED.into(),
+            _ => Ipv6Addr::UNSPECIFIED.into(),
+        };
+        let destination = find(&|a| match a {
+            RouteAttribute::Destination(to) => Some(to.clone()),
+            _ => None,
+        });
+        let prefix = message.header.destination_prefix_length;
+        let source = find(&|a| match a {
+            RouteAttribute::PrefSource(source) => Some(source.clone()),
+            _ => None,
+        });
+        let source = match message.header.kind {
+            RouteType::Local => Some(source?),
+            RouteType::Throw => None,
+            _ => return None,
+        };
+        let destination = IpNet::new(destination.unwrap_or(any), prefix).ok()?;
+        Some(Self { table, destination, source })
+    }
+
+    fn message(self) -> RouteMessage {
+        match self.destination {
+            IpNet::V4(to) => {
+                let builder = RouteMessageBuilder::<Ipv4Addr>::new()
+                    .destination_prefix(to.addr(), to.prefix_len());
+                let builder = match self.source {
+                    Some(IpAddr::V4(source)) => builder.pref_source(source),
+                    _ => builder,
+                };
+                self.finish(builder)
+            }
+            IpNet::V6(to) => {
+                let builder = RouteMessageBuilder::<Ipv6Addr>::new()
+                    .destination_prefix(to.addr(), to.prefix_len());
+                let builder = match self.source {
+                    Some(IpAddr::V6(source)) => builder.pref_source(source),
+                    _ => builder,
+                };
+                self.finish(builder)
+            }
+        }
+    }
+
+    fn finish<T>(self, builder: RouteMessageBuilder<T>) -> RouteMessage {
+        let builder = builder.table_id(self.table);
+        match self.source {
+            Some(_) => builder
+                .kind(RouteType::Local)
+                .scope(RouteScope::Host)
+                .output_interface(LOOPBACK_IFINDEX)
+                .build(),
+            None => builder.kind(RouteType::Throw).build(),
+        }
+    }
+}
+
+impl fmt::Display for Route {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self.source {
+            Some(source) => {
+                write!(f, "table {}: local {} dev lo src {source}", self.table, self.destination)
+            }
+            None => write!(f, "table {}: throw {}", self.table, self.destination),
+        }
+    }
+}
+
+/// What is redirected of a pod's outbound connections in one family, as rules and routes.
+#[derive(Clone, Debug, PartialEq, Eq)]
+struct Outbound {
+    rules: BTreeSet<Rule>,
+    routes: BTreeSet<Route>,
+}
+
+impl Outbound {
+    fn new(source: IpAddr, selections: &Selections) -> Self {
+        let Selections { outbound_ranges: ranges, outbound_ports: ports, .. } = selections;
+        let of_family = |net: &&IpNet| net.addr().is_ipv4() == source.is_ipv4();
+        let route = |destination: IpNet, source| Route { table: TABLE, destination, source };
+        let except: Vec<IpNet> = ranges.except.iter().filter(of_family).copied().collect();
+        let only = match &ranges.only {
+            None => vec![everything(source)],
+            Some(only) => only.iter().filter(of_family).copied().collect(),
+        };
+        // The longest prefix counts; what lies within an exception is none.
+        let only = only.into_iter().filter(|net| !except.iter().any(|e| e.contains(net)));
+        let routes = only.map(|net| route(net, Some(source)));
+        Self {
+            routes: routes.chain(except.iter().map(|net| route(*net, None))).collect(),
+            rules: port_rules(ports),
+        }
+    }
+}
+
+/// The last port that a rule can name. Source: Linux `include/net/fib_rules.h`,
+/// `fib_rule_port_range_valid`.
+const LAST_PORT: u16 = u16::MAX - 1;
+
+/// Port 65535, which no rule can name, is captured with all the others or not at all.
+fn port_rules(ports: &Selection<Ports>) -> BTreeSet<Rule> {
+    let mut rules = BTreeSet::new();
+    let mut exclude = |first: u16, last: u16| {
+        let last = last.min(LAST_PORT);
+        if first <= last {
+            rules.insert(Rule::Exclude(Ports { first, last }));
+        }
+    };
+    ports.except.iter().for_each(|ports| exclude(ports.first, ports.last));
+    match &ports.only {
+        Some(only) if only.iter().all(|ports| ports.last <= LAST_PORT) => {
+            rules.extend(only.iter().map(|ports| Rule::Capture(Some(*ports))));
+        }
+        Some(only) => {
+            // All, but those between. They are in order.
+            let mut next = 1;
+            for ports in only {
+                if next < ports.first {
+                    exclude(next, ports.first - 1);
+                }
+                next = next.max(ports.last.saturating_add(1));
+            }
+            rules.insert(Rule::Capture(None));
+        }
+        None => {
+            rules.insert(Rule::Capture(None));
+        }
+    }
+    rules
+}
+
+/// How much of a pod's outbound capture is there in one family.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) struct OutboundState {
+    /// Something is captured.
+    pub(super) any: bool,
+    /// The rules are those of the settings.
+    pub(super) rules: bool,
+    /// So are the routes.
+    pub(super) routes: bool,
 }
 
 /// A connection to the kernel's routing in the namespace that it was opened in.
@@ -119,98 +311,162 @@ impl Routing {
         })
     }
 
-    /// Adds the redirection route of one family, with the pod's address as the source that a
-    /// connection without one takes.
-    pub(super) fn add_route(&self, source: IpAddr) -> Result<()> {
+    /// Adds what keeps redirected connections so, in the family of `source`; that is the source that
+    /// a connection without one takes.
+    pub(super) fn add_keep(&self, source: IpAddr) -> Result<()> {
+        self.runtime.block_on(self.add_route(keep_route(source)))?;
+        self.add_keep_rule(source)
+    }
+
+    /// Adds the rule alone, in the family of `family`.
+    pub(super) fn add_keep_rule(&self, family: IpAddr) -> Result<()> {
+        self.runtime.block_on(self.add_rule(family, Rule::Keep))
+    }
+
+    /// Makes the outbound capture of one family what the settings say. What is captured before and
+    /// after is captured at every moment between: what is new comes before what is old goes.
+    pub(super) fn set_outbound(&self, source: IpAddr, selections: &Selections) -> Result<()> {
         self.runtime.block_on(async {
-            let message = match source {
-                IpAddr::V4(source) => base::<Ipv4Addr>(RouteMessageBuilder::<Ipv4Addr>::new())
-                    .destination_prefix(Ipv4Addr::UNSPECIFIED, 0)
-                    .pref_source(source)
-                    .build(),
-                IpAddr::V6(source) => base::<Ipv6Addr>(RouteMessageBuilder::<Ipv6Addr>::new())
-                    .destination_prefix(Ipv6Addr::UNSPECIFIED, 0)
-                    .pref_source(source)
-                    .build(),
-            };
-            self.handle.route().add(message).replace().execute().await.with_context(|| {
-                format!("add route table {TABLE}: local default dev lo src {source}")
+            let wanted = Outbound::new(source, selections);
+            for route in &wanted.routes {
+                self.add_route(*route).await?;
+            }
+            for rule in &wanted.rules {
+                self.add_rule(source, *rule).await?;
+            }
+            let stale = |rule| rule != Rule::Keep && !wanted.rules.contains(&rule);
+            self.delete_rules_of(version(source), stale).await?;
+            for message in self.routes(version(source)).await? {
+                let route = Route::read(&message);
+                if route.is_none_or(|r| r.table == TABLE && !wanted.routes.contains(&r)) {
+                    self.delete_route(message).await?;
+                }
+            }
+            Ok(())
+        })
+    }
+
+    /// What there is of the outbound capture of one family.
+    pub(super) fn outbound(
+        &self,
+        source: IpAddr,
+        selections: &Selections,
+    ) -> Result<OutboundState> {
+        self.runtime.block_on(async {
+            let wanted = Outbound::new(source, selections);
+            let mut rules = self.our_rules(version(source)).await?;
+            rules.remove(&Rule::Keep);
+            let routes: BTreeSet<Route> = self
+                .routes(version(source))
+                .await?
+                .iter()
+                .filter_map(Route::read)
+                .filter(|route| route.table == TABLE)
+                .collect();
+            Ok(OutboundState {
+                any: rules.iter().any(|rule| matches!(rule, Rule::Capture(_))),
+                rules: rules == wanted.rules,
+                routes: routes == wanted.routes,
             })
         })
     }
 
-    /// Removes the redirection routes of both families.
-    pub(super) fn delete_routes(&self) -> Result<()> {
+    /// Whether what keeps redirected connections so is there: the rule, the route.
+    pub(super) fn has_keep(&self, source: IpAddr) -> Result<(bool, bool)> {
+        self.runtime.block_on(async {
+            let rule = self.our_rules(version(source)).await?.contains(&Rule::Keep);
+            let routes = self.routes(version(source)).await?;
+            let wanted = Some(keep_route(source));
+            Ok((rule, routes.iter().any(|message| Route::read(message) == wanted)))
+        })
+    }
+
+    /// Ends the outbound capture in both families.
+    pub(super) fn delete_capture(&self) -> Result<()> {
+        self.delete_rules(|rule| rule != Rule::Keep)
+    }
+
+    /// Removes all rules and routes in both families.
+    pub(super) fn delete_all(&self) -> Result<()> {
+        self.delete_capture()?;
+        self.delete_rules(|_| true)?;
         self.runtime.block_on(async {
             for family in [IpVersion::V4, IpVersion::V6] {
                 for route in self.routes(family).await? {
-                    done(self.handle.route().del(route).execute().await)
-                        .with_context(|| format!("delete route of table {TABLE}"))?;
+                    self.delete_route(route).await?;
                 }
             }
             Ok(())
         })
     }
 
-    /// Adds a rule for the family of `address`.
-    pub(super) fn add_rule(&self, address: IpAddr, rule: Rule) -> Result<()> {
-        self.runtime.block_on(async {
-            let mut request = self
-                .handle
-                .rule()
-                .add()
-                .table_id(TABLE)
-                .priority(rule.priority())
-                .action(RuleAction::ToTable)
-                .input_interface("lo")
-                .fw_mark(rule.mark());
-            let message = request.message_mut();
-            message.header.family = match address {
-                IpAddr::V4(_) => AddressFamily::Inet,
-                IpAddr::V6(_) => AddressFamily::Inet6,
-            };
-            message.attributes.push(RuleAttribute::FwMask(MARK_MASK));
-            message.attributes.push(RuleAttribute::IpProtocol(IpProtocol::Tcp));
-            done(request.execute().await).with_context(|| {
-                format!("add rule {}: mark {:#x} to table {TABLE}", rule.priority(), rule.mark())
-            })
-        })
-    }
-
-    /// Removes a rule from both families.
-    pub(super) fn delete_rule(&self, rule: Rule) -> Result<()> {
+    fn delete_rules(&self, which: impl Fn(Rule) -> bool) -> Result<()> {
         self.runtime.block_on(async {
             for family in [IpVersion::V4, IpVersion::V6] {
-                for message in self.rules(family).await? {
-                    if is_ours(&message, rule) {
-                        done(self.handle.rule().del(message).execute().await)
-                            .with_context(|| format!("delete rule {}", rule.priority()))?;
-                    }
-                }
+                self.delete_rules_of(family, &which).await?;
             }
             Ok(())
         })
     }
 
-    /// Whether the rule is there for the family of `address`.
-    pub(super) fn has_rule(&self, address: IpAddr, rule: Rule) -> Result<bool> {
-        self.runtime.block_on(async {
-            Ok(self.rules(version(address)).await?.iter().any(|message| is_ours(message, rule)))
-        })
+    /// Captures go before exclusions, lest what is excluded be captured for a moment.
+    async fn delete_rules_of(&self, family: IpVersion, which: impl Fn(Rule) -> bool) -> Result<()> {
+        let messages = self.rules(family).await?;
+        let mut stale: Vec<(Rule, RuleMessage)> = messages
+            .into_iter()
+            .filter_map(|message| Some((Rule::read(&message)?, message)))
+            .filter(|(rule, _)| which(*rule))
+            .collect();
+        stale.sort_by_key(|(rule, _)| std::cmp::Reverse(*rule));
+        for (rule, message) in stale {
+            done(self.handle.rule().del(message).execute().await)
+                .with_context(|| format!("delete rule {}", rule.priority()))?;
+        }
+        Ok(())
     }
 
-    /// Whether the redirection route is there for the family of `source`, with that source.
-    pub(super) fn has_route(&self, source: IpAddr) -> Result<bool> {
-        self.runtime.block_on(async {
-            let routes = self.routes(version(source)).await?;
-            Ok(routes.iter().any(|route| {
-                route.header.kind == RouteType::Local
-                    && route
-                        .attributes
-                        .iter()
-                        .any(|a| *a == RouteAttribute::PrefSource(source.into()))
-            }))
-        })
+    async fn add_rule(&self, family: IpAddr, rule: Rule) -> Result<()> {
+        let mut request = self
+            .handle
+            .rule()
+            .add()
+            .priority(rule.priority())
+            .input_interface("lo")
+            .fw_mark(rule.mark());
+        request = match rule {
+            Rule::Exclude(_) => request.table_id(0).action(RuleAction::Goto),
+            Rule::Capture(_) => request.table_id(TABLE).action(RuleAction::ToTable),
+            Rule::Keep => request.table_id(TABLE_KEEP).action(RuleAction::ToTable),
+        };
+        let message = request.message_mut();
+        message.header.family = match family {
+            IpAddr::V4(_) => AddressFamily::Inet,
+            IpAddr::V6(_) => AddressFamily::Inet6,
+        };
+        message.attributes.push(RuleAttribute::FwMask(MARK_MASK));
+        message.attributes.push(RuleAttribute::IpProtocol(IpProtocol::Tcp));
+        if let Rule::Exclude(_) = rule {
+            message.attributes.push(RuleAttribute::Goto(PRIORITY_KEEP));
+        }
+        if let Rule::Exclude(ports) | Rule::Capture(Some(ports)) = rule {
+            let range = RulePortRange { start: ports.first, end: ports.last };
+            message.attributes.push(RuleAttribute::DestinationPortRange(range));
+        }
+        done(request.execute().await).with_context(|| format!("add rule {}", rule.priority()))
+    }
+
+    async fn add_route(&self, route: Route) -> Result<()> {
+        let request = self.handle.route().add(route.message()).replace();
+        request.execute().await.with_context(|| format!("add route {route}"))
+    }
+
+    async fn delete_route(&self, message: RouteMessage) -> Result<()> {
+        done(self.handle.route().del(message).execute().await)
+            .with_context(|| format!("delete a route of table {TABLE} or {TABLE_KEEP}"))
+    }
+
+    async fn our_rules(&self, family: IpVersion) -> Result<BTreeSet<Rule>> {
+        Ok(self.rules(family).await?.iter().filter_map(Rule::read).collect())
     }
 
     async fn rules(&self, family: IpVersion) -> Result<Vec<RuleMessage>> {
@@ -241,17 +497,30 @@ impl Routing {
             .into_iter()
             .collect();
         let mut routes = absent_family(routes).context("list routes")?;
-        routes.retain(|route| route.attributes.contains(&RouteAttribute::Table(TABLE)));
+        let ours = [TABLE, TABLE_KEEP].map(RouteAttribute::Table);
+        routes.retain(|route| route.attributes.iter().any(|a| ours.contains(a)));
         Ok(routes)
     }
 }
 
-fn base<T>(builder: RouteMessageBuilder<T>) -> RouteMessageBuilder<T> {
-    builder
-        .table_id(TABLE)
-        .kind(RouteType::Local)
-        .scope(RouteScope::Host)
-        .output_interface(LOOPBACK_IFINDEX)
+fn keep_route(source: IpAddr) -> Route {
+    Route { table: TABLE_KEEP, destination: everything(source), source: Some(source) }
+}
+
+/// All addresses of the family of `address`.
+fn everything(address: IpAddr) -> IpNet {
+    match address {
+        IpAddr::V4(_) => IpNet::V4(Ipv4Net::default()),
+        IpAddr::V6(_) => IpNet::V6(Ipv6Net::default()),
+    }
+}
+
+fn address(address: RouteAddress) -> Option<IpAddr> {
+    match address {
+        RouteAddress::Inet(ip) => Some(ip.into()),
+        RouteAddress::Inet6(ip) => Some(ip.into()),
+        _ => None,
+    }
 }
 
 fn version(address: IpAddr) -> IpVersion {
@@ -259,11 +528,6 @@ fn version(address: IpAddr) -> IpVersion {
         IpAddr::V4(_) => IpVersion::V4,
         IpAddr::V6(_) => IpVersion::V6,
     }
-}
-
-fn is_ours(message: &RuleMessage, rule: Rule) -> bool {
-    message.attributes.contains(&RuleAttribute::Table(TABLE))
-        && message.attributes.contains(&RuleAttribute::Priority(rule.priority()))
 }
 
 /// Already there, and already gone, are success.
@@ -287,5 +551,46 @@ fn absent_family<T>(result: Result<Vec<T>, Error>) -> Result<Vec<T>, Error> {
             Ok(Vec::new())
         }
         result => result,
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn ports(text: &str) -> Vec<Ports> {
+        text.split_whitespace().map(|ports| ports.parse().unwrap()).collect()
+    }
+
+    #[test]
+    fn rules_capture_exactly_the_selected_ports() {
+        for (only, except) in [
+            (None, ""),
+            (None, "80 8000-8010"),
+            (Some("80 8000-8010"), "8005"),
+            (Some("1-65535"), "443"),
+            (Some("80 1024-65535"), ""),
+            (Some("80-90 85-95 60000-65535"), "65000"),
+            (Some(""), ""),
+        ] {
+            let selection = Selection { only: only.map(ports), except: ports(except) };
+            let rules = port_rules(&selection);
+            let within = |ports: &Ports, port| (ports.first..=ports.last).contains(&port);
+            for port in 1..=u16::MAX {
+                // In the order of their priorities.
+                let decides = rules.iter().find_map(|rule| match rule {
+                    Rule::Exclude(ports) if within(ports, port) => Some(false),
+                    Rule::Capture(None) => Some(true),
+                    Rule::Capture(Some(ports)) if within(ports, port) => Some(true),
+                    _ => None,
+                });
+                let selected =
+                    selection.only.as_ref().is_none_or(|only| only.iter().any(|p| within(p, port)))
+                        && !selection.except.iter().any(|p| within(p, port));
+                assert_eq!(decides.unwrap_or(false), selected, "{port} of {selection:?}");
+            }
+        }
+        let last = Selection { only: None, except: ports("65535") };
+        assert_eq!(port_rules(&last), BTreeSet::from([Rule::Capture(None)]));
     }
 }

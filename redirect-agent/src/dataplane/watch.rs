@@ -1,18 +1,18 @@
 //! Hears of changes to a pod's interfaces, addresses, routes and rules as they happen.
 
+use std::time::Duration;
+
 use anyhow::{Context as _, Result};
-use futures_util::StreamExt as _;
+use futures_util::{FutureExt as _, StreamExt as _};
 use rtnetlink::{MulticastGroup, new_multicast_connection};
-use tokio::{
-    sync::mpsc,
-    task::JoinHandle,
-    time::{Duration, sleep},
-};
+use tokio::{runtime::Handle, sync::mpsc, task::JoinHandle, time::sleep};
 
 use crate::netns::Netns;
 
 /// Changes that belong together, such as those of an interface that comes up, are told of once.
 const TOGETHER: Duration = Duration::from_millis(50);
+/// After a change was told of, the next one is told of no sooner: routes may change without end.
+const PAUSE: Duration = Duration::from_millis(500);
 
 const GROUPS: [MulticastGroup; 7] = [
     MulticastGroup::Link,
@@ -38,7 +38,7 @@ impl Watch {
     ///
     /// When the namespace cannot be entered, or netlink cannot be opened.
     pub fn start(netns: &Netns) -> Result<Self> {
-        let runtime = tokio::runtime::Handle::current();
+        let runtime = Handle::current();
         // The socket belongs to the namespace that it was opened in, whoever reads it.
         let opened = netns.run(|| {
             let _context = runtime.enter();
@@ -50,12 +50,11 @@ impl Watch {
             let heard = async {
                 while messages.next().await.is_some() {
                     sleep(TOGETHER).await;
-                    while let Some(Some(_)) = futures_util::FutureExt::now_or_never(messages.next())
-                    {
-                    }
+                    while let Some(Some(_)) = messages.next().now_or_never() {}
                     if sender.send(()).await.is_err() {
                         return;
                     }
+                    sleep(PAUSE).await;
                 }
             };
             tokio::select! {

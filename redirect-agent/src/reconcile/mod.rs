@@ -33,6 +33,7 @@ use crate::{
     output::{KernelStatus, OverrideStatus, PodState, PodStatus},
     overrides::{Overrides, Store},
     source::{Inventory, Source},
+    traffic::{self, Traffic},
     zds,
 };
 
@@ -47,6 +48,8 @@ const SWEEP: Duration = Duration::from_secs(10);
 pub struct Settings {
     /// What decides who is in the mesh.
     pub membership: membership::Config,
+    /// What decides which traffic of theirs is redirected.
+    pub traffic: traffic::Settings,
     /// Where network namespaces are, as `<namespace>_<name>`.
     pub netns_dir: PathBuf,
     /// For how long a pod that leaves the mesh may finish its redirected connections.
@@ -87,6 +90,7 @@ struct View {
     decision: Decision,
     standing: Standing,
     netns: Option<Arc<PodNetns>>,
+    traffic: Traffic,
     problem: Option<String>,
     /// Whether it was tried to bring the pod to where it should be, since the agent started.
     tried: bool,
@@ -291,6 +295,10 @@ impl<S: Source> Reconciler<S> {
     /// Restores pods that were set up by a former agent and are no longer known, where their
     /// namespace can be found.
     async fn remove_orphans(&self) {
+        if self.shared.source.gone_is_deleted() {
+            // Should anything still run in them, it is to be refused.
+            return;
+        }
         let known: BTreeSet<PathBuf> = self
             .inventory
             .borrow()
@@ -377,7 +385,7 @@ impl<S: Source> Observer<S> {
                     let mut message = view.problem;
                     let mut kernel = None;
                     if let Some(netns) = view.netns.as_ref().filter(|_| view.standing.prepared) {
-                        match dataplane.inspect(netns) {
+                        match dataplane.inspect(netns, &view.traffic) {
                             Ok(found) => {
                                 kernel = Some(KernelStatus {
                                     complete: found.missing.is_empty(),
@@ -399,6 +407,7 @@ impl<S: Source> Observer<S> {
                         reason: view.decision.reason,
                         message,
                         overridden,
+                        traffic: Some(view.traffic).filter(|t| *t != Traffic::default()),
                         netns,
                         kernel,
                         counters: counters

@@ -18,8 +18,10 @@ pub(super) struct Standing {
     pub(super) offered: bool,
     /// The proxy listens in it.
     pub(super) served: bool,
-    /// Its new connections are redirected.
+    /// Its new connections may be redirected.
     pub(super) captured: bool,
+    /// They are, exactly as its settings say.
+    pub(super) shaped: bool,
     /// Connections of it may be redirected.
     pub(super) redirected: bool,
     /// Its peers are told to speak HBONE to it.
@@ -37,7 +39,7 @@ pub(super) enum Step {
     Prepare,
     /// Hand it to the proxy, and wait until that listens.
     Serve,
-    /// Redirect new connections.
+    /// Redirect new connections as the settings say.
     Capture,
     /// Tell its peers to speak HBONE to it.
     Publish,
@@ -64,7 +66,7 @@ pub(super) fn next(wish: Wish, s: &Standing) -> Option<Step> {
     match wish {
         Wish::Enrolled if !s.prepared => Some(Step::Prepare),
         Wish::Enrolled if !s.served => Some(Step::Serve),
-        Wish::Enrolled if !s.captured => Some(Step::Capture),
+        Wish::Enrolled if !s.captured || !s.shaped => Some(Step::Capture),
         Wish::Enrolled if !s.published => Some(Step::Publish),
         Wish::Enrolled => None,
         Wish::Bypass if s.mentioned => Some(Step::Retract),
@@ -86,10 +88,10 @@ mod tests {
         match step {
             Step::Prepare => (s.prepared, s.noted) = (true, false),
             Step::Serve => (s.served, s.offered) = (true, true),
-            Step::Capture => (s.captured, s.redirected) = (true, true),
+            Step::Capture => (s.captured, s.shaped, s.redirected) = (true, true, true),
             Step::Publish => (s.published, s.mentioned) = (true, true),
             Step::Retract => (s.published, s.mentioned) = (false, false),
-            Step::Release => s.captured = false,
+            Step::Release => (s.captured, s.shaped) = (false, false),
             Step::Drain => s.redirected = false,
             Step::Withdraw => (s.served, s.offered) = (false, false),
             Step::Remove => s.prepared = false,
@@ -109,13 +111,14 @@ mod tests {
     }
 
     fn every_standing() -> impl Iterator<Item = Standing> {
-        (0..=255u8).map(|bits| {
+        (0..=511u16).map(|bits| {
             let bit = |n: u8| bits & (1 << n) != 0;
             Standing {
                 prepared: bit(0),
                 offered: bit(1),
                 served: bit(2),
                 captured: bit(3),
+                shaped: bit(3) && bit(8),
                 redirected: bit(4),
                 published: bit(5),
                 noted: bit(6),
@@ -134,10 +137,25 @@ mod tests {
     }
 
     #[test]
+    fn settings_of_a_pod_in_the_mesh_change_without_taking_it_out() {
+        use Step::*;
+        let (_, inside) = walk(Wish::Enrolled, Standing::default());
+        let changed = Standing { prepared: false, shaped: false, ..inside };
+        let (steps, end) = walk(Wish::Enrolled, changed);
+        assert_eq!((steps, end), (vec![Prepare, Capture], inside));
+        // Half-way it may well be captured: it has to be released all the same.
+        let (steps, _) = walk(Wish::Bypass, changed);
+        assert_eq!(steps, [Retract, Release, Drain, Withdraw, Note]);
+    }
+
+    #[test]
     fn from_wherever_it_was_interrupted_a_pod_gets_to_where_it_should_be() {
         for s in every_standing() {
             let (_, end) = walk(Wish::Enrolled, s);
-            assert!(end.prepared && end.served && end.captured && end.published, "{s:?}");
+            assert!(
+                end.prepared && end.served && end.captured && end.shaped && end.published,
+                "{s:?}"
+            );
             let (_, end) = walk(Wish::Bypass, s);
             assert_eq!(end, Standing { noted: true, served: end.served, ..Standing::default() });
         }

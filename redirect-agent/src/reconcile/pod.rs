@@ -15,10 +15,11 @@ use super::{
     plan::{Standing, Step, Wish, next},
 };
 use crate::{
-    dataplane::{Part, PodNetns},
+    dataplane::{Part, PodNetns, Watch},
     membership::{Pod, PodKey, Reason},
     netns::Netns,
-    source::{Event, EventKind, Redirection, Source},
+    source::{ANNOTATION_REDIRECTION, Event, EventKind, Redirection, Source},
+    traffic::Traffic,
     zds::{AddOutcome, Workload},
 };
 
@@ -44,7 +45,13 @@ pub(super) struct PodTask<S> {
     /// The reason that its rows of the map `pods` were last entered with.
     reason: Option<Reason>,
     standing: Standing,
+    /// What its annotations last asked for, as far as they could be read.
+    traffic: Option<Traffic>,
+    /// What is wrong with its annotations.
+    misread: Vec<String>,
     netns: Option<Arc<PodNetns>>,
+    /// Hears of changes in the namespace while the pod is in the mesh.
+    network: Option<Watch>,
     /// The addresses whose rows of the map `pods` say why the pod bypasses.
     noted: Vec<IpAddr>,
     problem: Option<String>,
@@ -66,6 +73,8 @@ enum Woken {
     Stopped,
     /// A proxy opened listeners.
     Proxy,
+    /// Something has changed in the pod's network namespace.
+    Network,
     /// The time is over.
     Time,
 }
@@ -88,7 +97,10 @@ impl<S: Source> PodTask<S> {
             pod,
             reason: None,
             standing,
+            traffic: None,
+            misread: Vec::new(),
             netns: None,
+            network: None,
             noted: Vec::new(),
             problem: None,
             failures: 0,
@@ -133,9 +145,10 @@ impl<S: Source> PodTask<S> {
                 if !enrolled {
                     self.standing.prepared = prepared;
                 }
-                if enrolled {
+                if enrolled || prepared {
+                    // Also one on its way out: a proxy whose snapshot lacks it would cut what it drains.
                     self.offer().await?;
-                } else if !prepared {
+                } else {
                     // Nothing of ours keeps the namespace of a pod that bypasses alive.
                     self.netns = None;
                 }
@@ -198,8 +211,8 @@ impl<S: Source> PodTask<S> {
                 Woken::Wanted => {}
                 Woken::Stopped => return,
                 Woken::Proxy => self.standing.served = false,
-                Woken::Time => {
-                    let due = Instant::now() >= verify;
+                woken @ (Woken::Network | Woken::Time) => {
+                    let due = matches!(woken, Woken::Network) || Instant::now() >= verify;
                     if due {
                         verify = Instant::now() + verify_interval;
                     }
@@ -237,15 +250,16 @@ impl<S: Source> PodTask<S> {
                     return Ok(false);
                 }
                 let netns = self.open_netns().await?;
-                let reason = self.decision_code();
-                let captured = self.on_netns(netns, move |d, pod| {
-                    d.prepare(pod, reason)?;
-                    d.captured(pod)
+                let (reason, traffic) = (self.decision_code(), self.traffic());
+                let captured = self.on_netns(Arc::clone(&netns), move |d, pod| {
+                    d.prepare(pod, reason, &traffic)?;
+                    Ok((d.partly_captured(pod)?, d.captured(pod, &traffic)?))
                 });
-                self.standing.captured = captured.await?;
+                (self.standing.captured, self.standing.shaped) = captured.await?;
                 self.standing.prepared = true;
                 self.standing.noted = false;
                 self.noted.clear();
+                self.watch_network(&netns);
             }
             Step::Serve => {
                 if !self.offer().await? {
@@ -263,14 +277,18 @@ impl<S: Source> PodTask<S> {
             }
             Step::Capture => {
                 let netns = self.open_netns().await?;
-                self.on_netns(netns, |d, pod| d.capture(pod)).await?;
+                let traffic = self.traffic();
+                self.on_netns(netns, move |d, pod| d.capture(pod, &traffic)).await?;
+                if !self.standing.captured {
+                    info!(pod = %self.key, "enrolled");
+                    self.record(EventKind::Enrolled, format!("in the mesh: {}", self.why()));
+                }
                 self.standing.captured = true;
+                self.standing.shaped = true;
                 self.standing.redirected = true;
                 if let Some(since) = self.enrolling.take() {
                     self.shared.metrics.enrolled(since.elapsed());
                 }
-                info!(pod = %self.key, "enrolled");
-                self.record(EventKind::Enrolled, format!("in the mesh: {}", self.why()));
             }
             Step::Publish => {
                 self.standing.mentioned = true;
@@ -286,6 +304,7 @@ impl<S: Source> PodTask<S> {
                 let netns = self.open_netns().await?;
                 self.on_netns(netns, |d, pod| d.release(pod)).await?;
                 self.standing.captured = false;
+                self.standing.shaped = false;
             }
             Step::Drain => return self.drain().await,
             Step::Withdraw => {
@@ -299,7 +318,7 @@ impl<S: Source> PodTask<S> {
                 self.on_netns(netns, |d, pod| d.remove(pod)).await?;
                 self.standing.prepared = false;
                 // Whatever else holds the namespace's descriptor keeps it alive.
-                self.netns = None;
+                (self.netns, self.network) = (None, None);
                 info!(pod = %self.key, "un-enrolled");
                 self.record(EventKind::Unenrolled, format!("not in the mesh: {}", self.why()));
             }
@@ -372,7 +391,15 @@ impl<S: Source> PodTask<S> {
         if !kernel || !self.standing.captured {
             return Ok(());
         }
-        let inspection = self.on_netns(netns, |d, pod| d.inspect(pod)).await?;
+        let known = self.pod.ips.clone();
+        if self.on_netns(Arc::clone(&netns), move |_, pod| pod.has_changed(&known)).await? {
+            info!(pod = %self.key, "its addresses have changed");
+            (self.netns, self.network) = (None, None);
+            self.standing.prepared = false;
+            return Ok(());
+        }
+        let traffic = self.traffic();
+        let inspection = self.on_netns(netns, move |d, pod| d.inspect(pod, &traffic)).await?;
         if !inspection.missing.is_empty() {
             for part in &inspection.missing {
                 self.shared.metrics.drifted(part.kind.as_str());
@@ -389,6 +416,14 @@ impl<S: Source> PodTask<S> {
         Ok(())
     }
 
+    /// Hears of changes in the namespace from now on; without it they are found by the timer.
+    fn watch_network(&mut self, netns: &PodNetns) {
+        match Watch::start(&netns.netns) {
+            Ok(network) => self.network = Some(network),
+            Err(e) => warn!(pod = %self.key, "{e:#}"),
+        }
+    }
+
     /// Whether the namespace that was set up is still where it should be.
     fn netns_stands(&self) -> bool {
         let present = Netns::open(&self.netns_path());
@@ -403,16 +438,26 @@ impl<S: Source> PodTask<S> {
     /// for the old one keeps refusing, should anything run in it, and is swept when it is dead.
     async fn lose_netns(&mut self) {
         warn!(pod = %self.key, "its network namespace is gone");
-        self.netns = None;
+        self.let_go().await;
+    }
+
+    /// The proxy lets go of it, and what the kernel has for it stays.
+    async fn let_go(&mut self) {
+        (self.netns, self.network) = (None, None);
         self.shared.zds.delete(&self.pod.uid).await;
         self.standing = Standing { mentioned: true, ..Standing::default() };
     }
 
-    /// The pod is gone from the source. If its namespace is still there, it leaves the mesh in
-    /// order; then nothing of it is kept.
+    /// The pod is gone from the source. If its namespace is still there, and it was not deleted, it
+    /// leaves the mesh in order; then nothing of it is kept.
     async fn bury(&mut self) {
         if !self.netns_stands() {
             self.lose_netns().await;
+        } else if self.shared.source.gone_is_deleted() && self.standing.captured {
+            // Its containers have ended, unless it was deleted by force: then what still runs must
+            // not go on in plaintext.
+            info!(pod = %self.key, "deleted; what still runs of it is refused");
+            self.let_go().await;
         }
         let mut retry = RETRY_FIRST;
         while let Some(step) = next(Wish::Bypass, &self.standing).filter(|step| *step != Step::Note)
@@ -446,6 +491,7 @@ impl<S: Source> PodTask<S> {
                 Err(_) => Woken::Stopped,
             },
             Ok(()) = self.proxies.changed() => Woken::Proxy,
+            () = changed(self.network.as_mut()) => Woken::Network,
             () = sleep_until(until) => Woken::Time,
         }
     }
@@ -482,16 +528,45 @@ impl<S: Source> PodTask<S> {
             self.standing.noted = false;
         }
         if pod.ips != self.pod.ips {
-            self.netns = None;
+            (self.netns, self.network) = (None, None);
         }
         if !decision.enrolled || self.standing.captured {
             self.enrolling = None;
         } else if self.enrolling.is_none() {
             self.enrolling = Some(Instant::now());
         }
+        let published = |pod: &Pod| pod.annotations.get(ANNOTATION_REDIRECTION).cloned();
+        if published(&pod) != published(&self.pod) {
+            // It was us, or somebody else: saying it again costs nothing where it is right.
+            self.standing.published = false;
+            self.standing.mentioned = true;
+        }
         self.reason = Some(decision.reason);
         self.pod = pod;
+        self.read_traffic();
         self.wish()
+    }
+
+    /// Takes over what the pod's annotations now ask for.
+    fn read_traffic(&mut self) {
+        let settings = &self.shared.settings.traffic;
+        let (traffic, misread) = settings.read(&self.pod.annotations, self.traffic.as_ref());
+        if self.traffic.as_ref() != Some(&traffic) {
+            // Only a pod in the mesh has what follows from it.
+            self.standing.prepared &= self.wish() != Some(Wish::Enrolled);
+            self.traffic = Some(traffic);
+        }
+        if self.misread != misread {
+            for problem in misread.iter().filter(|problem| !self.misread.contains(problem)) {
+                warn!(pod = %self.key, "{problem}; what it said before holds");
+                self.record(EventKind::InvalidAnnotation, problem.clone());
+            }
+            self.misread = misread;
+        }
+    }
+
+    fn traffic(&self) -> Traffic {
+        self.traffic.clone().unwrap_or_default()
     }
 
     fn netns_path(&self) -> PathBuf {
@@ -525,6 +600,10 @@ impl<S: Source> PodTask<S> {
         blocking(move || f(&dataplane, &pod)).await.with_context(|| format!("set up pod {key}"))
     }
 
+    fn told_of_annotations(&self) -> Option<String> {
+        (!self.misread.is_empty()).then(|| self.misread.join("; "))
+    }
+
     /// Updates what `status` shows.
     fn show(&self) {
         let Some((_, decision)) = self.wanted.borrow().clone() else { return };
@@ -532,11 +611,20 @@ impl<S: Source> PodTask<S> {
             pod: self.pod.clone(),
             decision,
             standing: self.standing,
+            traffic: self.traffic(),
             netns: self.netns.clone(),
-            problem: self.problem.clone(),
+            problem: self.problem.clone().or_else(|| self.told_of_annotations()),
             tried: self.tried,
         };
         self.shared.views().insert(self.key.clone(), view);
+    }
+}
+
+/// Waits for a change in a network namespace, if that is watched.
+async fn changed(network: Option<&mut Watch>) {
+    match network {
+        Some(network) => network.changed().await,
+        None => std::future::pending().await,
     }
 }
 

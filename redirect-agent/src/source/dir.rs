@@ -24,7 +24,8 @@ use tokio_util::sync::CancellationToken;
 use tracing::{debug, info, warn};
 
 use super::{
-    ANNOTATION_REDIRECTION, Event, Inventory, Problem, Redirection, Source, without_conflicts,
+    ANNOTATION_REDIRECTION, Event, Inventory, Problem, Redirection, Source, report,
+    without_conflicts,
 };
 use crate::membership::{Namespace, Pod, PodKey};
 
@@ -123,15 +124,6 @@ impl DirWatcher {
                 modified
             });
         }
-    }
-}
-
-fn report(before: &[Problem], after: &[Problem]) {
-    for problem in after.iter().filter(|p| !before.contains(p)) {
-        warn!(object = problem.object, "{}", problem.message);
-    }
-    for problem in before.iter().filter(|p| !after.contains(p)) {
-        info!(object = problem.object, "no longer: {}", problem.message);
     }
 }
 

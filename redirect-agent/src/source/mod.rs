@@ -4,10 +4,12 @@ use std::{collections::BTreeMap, fmt, net::IpAddr, sync::Arc};
 
 use serde::{Deserialize, Serialize};
 use tokio::sync::watch;
+use tracing::{info, warn};
 
 use crate::membership::{Namespace, Pod, PodKey};
 
 pub mod dir;
+pub mod kube;
 
 /// The annotation that tells istiod whether a pod speaks HBONE.
 /// Source: Istio `pkg/config/constants`, `AmbientRedirection`.
@@ -78,6 +80,12 @@ pub trait Source: Send + Sync + 'static {
         state: Option<Redirection>,
     ) -> impl Future<Output = anyhow::Result<()>> + Send;
 
+    /// Whether a pod that is gone from here was deleted. What still runs of such a pod must not speak
+    /// past the proxy; a pod that was merely taken out of this source leaves the mesh in order.
+    fn gone_is_deleted(&self) -> bool {
+        false
+    }
+
     /// Tells whoever looks at `pod` what happened to it. It never waits; what cannot be told is
     /// logged, and lost.
     fn record(&self, pod: &Pod, event: Event);
@@ -129,6 +137,16 @@ impl EventKind {
     /// Whether somebody should look at it.
     pub fn is_warning(self) -> bool {
         !matches!(self, EventKind::Enrolled | EventKind::Unenrolled)
+    }
+}
+
+/// Logs which problems have come, and which have gone.
+fn report(before: &[Problem], after: &[Problem]) {
+    for problem in after.iter().filter(|p| !before.contains(p)) {
+        warn!(object = problem.object, "{}", problem.message);
+    }
+    for problem in before.iter().filter(|p| !after.contains(p)) {
+        info!(object = problem.object, "no longer: {}", problem.message);
     }
 }
 

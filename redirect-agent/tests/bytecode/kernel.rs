@@ -10,19 +10,23 @@ use std::{
 use anyhow::{Context as _, Result, ensure};
 use aya::{
     Ebpf, EbpfLoader,
-    maps::{HashMap, Map, MapData, MapError, PerCpuArray, PerCpuHashMap, PerCpuValues, SockHash},
+    maps::{
+        HashMap, Map, MapData, MapError, PerCpuArray, PerCpuHashMap, PerCpuValues, SockHash,
+        lpm_trie::{Key, LpmTrie},
+    },
     programs::{ProgramFd, SchedClassifier, SkLookup},
     util::nr_cpus,
 };
 use redirect_agent::dataplane::{OBJECT, sock_offsets};
 use redirect_ebpf::abi::{
-    Addr, Counter, CounterKey, Flow, HINT_NONE, Hint, ListenerKey, PodEntry, PodId,
+    Addr, Counter, CounterKey, Flow, HINT_NONE, Hint, INBOUND_BYPASS, INBOUND_REDIRECT,
+    ListenerKey, PodEntry, PodId, PodPeer, PodPort,
 };
 
 use crate::{
     packet::LINK_HEADER,
     sys::{self, Insn},
-    world::{Key, Listener, Since},
+    world::{Key as PodAndKind, Listener, Since},
 };
 
 /// Longer than any machine takes for one step of the test.
@@ -254,6 +258,8 @@ pub struct Maps {
     listeners: SockHash<MapData, ListenerKey>,
     missing: HashMap<MapData, ListenerKey, u64>,
     hint: PerCpuArray<MapData, Hint>,
+    inbound_ports: LpmTrie<MapData, PodPort, u32>,
+    inbound_ranges: LpmTrie<MapData, PodPeer, u32>,
 }
 
 impl Maps {
@@ -268,6 +274,8 @@ impl Maps {
             listeners: map("listeners")?.try_into()?,
             missing: map("proxy_missing")?.try_into()?,
             hint: map("hint")?.try_into()?,
+            inbound_ports: map("inbound_ports")?.try_into()?,
+            inbound_ranges: map("inbound_ranges")?.try_into()?,
         })
     }
 
@@ -277,10 +285,32 @@ impl Maps {
         Ok(())
     }
 
+    /// What is kept off the proxy of a pod: a port, a peer. All around them is redirected.
+    pub fn exclude(&mut self, pod_id: PodId, excluded: (Option<u16>, Option<Addr>)) -> Result<()> {
+        let (port, peer) = excluded;
+        let all = Key::new(PodPort::PREFIX, PodPort::new(pod_id, 0));
+        self.inbound_ports.insert(&all, INBOUND_REDIRECT, 0)?;
+        if let Some(port) = port {
+            let key = Key::new(PodPort::BITS, PodPort::new(pod_id, port));
+            self.inbound_ports.insert(&key, INBOUND_BYPASS, 0)?;
+        }
+        if let Some(peer) = peer {
+            let key = Key::new(PodPeer::BITS, PodPeer { pod_id, peer });
+            self.inbound_ranges.insert(&key, INBOUND_BYPASS, 0)?;
+        }
+        Ok(())
+    }
+
     /// Empties all of them.
     pub fn clear(&mut self) -> Result<()> {
         for addr in self.pods.keys().collect::<Result<Vec<_>, _>>()? {
             self.pods.remove(&addr)?;
+        }
+        for key in self.inbound_ports.keys().collect::<Result<Vec<_>, _>>()? {
+            self.inbound_ports.remove(&key)?;
+        }
+        for key in self.inbound_ranges.keys().collect::<Result<Vec<_>, _>>()? {
+            self.inbound_ranges.remove(&key)?;
         }
         for key in self.listeners()? {
             self.set_listener(key, None)?;
@@ -320,7 +350,11 @@ impl Maps {
         Ok(Some((key.pod_id, counter.with_context(|| format!("no such counter: {key:?}"))?.0)))
     }
 
-    pub fn set_listener(&mut self, (pod_id, kind): Key, socket: Option<&Listener>) -> Result<()> {
+    pub fn set_listener(
+        &mut self,
+        (pod_id, kind): PodAndKind,
+        socket: Option<&Listener>,
+    ) -> Result<()> {
         let key = ListenerKey { pod_id, kind };
         match socket {
             Some(socket) => self.listeners.insert(key, socket.socket.as_raw_fd(), 0)?,
@@ -329,11 +363,11 @@ impl Maps {
         Ok(())
     }
 
-    pub fn listeners(&self) -> Result<BTreeSet<Key>> {
+    pub fn listeners(&self) -> Result<BTreeSet<PodAndKind>> {
         self.listeners.keys().map(|key| Ok(key.map(|key| (key.pod_id, key.kind))?)).collect()
     }
 
-    pub fn set_missing(&mut self, (pod_id, kind): Key, since: Option<Since>) -> Result<()> {
+    pub fn set_missing(&mut self, (pod_id, kind): PodAndKind, since: Option<Since>) -> Result<()> {
         let key = ListenerKey { pod_id, kind };
         let now = sys::now();
         match since {
@@ -345,7 +379,7 @@ impl Maps {
         Ok(())
     }
 
-    pub fn missing(&self) -> Result<BTreeMap<Key, Since>> {
+    pub fn missing(&self) -> Result<BTreeMap<PodAndKind, Since>> {
         let now = sys::now();
         self.missing
             .iter()

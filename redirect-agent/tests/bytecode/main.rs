@@ -58,6 +58,7 @@ fn the_bytecode_and_verdict_rs_give_the_same_verdict_for_generated_packets() -> 
         for number in 0..WORLDS {
             let world = World::random(&mut rng)?;
             kernel.maps.enter(&world.pods)?;
+            kernel.maps.exclude(own_id(), world.excluded)?;
             let mut checks = Checks { kernel: &mut kernel, world, neighbour: &neighbour };
             for packet in 0..PACKETS {
                 checks
@@ -132,6 +133,7 @@ struct Seen {
     too_short_for_the_kernel: usize,
     pass: usize,
     counted_pass: usize,
+    bypassed_inbound: usize,
     outbound: usize,
     inbound: usize,
     neighbours_listener: usize,
@@ -150,6 +152,7 @@ impl Seen {
             ("hint no listener", self.hint_no_listener),
             ("pass", self.pass),
             ("counted pass", self.counted_pass),
+            ("bypassed inbound", self.bypassed_inbound),
             ("redirect outbound", self.outbound),
             ("redirect inbound", self.inbound),
             ("a neighbour's listener", self.neighbours_listener),
@@ -299,6 +302,7 @@ impl Checks<'_> {
         compare().with_context(|| format!("{lookup:?} gives {steer:?}"))?;
         match steer {
             Steer::Pass(None) => seen.pass += 1,
+            Steer::Pass(Some((_, Counter::BypassedInbound))) => seen.bypassed_inbound += 1,
             Steer::Pass(Some(_)) => seen.counted_pass += 1,
             Steer::Refuse(..) => seen.refuse += 1,
             Steer::Redirect { .. } if chosen.is_none() => seen.no_listener_to_redirect_to += 1,

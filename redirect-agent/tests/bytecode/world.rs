@@ -14,9 +14,9 @@ use anyhow::{Context as _, Result};
 use fastrand::Rng;
 use redirect_ebpf::{
     abi::{
-        Addr, DECISION_BYPASS, DECISION_ENROLLED, LISTENER_HBONE, LISTENER_INBOUND,
-        LISTENER_OUTBOUND, MARK_PROXY, MARK_REDIRECTED, POD_CAPTURE, PORT_HBONE, PORT_INBOUND,
-        PORT_OUTBOUND, PodEntry, PodId,
+        Addr, DECISION_BYPASS, DECISION_ENROLLED, Flow, LISTENER_HBONE, LISTENER_INBOUND,
+        LISTENER_OUTBOUND, MARK_PROXY, MARK_REDIRECTED, POD_BYPASS_INBOUND, POD_CAPTURE,
+        POD_INBOUND_RULES, PORT_HBONE, PORT_INBOUND, PORT_OUTBOUND, PodEntry, PodId,
     },
     verdict::{Env, Pods, Proxy, Segment},
 };
@@ -165,6 +165,8 @@ pub struct State {
 #[derive(Debug)]
 pub struct World {
     pub pods: BTreeMap<Addr, PodEntry>,
+    /// What keeps calls to the pod itself off the proxy: a port, a peer.
+    pub excluded: (Option<u16>, Option<Addr>),
     /// Every socket that listens in the namespace.
     pub sockets: Vec<Listener>,
     pub state: RefCell<State>,
@@ -180,7 +182,10 @@ impl World {
         for port in APPLICATION_PORTS {
             application(rng, port, &mut sockets)?;
         }
-        Ok(Self { pods: pods(rng), sockets, state: RefCell::default() })
+        let port = rng.bool().then(|| port(rng));
+        let v4 = rng.bool();
+        let peer = rng.bool().then(|| any(rng, v4));
+        Ok(Self { pods: pods(rng), excluded: (port, peer), sockets, state: RefCell::default() })
     }
 
     /// The listener that the kernel finds by itself.
@@ -203,6 +208,11 @@ impl World {
 impl Pods for World {
     fn pod(&self, addr: &Addr) -> Option<PodEntry> {
         self.pods.get(addr).copied()
+    }
+
+    fn excludes_inbound(&self, pod_id: PodId, flow: &Flow) -> bool {
+        let (port, peer) = self.excluded;
+        pod_id == own_id() && (port == Some(flow.local_port) || peer == Some(flow.remote))
     }
 }
 
@@ -251,7 +261,12 @@ fn pods(rng: &mut Rng) -> BTreeMap<Addr, PodEntry> {
         // The decision counts, whatever the flags.
         1 => (DECISION_BYPASS, POD_CAPTURE),
         2 => (DECISION_ENROLLED, 0),
-        _ => (DECISION_ENROLLED, POD_CAPTURE | (rng.u32(..) & !POD_CAPTURE)),
+        3 => (DECISION_ENROLLED, POD_CAPTURE | (rng.u32(..) & !POD_CAPTURE)),
+        4 => (DECISION_ENROLLED, POD_CAPTURE | POD_INBOUND_RULES),
+        _ => {
+            let others = POD_CAPTURE | POD_BYPASS_INBOUND | POD_INBOUND_RULES;
+            (DECISION_ENROLLED, POD_CAPTURE | (rng.u32(..) & !others))
+        }
     };
     let entry = PodEntry { pod_id: own_id(), decision, reason: 2, flags };
     pods.extend(OWN.map(|address| (known(address), entry)));

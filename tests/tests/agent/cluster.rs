@@ -93,6 +93,8 @@ pub struct Node {
     netns_dir: PathBuf,
     bpffs: PathBuf,
     flags: Vec<String>,
+    /// How the agent reaches the API server, when pods come from there and not from the manifests.
+    kubeconfig: Option<PathBuf>,
     /// How many processes were started: each has a log of its own.
     started: usize,
 }
@@ -109,6 +111,7 @@ impl Node {
             netns_dir: topology.netns_dir(),
             bpffs: topology.bpffs().join(&name),
             flags: flags.iter().map(|&flag| flag.to_owned()).collect(),
+            kubeconfig: None,
             started: 0,
             name,
         })
@@ -128,12 +131,16 @@ impl Node {
         })
     }
 
+    /// Lets the next agent learn of pods from an API server; the proxies go on with the manifests.
+    pub fn use_api_server(&mut self, kubeconfig: PathBuf) {
+        self.kubeconfig = Some(kubeconfig);
+    }
+
     /// Starts the agent and does not wait.
     pub fn spawn_agent(&mut self) -> Result<Process> {
         let mut command = self.command("run")?;
         command
             .env("RUST_LOG", "debug,h2=warn")
-            .arg(format!("--source=dir:{}", self.manifests.display()))
             .args(["--node-name", &self.name])
             .arg("--netns-dir")
             .arg(&self.netns_dir)
@@ -146,6 +153,10 @@ impl Node {
             .args(["--excluded-namespaces", "kube-system,excluded"])
             .args(["--health-address", "off"])
             .args(&self.flags);
+        match &self.kubeconfig {
+            Some(kubeconfig) => command.arg("--kubeconfig").arg(kubeconfig),
+            None => command.arg(format!("--source=dir:{}", self.manifests.display())),
+        };
         let log = self.next_log("agent");
         Process::spawn(&format!("agent of {}", self.name), &mut command, log)
     }
@@ -471,6 +482,11 @@ impl Manifest {
             "metadata": {"name": name, "labels": {}},
         });
         Self { file: format!("{name}.yaml"), object }
+    }
+
+    /// The object as Kubernetes has it.
+    pub fn object(&self) -> Value {
+        self.object.clone()
     }
 
     /// With this value of the label `istio.io/dataplane-mode`.

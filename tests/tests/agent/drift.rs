@@ -1,22 +1,24 @@
 //! What somebody removes behind the agent's back is put back.
 
-use std::net::IpAddr;
+use std::net::{IpAddr, SocketAddr};
 use std::path::Path;
 use std::process::Command;
 
 use anyhow::{Context as _, Result};
+use redirect_tests::app::Call;
 use redirect_tests::both_families;
 use redirect_tests::footprint::{assert_unchanged, footprint};
 use redirect_tests::netns::Family;
 use redirect_tests::process::{succeed, wait_for};
 use redirect_tests::topology::Pod;
 
-use crate::cluster::{Cluster, Node, SOON, echo, links};
+use crate::cluster::{Cluster, Node, PORT, SOON, echo, links, now};
 use crate::load::Load;
 
 both_families! {
     what_is_removed_behind_the_agents_back_is_put_back,
     interfaces_come_and_go_in_an_enrolled_pod,
+    address_that_comes_later_is_captured_until_it_goes,
 }
 
 const OFTEN: &[&str] = &["--verify-interval", "300ms"];
@@ -94,6 +96,49 @@ fn interfaces_come_and_go_in_an_enrolled_pod(family: Family) -> Result<()> {
     node.wait_until_enrolled(server)?;
     wait_for("all dead links to be gone", SOON, || Ok((links(&dir)? == before.1).then_some(())))?;
     assert_unchanged(&server.netns, &before.0)
+}
+
+fn address_that_comes_later_is_captured_until_it_goes(family: Family) -> Result<()> {
+    let cluster = &Cluster::enrolled(OFTEN)?;
+    let Cluster { node, server, client, topology } = cluster;
+    let _apps = (echo(server)?, echo(client)?);
+    let before = footprint(&server.netns)?;
+    let (second, prefix): (IpAddr, _) = match family {
+        Family::V4 => ("10.64.0.200".parse()?, "32"),
+        Family::V6 => ("fd64::200".parse()?, "128"),
+    };
+    let host = topology.node(server.node);
+    host.ip(&format!("route add {second}/{prefix} dev {}", server.host_interface))?;
+    let nodad = if family == Family::V6 { "nodad" } else { "" };
+    server.netns.ip(&format!("addr add {second}/{prefix} dev eth0 {nodad}"))?;
+    let capture = format!("capture of {second}");
+    let captured = |is: bool| {
+        node.wait_for_pod("to have its addresses captured", server, |p| {
+            let kernel = p.kernel.as_ref();
+            kernel.is_some_and(|k| k.complete && k.present.contains(&capture) == is)
+        })
+    };
+    captured(true)?;
+
+    for (from, call) in [
+        (client, Call::to(SocketAddr::new(second, PORT))),
+        (server, Call::to(client.addr(family, PORT)).from(SocketAddr::new(second, 0))),
+    ] {
+        let since = now()?;
+        let conversation = call.open(&from.netns)?;
+        // The proxy chooses the source of its own connection to a pod that is not in the mesh.
+        let server_answers = from.name == client.name;
+        assert_eq!(conversation.answer().by, if server_answers { "server" } else { "client" });
+        let records = node.records_of(&conversation, since)?;
+        assert_eq!(records.len(), 1, "a call of {from}");
+    }
+
+    server.netns.ip(&format!("addr del {second}/{prefix} dev eth0"))?;
+    captured(false)?;
+    cluster.assert_redirected(family)?;
+    wait_for("everything as before", SOON, || {
+        Ok((footprint(&server.netns)? == before).then_some(()))
+    })
 }
 
 fn index(pod: &Pod, interface: &str) -> Result<String> {

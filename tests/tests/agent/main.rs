@@ -2,6 +2,7 @@
 //! stand-in proxy on its ZDS socket. Every scenario asserts who answered and whom they saw, or what
 //! became of the pod.
 
+mod api_server;
 mod bad_input;
 mod cluster;
 mod commands;
@@ -13,3 +14,4 @@ mod pods;
 mod proxies;
 mod restart;
 mod toggles;
+mod traffic;

@@ -1,7 +1,8 @@
 //! Who is called, who calls, and what stays away from the proxy.
 
 use std::collections::HashMap;
-use std::net::SocketAddr;
+use std::io::Read as _;
+use std::net::{SocketAddr, UdpSocket};
 use std::time::Duration;
 
 use anyhow::Result;
@@ -13,7 +14,12 @@ use redirect_tests::plain_proxy::{HBONE_NAME, PlainProxy, Policy, Via};
 use redirect_tests::process::Attached;
 use redirect_tests::topology::{Pod, Style, Topology};
 
+use socket2::{Domain, Protocol, Socket, Type};
+
 use crate::{PORT, Pair, assert_direct, assert_relayed, echo, service};
+
+/// How long an answer may take.
+const PATIENCE: Duration = Duration::from_secs(20);
 
 both_families! {
     outbound_call_keeps_its_addresses,
@@ -27,6 +33,8 @@ both_families! {
     loops_end_with_a_closed_connection,
     pods_that_are_not_enrolled_talk_directly,
     addresses_are_found_when_none_is_given,
+    udp_goes_past_the_proxies,
+    ping_goes_past_the_proxies,
 }
 
 fn outbound_call_keeps_its_addresses(family: Family) -> Result<()> {
@@ -228,4 +236,60 @@ fn addresses_are_found_when_none_is_given(family: Family) -> Result<()> {
 
     assert_eq!(conversation.answer().by, "server");
     assert_relayed(&proxy, Via::Inbound, &conversation, to)
+}
+
+/// Both pods enrolled, and no proxy at all: what needs none passes.
+fn without_proxies(scenario: impl FnOnce(&Pair) -> Result<()>) -> Result<()> {
+    let pair = Pair::new()?;
+    let _client = Attached::new(&pair.topology, &pair.client)?;
+    let _server = Attached::new(&pair.topology, &pair.server)?;
+    scenario(&pair)
+}
+
+fn udp_goes_past_the_proxies(family: Family) -> Result<()> {
+    without_proxies(|Pair { client, server, .. }| {
+        let open = |pod: &Pod, port| {
+            let socket =
+                pod.netns.run(|| Ok(UdpSocket::bind(SocketAddr::new(family.any(), port))?))?;
+            socket.set_read_timeout(Some(PATIENCE))?;
+            anyhow::Ok(socket)
+        };
+        let (asks, answers) = (open(client, 0)?, open(server, PORT)?);
+        let mut buffer = [0; 16];
+        asks.send_to(b"hello", server.addr(family, PORT))?;
+        let (length, peer) = answers.recv_from(&mut buffer)?;
+        assert_eq!(&buffer[..length], b"hello");
+        assert_eq!(peer, client.addr(family, asks.local_addr()?.port()));
+        answers.send_to(b"answer", peer)?;
+        let (length, peer) = asks.recv_from(&mut buffer)?;
+        assert_eq!((&buffer[..length], peer), (&b"answer"[..], server.addr(family, PORT)));
+        Ok(())
+    })
+}
+
+fn ping_goes_past_the_proxies(family: Family) -> Result<()> {
+    // Echo request and reply, and where they begin in what a raw socket gives.
+    let (protocol, request, reply, begins) = match family {
+        Family::V4 => (Protocol::ICMPV4, 8, 0, 20),
+        Family::V6 => (Protocol::ICMPV6, 128, 129, 0),
+    };
+    without_proxies(|Pair { client, server, .. }| {
+        let to = server.addr(family, 0);
+        let socket = client
+            .netns
+            .run(|| Ok(Socket::new(Domain::for_address(to), Type::RAW, Some(protocol))?))?;
+        socket.set_read_timeout(Some(PATIENCE))?;
+        // The kernel computes ICMPv6's checksum; this is ICMP's.
+        let checksum: u16 = !(u16::from(request) << 8);
+        let [hi, lo] = checksum.to_be_bytes();
+        socket.connect(&to.into())?;
+        socket.send(&[request, 0, hi, lo, 0, 0, 0, 0])?;
+        let mut buffer = [0; 128];
+        loop {
+            let length = (&socket).read(&mut buffer)?;
+            if buffer[..length].get(begins) == Some(&reply) {
+                return Ok(());
+            }
+        }
+    })
 }

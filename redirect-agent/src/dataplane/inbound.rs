@@ -1,0 +1,277 @@
+//! What of a pod's inbound connections bypasses the proxy, as keys of the maps `inbound_ports` and
+//! `inbound_ranges`: the longest prefix counts.
+
+use std::{collections::BTreeMap, net::IpAddr};
+
+use anyhow::{Context as _, Result};
+use aya::{
+    Pod,
+    maps::{
+        MapData,
+        lpm_trie::{Key, LpmTrie},
+    },
+};
+use ipnet::IpNet;
+use redirect_ebpf::abi::{
+    Addr, INBOUND_BYPASS, INBOUND_REDIRECT, POD_BYPASS_INBOUND, POD_INBOUND_RULES, PodId, PodPeer,
+    PodPort,
+};
+
+use super::absent;
+use crate::traffic::{Ports, Selection, Traffic};
+
+/// The leading `len` bits of `bits`, the others being 0.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
+pub(super) struct Prefix {
+    len: u32,
+    bits: u128,
+}
+
+impl Prefix {
+    const ALL: Self = Self { len: 0, bits: 0 };
+
+    fn covers(&self, other: &Self) -> bool {
+        self.len <= other.len && (self.bits ^ other.bits).leading_zeros() >= self.len
+    }
+}
+
+/// Prefixes and what they stand for: one of `INBOUND_*`.
+pub(super) type Prefixes = BTreeMap<Prefix, u32>;
+
+/// The flags of a pod's rows for these settings.
+pub(super) fn flags(traffic: &Traffic) -> u32 {
+    let selections = &traffic.selections;
+    let rules = !(selections.inbound_ports.is_all() && selections.inbound_sources.is_all());
+    (if traffic.bypass_inbound { POD_BYPASS_INBOUND } else { 0 })
+        | (if rules { POD_INBOUND_RULES } else { 0 })
+}
+
+/// The entries of one pod in one of the maps.
+pub(super) trait Entry: Pod + Ord {
+    /// Bits before what the prefixes are of.
+    const PREFIX: u32;
+    /// The pod's settings for this map.
+    fn wanted(traffic: &Traffic) -> Prefixes;
+    fn new(pod_id: PodId, bits: u128) -> Self;
+    fn pod_id(&self) -> PodId;
+    fn bits(&self) -> u128;
+}
+
+impl Entry for PodPort {
+    const PREFIX: u32 = PodPort::PREFIX;
+
+    fn wanted(traffic: &Traffic) -> Prefixes {
+        resolve(&traffic.selections.inbound_ports, |ports| port_prefixes(*ports))
+    }
+
+    fn new(pod_id: PodId, bits: u128) -> Self {
+        let [hi, lo, ..] = bits.to_be_bytes();
+        PodPort::new(pod_id, u16::from_be_bytes([hi, lo]))
+    }
+
+    fn pod_id(&self) -> PodId {
+        self.pod_id
+    }
+
+    fn bits(&self) -> u128 {
+        u128::from(u16::from_be_bytes(self.port)) << 112
+    }
+}
+
+impl Entry for PodPeer {
+    const PREFIX: u32 = PodPeer::PREFIX;
+
+    fn wanted(traffic: &Traffic) -> Prefixes {
+        resolve(&traffic.selections.inbound_sources, |range| vec![range_prefix(*range)])
+    }
+
+    fn new(pod_id: PodId, bits: u128) -> Self {
+        PodPeer { pod_id, peer: Addr { octets: bits.to_be_bytes() } }
+    }
+
+    fn pod_id(&self) -> PodId {
+        self.pod_id
+    }
+
+    fn bits(&self) -> u128 {
+        u128::from_be_bytes(self.peer.octets)
+    }
+}
+
+fn resolve<T>(selection: &Selection<T>, prefixes: impl Fn(&T) -> Vec<Prefix>) -> Prefixes {
+    let except: Vec<Prefix> = selection.except.iter().flat_map(&prefixes).collect();
+    let mut resolved = Prefixes::new();
+    if let Some(only) = &selection.only {
+        resolved.insert(Prefix::ALL, INBOUND_BYPASS);
+        // What lies within an exception is none.
+        let only = only.iter().flat_map(&prefixes);
+        let only = only.filter(|prefix| !except.iter().any(|e| e.covers(prefix)));
+        resolved.extend(only.map(|prefix| (prefix, INBOUND_REDIRECT)));
+    }
+    resolved.extend(except.into_iter().map(|prefix| (prefix, INBOUND_BYPASS)));
+    resolved
+}
+
+/// The prefixes that make up a range of ports.
+fn port_prefixes(ports: Ports) -> Vec<Prefix> {
+    let (mut first, end) = (u32::from(ports.first), u32::from(ports.last) + 1);
+    let mut prefixes = Vec::new();
+    while first < end {
+        // As many as begin here and end in time.
+        let size = (0..=first.trailing_zeros().min(16)).rev().find(|n| first + (1 << n) <= end);
+        let size = size.unwrap_or(0);
+        prefixes.push(Prefix { len: 16 - size, bits: u128::from(first) << 112 });
+        first += 1 << size;
+    }
+    prefixes
+}
+
+fn range_prefix(range: IpNet) -> Prefix {
+    // IPv4 as `::ffff:a.b.c.d`.
+    let before = if matches!(range.addr(), IpAddr::V4(_)) { 96 } else { 0 };
+    let octets = Addr::from(range.addr()).octets;
+    Prefix { len: before + u32::from(range.prefix_len()), bits: u128::from_be_bytes(octets) }
+}
+
+/// One of the two maps.
+pub(super) type Trie<'a, K> = LpmTrie<&'a mut MapData, K, u32>;
+
+/// Makes the pod's entries those of the settings. What is redirected before and after is so at every
+/// moment between.
+pub(super) fn set<K: Entry>(
+    trie: &mut Trie<'_, K>,
+    pod_id: PodId,
+    traffic: &Traffic,
+) -> Result<()> {
+    change(trie, pod_id, &K::wanted(traffic))
+}
+
+/// Deletes the pod's entries.
+pub(super) fn clear<K: Entry>(trie: &mut Trie<'_, K>, pod_id: PodId) -> Result<()> {
+    change(trie, pod_id, &Prefixes::new())
+}
+
+/// Whether the pod's entries are those of the settings.
+pub(super) fn is_set<K: Entry>(
+    trie: &Trie<'_, K>,
+    pod_id: PodId,
+    traffic: &Traffic,
+) -> Result<bool> {
+    Ok(present(trie, pod_id)? == K::wanted(traffic))
+}
+
+fn present<K: Entry>(trie: &Trie<'_, K>, pod_id: PodId) -> Result<Prefixes> {
+    let mut present = Prefixes::new();
+    for entry in trie.iter() {
+        let (key, value) = entry.context("read the inbound rules")?;
+        let data = key.data();
+        if data.pod_id() == pod_id {
+            let len = key.prefix_len().saturating_sub(K::PREFIX);
+            present.insert(Prefix { len, bits: data.bits() }, value);
+        }
+    }
+    Ok(present)
+}
+
+fn change<K: Entry>(trie: &mut Trie<'_, K>, pod_id: PodId, wanted: &Prefixes) -> Result<()> {
+    let present = present(trie, pod_id)?;
+    let key = |prefix: &Prefix| Key::new(K::PREFIX + prefix.len, K::new(pod_id, prefix.bits));
+    let stale =
+        |kind| present.iter().filter(move |(p, value)| **value == kind && !wanted.contains_key(p));
+    // A redirection comes before, and goes after, every bypass that it is an exception of.
+    put(trie, wanted, INBOUND_REDIRECT, key)?;
+    for (prefix, _) in stale(INBOUND_BYPASS) {
+        absent(trie.remove(&key(prefix))).context("write the inbound rules")?;
+    }
+    put(trie, wanted, INBOUND_BYPASS, key)?;
+    for (prefix, _) in stale(INBOUND_REDIRECT) {
+        absent(trie.remove(&key(prefix))).context("write the inbound rules")?;
+    }
+    Ok(())
+}
+
+fn put<K: Entry>(
+    trie: &mut Trie<'_, K>,
+    wanted: &Prefixes,
+    kind: u32,
+    key: impl Fn(&Prefix) -> Key<K>,
+) -> Result<()> {
+    wanted
+        .iter()
+        .filter(|(_, value)| **value == kind)
+        .try_for_each(|(prefix, value)| trie.insert(&key(prefix), value, 0))
+        .context("write the inbound rules")
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::traffic::parse_range;
+
+    fn decides(prefixes: &Prefixes, bits: u128) -> u32 {
+        let key = Prefix { len: 128, bits };
+        let longest = prefixes.iter().rfind(|(prefix, _)| prefix.covers(&key));
+        longest.map_or(INBOUND_REDIRECT, |(_, value)| *value)
+    }
+
+    fn ports(text: &str) -> Vec<Ports> {
+        text.split_whitespace().map(|ports| ports.parse().unwrap()).collect()
+    }
+
+    #[test]
+    fn ports_are_selected_exactly_by_their_prefixes() {
+        for (only, except) in [
+            (None, "80"),
+            (None, "1-65535"),
+            (Some("1-65535"), "8080"),
+            (Some("80 8000-8010"), "8005"),
+            (Some("8080"), "8000-9000"),
+            (Some("1000-2000 1500-3000"), "1999-2001 60000"),
+            (Some(""), ""),
+        ] {
+            let selection = Selection { only: only.map(ports), except: ports(except) };
+            let prefixes = resolve(&selection, |ports| port_prefixes(*ports));
+            let within =
+                |list: &[Ports], port| list.iter().any(|p| (p.first..=p.last).contains(&port));
+            for port in 1..=u16::MAX {
+                let selected = selection.only.as_ref().is_none_or(|only| within(only, port))
+                    && !within(&selection.except, port);
+                let decided = decides(&prefixes, PodPort::new(1, port).bits());
+                assert_eq!(decided == INBOUND_REDIRECT, selected, "{port} of {selection:?}");
+            }
+        }
+    }
+
+    #[test]
+    fn ranges_of_both_families_are_selected_by_their_longest_prefix() {
+        let ranges = |list: &[&str]| list.iter().map(|r| parse_range(r).unwrap()).collect();
+        let selection = Selection {
+            only: Some(ranges(&["10.0.0.0/8", "fd00::/8"])),
+            except: ranges(&["10.1.0.0/16", "fd01::1"]),
+        };
+        let prefixes = resolve(&selection, |range| vec![range_prefix(*range)]);
+        for (peer, selected) in [
+            ("10.0.0.1", true),
+            ("10.1.0.1", false),
+            ("11.0.0.1", false),
+            ("fd00::1", true),
+            ("fd01::1", false),
+            ("fd01::2", true),
+            ("2001:db8::1", false),
+        ] {
+            let peer: IpAddr = peer.parse().unwrap();
+            let bits = u128::from_be_bytes(Addr::from(peer).octets);
+            assert_eq!(decides(&prefixes, bits) == INBOUND_REDIRECT, selected, "{peer}");
+        }
+    }
+
+    #[test]
+    fn prefixes_survive_the_way_into_a_key_and_back() {
+        for port in [1, 80, 32768, 65535] {
+            let key = <PodPort as Entry>::new(7, PodPort::new(1, port).bits());
+            assert_eq!(key, PodPort::new(7, port));
+        }
+        let bits = range_prefix(parse_range("10.1.0.0/16").unwrap()).bits;
+        assert_eq!(<PodPeer as Entry>::new(7, bits).bits(), bits);
+    }
+}

@@ -1,0 +1,440 @@
+//! A cluster's API server as the source.
+//!
+//! This node's pods are watched, and of all namespaces the labels that decide. A watch that breaks
+//! is taken up again where it was, or after a new list; until that is complete, what was known
+//! stays. So a lost API server changes nothing for any pod, and what was missed is caught up.
+
+mod events;
+mod state;
+mod watch;
+
+use std::{
+    collections::BTreeMap,
+    error::Error as _,
+    path::Path,
+    sync::{Arc, Mutex, MutexGuard, PoisonError},
+    time::Duration,
+};
+
+pub use kube::Config;
+
+use anyhow::{Context as _, Result, anyhow, bail, ensure};
+use http::Response;
+use k8s_openapi::api::core::v1 as k8s;
+use kube::{
+    Api, Client, Error,
+    api::{ApiResource, DynamicObject, PartialObjectMeta, Patch, PatchParams},
+    client::ClientBuilder,
+    config::{KubeConfigOptions, Kubeconfig},
+    runtime::watcher,
+};
+use serde_json::json;
+use tokio::{
+    sync::{mpsc, watch as channel},
+    task::JoinSet,
+    time::timeout,
+};
+use tokio_util::sync::CancellationToken;
+use tower::{limit::RateLimitLayer, util::MapResponseLayer};
+use tracing::{info, warn};
+
+use self::{
+    events::{Intake, Scribe},
+    state::State,
+};
+use super::{ANNOTATION_REDIRECTION, Event, Inventory, Redirection, Source, report};
+use crate::{
+    membership::{self, Pod, is_dns_subdomain},
+    metrics::Metrics,
+};
+
+/// The agent's name, as field manager and as reporter of events.
+const NAME: &str = "redirect-agent";
+
+/// What is followed, as problems name it.
+const PODS: &str = "pods";
+const NAMESPACES: &str = "namespaces";
+
+/// A response, or an event of a watch, comes within this time, or the connection is given up: kube
+/// waits for ever otherwise.
+const READ_TIMEOUT: Duration = Duration::from_secs(90);
+/// The API server ends a watch in order after this time, in seconds: on a quiet cluster nothing may
+/// come for longer than [`READ_TIMEOUT`], not even a bookmark.
+const WATCH_TIMEOUT: u32 = 60;
+/// A connection comes about within this time.
+const CONNECT_TIMEOUT: Duration = Duration::from_secs(10);
+/// How long one patch may take.
+const PATCH_TIMEOUT: Duration = Duration::from_secs(10);
+/// Requests of the watches per time. kube's watcher asks again at once when a watch ends well, and
+/// a server, or a proxy before it, that ends each at once must not be asked in a loop.
+const WATCH_RATE: (u64, Duration) = (60, Duration::from_secs(30));
+/// Patches per time.
+const PATCH_RATE: (u64, Duration) = (50, Duration::from_secs(1));
+/// Events per time: they must not keep patches waiting.
+const EVENT_RATE: (u64, Duration) = (10, Duration::from_secs(1));
+/// How many updates wait to be taken over.
+const QUEUE: usize = 256;
+
+/// What the agent's service account may have to be granted.
+const ROLE: &str = "the agent's role needs: list, watch on pods and namespaces; patch on pods/status; \
+                    create, patch on events in events.k8s.io";
+
+/// A cluster; its [`KubeWatcher`] keeps it current.
+pub struct KubeSource {
+    server: String,
+    client: Client,
+    inventory: channel::Receiver<Arc<Inventory>>,
+    published: Published,
+    events: Intake,
+}
+
+/// Keeps a [`KubeSource`] current.
+pub struct KubeWatcher {
+    state: State,
+    inventory: channel::Sender<Arc<Inventory>>,
+    published: Published,
+    updates: mpsc::Receiver<Update>,
+    /// The tasks that follow the API server; they end with this.
+    followers: JoinSet<()>,
+    scribe: Scribe,
+}
+
+/// What comes from the API server.
+enum Update {
+    Pod(watcher::Event<DynamicObject>),
+    Namespace(watcher::Event<PartialObjectMeta<k8s::Namespace>>),
+    /// Why something cannot be followed at the moment.
+    Trouble(&'static str, String),
+    /// The API server has answered a request for it.
+    Answered(&'static str),
+}
+
+/// What each pod's annotation says, by uid; a pod that is not here does not exist.
+#[derive(Clone, Default)]
+struct Published(Arc<Mutex<BTreeMap<String, Annotation>>>);
+
+/// A pod's [`ANNOTATION_REDIRECTION`].
+#[derive(Clone, Default)]
+struct Annotation {
+    /// As the watch saw it last; what was written may not have come round yet.
+    seen: Option<String>,
+    written: Written,
+}
+
+/// What the agent wrote last.
+#[derive(Clone, Default)]
+enum Written {
+    #[default]
+    Nothing,
+    Value(Option<Redirection>),
+    /// No answer came: it may have been written or not.
+    Unknown,
+}
+
+/// How to reach the API server: by the kubeconfig at `path`, else by `$KUBECONFIG` or
+/// `~/.kube/config`, else as a pod does, by its service account.
+///
+/// # Errors
+///
+/// When none of these leads to one; it says what to do.
+pub async fn config(path: Option<&Path>) -> Result<Config> {
+    match path {
+        Some(path) => {
+            let context = || format!("use the kubeconfig {}", path.display());
+            let kubeconfig = Kubeconfig::read_from(path).with_context(context)?;
+            Config::from_custom_kubeconfig(kubeconfig, &KubeConfigOptions::default())
+                .await
+                .with_context(context)
+        }
+        None => Config::infer().await.context(
+            "find the API server: run the agent in a pod with a service account, or give \
+             --kubeconfig PATH; without a cluster, give --source dir:PATH",
+        ),
+    }
+}
+
+/// Follows the API server for the pods of the node `node`, and waits, for ever if need be, until
+/// all of them, and the namespaces, have been listed once.
+///
+/// # Errors
+///
+/// When `config` or `node` cannot be used. That the API server does not answer, or refuses, is no
+/// error: it is logged, and tried again.
+pub async fn open(
+    config: Config,
+    node: &str,
+    membership: &membership::Config,
+    metrics: &Metrics,
+) -> Result<(KubeSource, KubeWatcher)> {
+    ensure!(
+        is_dns_subdomain(node),
+        "use node name {node:?}: it is not the name of a Kubernetes node; give --node-name"
+    );
+    let server = config.cluster_url.to_string();
+    let (sender, mut updates) = mpsc::channel(QUEUE);
+    // kube's watcher says nothing of a watch that goes on after a failure.
+    let watching = |what| {
+        let sender = sender.clone();
+        client(config.clone(), WATCH_RATE, move || {
+            // Where the queue is full, what is in it says the same.
+            let _full = sender.try_send(Update::Answered(what));
+        })
+    };
+    let mut followers = JoinSet::new();
+    let pods = ApiResource::erase::<k8s::Pod>(&());
+    let pods = Api::<DynamicObject>::all_with(watching(PODS)?, &pods);
+    let all = watcher::Config::default().timeout(WATCH_TIMEOUT);
+    let of_this_node = all.clone().fields(&format!("spec.nodeName={node}"));
+    let trouble = |what| {
+        let metrics = metrics.clone();
+        move |why| {
+            metrics.watch_error(what);
+            Update::Trouble(what, why)
+        }
+    };
+    let lost = trouble(PODS);
+    let pod = move |event: Result<_, _>| event.map_or_else(&lost, Update::Pod);
+    followers.spawn(watch::follow(pods, of_this_node, sender.clone(), pod));
+    let namespaces = Api::<PartialObjectMeta<k8s::Namespace>>::all(watching(NAMESPACES)?);
+    let lost = trouble(NAMESPACES);
+    let namespace = move |event: Result<_, _>| event.map_or_else(&lost, Update::Namespace);
+    followers.spawn(watch::follow(namespaces, all, sender.clone(), namespace));
+
+    info!(server, node, "waiting for the pods of this node, and the namespaces");
+    let mut state = State::new(node.to_owned(), membership.clone());
+    let mut problems = Vec::new();
+    while !state.is_complete() {
+        let update = updates.recv().await.context("follow the API server")?;
+        if take(&mut state, update) {
+            let now = state.inventory().problems;
+            report(&problems, &now);
+            problems = now;
+        }
+    }
+    let inventory = state.inventory();
+    if inventory.pods.is_empty() {
+        warn!("no pod is on node {node}; if that is not this node's name, give --node-name");
+    }
+    let published = Published::default();
+    published.see(&state);
+    let (inventory, receiver) = channel::channel(Arc::new(inventory));
+    let (events, scribe) = events::channel(client(config.clone(), EVENT_RATE, || ())?, node);
+    let source = KubeSource {
+        server,
+        client: client(config, PATCH_RATE, || ())?,
+        inventory: receiver,
+        published: published.clone(),
+        events,
+    };
+    Ok((source, KubeWatcher { state, inventory, published, updates, followers, scribe }))
+}
+
+/// A client that makes no more than so many requests in a time, leaves trying again to us, and calls
+/// `answered` whenever a request was granted.
+fn client(
+    mut config: Config,
+    (requests, per): (u64, Duration),
+    answered: impl Fn() + Clone + Send + 'static,
+) -> Result<Client> {
+    config.default_retry = false;
+    config.connect_timeout = Some(CONNECT_TIMEOUT);
+    config.read_timeout = Some(READ_TIMEOUT);
+    // The time that a connection was idle before is no time that the server took.
+    config.reset_reader_on_write = true;
+    let builder = ClientBuilder::try_from(config)
+        .map_err(|error| anyhow!("{}", chain(&error)))
+        .context("use the API server's address and credentials")?;
+    let look = MapResponseLayer::new(move |response: Response<_>| {
+        if response.status().is_success() {
+            answered();
+        }
+        response
+    });
+    Ok(builder.with_layer(&RateLimitLayer::new(requests, per)).with_layer(&look).build())
+}
+
+/// Takes an update over; says whether the inventory may have changed.
+fn take(state: &mut State, update: Update) -> bool {
+    match update {
+        Update::Pod(event) => state.pod(event),
+        Update::Namespace(event) => state.namespace(event),
+        Update::Trouble(what, why) => state.trouble(what, Some(why)),
+        Update::Answered(what) => state.trouble(what, None),
+    }
+}
+
+impl KubeWatcher {
+    /// Follows the API server until `shutdown`.
+    ///
+    /// # Errors
+    ///
+    /// Only when a task of it ends, which is a defect.
+    pub async fn run(self, shutdown: CancellationToken) -> Result<()> {
+        let KubeWatcher { mut state, inventory, published, mut updates, followers, scribe } = self;
+        // Both end when this is left.
+        let _followers = followers;
+        let mut scribes = JoinSet::new();
+        scribes.spawn(scribe.run());
+        while let Some(update) = shutdown.run_until_cancelled(updates.recv()).await {
+            let update = update.context("follow the API server: the watches have ended")?;
+            let mut changed = take(&mut state, update);
+            while let Ok(update) = updates.try_recv() {
+                changed |= take(&mut state, update);
+            }
+            if !changed {
+                continue;
+            }
+            // Whoever is woken by the inventory asks what is published.
+            published.see(&state);
+            let new = state.inventory();
+            inventory.send_if_modified(|current| {
+                let modified = **current != new;
+                if modified {
+                    report(&current.problems, &new.problems);
+                    *current = Arc::new(new);
+                }
+                modified
+            });
+        }
+        Ok(())
+    }
+}
+
+impl Published {
+    fn lock(&self) -> MutexGuard<'_, BTreeMap<String, Annotation>> {
+        self.0.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// Takes over what the watch has seen.
+    fn see(&self, state: &State) {
+        let mut published = self.lock();
+        let mut before = std::mem::take(&mut *published);
+        for (uid, seen) in state.redirections() {
+            let written = before.remove(uid).unwrap_or_default().written;
+            let annotation = Annotation { seen: seen.map(str::to_owned), written };
+            published.insert(uid.to_owned(), annotation);
+        }
+    }
+
+    /// Whether `state` has to be written to the pod.
+    fn differs(&self, uid: &str, state: Option<Redirection>) -> bool {
+        self.lock().get(uid).is_some_and(|annotation| {
+            let written = match annotation.written {
+                Written::Nothing => true,
+                Written::Value(value) => value == state,
+                Written::Unknown => false,
+            };
+            !written || annotation.seen.as_deref() != state.map(Redirection::as_str)
+        })
+    }
+
+    fn write(&self, uid: &str, written: Written) {
+        if let Some(annotation) = self.lock().get_mut(uid) {
+            annotation.written = written;
+        }
+    }
+}
+
+impl Source for KubeSource {
+    fn describe(&self) -> String {
+        format!("kube:{}", self.server)
+    }
+
+    fn inventory(&self) -> channel::Receiver<Arc<Inventory>> {
+        self.inventory.clone()
+    }
+
+    /// Writes the annotation to the pod's status, with no other permission than that; a pod of that
+    /// name with another uid is not touched.
+    async fn publish(&self, pod: &Pod, state: Option<Redirection>) -> Result<()> {
+        if !self.published.differs(&pod.uid, state) {
+            return Ok(());
+        }
+        let patch = json!({
+            "metadata": {
+                "uid": pod.uid,
+                "annotations": {ANNOTATION_REDIRECTION: state.map(Redirection::as_str)},
+            }
+        });
+        let pods =
+            Api::<PartialObjectMeta<k8s::Pod>>::namespaced(self.client.clone(), &pod.key.namespace);
+        let params = PatchParams { field_manager: Some(NAME.to_owned()), ..PatchParams::default() };
+        let patch = Patch::Merge(&patch);
+        let patched =
+            timeout(PATCH_TIMEOUT, pods.patch_status(&pod.key.name, &params, &patch)).await;
+        let context = || format!("write annotation {ANNOTATION_REDIRECTION} of pod {}", pod.key);
+        match patched {
+            Ok(Ok(_)) => {
+                self.published.write(&pod.uid, Written::Value(state));
+                Ok(())
+            }
+            Ok(Err(Error::Api(status))) if status.code == 404 || is_of_another_pod(&status) => {
+                Ok(())
+            }
+            // It was understood, and refused: nothing is written.
+            Ok(Err(error @ Error::Api(_))) => Err(failure(&error)).with_context(context),
+            Ok(Err(error)) => {
+                self.published.write(&pod.uid, Written::Unknown);
+                Err(failure(&error)).with_context(context)
+            }
+            Err(_) => {
+                self.published.write(&pod.uid, Written::Unknown);
+                bail!("{}: the API server took more than {PATCH_TIMEOUT:?}", context())
+            }
+        }
+    }
+
+    fn gone_is_deleted(&self) -> bool {
+        true
+    }
+
+    fn record(&self, pod: &Pod, event: Event) {
+        self.events.take(pod, event);
+    }
+}
+
+/// Whether the uid in a patch was not that of the pod: 409 from the precondition, 422 from the
+/// validation of the field, whichever comes first.
+fn is_of_another_pod(status: &kube::core::Status) -> bool {
+    matches!(status.code, 409 | 422) && {
+        let message = status.message.to_ascii_lowercase();
+        message.contains("uid in precondition") || message.contains("metadata.uid")
+    }
+}
+
+/// The error in words.
+fn failure(error: &Error) -> anyhow::Error {
+    anyhow!("{}", explain(error))
+}
+
+/// The error in one line, with what an operator can do about it.
+fn explain(error: &Error) -> String {
+    match error {
+        Error::Api(status) if status.code == 403 => {
+            format!("the API server forbids it: {}; {ROLE}", status.message)
+        }
+        Error::Api(status) if status.code == 401 => format!(
+            "the API server does not know the agent: {}; look at the credentials in its kubeconfig, or \
+             its service account's token",
+            status.message
+        ),
+        Error::Api(status) => {
+            format!("the API server answered {} {}: {}", status.code, status.reason, status.message)
+        }
+        error => chain(error),
+    }
+}
+
+/// The error and its causes, each once.
+fn chain(error: &Error) -> String {
+    let mut text = error.to_string();
+    let mut cause = error.source();
+    while let Some(error) = cause {
+        let next = error.to_string();
+        if !text.contains(&next) {
+            text = format!("{text}: {next}");
+        }
+        cause = error.source();
+    }
+    text
+}

@@ -1,0 +1,250 @@
+//! What is known of the cluster, and the inventory that is made of it.
+
+use std::collections::{BTreeMap, BTreeSet, btree_map::Entry};
+use std::net::IpAddr;
+
+use k8s_openapi::api::core::v1 as k8s;
+use kube::{
+    api::{DynamicObject, PartialObjectMeta},
+    runtime::watcher::Event,
+};
+use serde::de::DeserializeOwned;
+use serde_json::Value;
+
+use super::super::{ANNOTATION_REDIRECTION, Inventory, Problem, without_conflicts};
+use crate::membership::{Config, Namespace, Pod, PodKey};
+
+/// kubectl's copy of the whole object: nobody here reads it, and nothing else is as large.
+const ANNOTATION_LAST_APPLIED: &str = "kubectl.kubernetes.io/last-applied-configuration";
+
+/// What the API server has said so far.
+pub(super) struct State {
+    node: String,
+    membership: Config,
+    pods: Kept<Known>,
+    namespaces: Kept<Namespace>,
+    /// Why something cannot be followed at the moment, by what it is.
+    troubles: BTreeMap<&'static str, String>,
+    admitted: BTreeMap<PodKey, Pod>,
+}
+
+/// Objects by name, and those of a list that is not complete yet: what was known before stays until
+/// the list is.
+struct Kept<T> {
+    known: BTreeMap<String, T>,
+    listing: Option<BTreeMap<String, T>>,
+    complete: bool,
+}
+
+impl<T> Default for Kept<T> {
+    fn default() -> Self {
+        Self { known: BTreeMap::new(), listing: None, complete: false }
+    }
+}
+
+impl<T> Kept<T> {
+    fn init(&mut self) {
+        self.listing = Some(BTreeMap::new());
+    }
+
+    fn init_done(&mut self) {
+        self.known = self.listing.take().unwrap_or_default();
+        self.complete = true;
+    }
+
+    /// Where the object of an event goes: into the list, or into what is known.
+    fn target(&mut self, listed: bool) -> &mut BTreeMap<String, T> {
+        match &mut self.listing {
+            Some(listing) if listed => listing,
+            _ => &mut self.known,
+        }
+    }
+}
+
+/// A pod of this node.
+struct Known {
+    uid: String,
+    /// Its last good version.
+    pod: Option<Pod>,
+    /// What is wrong with its present one.
+    problem: Option<String>,
+    /// The value of [`ANNOTATION_REDIRECTION`].
+    redirection: Option<String>,
+}
+
+impl State {
+    pub(super) fn new(node: String, membership: Config) -> Self {
+        Self {
+            node,
+            membership,
+            pods: Kept::default(),
+            namespaces: Kept::default(),
+            troubles: BTreeMap::new(),
+            admitted: BTreeMap::new(),
+        }
+    }
+
+    /// Whether everything has been listed once.
+    pub(super) fn is_complete(&self) -> bool {
+        self.pods.complete && self.namespaces.complete
+    }
+
+    /// Notes why `what` cannot be followed, or that it is; says whether that is news.
+    pub(super) fn trouble(&mut self, what: &'static str, why: Option<String>) -> bool {
+        match why {
+            Some(why) => self.troubles.insert(what, why.clone()).as_ref() != Some(&why),
+            None => self.troubles.remove(what).is_some(),
+        }
+    }
+
+    /// Takes over what happened to a pod; says whether the inventory may have changed.
+    pub(super) fn pod(&mut self, event: Event<DynamicObject>) -> bool {
+        let listed = matches!(event, Event::InitApply(_));
+        let changes = !listed && !matches!(event, Event::Init);
+        match event {
+            Event::Init => self.pods.init(),
+            Event::InitDone => self.pods.init_done(),
+            Event::InitApply(object) | Event::Apply(object) => {
+                let name = name(&object.metadata);
+                let pod = Known::read(object, self.pods.known.get(&name));
+                // The server was asked for this node's only; a proxy before it may know better.
+                if pod.pod.as_ref().is_none_or(|p| p.node_name.as_ref() == Some(&self.node)) {
+                    self.pods.target(listed).insert(name, pod);
+                }
+            }
+            Event::Delete(object) => {
+                if let Entry::Occupied(known) = self.pods.known.entry(name(&object.metadata))
+                    && object.metadata.uid.as_ref().is_none_or(|uid| *uid == known.get().uid)
+                {
+                    known.remove();
+                }
+            }
+        }
+        changes
+    }
+
+    /// Takes over what happened to a namespace; of its labels only those that decide are kept, and
+    /// of one that has none of them nothing. Says whether the inventory may have changed.
+    pub(super) fn namespace(&mut self, event: Event<PartialObjectMeta<k8s::Namespace>>) -> bool {
+        let listed = matches!(event, Event::InitApply(_));
+        match event {
+            Event::Init => {
+                self.namespaces.init();
+                false
+            }
+            Event::InitDone => {
+                self.namespaces.init_done();
+                true
+            }
+            Event::InitApply(object) | Event::Apply(object) => {
+                let name = name(&object.metadata);
+                let mut labels = object.metadata.labels.unwrap_or_default();
+                labels.retain(|key, _| self.membership.reads_namespace_label(key));
+                let target = self.namespaces.target(listed);
+                let before = if labels.is_empty() {
+                    target.remove(&name)
+                } else {
+                    target.insert(name.clone(), Namespace { name: name.clone(), labels })
+                };
+                !listed && before.as_ref() != target.get(&name)
+            }
+            Event::Delete(object) => {
+                self.namespaces.known.remove(&name(&object.metadata)).is_some()
+            }
+        }
+    }
+
+    /// What every pod that exists says of its redirection, by uid.
+    pub(super) fn redirections(&self) -> impl Iterator<Item = (&str, Option<&str>)> {
+        let known = self.pods.known.values();
+        known.map(|known| (known.uid.as_str(), known.redirection.as_deref()))
+    }
+
+    /// The whole, as readers get it.
+    pub(super) fn inventory(&mut self) -> Inventory {
+        let mut problems: Vec<Problem> = self
+            .troubles
+            .iter()
+            .map(|(what, why)| Problem {
+                object: format!("{what} of the API server"),
+                message: format!("{why}; what is known stays in force"),
+            })
+            .collect();
+        let mut pods = BTreeMap::new();
+        for (name, known) in &self.pods.known {
+            problems.extend(known.problem.iter().map(|problem| Problem {
+                object: format!("pod {name}"),
+                message: problem.clone(),
+            }));
+            pods.extend(known.pod.iter().map(|pod| (pod.key.clone(), pod.clone())));
+        }
+        give_up_reused_addresses(&mut pods);
+        self.admitted = without_conflicts(&self.admitted, pods, &mut problems);
+        Inventory {
+            namespaces: self.namespaces.known.clone(),
+            pods: self.admitted.clone(),
+            problems,
+        }
+    }
+}
+
+/// A pod that is being deleted keeps its address in its status after the network has given it to
+/// another one: then the other one has it.
+fn give_up_reused_addresses(pods: &mut BTreeMap<PodKey, Pod>) {
+    let has_network = |pod: &&Pod| !pod.host_network && !pod.phase.is_finished();
+    let staying: BTreeSet<IpAddr> = pods
+        .values()
+        .filter(|pod| !pod.deleting)
+        .filter(has_network)
+        .flat_map(|pod| pod.ips.iter().copied())
+        .collect();
+    for pod in pods.values_mut().filter(|pod| pod.deleting && has_network(&&**pod)) {
+        pod.ips.retain(|ip| !staying.contains(ip));
+    }
+}
+
+fn name(metadata: &kube::api::ObjectMeta) -> String {
+    let name = metadata.name.as_deref().unwrap_or_default();
+    match &metadata.namespace {
+        Some(namespace) => format!("{namespace}/{name}"),
+        None => name.to_owned(),
+    }
+}
+
+impl Known {
+    /// Reads a pod; where that fails, its last good version stays, which has to be of the same pod
+    /// and not of a former one of that name.
+    fn read(object: DynamicObject, last: Option<&Known>) -> Known {
+        let uid = object.metadata.uid.clone().unwrap_or_default();
+        let annotations = object.metadata.annotations.as_ref();
+        let redirection = annotations.and_then(|a| a.get(ANNOTATION_REDIRECTION)).cloned();
+        match read_pod(object) {
+            Ok(pod) => Known { uid, pod: Some(pod), problem: None, redirection },
+            Err(problem) => {
+                let pod = last.filter(|last| last.uid == uid).and_then(|last| last.pod.clone());
+                let stays = match pod {
+                    Some(_) => "its last good version stays in force",
+                    None => "the pod is left alone",
+                };
+                Known { uid, pod, problem: Some(format!("{problem}; {stays}")), redirection }
+            }
+        }
+    }
+}
+
+fn read_pod(mut object: DynamicObject) -> Result<Pod, String> {
+    if let Some(annotations) = &mut object.metadata.annotations {
+        annotations.remove(ANNOTATION_LAST_APPLIED);
+    }
+    let pod = k8s::Pod {
+        spec: part(&mut object.data, "spec")?,
+        status: part(&mut object.data, "status")?,
+        metadata: object.metadata,
+    };
+    Pod::try_from(&pod).map_err(|error| error.to_string())
+}
+
+fn part<T: DeserializeOwned>(data: &mut Value, name: &str) -> Result<Option<T>, String> {
+    let part = data.get_mut(name).map(Value::take).unwrap_or_default();
+    serde_json::from_value(part).map_err(|error| format!("read {name}: {error}"))
+}

@@ -1,0 +1,92 @@
+//! Following one kind of object: kube's watcher, without the ways in which it can get stuck.
+
+use std::{fmt::Debug, time::Duration};
+
+use futures_util::{StreamExt as _, pin_mut};
+use kube::{
+    Api, Error, Resource,
+    runtime::{
+        utils::Backoff as _,
+        watcher::{self, DefaultBackoff, watcher},
+    },
+};
+use serde::de::DeserializeOwned;
+use tokio::{sync::mpsc, time::sleep};
+
+/// The longest pause between attempts: a server that is back is noticed soon.
+const LONGEST_PAUSE: Duration = Duration::from_secs(10);
+
+/// Sends every event of `api`'s objects to `events`, and every failure with its reason, until
+/// nobody listens. Between failures it pauses, longer and longer.
+pub(super) async fn follow<K, T>(
+    api: Api<K>,
+    config: watcher::Config,
+    events: mpsc::Sender<T>,
+    update: impl Fn(Result<watcher::Event<K>, String>) -> T,
+) where
+    K: Resource + Clone + DeserializeOwned + Debug + Send + 'static,
+{
+    let mut backoff = DefaultBackoff::default();
+    let mut last = String::new();
+    loop {
+        let stream = watcher(api.clone(), config.clone());
+        pin_mut!(stream);
+        while let Some(next) = stream.next().await {
+            let failed = match next {
+                Ok(event) => {
+                    // `Init` comes before the server was asked for anything.
+                    if !matches!(event, watcher::Event::Init) {
+                        backoff.reset();
+                    }
+                    if events.send(update(Ok(event))).await.is_err() {
+                        return;
+                    }
+                    continue;
+                }
+                Err(failed) => failed,
+            };
+            let why = explain(&failed);
+            if why != last {
+                // The server is in another state now: it may come back soon.
+                backoff.reset();
+                last.clone_from(&why);
+            }
+            if events.send(update(Err(why))).await.is_err() {
+                return;
+            }
+            sleep(backoff.next().unwrap_or(LONGEST_PAUSE).min(LONGEST_PAUSE)).await;
+            if needs_a_new_list(&failed) {
+                break;
+            }
+        }
+    }
+}
+
+/// Whether to list anew, where kube's watcher would go on from where it was.
+///
+/// It lists anew by itself when 410 comes as an event of the watch, but asks for the same version for
+/// ever when 410 is the answer to the request; and an event that it cannot read is lost.
+fn needs_a_new_list(failed: &watcher::Error) -> bool {
+    match failed {
+        watcher::Error::WatchStartFailed(Error::Api(status)) => match status.code {
+            400 | 410 => true,
+            // The server has been put back to an older state.
+            504 => status.message.contains("resource version"),
+            _ => false,
+        },
+        watcher::Error::WatchFailed(Error::SerdeError(_)) => true,
+        _ => false,
+    }
+}
+
+/// The failure in one line, with what an operator can do about it.
+fn explain(failed: &watcher::Error) -> String {
+    use watcher::Error::{InitialListFailed, WatchFailed, WatchStartFailed};
+    match failed {
+        InitialListFailed(cause) => format!("list them: {}", super::explain(cause)),
+        WatchStartFailed(cause) | WatchFailed(cause) => {
+            format!("watch them: {}", super::explain(cause))
+        }
+        failed => format!("watch them: {failed}"),
+    }
+}

@@ -1,0 +1,484 @@
+//! What of a pod's traffic is redirected: the pod's annotations over the node's defaults, read by one
+//! pure function, [`Settings::read`].
+
+use std::{
+    collections::{BTreeMap, BTreeSet},
+    fmt,
+    net::IpAddr,
+    str::FromStr,
+};
+
+use ipnet::IpNet;
+use serde::{Deserialize, Serialize};
+
+/// What comes to the pod is not redirected; what it sends is.
+/// Source: Istio `annotation.AmbientBypassInboundCapture`.
+pub const ANNOTATION_BYPASS_INBOUND: &str = "ambient.istio.io/bypass-inbound-capture";
+/// Whether the pod's DNS goes to the proxy. Source: Istio `annotation.AmbientDnsCapture`.
+pub const ANNOTATION_DNS_CAPTURE: &str = "ambient.istio.io/dns-capture";
+/// Interfaces whose traffic counts as the pod's own: a VM's, or a nested container's.
+/// Source: Istio `annotation.IoIstioRerouteVirtualInterfaces`.
+pub const ANNOTATION_VIRTUAL_INTERFACES: &str = "istio.io/reroute-virtual-interfaces";
+/// The prefix of this agent's own annotations: this, and [`Selections`]'s names.
+pub const PREFIX: &str = "traffic.redirect-agent/";
+/// The prefix of the sidecar's annotations of the same meaning.
+/// Source: Istio `pkg/config/annotations`, `traffic.sidecar.istio.io`.
+pub const SIDECAR_PREFIX: &str = "traffic.sidecar.istio.io/";
+/// Of the sidecar's annotations, those that mean what ours of that name do. `includeOutboundPorts` is
+/// not one of them: it adds ports to those that are captured by their ranges.
+const SIDECAR_NAMES: [&str; 5] = [
+    "includeOutboundIPRanges",
+    "excludeOutboundIPRanges",
+    "excludeOutboundPorts",
+    "includeInboundPorts",
+    "excludeInboundPorts",
+];
+/// Entries of one list: each is a rule or a route of the pod.
+const ENTRIES: usize = 64;
+/// The longest name of an interface. Source: Linux `include/uapi/linux/if.h`, `IFNAMSIZ`.
+const INTERFACE_NAME: usize = 15;
+
+/// What of a pod's traffic is redirected.
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(default)]
+pub struct Traffic {
+    /// Nothing that comes to the pod is redirected, HBONE excepted.
+    pub bypass_inbound: bool,
+    /// Whether the pod's DNS goes to the proxy; `None`: as for the node.
+    pub dns_capture: Option<bool>,
+    /// Interfaces in the pod whose traffic counts as the pod's own.
+    pub virtual_interfaces: Vec<String>,
+    /// What is included and excluded.
+    #[serde(flatten)]
+    pub selections: Selections,
+}
+
+impl fmt::Display for Traffic {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let Self { bypass_inbound, dns_capture, virtual_interfaces, selections } = self;
+        let mut parts = Vec::new();
+        if *bypass_inbound {
+            parts.push("inbound bypasses".to_owned());
+        }
+        if let Some(captured) = dns_capture {
+            parts.push(format!("DNS {}", if *captured { "captured" } else { "bypasses" }));
+        }
+        if !virtual_interfaces.is_empty() {
+            parts.push(format!("outbound by {}", virtual_interfaces.join(",")));
+        }
+        parts.extend(selections.outbound_ranges.describe("to"));
+        parts.extend(selections.outbound_ports.describe("to port"));
+        parts.extend(selections.inbound_ports.describe("on port"));
+        parts.extend(selections.inbound_sources.describe("from"));
+        f.write_str(&parts.join("; "))
+    }
+}
+
+/// What is included and excluded by address and port. A connection is redirected when both are
+/// selected.
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(default)]
+pub struct Selections {
+    /// Where the pod calls: `includeOutboundIPRanges`, `excludeOutboundIPRanges`.
+    pub outbound_ranges: Selection<IpNet>,
+    /// The port that the pod calls: `includeOutboundPorts`, `excludeOutboundPorts`.
+    pub outbound_ports: Selection<Ports>,
+    /// The pod's port that is called: `includeInboundPorts`, `excludeInboundPorts`.
+    pub inbound_ports: Selection<Ports>,
+    /// Who calls the pod: `includeInboundSourceIPRanges`, `excludeInboundSourceIPRanges`.
+    pub inbound_sources: Selection<IpNet>,
+}
+
+/// Which of something is redirected.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Selection<T> {
+    /// Only these; `None`: all.
+    pub only: Option<Vec<T>>,
+    /// And of those, not these.
+    pub except: Vec<T>,
+}
+
+impl<T> Default for Selection<T> {
+    fn default() -> Self {
+        Self { only: None, except: Vec::new() }
+    }
+}
+
+impl<T> Selection<T> {
+    /// A selection of these, in order, each once.
+    pub fn new(only: Option<&[T]>, except: &[T]) -> Self
+    where
+        T: Clone + Ord,
+    {
+        let ordered = |of: &[T]| of.iter().cloned().collect::<BTreeSet<T>>().into_iter().collect();
+        Self { only: only.map(ordered), except: ordered(except) }
+    }
+
+    /// Whether everything is selected.
+    pub fn is_all(&self) -> bool {
+        self.only.is_none() && self.except.is_empty()
+    }
+}
+
+impl<T: fmt::Display> Selection<T> {
+    fn describe(&self, what: &str) -> Option<String> {
+        let list = |of: &[T]| of.iter().map(T::to_string).collect::<Vec<_>>().join(",");
+        let except = || format!("not {what} {}", list(&self.except));
+        match &self.only {
+            None if self.except.is_empty() => None,
+            None => Some(except()),
+            Some(only) if only.is_empty() => Some(format!("nothing {what} any")),
+            Some(only) if self.except.is_empty() => Some(format!("only {what} {}", list(only))),
+            Some(only) => Some(format!("only {what} {}, {}", list(only), except())),
+        }
+    }
+}
+
+/// A range of ports, or one.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash, Serialize, Deserialize)]
+#[serde(into = "String", try_from = "String")]
+pub struct Ports {
+    /// The first, host byte order.
+    pub first: u16,
+    /// The last, not below the first.
+    pub last: u16,
+}
+
+impl fmt::Display for Ports {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self.first == self.last {
+            true => write!(f, "{}", self.first),
+            false => write!(f, "{}-{}", self.first, self.last),
+        }
+    }
+}
+
+impl FromStr for Ports {
+    type Err = String;
+
+    fn from_str(s: &str) -> Result<Ports, String> {
+        let (first, last) = s.split_once('-').unwrap_or((s, s));
+        let port = |text: &str| match text.trim().parse::<u16>() {
+            Ok(port) if port > 0 => Ok(port),
+            _ => Err(format!("{s:?} is not a port from 1 to 65535, nor a range like 8000-8010")),
+        };
+        let (first, last) = (port(first)?, port(last)?);
+        match first <= last {
+            true => Ok(Ports { first, last }),
+            false => Err(format!("{s:?} ends before it begins")),
+        }
+    }
+}
+
+impl TryFrom<String> for Ports {
+    type Error = String;
+
+    fn try_from(s: String) -> Result<Ports, String> {
+        s.parse()
+    }
+}
+
+impl From<Ports> for String {
+    fn from(ports: Ports) -> String {
+        ports.to_string()
+    }
+}
+
+/// A CIDR block, or an address alone; host bits are cleared.
+///
+/// # Errors
+///
+/// When it is neither.
+pub fn parse_range(s: &str) -> Result<IpNet, String> {
+    let address = || s.parse::<IpAddr>().map(|ip| IpNet::from(ip.to_canonical()));
+    match s.parse::<IpNet>().or_else(|_| address()) {
+        Ok(net) => Ok(net.trunc()),
+        Err(_) => Err(format!("{s:?} is not a range like 10.0.0.0/8 or fd00::/8, nor an address")),
+    }
+}
+
+/// How the node wants pods' annotations to be read.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct Settings {
+    /// What holds where a pod says nothing.
+    pub defaults: Selections,
+    /// Whether the sidecar's annotations of the same meaning count, where ours is absent.
+    pub sidecar_annotations: bool,
+}
+
+impl Settings {
+    /// What the annotations of a pod ask for, and what is wrong with them.
+    ///
+    /// What cannot be read counts as it did in `last`, the pod's former settings, and as if it were
+    /// absent where there are none.
+    pub fn read(
+        &self,
+        annotations: &BTreeMap<String, String>,
+        last: Option<&Traffic>,
+    ) -> (Traffic, Vec<String>) {
+        let absent = Traffic { selections: self.defaults.clone(), ..Traffic::default() };
+        let mut reader = Reader {
+            annotations,
+            sidecar: self.sidecar_annotations,
+            last: last.unwrap_or(&absent),
+            absent: &absent,
+            problems: Vec::new(),
+        };
+        let traffic = Traffic {
+            bypass_inbound: reader
+                .named(ANNOTATION_BYPASS_INBOUND, parse_bool, |t| t.bypass_inbound),
+            dns_capture: reader.named(
+                ANNOTATION_DNS_CAPTURE,
+                |s| parse_bool(s).map(Some),
+                |t| t.dns_capture,
+            ),
+            virtual_interfaces: reader.named(
+                ANNOTATION_VIRTUAL_INTERFACES,
+                |s| list(s, interface),
+                |t| t.virtual_interfaces.clone(),
+            ),
+            selections: Selections {
+                outbound_ranges: reader
+                    .selection("OutboundIPRanges", parse_range, |s| s.outbound_ranges.clone()),
+                outbound_ports: reader
+                    .selection("OutboundPorts", str::parse, |s| s.outbound_ports.clone()),
+                inbound_ports: reader
+                    .selection("InboundPorts", str::parse, |s| s.inbound_ports.clone()),
+                inbound_sources: reader
+                    .selection("InboundSourceIPRanges", parse_range, |s| s.inbound_sources.clone()),
+            },
+        };
+        (traffic, reader.problems)
+    }
+}
+
+struct Reader<'a> {
+    annotations: &'a BTreeMap<String, String>,
+    sidecar: bool,
+    last: &'a Traffic,
+    absent: &'a Traffic,
+    problems: Vec<String>,
+}
+
+impl Reader<'_> {
+    fn named<T>(
+        &mut self,
+        name: &str,
+        parse: impl FnOnce(&str) -> Result<T, String>,
+        of: impl Fn(&Traffic) -> T,
+    ) -> T {
+        match self.annotations.get(name).map(|value| parse(value)) {
+            Some(Ok(value)) => value,
+            Some(Err(problem)) => {
+                self.problems.push(format!("annotation {name}: {problem}"));
+                of(self.last)
+            }
+            None => of(self.absent),
+        }
+    }
+
+    fn selection<T: Clone + Ord>(
+        &mut self,
+        what: &str,
+        parse: impl Fn(&str) -> Result<T, String> + Copy,
+        of: impl Fn(&Selections) -> Selection<T>,
+    ) -> Selection<T> {
+        let (include, exclude) = (self.name("include", what), self.name("exclude", what));
+        Selection {
+            only: self.named(
+                &include,
+                |s| if s.trim() == "*" { Ok(None) } else { list(s, parse).map(Some) },
+                |t| of(&t.selections).only,
+            ),
+            except: self.named(&exclude, |s| list(s, parse), |t| of(&t.selections).except),
+        }
+    }
+
+    /// The annotation that counts: ours, or the sidecar's where ours is absent.
+    fn name(&self, how: &str, what: &str) -> String {
+        let name = format!("{how}{what}");
+        let (ours, sidecars) = (format!("{PREFIX}{name}"), format!("{SIDECAR_PREFIX}{name}"));
+        let takes = self.sidecar && SIDECAR_NAMES.contains(&name.as_str());
+        match takes && !self.annotations.contains_key(&ours) {
+            true => sidecars,
+            false => ours,
+        }
+    }
+}
+
+/// A list separated by commas, in order, each thing once; what is empty is no entry.
+fn list<T: Ord>(s: &str, parse: impl Fn(&str) -> Result<T, String>) -> Result<Vec<T>, String> {
+    let entries = s.split(',').map(str::trim).filter(|entry| !entry.is_empty());
+    let mut found = entries.map(parse).collect::<Result<Vec<T>, String>>()?;
+    found.sort();
+    found.dedup();
+    match found.len() <= ENTRIES {
+        true => Ok(found),
+        false => Err(format!("more than {ENTRIES} entries")),
+    }
+}
+
+/// As Go's `strconv.ParseBool`.
+fn parse_bool(s: &str) -> Result<bool, String> {
+    match s {
+        "1" | "t" | "T" | "TRUE" | "true" | "True" => Ok(true),
+        "0" | "f" | "F" | "FALSE" | "false" | "False" => Ok(false),
+        _ => Err(format!("{s:?} is neither \"true\" nor \"false\"")),
+    }
+}
+
+/// Source: Linux `net/core/dev.c`, `dev_valid_name`.
+fn interface(s: &str) -> Result<String, String> {
+    let odd = |c: char| c == '/' || c == ':' || c.is_whitespace() || c.is_control();
+    match s.len() > INTERFACE_NAME || s == "." || s == ".." || s.contains(odd) {
+        true => Err(format!("{s:?} is not the name of an interface")),
+        false => Ok(s.to_owned()),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn annotations(pairs: &[(&str, &str)]) -> BTreeMap<String, String> {
+        pairs.iter().map(|(name, value)| ((*name).to_owned(), (*value).to_owned())).collect()
+    }
+
+    #[track_caller]
+    fn read(settings: &Settings, pairs: &[(&str, &str)]) -> Traffic {
+        let (traffic, problems) = settings.read(&annotations(pairs), None);
+        assert_eq!(problems, Vec::<String>::new());
+        traffic
+    }
+
+    fn ports(text: &str) -> Vec<Ports> {
+        list(text, str::parse).unwrap()
+    }
+
+    fn ranges(text: &str) -> Vec<IpNet> {
+        list(text, parse_range).unwrap()
+    }
+
+    #[test]
+    fn pod_without_annotations_has_the_nodes_defaults() {
+        assert_eq!(read(&Settings::default(), &[]), Traffic::default());
+        let settings = Settings {
+            defaults: Selections {
+                outbound_ports: Selection { only: None, except: ports("3306") },
+                ..Selections::default()
+            },
+            sidecar_annotations: false,
+        };
+        let traffic = read(&settings, &[]);
+        assert_eq!(traffic.selections, settings.defaults);
+        let traffic = read(&settings, &[("traffic.redirect-agent/excludeOutboundPorts", "")]);
+        assert!(traffic.selections.outbound_ports.is_all(), "what the pod says replaces it");
+    }
+
+    #[test]
+    fn every_annotation_is_read() {
+        let traffic = read(
+            &Settings::default(),
+            &[
+                ("ambient.istio.io/bypass-inbound-capture", "T"),
+                ("ambient.istio.io/dns-capture", "0"),
+                ("istio.io/reroute-virtual-interfaces", " vnet0, ,br-1,"),
+                ("traffic.redirect-agent/includeOutboundIPRanges", "10.1.2.3/8, fd00::1"),
+                ("traffic.redirect-agent/excludeOutboundIPRanges", "10.1.0.0/16"),
+                ("traffic.redirect-agent/includeOutboundPorts", "*"),
+                ("traffic.redirect-agent/excludeOutboundPorts", "8000-8010,443,443"),
+                ("traffic.redirect-agent/includeInboundPorts", "80"),
+                ("traffic.redirect-agent/excludeInboundPorts", "9090"),
+                ("traffic.redirect-agent/includeInboundSourceIPRanges", ""),
+                ("traffic.redirect-agent/excludeInboundSourceIPRanges", "192.0.2.1,::/0"),
+            ],
+        );
+        let expected = Traffic {
+            bypass_inbound: true,
+            dns_capture: Some(false),
+            virtual_interfaces: vec!["br-1".to_owned(), "vnet0".to_owned()],
+            selections: Selections {
+                outbound_ranges: Selection {
+                    only: Some(ranges("10.0.0.0/8,fd00::1/128")),
+                    except: ranges("10.1.0.0/16"),
+                },
+                outbound_ports: Selection { only: None, except: ports("443,8000-8010") },
+                inbound_ports: Selection { only: Some(ports("80")), except: ports("9090") },
+                inbound_sources: Selection {
+                    only: Some(Vec::new()),
+                    except: ranges("192.0.2.1/32,::/0"),
+                },
+            },
+        };
+        assert_eq!(traffic, expected);
+        let json = serde_json::to_string(&expected).unwrap();
+        assert_eq!(serde_json::from_str::<Traffic>(&json).unwrap(), expected);
+    }
+
+    #[test]
+    fn sidecars_annotations_count_only_where_they_are_asked_for_and_mean_the_same() {
+        let pairs = [
+            ("traffic.sidecar.istio.io/excludeOutboundPorts", "3306"),
+            ("traffic.sidecar.istio.io/includeOutboundPorts", "80"),
+            ("traffic.sidecar.istio.io/excludeInboundPorts", "9090"),
+            ("traffic.redirect-agent/excludeInboundPorts", "9091"),
+        ];
+        assert_eq!(read(&Settings::default(), &pairs[..3]), Traffic::default());
+        let settings = Settings { sidecar_annotations: true, ..Settings::default() };
+        let selections = read(&settings, &pairs).selections;
+        assert_eq!(
+            selections.outbound_ports,
+            Selection { only: None, except: ports("3306") },
+            "the sidecar's includeOutboundPorts takes nothing away"
+        );
+        assert_eq!(selections.inbound_ports.except, ports("9091"), "ours comes first");
+    }
+
+    #[test]
+    fn what_cannot_be_read_stays_as_it_was_and_is_named() {
+        let good = [
+            ("ambient.istio.io/bypass-inbound-capture", "true"),
+            ("traffic.redirect-agent/excludeOutboundPorts", "3306"),
+            ("traffic.redirect-agent/excludeOutboundIPRanges", "10.0.0.0/8"),
+        ];
+        let bad = [
+            ("ambient.istio.io/bypass-inbound-capture", "yes"),
+            ("traffic.redirect-agent/excludeOutboundPorts", "3306,http"),
+            ("traffic.redirect-agent/excludeOutboundIPRanges", "fd00::/8"),
+        ];
+        let settings = Settings::default();
+        let last = read(&settings, &good);
+        let (traffic, problems) = settings.read(&annotations(&bad), Some(&last));
+        assert!(traffic.bypass_inbound);
+        assert_eq!(traffic.selections.outbound_ports, last.selections.outbound_ports);
+        assert_eq!(traffic.selections.outbound_ranges.except, ranges("fd00::/8"));
+        assert_eq!(
+            problems,
+            [
+                "annotation ambient.istio.io/bypass-inbound-capture: \"yes\" is neither \"true\" nor \"false\"",
+                "annotation traffic.redirect-agent/excludeOutboundPorts: \"http\" is not a port from 1 to 65535, \
+                 nor a range like 8000-8010",
+            ]
+        );
+
+        let (traffic, problems) = settings.read(&annotations(&bad[..2]), None);
+        assert_eq!((traffic, problems.len()), (Traffic::default(), 2), "a former one is not known");
+        let (traffic, _) = settings.read(&annotations(&[]), Some(&last));
+        assert_eq!(traffic, Traffic::default(), "what is taken back is gone");
+    }
+
+    #[test]
+    fn entries_that_are_none_are_refused() {
+        for port in ["0", "65536", "-1", "80-", "90-80", "8 0", "80-90-100", "é"] {
+            assert!(port.parse::<Ports>().is_err(), "{port}");
+        }
+        for range in ["10.0.0.0/33", "10.0.0", "::/129", "example.com", "10.0.0.0/8/8", ""] {
+            assert!(parse_range(range).is_err(), "{range}");
+        }
+        for name in ["a-name-that-is-too-long", "a/b", "..", "a b"] {
+            assert!(interface(name).is_err(), "{name}");
+        }
+        let many: Vec<String> = (1..=65).map(|port| port.to_string()).collect();
+        assert!(list(&many.join(","), str::parse::<Ports>).is_err());
+    }
+}

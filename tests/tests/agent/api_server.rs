@@ -1,0 +1,250 @@
+//! The running agent with an API server as its source. How the source itself follows the server is
+//! tested on its own (`tests/kube`).
+
+use anyhow::{Context as _, Result, ensure};
+use redirect_agent::output::PodState;
+use redirect_tests::apiserver::{ApiServer, Kind};
+use redirect_tests::app::Call;
+use redirect_tests::both_families;
+use redirect_tests::footprint::{assert_unchanged, footprint};
+use redirect_tests::hbone::Direction;
+use redirect_tests::netns::Family;
+use redirect_tests::process::wait_for;
+use redirect_tests::topology::Pod;
+
+use crate::cluster::{Cluster, Manifest, PORT, SOON, echo, now};
+use crate::load::Load;
+
+both_families! {
+    label_is_edited_in_the_cluster_under_load_and_followed_within_a_second,
+    api_server_is_away_for_a_while_and_traffic_is_not_affected,
+    pod_that_is_deleted_by_force_does_not_go_on_in_plaintext,
+    refused_patch_is_told_and_traffic_is_not_affected,
+}
+
+const REDIRECTION: &str = "ambient.istio.io/redirection";
+const AT_ONCE: f64 = 1.0;
+
+/// A cluster whose pods are known by an API server.
+struct Managed {
+    cluster: Cluster,
+    api: ApiServer,
+}
+
+impl Managed {
+    fn start() -> Result<Self> {
+        let mut managed = Self::without_agent()?;
+        managed.cluster.node.start_agent()?;
+        managed.cluster.node.start_proxy()?;
+        Ok(managed)
+    }
+
+    fn without_agent() -> Result<Self> {
+        let mut cluster = Cluster::without_agent(&[])?;
+        let api = ApiServer::start()?;
+        let kubeconfig = cluster.topology.dir().path().join("kubeconfig");
+        api.write_kubeconfig(&kubeconfig)?;
+        cluster.node.use_api_server(kubeconfig);
+        let managed = Self { cluster, api };
+        managed.api.put(Kind::Namespace, Manifest::of_namespace("shop").object());
+        for pod in [&managed.cluster.server, &managed.cluster.client] {
+            managed.put(&Manifest::of(pod));
+        }
+        Ok(managed)
+    }
+
+    fn put(&self, pod: &Manifest) {
+        let mut object = pod.object();
+        let (namespace, name) = (text(&object, "namespace"), text(&object, "name"));
+        if let Some(published) = self.api.annotation(&namespace, &name, REDIRECTION) {
+            // As an edit of the labels leaves it.
+            object["metadata"]["annotations"][REDIRECTION] = published.into();
+        }
+        self.api.put(Kind::Pod, object);
+    }
+
+    fn redirection(&self, pod: &Pod) -> Option<String> {
+        self.api.annotation(&pod.namespace, &pod.name, REDIRECTION)
+    }
+
+    fn wait_for_redirection(&self, pod: &Pod, value: Option<&str>) -> Result<()> {
+        wait_for(&format!("{REDIRECTION}={value:?} on {pod}"), SOON, || {
+            Ok((self.redirection(pod).as_deref() == value).then_some(()))
+        })
+        .with_context(|| format!("status: {:#?}", self.cluster.node.status()))
+    }
+
+    fn wait_for_event(&self, pod: &Pod, reason: &str) -> Result<String> {
+        wait_for(&format!("event {reason} of {pod}"), SOON, || {
+            let events = self.api.all(Kind::Event);
+            let event = events
+                .iter()
+                .find(|e| e["reason"] == reason && e["regarding"]["name"] == pod.name.as_str());
+            Ok(event.map(|event| event["note"].as_str().unwrap_or_default().to_owned()))
+        })
+    }
+
+    fn patches(&self) -> usize {
+        self.api.requests_of("patch", "pods/status").len()
+    }
+}
+
+fn text(object: &serde_json::Value, field: &str) -> String {
+    object["metadata"][field].as_str().unwrap_or_default().to_owned()
+}
+
+fn label_is_edited_in_the_cluster_under_load_and_followed_within_a_second(
+    family: Family,
+) -> Result<()> {
+    let managed = &Managed::start()?;
+    let Cluster { node, server, client, .. } = &managed.cluster;
+    let _apps = (echo(server)?, echo(client)?);
+    let mut edits = Vec::new();
+    Load::between(client, server, &[family]).keeping_old().during(|| {
+        for _ in 0..3 {
+            let on = now()?;
+            managed.put(&Manifest::of(server).mode("ambient"));
+            managed.wait_for_redirection(server, Some("enabled"))?;
+            node.assert_outbound(server, client, family)?;
+            node.assert_inbound(client, server, family)?;
+            let off = now()?;
+            managed.put(&Manifest::of(server));
+            node.wait_for_state(server, PodState::Bypassing)?;
+            assert_eq!(managed.redirection(server), None);
+            node.assert_direct(server, client, family)?;
+            node.assert_direct(client, server, family)?;
+            edits.push((on, off));
+        }
+        Ok(())
+    })?;
+    let records = node.records()?;
+    for (round, (on, off)) in edits.iter().enumerate() {
+        let next = edits.get(round + 1).map_or(f64::MAX, |(next, _)| *next);
+        for direction in [Direction::Outbound, Direction::InboundPlaintext] {
+            let seen = || {
+                let times = records.iter().filter(|r| r.direction == direction).map(|r| r.ts);
+                times.filter(|ts| (*on..next).contains(ts))
+            };
+            let first = seen().reduce(f64::min).context("nothing was redirected")? - on;
+            let last = seen().reduce(f64::max).context("nothing was redirected")? - off;
+            assert!(first < AT_ONCE, "{direction:?} was redirected only after {first} s");
+            assert!(last < AT_ONCE, "{direction:?} was redirected for {last} s more");
+        }
+    }
+    managed.wait_for_event(server, "Enrolled")?;
+    managed.wait_for_event(server, "Unenrolled")?;
+    Ok(())
+}
+
+fn api_server_is_away_for_a_while_and_traffic_is_not_affected(family: Family) -> Result<()> {
+    let mut managed = Managed::start()?;
+    let other = managed.cluster.topology.add_pod(0, "shop", "other")?;
+    managed.put(&Manifest::of(&other));
+    managed.put(&Manifest::of(&managed.cluster.server).mode("ambient"));
+    managed.wait_for_redirection(&managed.cluster.server, Some("enabled"))?;
+    let Managed { cluster, api } = &mut managed;
+    let Cluster { node, server, client, .. } = cluster;
+    let _apps = (echo(server)?, echo(client)?, echo(&other)?);
+    node.wait_for_state(&other, PodState::Bypassing)?;
+
+    Load::between(client, server, &[family]).keeping_old().during(|| {
+        api.go_away()?;
+        wait_for("the trouble in status", SOON, || {
+            Ok((!node.status()?.problems.is_empty()).then_some(()))
+        })?;
+        node.assert_outbound(server, client, family)?;
+        node.assert_inbound(client, server, family)?;
+        node.assert_direct(client, &other, family)?;
+        // An agent that starts meanwhile waits, and changes nothing; and it can be stopped.
+        node.stop_agent()?;
+        let mut waiting = node.spawn_agent()?;
+        waiting.wait_for_log("waiting for the pods of this node", SOON)?;
+        waiting.wait_for_log("what is known stays in force", SOON)?;
+        node.assert_outbound(server, client, family)?;
+        node.assert_inbound(client, server, family)?;
+        ensure!(waiting.terminate(SOON)?.success(), "an agent that waits cannot be stopped");
+        // Labels change that nobody sees.
+        api.put(Kind::Pod, Manifest::of(&other).mode("ambient").object());
+        api.come_back()?;
+        node.start_agent()?;
+        node.wait_for_state(&other, PodState::Enrolled)?;
+        Ok(())
+    })?;
+    managed.wait_for_redirection(&other, Some("enabled"))?;
+
+    // Stripped, or made up by somebody: put right.
+    let Cluster { node, server, .. } = &managed.cluster;
+    managed.api.edit(Kind::Pod, "shop", "server", |pod| pod["metadata"]["annotations"] = ().into());
+    managed.wait_for_redirection(server, Some("enabled"))?;
+    managed.put(&Manifest::of(&other));
+    node.wait_for_state(&other, PodState::Bypassing)?;
+    managed.api.edit(Kind::Pod, "shop", "other", |pod| {
+        pod["metadata"]["annotations"][REDIRECTION] = "enabled".into();
+    });
+    managed.wait_for_redirection(&other, None)?;
+
+    // An agent that starts has nothing to say.
+    let before = managed.patches();
+    managed.cluster.node.stop_agent()?;
+    managed.cluster.node.start_agent()?;
+    let Cluster { node, server, client, .. } = &managed.cluster;
+    node.wait_for_state(server, PodState::Enrolled)?;
+    node.wait_for_state(&other, PodState::Bypassing)?;
+    node.assert_inbound(client, server, family)?;
+    assert_eq!(managed.patches(), before);
+    Ok(())
+}
+
+fn pod_that_is_deleted_by_force_does_not_go_on_in_plaintext(family: Family) -> Result<()> {
+    let mut managed = Managed::start()?;
+    let other = managed.cluster.topology.add_pod(0, "shop", "other")?;
+    managed.put(&Manifest::of(&other));
+    managed.put(&Manifest::of(&managed.cluster.server).mode("ambient"));
+    managed.wait_for_redirection(&managed.cluster.server, Some("enabled"))?;
+    let Managed { cluster, api } = &mut managed;
+    let Cluster { node, server, client, .. } = cluster;
+    let _apps = (echo(server)?, echo(client)?, echo(&other)?);
+    let before = footprint(&server.netns)?;
+    api.delete(Kind::Pod, "shop", "server");
+    wait_for("the pod to be gone from status", SOON, || {
+        Ok(node.pod(server)?.is_none().then_some(()))
+    })?;
+    for restarted in [false, true] {
+        if restarted {
+            node.stop_agent()?;
+            node.start_agent()?;
+        }
+        wait_for("the pod to be refused", SOON, || {
+            let refused = |from: &Pod, to: &Pod| {
+                Ok::<_, anyhow::Error>(Call::to(to.addr(family, PORT)).open(&from.netns).is_err())
+            };
+            Ok((refused(server, client)? && refused(client, server)?).then_some(()))
+        })?;
+        assert_unchanged(&server.netns, &before)?;
+        node.assert_direct(client, &other, family)?;
+    }
+    assert_eq!(api.get(Kind::Pod, "shop", "server"), None);
+    Ok(())
+}
+
+fn refused_patch_is_told_and_traffic_is_not_affected(family: Family) -> Result<()> {
+    let managed = &Managed::start()?;
+    let Cluster { node, server, client, .. } = &managed.cluster;
+    let _apps = (echo(server)?, echo(client)?);
+    managed.api.forbid("patch", "pods/status");
+    Load::between(client, server, &[family]).keeping_old().during(|| {
+        managed.put(&Manifest::of(server).mode("ambient"));
+        let status = node.wait_for_pod("to be told of", server, |p| {
+            p.state == PodState::Enrolled && p.message.is_some()
+        })?;
+        let message = status.message.unwrap_or_default();
+        assert!(message.contains("patch on pods/status"), "{message}");
+        let note = managed.wait_for_event(server, "EnrolmentFailed")?;
+        assert!(note.contains("patch on pods/status"), "{note}");
+        node.assert_outbound(server, client, family)?;
+        node.assert_inbound(client, server, family)?;
+        managed.api.allow_all();
+        managed.wait_for_redirection(server, Some("enabled"))
+    })?;
+    Ok(())
+}
