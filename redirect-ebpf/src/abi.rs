@@ -9,8 +9,10 @@ use core::net::{IpAddr, Ipv6Addr};
 use bytemuck::{Pod, Zeroable};
 
 /// Version of this layout, part of the pins' path: a pinned map is only ever reused by an agent
-/// that was built with the same layout.
-pub const ABI_VERSION: u32 = 2;
+/// that was built with the same layout. What is added (a map, a counter, a flag) leaves it as it is,
+/// and so does a new name for a map that is not needed after the upgrade; with another version the
+/// pods' programs would be attached twice.
+pub const ABI_VERSION: u32 = 1;
 
 /// The bits of a mark that belong to the mesh. Source: Istio, `tools/istio-iptables`, `0xfff`.
 pub const MARK_MASK: u32 = 0xfff;
@@ -200,9 +202,9 @@ pub const INBOUND_REDIRECT: u32 = 0;
 /// Value of `inbound_ports` and `inbound_ranges`: the application takes it, not the proxy.
 pub const INBOUND_BYPASS: u32 = 1;
 
-/// Value of the map `transition`: the way that a flow's packets take.
+/// Value of the map `ways`: the way that a flow's packets take.
 pub const WAY_DIRECT: u32 = 1;
-/// Value of the map `transition`: through the proxy.
+/// Value of the map `ways`: through the proxy.
 pub const WAY_REDIRECTED: u32 = 2;
 
 /// The one entry, per CPU, of the map `hint`: the flow whose packet is on its way up the stack on

@@ -18,7 +18,7 @@ use redirect_ebpf::{
     verdict::{mesh_mark, with_mesh_mark},
 };
 
-use crate::{config, maps::TRANSITION, pod, sockets::from_words};
+use crate::{config, maps::WAYS, pod, sockets::from_words};
 
 const SOL_SOCKET: i32 = 1;
 const SO_REUSEADDR: i32 = 2;
@@ -64,7 +64,7 @@ pub extern "C" fn note_proxy(ctx: *mut IterTcp) -> i32 {
             remote_port: flow.local_port,
         };
         // An LRU map does not refuse for being full.
-        let _refused = TRANSITION.insert(&mirror, WAY_REDIRECTED, 0);
+        let _refused = WAYS.insert(&mirror, WAY_REDIRECTED, 0);
     }
     0
 }
@@ -153,7 +153,7 @@ fn mark_connection(ctx: *mut IterTcp, choose: impl Fn(u8, Option<u32>) -> Option
         return 0;
     }
     // SAFETY: the pointer is to a live map value; it is one word.
-    let noted = TRANSITION.get_ptr(&flow).map(|way| unsafe { *way });
+    let noted = WAYS.get_ptr(&flow).map(|way| unsafe { *way });
     let mark = match choose(common.state(), noted) {
         Some(WAY_REDIRECTED) => MARK_REDIRECTED,
         Some(_) => MARK_DIRECT,

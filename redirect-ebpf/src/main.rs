@@ -32,7 +32,7 @@ use redirect_ebpf::{
 };
 
 use crate::{
-    maps::{COUNTERS, HINT, INBOUND_PORTS, INBOUND_RANGES, PODS_BY_ADDR, TRANSITION},
+    maps::{COUNTERS, HINT, INBOUND_PORTS, INBOUND_RANGES, PODS_BY_ADDR, WAYS},
     packet::Network,
 };
 
@@ -201,13 +201,13 @@ pub fn watch_received(ctx: TcContext) -> i32 {
 #[inline(always)]
 fn note(flow: &Flow, way: u32, flags: u32) {
     // Refused only where a note is there already that counts for more.
-    let _noted = TRANSITION.insert(flow, way, u64::from(flags));
+    let _noted = WAYS.insert(flow, way, u64::from(flags));
 }
 
 #[inline(always)]
 fn noted(flow: &Flow) -> Option<u32> {
     // SAFETY: the pointer is to a live map value; it is one word.
-    TRANSITION.get_ptr(flow).map(|way| unsafe { *way })
+    WAYS.get_ptr(flow).map(|way| unsafe { *way })
 }
 
 #[inline(always)]

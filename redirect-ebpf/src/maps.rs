@@ -43,8 +43,8 @@ pub static INBOUND_PORTS: LpmTrie<PodPort, u32, 65536> = LpmTrie::new();
 pub static INBOUND_RANGES: LpmTrie<PodPeer, u32, 65536> = LpmTrie::new();
 
 /// Flows of a pod that enters or leaves the mesh, or whose settings change → one of `WAY_*`.
-#[btf_map(name = "transition")]
-pub static TRANSITION: LruHashMap<Flow, u32, 131072> = LruHashMap::new();
+#[btf_map(name = "ways")]
+pub static WAYS: LruHashMap<Flow, u32, 131072> = LruHashMap::new();
 
 /// Pod → its sysctls before enrolment. Only the agent uses it; it is here to be pinned with the rest.
 #[btf_map(name = "saved_sysctls")]

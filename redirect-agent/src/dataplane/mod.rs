@@ -73,11 +73,12 @@ const PINNED_MAPS: [&str; 9] = [
     "listeners",
     "proxy_missing",
     "hint",
-    "transition",
+    WAYS,
     "saved_sysctls",
     INBOUND_PORTS,
     INBOUND_RANGES,
 ];
+const WAYS: &str = "ways";
 const INBOUND_PORTS: &str = "inbound_ports";
 const INBOUND_RANGES: &str = "inbound_ranges";
 const TCX_PROGRAMS: [&str; 4] = ["redirect_lo", "redirect_ext", "watch_sent", "watch_received"];
@@ -659,8 +660,13 @@ impl Dataplane {
         if !self.linked_pods()?.is_empty() || !locked.pods()?.rows()?.is_empty() {
             return Ok(());
         }
-        for map in PINNED_MAPS {
-            remove_if_there(&self.dir.join(map))?;
+        // Also maps that only an older agent had.
+        let pins = fs::read_dir(&self.dir)
+            .with_context(|| format!("list {}", self.dir.display()))?
+            .collect::<io::Result<Vec<_>>>()
+            .with_context(|| format!("list {}", self.dir.display()))?;
+        for pin in pins.iter().filter(|pin| pin.file_type().is_ok_and(|t| t.is_file())) {
+            remove_if_there(&pin.path())?;
         }
         for dir in [self.dir.join("links"), self.dir.clone()] {
             match fs::remove_dir(&dir) {
@@ -756,11 +762,11 @@ impl Dataplane {
         let ours: Vec<Addr> = pod.addresses.iter().map(|ip| Addr::from(*ip)).collect();
         let mut locked = self.lock()?;
         let kernel = &mut *locked;
-        let mut flows: HashMap<_, Flow, u32> = kernel.map("transition")?;
+        let mut flows: HashMap<_, Flow, u32> = kernel.map(WAYS)?;
         let noted: Vec<Flow> = flows.keys().filter_map(Result::ok).collect();
         for flow in noted {
             if ours.contains(&flow.local) {
-                absent(flows.remove(&flow)).context("write map transition")?;
+                absent(flows.remove(&flow)).context("write map ways")?;
             }
         }
         Ok(())

@@ -315,7 +315,8 @@ impl Routing {
     /// a connection without one takes.
     pub(super) fn add_keep(&self, source: IpAddr) -> Result<()> {
         self.runtime.block_on(self.add_route(keep_route(source)))?;
-        self.add_keep_rule(source)
+        self.add_keep_rule(source)?;
+        self.delete_foreign_rules()
     }
 
     /// Adds the rule alone, in the family of `family`.
@@ -390,10 +391,29 @@ impl Routing {
     pub(super) fn delete_all(&self) -> Result<()> {
         self.delete_capture()?;
         self.delete_rules(|_| true)?;
+        self.delete_foreign_rules()?;
         self.runtime.block_on(async {
             for family in [IpVersion::V4, IpVersion::V6] {
                 for route in self.routes(family).await? {
                     self.delete_route(route).await?;
+                }
+            }
+            Ok(())
+        })
+    }
+
+    /// Removes rules of our priorities that are none of ours, such as those of an older agent.
+    fn delete_foreign_rules(&self) -> Result<()> {
+        self.runtime.block_on(async {
+            for family in [IpVersion::V4, IpVersion::V6] {
+                for message in self.rules(family).await? {
+                    let ours = message.attributes.iter().any(|attribute| {
+                        matches!(attribute, RuleAttribute::Priority(PRIORITY_EXCLUDE..=PRIORITY_KEEP))
+                    });
+                    if ours && Rule::read(&message).is_none() {
+                        done(self.handle.rule().del(message).execute().await)
+                            .context("delete a rule that is none of ours")?;
+                    }
                 }
             }
             Ok(())
