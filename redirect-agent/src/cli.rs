@@ -2,7 +2,7 @@
 
 use std::{net::IpAddr, path::PathBuf, str::FromStr, time::Duration};
 
-use clap::{Args, CommandFactory as _, Parser, Subcommand, ValueEnum};
+use clap::{ArgAction, Args, CommandFactory as _, Parser, Subcommand, ValueEnum};
 use clap_complete::Shell;
 use ipnet::IpNet;
 
@@ -175,6 +175,16 @@ pub struct TrafficArgs {
     /// Do not redirect calls that come from these ranges.
     #[arg(long, value_name = "CIDR,…", value_delimiter = ',', value_parser = parse_range)]
     pub exclude_inbound_source_ip_ranges: Vec<IpNet>,
+    /// Redirect DNS, UDP and TCP to port 53, to the proxy's DNS.
+    #[arg(
+        long,
+        value_name = "BOOL",
+        default_value_t = true,
+        action = ArgAction::Set,
+        env = "AMBIENT_DNS_CAPTURE",
+        hide_env_values = true
+    )]
+    pub dns_capture: bool,
 }
 
 impl TrafficArgs {

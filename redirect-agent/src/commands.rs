@@ -85,6 +85,7 @@ async fn run(args: RunArgs) -> Result<()> {
             traffic: traffic::Settings {
                 defaults: args.traffic.selections(),
                 sidecar_annotations: args.sidecar_annotations,
+                dns_capture: args.traffic.dns_capture,
             },
             netns_dir: args.netns_dir,
             drain: args.drain,
@@ -117,7 +118,11 @@ async fn run(args: RunArgs) -> Result<()> {
 fn attach(args: &AttachArgs) -> Result<()> {
     let pod = PodNetns::new(Netns::open(&args.netns)?, &args.address)?;
     let dataplane = open(&args.bpffs.bpffs_dir)?;
-    let traffic = Traffic { selections: args.traffic.selections(), ..Traffic::default() };
+    let traffic = Traffic {
+        dns_capture: args.traffic.dns_capture,
+        selections: args.traffic.selections(),
+        ..Traffic::default()
+    };
     dataplane.prepare(&pod, 0, &traffic)?;
     dataplane.proxy_listens(&pod)?;
     dataplane.capture(&pod, &traffic)

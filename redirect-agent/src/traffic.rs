@@ -9,6 +9,7 @@ use std::{
 };
 
 use ipnet::IpNet;
+use redirect_ebpf::abi::PORT_DNS;
 use serde::{Deserialize, Serialize};
 
 /// What comes to the pod is not redirected; what it sends is.
@@ -44,13 +45,22 @@ const INTERFACE_NAME: usize = 15;
 pub struct Traffic {
     /// Nothing that comes to the pod is redirected, HBONE excepted.
     pub bypass_inbound: bool,
-    /// Whether the pod's DNS goes to the proxy; `None`: as for the node.
-    pub dns_capture: Option<bool>,
+    /// The pod's DNS goes to the proxy's.
+    pub dns_capture: bool,
     /// Interfaces in the pod whose traffic counts as the pod's own.
     pub virtual_interfaces: Vec<String>,
     /// What is included and excluded.
     #[serde(flatten)]
     pub selections: Selections,
+}
+
+impl Traffic {
+    /// Whether queries to port 53 are redirected, UDP and TCP: what else is selected makes no
+    /// difference, but who excludes that port has excluded it.
+    pub fn captures_dns(&self) -> bool {
+        let except = &self.selections.outbound_ports.except;
+        self.dns_capture && !except.iter().any(|p| (p.first..=p.last).contains(&PORT_DNS))
+    }
 }
 
 impl fmt::Display for Traffic {
@@ -60,8 +70,8 @@ impl fmt::Display for Traffic {
         if *bypass_inbound {
             parts.push("inbound bypasses".to_owned());
         }
-        if let Some(captured) = dns_capture {
-            parts.push(format!("DNS {}", if *captured { "captured" } else { "bypasses" }));
+        if *dns_capture {
+            parts.push("DNS captured".to_owned());
         }
         if !virtual_interfaces.is_empty() {
             parts.push(format!("outbound by {}", virtual_interfaces.join(",")));
@@ -204,6 +214,8 @@ pub struct Settings {
     pub defaults: Selections,
     /// Whether the sidecar's annotations of the same meaning count, where ours is absent.
     pub sidecar_annotations: bool,
+    /// Whether the DNS of a pod that says nothing goes to the proxy's.
+    pub dns_capture: bool,
 }
 
 impl Settings {
@@ -216,7 +228,11 @@ impl Settings {
         annotations: &BTreeMap<String, String>,
         last: Option<&Traffic>,
     ) -> (Traffic, Vec<String>) {
-        let absent = Traffic { selections: self.defaults.clone(), ..Traffic::default() };
+        let absent = Traffic {
+            dns_capture: self.dns_capture,
+            selections: self.defaults.clone(),
+            ..Traffic::default()
+        };
         let mut reader = Reader {
             annotations,
             sidecar: self.sidecar_annotations,
@@ -227,11 +243,7 @@ impl Settings {
         let traffic = Traffic {
             bypass_inbound: reader
                 .named(ANNOTATION_BYPASS_INBOUND, parse_bool, |t| t.bypass_inbound),
-            dns_capture: reader.named(
-                ANNOTATION_DNS_CAPTURE,
-                |s| parse_bool(s).map(Some),
-                |t| t.dns_capture,
-            ),
+            dns_capture: reader.named(ANNOTATION_DNS_CAPTURE, parse_bool, |t| t.dns_capture),
             virtual_interfaces: reader.named(
                 ANNOTATION_VIRTUAL_INTERFACES,
                 |s| list(s, interface),
@@ -367,10 +379,13 @@ mod tests {
                 outbound_ports: Selection { only: None, except: ports("3306") },
                 ..Selections::default()
             },
-            sidecar_annotations: false,
+            dns_capture: true,
+            ..Settings::default()
         };
         let traffic = read(&settings, &[]);
         assert_eq!(traffic.selections, settings.defaults);
+        assert!(traffic.captures_dns());
+        assert!(!read(&settings, &[("ambient.istio.io/dns-capture", "false")]).captures_dns());
         let traffic = read(&settings, &[("traffic.redirect-agent/excludeOutboundPorts", "")]);
         assert!(traffic.selections.outbound_ports.is_all(), "what the pod says replaces it");
     }
@@ -381,7 +396,7 @@ mod tests {
             &Settings::default(),
             &[
                 ("ambient.istio.io/bypass-inbound-capture", "T"),
-                ("ambient.istio.io/dns-capture", "0"),
+                ("ambient.istio.io/dns-capture", "1"),
                 ("istio.io/reroute-virtual-interfaces", " vnet0, ,br-1,"),
                 ("traffic.redirect-agent/includeOutboundIPRanges", "10.1.2.3/8, fd00::1"),
                 ("traffic.redirect-agent/excludeOutboundIPRanges", "10.1.0.0/16"),
@@ -395,7 +410,7 @@ mod tests {
         );
         let expected = Traffic {
             bypass_inbound: true,
-            dns_capture: Some(false),
+            dns_capture: true,
             virtual_interfaces: vec!["br-1".to_owned(), "vnet0".to_owned()],
             selections: Selections {
                 outbound_ranges: Selection {
@@ -413,6 +428,24 @@ mod tests {
         assert_eq!(traffic, expected);
         let json = serde_json::to_string(&expected).unwrap();
         assert_eq!(serde_json::from_str::<Traffic>(&json).unwrap(), expected);
+    }
+
+    #[test]
+    fn dns_is_captured_whatever_is_selected_but_for_its_port_excluded() {
+        let capture = ("ambient.istio.io/dns-capture", "true");
+        for (name, value, captured) in [
+            ("excludeOutboundIPRanges", "0.0.0.0/0,::/0", true),
+            ("includeOutboundIPRanges", "10.0.0.0/8", true),
+            ("includeOutboundPorts", "80", true),
+            ("includeInboundPorts", "80", true),
+            ("excludeOutboundPorts", "54", true),
+            ("excludeOutboundPorts", "53", false),
+            ("excludeOutboundPorts", "1-1024", false),
+        ] {
+            let name = format!("traffic.redirect-agent/{name}");
+            let traffic = read(&Settings::default(), &[capture, (&name, value)]);
+            assert_eq!(traffic.captures_dns(), captured, "{name}: {value}");
+        }
     }
 
     #[test]

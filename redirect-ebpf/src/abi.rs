@@ -32,6 +32,10 @@ pub const PORT_OUTBOUND: u16 = 15001;
 pub const PORT_INBOUND: u16 = 15006;
 /// The proxy's listener for HBONE that comes to the pod. Source: ztunnel `src/config.rs`.
 pub const PORT_HBONE: u16 = 15008;
+/// The proxy's DNS, UDP and TCP, on 127.0.0.1 and ::1. Source: ztunnel `src/config.rs`.
+pub const PORT_PROXY_DNS: u16 = 15053;
+/// The port of resolvers.
+pub const PORT_DNS: u16 = 53;
 
 /// An IP address: 16 bytes in network byte order, IPv4 as `::ffff:a.b.c.d`.
 #[repr(C)]
@@ -73,6 +77,16 @@ impl Addr {
         Ipv6Addr::from(self.octets).to_canonical()
     }
 
+    /// 127.0.0.1 or ::1.
+    #[inline(always)]
+    pub const fn loopback(v4: bool) -> Self {
+        if v4 {
+            Self::v4([127, 0, 0, 1])
+        } else {
+            Self { octets: [0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 1] }
+        }
+    }
+
     /// The upper and the lower 64 bits.
     #[inline(always)]
     const fn halves(&self) -> [u64; 2] {
@@ -109,6 +123,8 @@ pub const POD_CAPTURE: u32 = 1;
 pub const POD_BYPASS_INBOUND: u32 = 1 << 1;
 /// [`PodEntry::flags`]: `inbound_ports` and `inbound_ranges` say what of it is redirected.
 pub const POD_INBOUND_RULES: u32 = 1 << 2;
+/// [`PodEntry::flags`]: the pod's DNS goes to the proxy's.
+pub const POD_DNS: u32 = 1 << 3;
 
 /// Value of the map `pods`, whose key is an address ([`Addr`]) of a pod on this node.
 #[repr(C)]
@@ -202,6 +218,44 @@ pub const INBOUND_REDIRECT: u32 = 0;
 /// Value of `inbound_ports` and `inbound_ranges`: the application takes it, not the proxy.
 pub const INBOUND_BYPASS: u32 = 1;
 
+/// Key of the map `dns_flows`: a client of the proxy's DNS, as the proxy sees it.
+#[repr(C)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord, Pod, Zeroable)]
+pub struct DnsKey {
+    /// The client's address in the pod.
+    pub client: Addr,
+    /// The port that stands for the client's port and its resolver, host byte order.
+    pub alias: u16,
+    /// [`PROTOCOL_TCP`] or [`PROTOCOL_UDP`].
+    pub protocol: u16,
+}
+
+/// [`DnsKey::protocol`]
+pub const PROTOCOL_TCP: u16 = 6;
+/// [`DnsKey::protocol`]
+pub const PROTOCOL_UDP: u16 = 17;
+
+/// Value of the map `dns_flows`: whom the client has asked, so that the answer comes from there.
+#[repr(C)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Pod, Zeroable)]
+pub struct DnsFlow {
+    /// When the last packet went either way, ns of CLOCK_MONOTONIC.
+    pub used_ns: u64,
+    /// The address that the client has sent to.
+    pub resolver: Addr,
+    /// The pod.
+    pub pod_id: PodId,
+    /// How many packets the client has sent. CPUs that count at the same instant may lose one; so
+    /// queries and answers, which are counted on different ones, have a field each.
+    pub asked: u32,
+    /// How many the proxy has sent.
+    pub answered: u32,
+    /// Port of `resolver`, host byte order.
+    pub resolver_port: u16,
+    /// The client's own port, host byte order.
+    pub client_port: u16,
+}
+
 /// Value of the map `ways`: the way that a flow's packets take.
 pub const WAY_DIRECT: u32 = 1;
 /// Value of the map `ways`: through the proxy.
@@ -262,11 +316,21 @@ pub enum Counter {
     HeldInTransition = 9,
     /// Connections to the pod that its settings keep off the proxy.
     BypassedInbound = 10,
+    /// DNS queries over UDP, and DNS connections over TCP, that were handed to the proxy's DNS.
+    RedirectedDns = 11,
+    /// Those that were refused because the proxy listens but has no DNS.
+    RefusedDnsAbsent = 12,
+    /// Those that were refused because too many others of the client's ports have no answer yet.
+    RefusedDnsBusy = 13,
+    /// Queries and answers that were dropped because they are fragments or have IPv6 extension headers.
+    DroppedDnsUnreadable = 14,
+    /// Answers of the proxy's DNS that were dropped because no query is known for them.
+    DroppedDnsAnswer = 15,
 }
 
 impl Counter {
     /// Every counter with its name, as `status` and the metrics show it.
-    pub const ALL: [(Counter, &'static str); 11] = [
+    pub const ALL: [(Counter, &'static str); 16] = [
         (Counter::RedirectedOutbound, "redirected_outbound"),
         (Counter::RedirectedInbound, "redirected_inbound"),
         (Counter::Hbone, "hbone"),
@@ -278,6 +342,11 @@ impl Counter {
         (Counter::RefusedUnknownAddress, "refused_unknown_address"),
         (Counter::HeldInTransition, "held_in_transition"),
         (Counter::BypassedInbound, "bypassed_inbound"),
+        (Counter::RedirectedDns, "redirected_dns"),
+        (Counter::RefusedDnsAbsent, "refused_dns_absent"),
+        (Counter::RefusedDnsBusy, "refused_dns_busy"),
+        (Counter::DroppedDnsUnreadable, "dropped_dns_unreadable"),
+        (Counter::DroppedDnsAnswer, "dropped_dns_answer"),
     ];
 }
 
@@ -328,6 +397,8 @@ const _: () = {
     assert!(size_of::<Flow>() == 36);
     assert!(size_of::<PodPort>() == 8);
     assert!(size_of::<PodPeer>() == 20);
+    assert!(size_of::<DnsKey>() == 20);
+    assert!(size_of::<DnsFlow>() == 40);
     assert!(size_of::<Hint>() == 40);
     assert!(size_of::<CounterKey>() == 8);
     assert!(size_of::<SavedSysctls>() == 20);
@@ -336,8 +407,8 @@ const _: () = {
 #[cfg(feature = "user")]
 mod user {
     use super::{
-        Addr, CounterKey, Flow, Hint, ListenerKey, PodEntry, PodPeer, PodPort, SavedSysctls,
-        SockOffsets,
+        Addr, CounterKey, DnsFlow, DnsKey, Flow, Hint, ListenerKey, PodEntry, PodPeer, PodPort,
+        SavedSysctls, SockOffsets,
     };
 
     macro_rules! pod {
@@ -350,6 +421,8 @@ mod user {
     pod!(
         Addr,
         CounterKey,
+        DnsFlow,
+        DnsKey,
         Flow,
         Hint,
         ListenerKey,

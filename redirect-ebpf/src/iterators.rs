@@ -12,13 +12,13 @@ use aya_ebpf::{
 };
 use redirect_ebpf::{
     abi::{
-        Addr, Flow, MARK_DIRECT, MARK_PROXY, MARK_REDIRECTED, PORT_HBONE, PORT_INBOUND,
-        PORT_OUTBOUND, WAY_DIRECT, WAY_REDIRECTED,
+        Addr, DnsKey, Flow, MARK_DIRECT, MARK_PROXY, MARK_REDIRECTED, PORT_HBONE, PORT_INBOUND,
+        PORT_OUTBOUND, PORT_PROXY_DNS, PROTOCOL_TCP, WAY_DIRECT, WAY_REDIRECTED,
     },
     verdict::{mesh_mark, with_mesh_mark},
 };
 
-use crate::{config, maps::WAYS, pod, sockets::from_words};
+use crate::{config, dns_flow, maps::WAYS, pod, sockets::from_words};
 
 const SOL_SOCKET: i32 = 1;
 const SO_REUSEADDR: i32 = 2;
@@ -57,12 +57,21 @@ pub extern "C" fn note_proxy(ctx: *mut IterTcp) -> i32 {
     };
     if proxys {
         let flow = sk.flow();
-        let mirror = Flow {
+        let mut mirror = Flow {
             local: flow.remote,
             remote: flow.local,
             local_port: flow.remote_port,
             remote_port: flow.local_port,
         };
+        if flow.local_port == PORT_PROXY_DNS && flow.local.is_loopback() {
+            let key =
+                DnsKey { client: flow.remote, alias: flow.remote_port, protocol: PROTOCOL_TCP };
+            if let Some(dns) = dns_flow(&key) {
+                mirror.remote = dns.resolver;
+                mirror.remote_port = dns.resolver_port;
+                mirror.local_port = dns.client_port;
+            }
+        }
         // An LRU map does not refuse for being full.
         let _refused = WAYS.insert(&mirror, WAY_REDIRECTED, 0);
     }

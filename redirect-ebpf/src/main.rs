@@ -15,25 +15,28 @@ mod sockets;
 
 use aya_ebpf::{
     EbpfContext as _,
-    bindings::{BPF_ANY, BPF_NOEXIST, TC_ACT_SHOT, TC_ACT_UNSPEC},
+    bindings::{__sk_buff, BPF_ANY, BPF_NOEXIST, TC_ACT_SHOT, TC_ACT_UNSPEC},
     btf_maps::lpm_trie::Key,
+    helpers::bpf_ktime_get_ns,
     macros::{classifier, sk_lookup},
     programs::{SkLookupContext, TcContext},
 };
 use aya_log_ebpf::info;
 use redirect_ebpf::{
     abi::{
-        Addr, Counter, CounterKey, Flow, HINT_NO_LISTENER, HINT_NONE, Hint, INBOUND_BYPASS,
-        ListenerKey, MARK_PROXY, PodEntry, PodId, PodPeer, PodPort, WAY_DIRECT, WAY_REDIRECTED,
+        Addr, Counter, CounterKey, DnsFlow, DnsKey, Flow, HINT_NO_LISTENER, HINT_NONE, Hint,
+        INBOUND_BYPASS, ListenerKey, MARK_PROXY, MARK_REDIRECTED, PORT_PROXY_DNS, PodEntry, PodId,
+        PodPeer, PodPort, WAY_DIRECT, WAY_REDIRECTED,
     },
+    dns::{self, Dns, DnsEnv, Message},
     verdict::{
         self, Env, Fate, Ingress, Lookup, Pods, Proxy, Segment, Steer, mesh_mark, with_mesh_mark,
     },
 };
 
 use crate::{
-    maps::{COUNTERS, HINT, INBOUND_PORTS, INBOUND_RANGES, PODS_BY_ADDR, WAYS},
-    packet::Network,
+    maps::{COUNTERS, DNS_FLOWS, HINT, INBOUND_PORTS, INBOUND_RANGES, PODS_BY_ADDR, WAYS},
+    packet::{Network, Parsed},
 };
 
 const AF_INET: u32 = 2;
@@ -46,17 +49,135 @@ const SK_PASS: u32 = 1;
 #[classifier]
 pub fn redirect_lo(ctx: TcContext) -> i32 {
     set_hint(None);
-    let parsed = packet::parse(&ctx, packet::network(&ctx));
-    let segment = parsed.as_ref().map(|p| &p.segment);
-    let ingress = verdict::on_lo(mark(&ctx), segment, &Tc { ctx: &ctx });
+    let mut parsed = Parsed::zeroed();
+    if !parse_on_lo(&ctx, &mut parsed) {
+        return if drops_unread(&ctx) { TC_ACT_SHOT } else { on_lo(&ctx, None) };
+    }
+    if dns::concerns(&parsed.message) {
+        let segment = *parsed.segment();
+        let mut decided =
+            Decided { kind: DNS_OTHER, new: segment, pod_id: 0, counter: NOT_COUNTED };
+        decide_dns(&ctx, &parsed, &mut decided);
+        if decided.kind != DNS_OTHER {
+            return carry_out_dns(&ctx, &parsed, &decided);
+        }
+    }
+    on_lo(&ctx, if parsed.message.tcp { Some(&parsed) } else { None })
+}
+
+#[inline(never)]
+fn drops_unread(ctx: &TcContext) -> bool {
+    let Some((src, dst)) = packet::addresses(ctx, packet::network(ctx)) else { return false };
+    let Some(pod_id) = dns::drops_unread(mark(ctx), &src, &dst, &Tc { ctx }) else { return false };
+    count_and_log(ctx, pod_id, Counter::DroppedDnsUnreadable as u32);
+    true
+}
+
+/// What has a function of its own here has a stack of its own: all in one would be too large.
+#[inline(never)]
+fn parse_on_lo(ctx: &TcContext, parsed: &mut Parsed) -> bool {
+    match packet::parse_any(ctx, packet::network(ctx), true) {
+        Some(found) => {
+            *parsed = found;
+            true
+        }
+        None => false,
+    }
+}
+
+#[inline(never)]
+fn on_lo(ctx: &TcContext, parsed: Option<&Parsed>) -> i32 {
+    let ingress = verdict::on_lo(mark(ctx), parsed.map(Parsed::segment), &Tc { ctx });
     match ingress.fate {
-        Fate::Reset => match &parsed {
-            Some(parsed) if packet::reset(&ctx, parsed).is_some() => apply(&ctx, &ingress),
+        Fate::Reset => match parsed {
+            Some(parsed) if packet::reset(ctx, parsed).is_some() => apply(ctx, &ingress),
             // It cannot be rewritten; without the proxy it must not go on either.
             _ => TC_ACT_SHOT,
         },
-        Fate::Next | Fate::Drop => apply(&ctx, &ingress),
+        Fate::Next | Fate::Drop => apply(ctx, &ingress),
     }
+}
+
+/// What [`Dns`] says, as numbers: the compiler describes an enum with parts to the kernel in a way
+/// that it does not accept for an argument.
+struct Decided {
+    /// One of `DNS_*`.
+    kind: u32,
+    /// The packet's addresses and ports from here on.
+    new: Segment,
+    /// The pod and what to count for it, or [`NOT_COUNTED`].
+    pod_id: PodId,
+    counter: u32,
+}
+
+const DNS_OTHER: u32 = 0;
+const DNS_ASK: u32 = 1;
+const DNS_ANSWER: u32 = 2;
+const DNS_DROP: u32 = 3;
+const DNS_REFUSE: u32 = 4;
+const NOT_COUNTED: u32 = u32::MAX;
+
+#[inline(never)]
+fn decide_dns(ctx: &TcContext, parsed: &Parsed, decided: &mut Decided) {
+    let mut count = |pod_id, counter| {
+        decided.pod_id = pod_id;
+        decided.counter = counter as u32;
+    };
+    decided.kind = match dns::on_lo(mark(ctx), &parsed.message, &Tc { ctx }) {
+        Dns::Other => DNS_OTHER,
+        Dns::Ask { from_port, count: counted } => {
+            if let Some((pod_id, counter)) = counted {
+                count(pod_id, counter);
+            }
+            decided.new.dst = Addr::loopback(decided.new.dst.is_v4());
+            decided.new.dst_port = PORT_PROXY_DNS;
+            decided.new.src_port = from_port;
+            DNS_ASK
+        }
+        Dns::Answer { from, from_port, to_port } => {
+            decided.new.src = from;
+            decided.new.src_port = from_port;
+            decided.new.dst_port = to_port;
+            DNS_ANSWER
+        }
+        Dns::Drop(pod_id, counter) => {
+            count(pod_id, counter);
+            DNS_DROP
+        }
+        Dns::Refuse(pod_id, counter) => {
+            count(pod_id, counter);
+            DNS_REFUSE
+        }
+    };
+}
+
+#[inline(never)]
+fn carry_out_dns(ctx: &TcContext, parsed: &Parsed, decided: &Decided) -> i32 {
+    let tcp = parsed.message.tcp;
+    if decided.counter != NOT_COUNTED {
+        count_and_log(ctx, decided.pod_id, decided.counter);
+    }
+    let written = match decided.kind {
+        DNS_ASK => {
+            // What the kernel itself answers to it has the mark, too, and finds its way back.
+            set_mesh_mark(ctx, MARK_PROXY);
+            packet::readdress(ctx, parsed, &decided.new)
+        }
+        DNS_ANSWER => {
+            set_mesh_mark(ctx, MARK_REDIRECTED);
+            if !tcp {
+                // When the client is gone, the kernel would send part of the answer to the resolver,
+                // which knows nothing of it.
+                packet::without_icmp(ctx);
+            }
+            packet::readdress(ctx, parsed, &decided.new)
+        }
+        DNS_REFUSE if tcp => packet::reset(ctx, parsed),
+        DNS_REFUSE => packet::refuse_query(ctx, parsed),
+        _ => None,
+    };
+    // What cannot be rewritten must not go on.
+    if written.is_some() { TC_ACT_UNSPEC } else { TC_ACT_SHOT }
 }
 
 /// Ingress of every other interface.
@@ -65,7 +186,7 @@ pub fn redirect_ext(ctx: TcContext) -> i32 {
     set_hint(None);
     let network = packet::network(&ctx);
     let parsed = packet::parse(&ctx, network);
-    let segment = parsed.as_ref().map(|p| &p.segment);
+    let segment = parsed.as_ref().map(Parsed::segment);
     let ingress = verdict::on_interface(network != Network::Other, segment, &Tc { ctx: &ctx });
     apply(&ctx, &ingress)
 }
@@ -76,18 +197,36 @@ fn mark(ctx: &TcContext) -> u32 {
 }
 
 #[inline(always)]
+fn set_mesh_mark(ctx: &TcContext, new: u32) {
+    write_mesh_mark(ctx.skb.skb, new);
+}
+
+/// A function of its own, or the compiler computes the field's address once for all its uses, and
+/// the verifier lets nobody use such an address.
+#[inline(never)]
+fn write_mesh_mark(skb: *mut __sk_buff, new: u32) {
+    // SAFETY: the context is valid while the program runs.
+    unsafe { (*skb).mark = with_mesh_mark((*skb).mark, new) }
+}
+
+#[inline(always)]
+fn count_and_log(ctx: &TcContext, pod_id: PodId, counter: u32) {
+    count(pod_id, counter);
+    if config::log() {
+        info!(ctx, "tcx: pod {} counter {}", pod_id, counter);
+    }
+}
+
+#[inline(always)]
 fn apply(ctx: &TcContext, ingress: &Ingress) -> i32 {
     if let Some(new) = ingress.mark {
-        ctx.set_mark(with_mesh_mark(mark(ctx), new));
+        set_mesh_mark(ctx, new);
     }
     if ingress.hint.is_some() {
         set_hint(ingress.hint);
     }
     if let Some((pod_id, counter)) = ingress.count {
-        count(pod_id, counter);
-        if config::log() {
-            info!(ctx, "tcx: pod {} counter {}", pod_id, counter as u32);
-        }
+        count_and_log(ctx, pod_id, counter as u32);
     }
     match ingress.fate {
         // Not OK: programs that others attached after us run too.
@@ -132,7 +271,7 @@ pub fn redirect_lookup(ctx: SkLookupContext) -> u32 {
             }
         }
     };
-    count(pod_id, counter);
+    count(pod_id, counter as u32);
     if config::log() {
         info!(
             &ctx,
@@ -162,12 +301,12 @@ pub fn watch_sent(ctx: TcContext) -> i32 {
     }
     let Some(parsed) = packet::parse(&ctx, packet::network(&ctx)) else { return TC_ACT_UNSPEC };
     if mark == MARK_PROXY {
-        note(&parsed.segment.receiver_flow(), WAY_REDIRECTED, BPF_ANY);
+        note(&parsed.segment().receiver_flow(), WAY_REDIRECTED, BPF_ANY);
         return TC_ACT_UNSPEC;
     }
-    let flow = parsed.segment.sender_flow();
+    let flow = parsed.segment().sender_flow();
     let way = if on_lo { WAY_REDIRECTED } else { WAY_DIRECT };
-    if parsed.segment.opens {
+    if parsed.segment().opens {
         // A new connection, maybe with the ports of an old one.
         note(&flow, way, BPF_ANY);
         return TC_ACT_UNSPEC;
@@ -175,7 +314,7 @@ pub fn watch_sent(ctx: TcContext) -> i32 {
     match noted(&flow) {
         Some(noted) if noted != way => {
             if let Some(pod) = pod(&flow.local) {
-                count(pod.pod_id, Counter::HeldInTransition);
+                count(pod.pod_id, Counter::HeldInTransition as u32);
             }
             TC_ACT_SHOT
         }
@@ -193,7 +332,7 @@ pub fn watch_sent(ctx: TcContext) -> i32 {
 pub fn watch_received(ctx: TcContext) -> i32 {
     if let Some(parsed) = packet::parse(&ctx, packet::network(&ctx)) {
         // What is known to be redirected stays so, whatever outsiders send.
-        note(&parsed.segment.receiver_flow(), WAY_DIRECT, BPF_NOEXIST);
+        note(&parsed.segment().receiver_flow(), WAY_DIRECT, BPF_NOEXIST);
     }
     TC_ACT_UNSPEC
 }
@@ -234,8 +373,8 @@ fn hint() -> Hint {
 }
 
 #[inline(always)]
-fn count(pod_id: PodId, counter: Counter) {
-    let key = CounterKey { pod_id, counter: counter as u32 };
+fn count(pod_id: PodId, counter: u32) {
+    let key = CounterKey { pod_id, counter };
     match COUNTERS.get_ptr_mut(&key) {
         // SAFETY: the pointer is to this CPU's own value.
         Some(value) => unsafe { *value += 1 },
@@ -250,6 +389,12 @@ fn count(pod_id: PodId, counter: Counter) {
 fn pod(addr: &Addr) -> Option<PodEntry> {
     // SAFETY: the pointer is to a live map value; entries are replaced as a whole.
     PODS_BY_ADDR.get_ptr(addr).map(|entry| unsafe { *entry })
+}
+
+#[inline(always)]
+fn dns_flow(key: &DnsKey) -> Option<DnsFlow> {
+    // SAFETY: the pointer is to a live map value; what identifies the flow never changes in it.
+    DNS_FLOWS.get_ptr(key).map(|flow| unsafe { *flow })
 }
 
 #[inline(always)]
@@ -288,6 +433,43 @@ impl Env for Tc<'_> {
     #[inline(always)]
     fn proxy(&self, pod_id: PodId, kind: u32, segment: &Segment) -> Proxy {
         sockets::proxy(self.ctx, &ListenerKey { pod_id, kind }, segment.dst.is_v4())
+    }
+}
+
+impl DnsEnv for Tc<'_> {
+    #[inline(always)]
+    fn dns_listens(&self, pod_id: PodId, message: &Message) -> bool {
+        sockets::dns_listens(self.ctx, pod_id, message)
+    }
+
+    #[inline(always)]
+    fn now(&self) -> u64 {
+        // SAFETY: a helper without arguments.
+        unsafe { bpf_ktime_get_ns() }
+    }
+
+    #[inline(always)]
+    fn flow(&self, key: &DnsKey) -> Option<DnsFlow> {
+        dns_flow(key)
+    }
+
+    #[inline(always)]
+    fn touch(&self, key: &DnsKey, now: u64, from_client: bool) {
+        if let Some(flow) = DNS_FLOWS.get_ptr_mut(key) {
+            // SAFETY: the pointer is to a live map value. Other CPUs may write these numbers, too:
+            // any of the times will do, and what a lost count does is said where it is declared.
+            unsafe {
+                (*flow).used_ns = now;
+                let number = if from_client { &mut (*flow).asked } else { &mut (*flow).answered };
+                *number = number.wrapping_add(1);
+            }
+        }
+    }
+
+    #[inline(always)]
+    fn enter(&self, key: &DnsKey, flow: &DnsFlow, fresh: bool) -> bool {
+        let flags = if fresh { BPF_NOEXIST } else { BPF_ANY };
+        DNS_FLOWS.insert(key, flow, u64::from(flags)).is_ok()
     }
 }
 

@@ -5,7 +5,8 @@ use aya_ebpf::{
     macros::btf_map,
 };
 use redirect_ebpf::abi::{
-    Addr, CounterKey, Flow, Hint, ListenerKey, PodEntry, PodId, PodPeer, PodPort, SavedSysctls,
+    Addr, CounterKey, DnsFlow, DnsKey, Flow, Hint, ListenerKey, PodEntry, PodId, PodPeer, PodPort,
+    SavedSysctls,
 };
 
 /// Addresses of pods: a large node has 500 pods, each with a few addresses.
@@ -41,6 +42,10 @@ pub static INBOUND_PORTS: LpmTrie<PodPort, u32, 65536> = LpmTrie::new();
 /// Pod and peer of the pod, by their longest prefix → one of `INBOUND_*`. As `inbound_ports`.
 #[btf_map(name = "inbound_ranges")]
 pub static INBOUND_RANGES: LpmTrie<PodPeer, u32, 65536> = LpmTrie::new();
+
+/// Client of the proxy's DNS → the resolver that it has asked. An entry that is lost costs an answer.
+#[btf_map(name = "dns_flows")]
+pub static DNS_FLOWS: LruHashMap<DnsKey, DnsFlow, 65536> = LruHashMap::new();
 
 /// Flows of a pod that enters or leaves the mesh, or whose settings change → one of `WAY_*`.
 #[btf_map(name = "ways")]

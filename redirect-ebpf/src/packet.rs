@@ -2,20 +2,34 @@
 
 use aya_ebpf::{
     EbpfContext as _,
-    bindings::bpf_hdr_start_off::BPF_HDR_START_NET,
-    helpers::{bpf_l4_csum_replace, bpf_skb_load_bytes_relative, bpf_skb_store_bytes},
+    bindings::{BPF_F_MARK_MANGLED_0, BPF_F_PSEUDO_HDR, bpf_hdr_start_off::BPF_HDR_START_NET},
+    helpers::{
+        bpf_l3_csum_replace, bpf_l4_csum_replace, bpf_skb_change_type, bpf_skb_load_bytes_relative,
+        bpf_skb_store_bytes,
+    },
     programs::TcContext,
 };
-use redirect_ebpf::{abi::Addr, verdict::Segment};
+use redirect_ebpf::{abi::Addr, dns::Message, verdict::Segment};
 
 const ETH_P_IP: u16 = 0x0800;
 const ETH_P_IPV6: u16 = 0x86dd;
 const IPPROTO_TCP: u8 = 6;
+const IPPROTO_UDP: u8 = 17;
 /// MF and the fragment's offset, in the IPv4 header's flags field.
 const IPV4_FRAGMENT: u16 = 0x3fff;
 const TCP_RST: u8 = 0x04;
 const TCP_SYN: u8 = 0x02;
 const TCP_ACK: u8 = 0x10;
+/// Source: Linux `include/uapi/linux/if_packet.h`.
+const PACKET_MULTICAST: u32 = 2;
+/// Offset of the checksum in the IPv4 header.
+const IPV4_CHECKSUM: u32 = 10;
+/// Flags of a DNS message: it is an answer; what of the query's flags stays in it; its code.
+const DNS_ANSWER: u8 = 0x80;
+const DNS_TRUNCATED: u8 = 0x02;
+const DNS_RECURSES: u8 = 0x80;
+const DNS_UNCHECKED: u8 = 0x10;
+const DNS_SERVFAIL: u8 = 2;
 /// Length of the link header in front of what `lo` delivers: an Ethernet header of zeros.
 const LO_HEADER: u32 = 14;
 
@@ -27,14 +41,27 @@ pub enum Network {
     Other,
 }
 
-/// A parsed segment with where it lies in its packet.
+/// A parsed segment or datagram with where it lies in its packet.
 pub struct Parsed {
-    pub segment: Segment,
+    pub message: Message,
     pub network: Network,
-    /// Offset of the TCP header from the network header.
-    tcp_offset: u32,
+    /// Offset of the transport header from the network header.
+    offset: u32,
     /// Bytes 4..14 of the TCP header: sequence, acknowledgement, data offset and flags.
     tcp: [u8; 10],
+}
+
+impl Parsed {
+    pub const fn zeroed() -> Self {
+        let none = Addr { octets: [0; 16] };
+        let segment = Segment { src: none, dst: none, src_port: 0, dst_port: 0, opens: false };
+        let message = Message { segment, tcp: false };
+        Self { message, network: Network::Other, offset: 0, tcp: [0; 10] }
+    }
+
+    pub fn segment(&self) -> &Segment {
+        &self.message.segment
+    }
 }
 
 pub fn network(ctx: &TcContext) -> Network {
@@ -50,46 +77,182 @@ pub fn network(ctx: &TcContext) -> Network {
 /// reassembled.
 #[inline(always)]
 pub fn parse(ctx: &TcContext, network: Network) -> Option<Parsed> {
-    let (src, dst, tcp_offset) = match network {
+    parse_any(ctx, network, false)
+}
+
+/// As [`parse`], and where `udp` says so the UDP datagram.
+#[inline(always)]
+pub fn parse_any(ctx: &TcContext, network: Network, udp: bool) -> Option<Parsed> {
+    let (src, dst, protocol, offset) = match network {
         Network::V4 => {
             let ip: [u8; 20] = load(ctx, 0)?;
-            if ip[9] != IPPROTO_TCP || u16::from_be_bytes([ip[6], ip[7]]) & IPV4_FRAGMENT != 0 {
+            if u16::from_be_bytes([ip[6], ip[7]]) & IPV4_FRAGMENT != 0 {
                 return None;
             }
             let src = Addr::v4([ip[12], ip[13], ip[14], ip[15]]);
             let dst = Addr::v4([ip[16], ip[17], ip[18], ip[19]]);
-            (src, dst, u32::from(ip[0] & 0xf) * 4)
+            (src, dst, ip[9], u32::from(ip[0] & 0xf) * 4)
         }
         Network::V6 => {
             let ip: [[u8; 8]; 5] = load(ctx, 0)?;
-            if ip[0][6] != IPPROTO_TCP {
-                return None;
-            }
             let (src, dst) = (addr(ip[1], ip[2]), addr(ip[3], ip[4]));
             // The form that IPv4 addresses have in our maps names nobody in an IPv6 packet.
             if src.is_v4() || dst.is_v4() {
                 return None;
             }
-            (src, dst, 40)
+            (src, dst, ip[0][6], 40)
         }
         Network::Other => return None,
     };
-    let ports: [u8; 4] = load(ctx, tcp_offset)?;
-    let tcp: [u8; 10] = load(ctx, tcp_offset + 4)?;
+    let is_tcp = protocol == IPPROTO_TCP;
+    if !is_tcp && !(udp && protocol == IPPROTO_UDP) {
+        return None;
+    }
+    let ports: [u8; 4] = load(ctx, offset)?;
+    let mut tcp = [0; 10];
+    if is_tcp {
+        tcp = load(ctx, offset + 4)?;
+    } else {
+        // The header has to be whole.
+        let _length_and_checksum: [u8; 4] = load(ctx, offset + 4)?;
+    }
     let segment = Segment {
         src,
         dst,
         src_port: u16::from_be_bytes([ports[0], ports[1]]),
         dst_port: u16::from_be_bytes([ports[2], ports[3]]),
-        opens: tcp[9] & (TCP_SYN | TCP_ACK | TCP_RST) == TCP_SYN,
+        opens: !is_tcp || tcp[9] & (TCP_SYN | TCP_ACK | TCP_RST) == TCP_SYN,
     };
-    Some(Parsed { segment, network, tcp_offset, tcp })
+    Some(Parsed { message: Message { segment, tcp: is_tcp }, network, offset, tcp })
+}
+
+/// The addresses of an IP packet, whatever follows.
+#[inline(always)]
+pub fn addresses(ctx: &TcContext, network: Network) -> Option<(Addr, Addr)> {
+    match network {
+        Network::V4 => {
+            let [s, d]: [[u8; 4]; 2] = load(ctx, 12)?;
+            Some((Addr::v4(s), Addr::v4(d)))
+        }
+        Network::V6 => {
+            let [src, dst]: [[u8; 16]; 2] = load(ctx, 8)?;
+            Some((Addr { octets: src }, Addr { octets: dst }))
+        }
+        Network::Other => None,
+    }
+}
+
+/// Gives a packet on `lo` other addresses and ports, checksums included.
+#[inline(always)]
+pub fn readdress(ctx: &TcContext, parsed: &Parsed, new: &Segment) -> Option<()> {
+    let old = parsed.segment();
+    let at = LO_HEADER + parsed.offset;
+    let (checksum, flags) = if parsed.message.tcp {
+        (at + 16, 0)
+    } else {
+        // 0 is no checksum, and stays so.
+        (at + 6, u64::from(BPF_F_MARK_MANGLED_0))
+    };
+    let pseudo = flags | u64::from(BPF_F_PSEUDO_HDR) | 4;
+    if parsed.network == Network::V4 {
+        replace_v4(ctx, LO_HEADER + 12, checksum, pseudo, &old.src, &new.src)?;
+        replace_v4(ctx, LO_HEADER + 16, checksum, pseudo, &old.dst, &new.dst)?;
+    } else {
+        replace_v6(ctx, LO_HEADER + 8, checksum, pseudo, &old.src, &new.src)?;
+        replace_v6(ctx, LO_HEADER + 24, checksum, pseudo, &old.dst, &new.dst)?;
+    }
+    let ports = |segment: &Segment| {
+        u32::from_ne_bytes(bytemuck::cast([
+            segment.src_port.to_be_bytes(),
+            segment.dst_port.to_be_bytes(),
+        ]))
+    };
+    let (from, to) = (ports(old), ports(new));
+    if from != to {
+        csum_replace(ctx, checksum, from, to, flags | 4)?;
+        store(ctx, at, &to)?;
+    }
+    Some(())
+}
+
+#[inline(always)]
+fn replace_v4(
+    ctx: &TcContext,
+    at: u32,
+    checksum: u32,
+    flags: u64,
+    old: &Addr,
+    new: &Addr,
+) -> Option<()> {
+    let (from, to) = (u32::from_ne_bytes(tail(old)), u32::from_ne_bytes(tail(new)));
+    if from != to {
+        ip_csum_replace(ctx, LO_HEADER + IPV4_CHECKSUM, from, to)?;
+        csum_replace(ctx, checksum, from, to, flags)?;
+        store(ctx, at, &to)?;
+    }
+    Some(())
+}
+
+#[inline(always)]
+fn replace_v6(
+    ctx: &TcContext,
+    at: u32,
+    checksum: u32,
+    flags: u64,
+    old: &Addr,
+    new: &Addr,
+) -> Option<()> {
+    let from: [u32; 4] = bytemuck::cast(old.octets);
+    let to: [u32; 4] = bytemuck::cast(new.octets);
+    if from != to {
+        csum_replace(ctx, checksum, from[0], to[0], flags)?;
+        csum_replace(ctx, checksum, from[1], to[1], flags)?;
+        csum_replace(ctx, checksum, from[2], to[2], flags)?;
+        csum_replace(ctx, checksum, from[3], to[3], flags)?;
+        store(ctx, at, &to)?;
+    }
+    Some(())
+}
+
+/// Turns a DNS query on `lo` into the answer SERVFAIL; fails where it is none.
+#[inline(always)]
+pub fn refuse_query(ctx: &TcContext, parsed: &Parsed) -> Option<()> {
+    // Flags, behind the UDP header and the id; and the numbers of records, which have to be there.
+    let header: [u8; 10] = load(ctx, parsed.offset + 10)?;
+    let old = [header[0], header[1]];
+    if old[0] & DNS_ANSWER != 0 {
+        return None;
+    }
+    let new = [
+        old[0] & !DNS_TRUNCATED | DNS_ANSWER,
+        old[1] & DNS_UNCHECKED | DNS_RECURSES | DNS_SERVFAIL,
+    ];
+    let Segment { src, dst, src_port, dst_port, .. } = parsed.segment();
+    // Swapping addresses and ports leaves the checksums as they are.
+    if parsed.network == Network::V4 {
+        store(ctx, LO_HEADER + 12, &[tail(dst), tail(src)])?;
+    } else {
+        store(ctx, LO_HEADER + 8, &[dst.octets, src.octets])?;
+    }
+    let udp = LO_HEADER + parsed.offset;
+    store(ctx, udp, &[dst_port.to_be_bytes(), src_port.to_be_bytes()])?;
+    let (from, to) = (u32::from(u16::from_ne_bytes(old)), u32::from(u16::from_ne_bytes(new)));
+    csum_replace(ctx, udp + 6, from, to, u64::from(BPF_F_MARK_MANGLED_0) | 2)?;
+    store(ctx, udp + 10, &new)
+}
+
+/// Lets the kernel send no ICMP error for a packet.
+#[inline(always)]
+pub fn without_icmp(ctx: &TcContext) {
+    // SAFETY: the context is valid while the program runs. The kernel refuses for packets that it
+    // sends no error for anyway.
+    let _refused = unsafe { bpf_skb_change_type(ctx.skb.skb, PACKET_MULTICAST) };
 }
 
 /// Turns a SYN on `lo` into the RST that answers it.
 #[inline(always)]
 pub fn reset(ctx: &TcContext, parsed: &Parsed) -> Option<()> {
-    let Segment { src, dst, src_port, dst_port, .. } = &parsed.segment;
+    let Segment { src, dst, src_port, dst_port, .. } = parsed.segment();
     // Swapping addresses and ports leaves the checksums as they are.
     if parsed.network == Network::V4 {
         let [s, d] = [tail(src), tail(dst)];
@@ -97,7 +260,7 @@ pub fn reset(ctx: &TcContext, parsed: &Parsed) -> Option<()> {
     } else {
         store(ctx, LO_HEADER + 8, &[dst.octets, src.octets])?;
     }
-    let tcp = LO_HEADER + parsed.tcp_offset;
+    let tcp = LO_HEADER + parsed.offset;
     store(ctx, tcp, &[dst_port.to_be_bytes(), src_port.to_be_bytes()])?;
 
     let old = &parsed.tcp;
@@ -164,10 +327,20 @@ fn store<T>(ctx: &TcContext, offset: u32, value: &T) -> Option<()> {
 }
 
 #[inline(always)]
-fn csum_replace(ctx: &TcContext, offset: u32, from: u32, to: u32, size: u64) -> Option<()> {
+fn ip_csum_replace(ctx: &TcContext, offset: u32, from: u32, to: u32) -> Option<()> {
     // SAFETY: the helper checks the offset.
     let ret = unsafe {
-        bpf_l4_csum_replace(ctx.as_ptr().cast(), offset, u64::from(from), u64::from(to), size)
+        bpf_l3_csum_replace(ctx.as_ptr().cast(), offset, u64::from(from), u64::from(to), 4)
+    };
+    (ret == 0).then_some(())
+}
+
+/// `flags` begin with the size.
+#[inline(always)]
+fn csum_replace(ctx: &TcContext, offset: u32, from: u32, to: u32, flags: u64) -> Option<()> {
+    // SAFETY: the helper checks the offset.
+    let ret = unsafe {
+        bpf_l4_csum_replace(ctx.as_ptr().cast(), offset, u64::from(from), u64::from(to), flags)
     };
     (ret == 0).then_some(())
 }

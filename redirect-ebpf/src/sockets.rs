@@ -10,15 +10,16 @@ use aya_ebpf::{
     cty::{c_long, c_void},
     helpers::{
         bpf_ktime_get_ns, bpf_map_lookup_elem, bpf_map_update_elem, bpf_probe_read_kernel,
-        bpf_sk_assign, bpf_sk_lookup_tcp, bpf_sk_release, bpf_skc_lookup_tcp,
+        bpf_sk_assign, bpf_sk_lookup_tcp, bpf_sk_lookup_udp, bpf_sk_release, bpf_skc_lookup_tcp,
     },
     programs::TcContext,
 };
 use redirect_ebpf::{
     abi::{
         Addr, LISTENER_HBONE, LISTENER_INBOUND, ListenerKey, MARK_PROXY, PORT_HBONE, PORT_INBOUND,
-        PORT_OUTBOUND, PodId,
+        PORT_OUTBOUND, PORT_PROXY_DNS, PodId,
     },
+    dns::Message,
     verdict::{Proxy, Segment, mesh_mark},
 };
 
@@ -91,11 +92,7 @@ fn find_listener(ctx: &TcContext, key: &ListenerKey, v4: bool) -> bool {
         _ => PORT_OUTBOUND,
     };
     // Loopback, because `sk_lookup` leaves that alone.
-    let loopback = if v4 {
-        Addr::v4([127, 0, 0, 1])
-    } else {
-        Addr { octets: [0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 1] }
-    };
+    let loopback = Addr::loopback(v4);
     let (mut tuple, len) = tuple(&loopback, 0, &loopback, port);
     // SAFETY: the tuple is initialized for `len` bytes; the reference is released.
     unsafe {
@@ -109,16 +106,48 @@ fn find_listener(ctx: &TcContext, key: &ListenerKey, v4: bool) -> bool {
         if sk.is_null() {
             return false;
         }
-        // An application that took the port is not the proxy. Nor is a listener here another pod's,
-        // whose address a packet may pretend to: it would get that pod's connections.
-        let found = (*sk).state == TCP_LISTEN
-            && mesh_mark((*sk).mark) == MARK_PROXY
-            && netns_inode(sk) == Some(key.pod_id);
+        let found = (*sk).state == TCP_LISTEN && is_proxys(sk, key.pod_id);
         let entered =
             found && bpf_map_update_elem(listeners(), ptr::from_ref(key).cast(), sk.cast(), 0) == 0;
         bpf_sk_release(sk.cast());
         entered
     }
+}
+
+/// Whether the DNS of the pod's proxy listens.
+#[inline(always)]
+pub fn dns_listens(ctx: &TcContext, pod_id: PodId, message: &Message) -> bool {
+    let loopback = Addr::loopback(message.segment.dst.is_v4());
+    let (mut tuple, len) = tuple(&loopback, 0, &loopback, PORT_PROXY_DNS);
+    let (skb, netns) = (ctx.skb.skb.cast(), BPF_F_CURRENT_NETNS as u64);
+    // SAFETY: the tuple is initialized for `len` bytes; the reference is released.
+    unsafe {
+        let sk: *mut bpf_sock = if message.tcp {
+            bpf_sk_lookup_tcp(skb, &raw mut tuple, len, netns, 0)
+        } else {
+            bpf_sk_lookup_udp(skb, &raw mut tuple, len, netns, 0)
+        };
+        if sk.is_null() {
+            return false;
+        }
+        let found = (!message.tcp || (*sk).state == TCP_LISTEN) && is_proxys(sk, pod_id);
+        bpf_sk_release(sk.cast());
+        found
+    }
+}
+
+/// Whether a socket is the pod's proxy's. An application that took the port is not the proxy. Nor is
+/// a socket here another pod's, whose address a packet may pretend to: it would get what is that
+/// pod's.
+///
+/// # Safety
+///
+/// The socket is a live one.
+#[inline(always)]
+unsafe fn is_proxys(sk: *mut bpf_sock, pod_id: PodId) -> bool {
+    // SAFETY: the caller's promise.
+    let mark = unsafe { (*sk).mark };
+    mesh_mark(mark) == MARK_PROXY && netns_inode(sk) == Some(pod_id)
 }
 
 /// The inode number of the socket's network namespace.

@@ -9,6 +9,7 @@ use crate::abi::{
     MARK_REDIRECTED, POD_BYPASS_INBOUND, POD_CAPTURE, POD_INBOUND_RULES, PORT_HBONE, PORT_INBOUND,
     PORT_OUTBOUND, PodEntry, PodId,
 };
+use crate::dns;
 
 /// A TCP segment that could be parsed: not a fragment, no IPv6 extension header.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -226,8 +227,11 @@ pub enum Steer {
 #[inline(always)]
 pub fn steer(lookup: &Lookup, env: &impl Pods) -> Steer {
     let Lookup { tcp, flow, on_lo, hint } = lookup;
-    if !tcp || flow.local.is_loopback() || flow.local.is_link_local() {
+    if flow.local.is_loopback() || flow.local.is_link_local() {
         return Steer::Pass(None);
+    }
+    if !tcp {
+        return dns::steer(lookup, env);
     }
     let local = env.pod(&flow.local);
     let remote = env.pod(&flow.remote);

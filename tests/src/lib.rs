@@ -3,6 +3,7 @@
 pub mod apiserver;
 pub mod app;
 pub mod demo;
+pub mod dns;
 pub mod footprint;
 pub mod hbone;
 pub mod netns;

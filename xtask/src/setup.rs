@@ -18,7 +18,12 @@ use crate::{
 };
 
 /// The programs that the demo and the tests call, and the Debian package of each.
-const PACKAGES: &[(&str, &str)] = &[("ip", "iproute2"), ("bpftool", "bpftool")];
+const PACKAGES: &[(&str, &str)] = &[
+    ("ip", "iproute2"),
+    ("bpftool", "bpftool"),
+    ("dig", "bind9-dnsutils"),
+    ("musl-gcc", "musl-tools"),
+];
 
 /// Links the kernel programs; redirect-agent/build.rs finds it in [`tools_dir`].
 const BPF_LINKER_VERSION: &str = "0.13.0";

@@ -43,9 +43,9 @@ use nix::{
     sys::statfs::statfs,
 };
 use redirect_ebpf::abi::{
-    ABI_VERSION, Addr, Counter, CounterKey, DECISION_BYPASS, DECISION_ENROLLED, Flow,
-    LISTENER_HBONE, LISTENER_INBOUND, LISTENER_OUTBOUND, ListenerKey, POD_BYPASS_INBOUND,
-    POD_CAPTURE, POD_INBOUND_RULES, PodEntry, PodId, PodPeer, PodPort, SavedSysctls,
+    ABI_VERSION, Addr, Counter, CounterKey, DECISION_BYPASS, DECISION_ENROLLED, DnsFlow, DnsKey,
+    Flow, LISTENER_HBONE, LISTENER_INBOUND, LISTENER_OUTBOUND, ListenerKey, POD_BYPASS_INBOUND,
+    POD_CAPTURE, POD_DNS, POD_INBOUND_RULES, PodEntry, PodId, PodPeer, PodPort, SavedSysctls,
 };
 use tracing::debug;
 
@@ -67,7 +67,7 @@ const BPFFS: &str = "/sys/fs/bpf";
 /// Source: Linux `include/uapi/linux/magic.h`, `BPF_FS_MAGIC`.
 const BPF_FS_MAGIC: i64 = 0xcafe_4a11;
 /// The maps that outlive the agent.
-const PINNED_MAPS: [&str; 9] = [
+const PINNED_MAPS: [&str; 10] = [
     "pods",
     "counters",
     "listeners",
@@ -75,10 +75,12 @@ const PINNED_MAPS: [&str; 9] = [
     "hint",
     WAYS,
     "saved_sysctls",
+    DNS_FLOWS,
     INBOUND_PORTS,
     INBOUND_RANGES,
 ];
 const WAYS: &str = "ways";
+const DNS_FLOWS: &str = "dns_flows";
 const INBOUND_PORTS: &str = "inbound_ports";
 const INBOUND_RANGES: &str = "inbound_ranges";
 const TCX_PROGRAMS: [&str; 4] = ["redirect_lo", "redirect_ext", "watch_sent", "watch_received"];
@@ -297,6 +299,8 @@ pub struct Row {
     pub capture: bool,
     /// What of its inbound connections is not, as bits of `POD_BYPASS_INBOUND`, `POD_INBOUND_RULES`.
     pub inbound: u32,
+    /// Whether its DNS goes to the proxy's.
+    pub dns: bool,
     /// The `membership::Reason`, as a number.
     pub reason: u32,
 }
@@ -375,8 +379,12 @@ impl Dataplane {
         let (pod_id, mut old) = (pod.id(), pods.rows()?);
         old.retain(|row| row.pod_id == pod_id);
         for &address in &pod.addresses {
-            let capture = old.iter().any(|row| row.address == address && row.capture);
-            pods.put(Row { address, pod_id, enrolled: true, capture, inbound, reason })?;
+            let was =
+                |is: fn(&Row) -> bool| old.iter().any(|row| row.address == address && is(row));
+            let capture = was(|row| row.capture);
+            // Before the rule that brings the queries, and until that is gone: see `capture`.
+            let dns = traffic.captures_dns() || was(|row| row.dns);
+            pods.put(Row { address, pod_id, enrolled: true, capture, inbound, dns, reason })?;
         }
         for row in old.iter().filter(|row| !pod.addresses.contains(&row.address)) {
             pods.delete(row.address)?;
@@ -415,9 +423,10 @@ impl Dataplane {
         self.switch(pod, mark, |kernel| {
             let routing = Routing::open()?;
             for source in pod.sources() {
-                routing.set_outbound(source, &traffic.selections)?;
+                routing.set_outbound(source, traffic)?;
             }
-            kernel.put_all(pod, true, true)
+            kernel.put_all(pod, true, true)?;
+            kernel.put_dns(pod, traffic.captures_dns())
         })
     }
 
@@ -521,7 +530,7 @@ impl Dataplane {
             }
             for source in pod.sources() {
                 let family = || if source.is_ipv4() { "ipv4" } else { "ipv6" }.to_owned();
-                let outbound = routing.outbound(source, &traffic.selections)?;
+                let outbound = routing.outbound(source, traffic)?;
                 found.add(outbound.routes, PartKind::Route, family());
                 found.add(outbound.rules, PartKind::Rule, family());
                 let (rule, route) = routing.has_keep(source)?;
@@ -533,6 +542,15 @@ impl Dataplane {
             }
             Ok(found)
         })?
+    }
+
+    /// Whether somebody listens where the proxy's DNS should, in either family.
+    ///
+    /// # Errors
+    ///
+    /// When the pod's sockets cannot be read.
+    pub fn dns_listens(&self, pod: &PodNetns) -> Result<bool> {
+        pod.netns.run(sockets::dns_listens)?
     }
 
     /// Whether the pod's new connections are redirected as `traffic` says, in both directions and all
@@ -601,7 +619,15 @@ impl Dataplane {
     ///
     /// When a system call fails.
     pub fn put_bypass(&self, address: IpAddr, pod_id: PodId, reason: u32) -> Result<()> {
-        let row = Row { address, pod_id, enrolled: false, capture: false, inbound: 0, reason };
+        let row = Row {
+            address,
+            pod_id,
+            enrolled: false,
+            capture: false,
+            inbound: 0,
+            dns: false,
+            reason,
+        };
         self.lock()?.pods()?.put(row)
     }
 
@@ -692,7 +718,7 @@ impl Dataplane {
         let outbound = pod.netns.run(|| {
             let routing = Routing::open()?;
             pod.sources()
-                .map(|source| routing.outbound(source, &traffic.selections))
+                .map(|source| routing.outbound(source, traffic))
                 .collect::<Result<Vec<OutboundState>>>()
         })??;
         let captured = |row: &Row| row.pod_id == pod.id() && row.capture;
@@ -877,7 +903,19 @@ impl Kernel {
         for &address in &pod.addresses {
             let old = pods.row(address)?;
             let (inbound, reason) = old.map_or((0, 0), |row| (row.inbound, row.reason));
-            pods.put(Row { address, pod_id: pod.id(), enrolled, capture, inbound, reason })?;
+            let dns = enrolled && old.is_some_and(|row| row.dns);
+            pods.put(Row { address, pod_id: pod.id(), enrolled, capture, inbound, dns, reason })?;
+        }
+        Ok(())
+    }
+
+    /// Says in the rows of a pod whether its DNS goes to the proxy's.
+    fn put_dns(&mut self, pod: &PodNetns, dns: bool) -> Result<()> {
+        let mut pods = self.pods()?;
+        for &address in &pod.addresses {
+            if let Some(row) = pods.row(address)? {
+                pods.put(Row { dns, ..row })?;
+            }
         }
         Ok(())
     }
@@ -901,7 +939,24 @@ impl Kernel {
         self.clear_proxy_missing(pod_id)?;
         inbound::clear::<PodPort>(&mut self.map(INBOUND_PORTS)?, pod_id)?;
         inbound::clear::<PodPeer>(&mut self.map(INBOUND_RANGES)?, pod_id)?;
+        self.clear_dns_flows(pod_id)?;
         absent(self.saved_sysctls()?.remove(&pod_id)).context("write map saved_sysctls")?;
+        Ok(())
+    }
+
+    fn clear_dns_flows(&mut self, pod_id: PodId) -> Result<()> {
+        let mut flows: HashMap<_, DnsKey, DnsFlow> = self.map(DNS_FLOWS)?;
+        // An entry that the kernel puts in the place of another meanwhile ends the walk with an
+        // error; what is left is overwritten or forgotten as any.
+        let pods: Vec<DnsKey> = flows
+            .iter()
+            .filter_map(Result::ok)
+            .filter(|(_, flow)| flow.pod_id == pod_id)
+            .map(|(key, _)| key)
+            .collect();
+        for key in pods {
+            absent(flows.remove(&key)).context("write map dns_flows")?;
+        }
         Ok(())
     }
 
@@ -945,7 +1000,9 @@ impl Pods<'_> {
             pod_id: row.pod_id,
             decision: if row.enrolled { DECISION_ENROLLED } else { DECISION_BYPASS },
             reason: row.reason,
-            flags: row.inbound | if row.capture { POD_CAPTURE } else { 0 },
+            flags: row.inbound
+                | if row.capture { POD_CAPTURE } else { 0 }
+                | if row.dns { POD_DNS } else { 0 },
         };
         self.0
             .insert(Addr::from(row.address), entry, 0)
@@ -959,7 +1016,10 @@ impl Pods<'_> {
 
 /// Whether a row says that the pod is captured, with these settings.
 fn is_captured(row: &Row, pod: &PodNetns, traffic: &Traffic) -> bool {
-    row.pod_id == pod.id() && row.capture && row.inbound == inbound::flags(traffic)
+    row.pod_id == pod.id()
+        && row.capture
+        && row.inbound == inbound::flags(traffic)
+        && row.dns == traffic.captures_dns()
 }
 
 fn row(address: IpAddr, entry: PodEntry) -> Row {
@@ -969,6 +1029,7 @@ fn row(address: IpAddr, entry: PodEntry) -> Row {
         enrolled: entry.decision == DECISION_ENROLLED,
         capture: entry.flags & POD_CAPTURE != 0,
         inbound: entry.flags & (POD_BYPASS_INBOUND | POD_INBOUND_RULES),
+        dns: entry.flags & POD_DNS != 0,
         reason: entry.reason,
     }
 }

@@ -10,7 +10,7 @@ use std::{
 use anyhow::{Context as _, Result};
 use futures_util::{StreamExt as _, TryStreamExt as _};
 use ipnet::{IpNet, Ipv4Net, Ipv6Net};
-use redirect_ebpf::abi::{MARK_MASK, MARK_REDIRECTED};
+use redirect_ebpf::abi::{MARK_MASK, MARK_REDIRECTED, PORT_DNS};
 use rtnetlink::{
     Error, Handle, IpVersion, RouteMessageBuilder,
     packet_route::{
@@ -22,12 +22,14 @@ use rtnetlink::{
     },
 };
 
-use crate::traffic::{Ports, Selection, Selections};
+use crate::traffic::{Ports, Selection, Selections, Traffic};
 
 /// The routing table that delivers to `lo` what is to be redirected.
 const TABLE: u32 = 15001;
 /// The one that delivers everything to `lo`, for what is redirected already.
 const TABLE_KEEP: u32 = 15002;
+/// The rules for the pod's DNS, which its other settings do not apply to.
+const PRIORITY_DNS: u32 = 14999;
 /// The rules for ports that are excluded: they skip the capture.
 const PRIORITY_EXCLUDE: u32 = 15000;
 /// The rules for unmarked TCP of the pod: this is the outbound capture.
@@ -37,10 +39,12 @@ const PRIORITY_KEEP: u32 = 15002;
 /// Every interface's index of `lo`. Source: Linux `include/net/flow.h`, `LOOPBACK_IFINDEX`.
 pub(super) const LOOPBACK_IFINDEX: u32 = 1;
 
-/// Which connections of the pod take the redirection route, and which do not. All are for TCP that
-/// the pod itself sends.
+/// Which connections of the pod take the redirection route, and which do not. All are for what the
+/// pod itself sends, and but for [`Rule::Dns`] for TCP.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
 pub(super) enum Rule {
+    /// What is not marked and goes to port 53.
+    Dns(Dns),
     /// Not those that are not marked and go to these ports: they go on behind [`Rule::Capture`].
     Exclude(Ports),
     /// All that are not marked and go to these ports, or to any.
@@ -49,9 +53,17 @@ pub(super) enum Rule {
     Keep,
 }
 
+/// A protocol of DNS.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
+pub(super) enum Dns {
+    Udp,
+    Tcp,
+}
+
 impl Rule {
     fn priority(self) -> u32 {
         match self {
+            Self::Dns(_) => PRIORITY_DNS,
             Self::Exclude(_) => PRIORITY_EXCLUDE,
             Self::Capture(_) => PRIORITY_CAPTURE,
             Self::Keep => PRIORITY_KEEP,
@@ -60,8 +72,24 @@ impl Rule {
 
     fn mark(self) -> u32 {
         match self {
-            Self::Exclude(_) | Self::Capture(_) => 0,
+            Self::Dns(_) | Self::Exclude(_) | Self::Capture(_) => 0,
             Self::Keep => MARK_REDIRECTED,
+        }
+    }
+
+    fn protocol(self) -> IpProtocol {
+        match self {
+            Self::Dns(Dns::Udp) => IpProtocol::Udp,
+            _ => IpProtocol::Tcp,
+        }
+    }
+
+    fn ports(self) -> Option<Ports> {
+        match self {
+            Self::Dns(_) => Some(Ports { first: PORT_DNS, last: PORT_DNS }),
+            Self::Exclude(ports) => Some(ports),
+            Self::Capture(ports) => ports,
+            Self::Keep => None,
         }
     }
 
@@ -77,10 +105,17 @@ impl Rule {
         let rule = match message.header.action {
             RuleAction::Goto if has(RuleAttribute::Goto(PRIORITY_KEEP)) => Self::Exclude(ports?),
             RuleAction::ToTable if has(RuleAttribute::Table(TABLE)) => Self::Capture(ports),
-            RuleAction::ToTable if has(RuleAttribute::Table(TABLE_KEEP)) => Self::Keep,
+            RuleAction::ToTable if has(RuleAttribute::Table(TABLE_KEEP)) => {
+                match has(RuleAttribute::Priority(PRIORITY_DNS)) {
+                    true if has(RuleAttribute::IpProtocol(IpProtocol::Udp)) => Self::Dns(Dns::Udp),
+                    true => Self::Dns(Dns::Tcp),
+                    false => Self::Keep,
+                }
+            }
             _ => return None,
         };
-        has(RuleAttribute::Priority(rule.priority())).then_some(rule)
+        let whole = has(RuleAttribute::Priority(rule.priority())) && rule.ports() == ports;
+        whole.then_some(rule)
     }
 }
 
@@ -180,8 +215,8 @@ struct Outbound {
 }
 
 impl Outbound {
-    fn new(source: IpAddr, selections: &Selections) -> Self {
-        let Selections { outbound_ranges: ranges, outbound_ports: ports, .. } = selections;
+    fn new(source: IpAddr, traffic: &Traffic) -> Self {
+        let Selections { outbound_ranges: ranges, outbound_ports: ports, .. } = &traffic.selections;
         let of_family = |net: &&IpNet| net.addr().is_ipv4() == source.is_ipv4();
         let route = |destination: IpNet, source| Route { table: TABLE, destination, source };
         let except: Vec<IpNet> = ranges.except.iter().filter(of_family).copied().collect();
@@ -194,9 +229,14 @@ impl Outbound {
         let routes = only.map(|net| route(net, Some(source)));
         Self {
             routes: routes.chain(except.iter().map(|net| route(*net, None))).collect(),
-            rules: port_rules(ports),
+            rules: port_rules(ports).into_iter().chain(dns_rules(traffic)).collect(),
         }
     }
+}
+
+fn dns_rules(traffic: &Traffic) -> impl Iterator<Item = Rule> {
+    let captured = traffic.captures_dns();
+    [Dns::Udp, Dns::Tcp].into_iter().filter(move |_| captured).map(Rule::Dns)
 }
 
 /// The last port that a rule can name. Source: Linux `include/net/fib_rules.h`,
@@ -326,9 +366,9 @@ impl Routing {
 
     /// Makes the outbound capture of one family what the settings say. What is captured before and
     /// after is captured at every moment between: what is new comes before what is old goes.
-    pub(super) fn set_outbound(&self, source: IpAddr, selections: &Selections) -> Result<()> {
+    pub(super) fn set_outbound(&self, source: IpAddr, traffic: &Traffic) -> Result<()> {
         self.runtime.block_on(async {
-            let wanted = Outbound::new(source, selections);
+            let wanted = Outbound::new(source, traffic);
             for route in &wanted.routes {
                 self.add_route(*route).await?;
             }
@@ -348,13 +388,9 @@ impl Routing {
     }
 
     /// What there is of the outbound capture of one family.
-    pub(super) fn outbound(
-        &self,
-        source: IpAddr,
-        selections: &Selections,
-    ) -> Result<OutboundState> {
+    pub(super) fn outbound(&self, source: IpAddr, traffic: &Traffic) -> Result<OutboundState> {
         self.runtime.block_on(async {
-            let wanted = Outbound::new(source, selections);
+            let wanted = Outbound::new(source, traffic);
             let mut rules = self.our_rules(version(source)).await?;
             rules.remove(&Rule::Keep);
             let routes: BTreeSet<Route> = self
@@ -365,7 +401,7 @@ impl Routing {
                 .filter(|route| route.table == TABLE)
                 .collect();
             Ok(OutboundState {
-                any: rules.iter().any(|rule| matches!(rule, Rule::Capture(_))),
+                any: rules.iter().any(|rule| matches!(rule, Rule::Dns(_) | Rule::Capture(_))),
                 rules: rules == wanted.rules,
                 routes: routes == wanted.routes,
             })
@@ -456,7 +492,8 @@ impl Routing {
         request = match rule {
             Rule::Exclude(_) => request.table_id(0).action(RuleAction::Goto),
             Rule::Capture(_) => request.table_id(TABLE).action(RuleAction::ToTable),
-            Rule::Keep => request.table_id(TABLE_KEEP).action(RuleAction::ToTable),
+            // All of it, whatever ranges the other table leaves out.
+            Rule::Dns(_) | Rule::Keep => request.table_id(TABLE_KEEP).action(RuleAction::ToTable),
         };
         let message = request.message_mut();
         message.header.family = match family {
@@ -464,11 +501,11 @@ impl Routing {
             IpAddr::V6(_) => AddressFamily::Inet6,
         };
         message.attributes.push(RuleAttribute::FwMask(MARK_MASK));
-        message.attributes.push(RuleAttribute::IpProtocol(IpProtocol::Tcp));
+        message.attributes.push(RuleAttribute::IpProtocol(rule.protocol()));
         if let Rule::Exclude(_) = rule {
             message.attributes.push(RuleAttribute::Goto(PRIORITY_KEEP));
         }
-        if let Rule::Exclude(ports) | Rule::Capture(Some(ports)) = rule {
+        if let Some(ports) = rule.ports() {
             let range = RulePortRange { start: ports.first, end: ports.last };
             message.attributes.push(RuleAttribute::DestinationPortRange(range));
         }

@@ -1,4 +1,4 @@
-//! The iterators over a pod's sockets. Every function here runs inside the pod's namespace, except
+//! A pod's sockets. Every function here runs inside the pod's namespace, except
 //! [`offsets`].
 
 use std::{
@@ -9,7 +9,7 @@ use std::{
 use anyhow::{Context as _, Result, anyhow};
 use aya::programs::Iter;
 use btfparse::{Offset, Readable, TypeInformation};
-use redirect_ebpf::abi::SockOffsets;
+use redirect_ebpf::abi::{PORT_PROXY_DNS, SockOffsets};
 
 const VMLINUX_BTF: &str = "/sys/kernel/btf/vmlinux";
 
@@ -61,6 +61,29 @@ impl Readable for BtfBytes {
     }
 }
 
+/// Whether a UDP socket is bound to the port of the proxy's DNS, in either family.
+pub(super) fn dns_listens() -> Result<bool> {
+    for path in ["/proc/thread-self/net/udp", "/proc/thread-self/net/udp6"] {
+        match fs::read_to_string(path) {
+            Ok(table) if has_port(&table, PORT_PROXY_DNS) => return Ok(true),
+            // A kernel without IPv6 has no such table.
+            Err(e) if e.kind() != io::ErrorKind::NotFound => {
+                return Err(e).with_context(|| format!("read {path}"));
+            }
+            _ => {}
+        }
+    }
+    Ok(false)
+}
+
+/// Whether a socket of the table has this local port. Source: Linux `net/ipv4/udp.c`,
+/// `udp4_format_sock`.
+fn has_port(table: &str, port: u16) -> bool {
+    let end = format!(":{port:04X}");
+    let mut sockets = table.lines().skip(1);
+    sockets.any(|line| line.split_whitespace().nth(1).is_some_and(|local| local.ends_with(&end)))
+}
+
 /// Runs an iterator over all TCP sockets; returns how many bytes it wrote.
 pub(super) fn iterate(iter: &mut Iter) -> Result<usize> {
     let link = iter.attach().context("attach a socket iterator")?;
@@ -69,4 +92,22 @@ pub(super) fn iterate(iter: &mut Iter) -> Result<usize> {
     let mut out = Vec::new();
     file.read_to_end(&mut out).context("run a socket iterator")?;
     Ok(out.len())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn socket_is_found_by_its_local_port_in_either_table() {
+        let head = "  sl  local_address rem_address   st tx_queue rx_queue\n";
+        let v4 = "  1: 0100007F:3ACD 00000000:0000 07 00000000:00000000 00:00000000 00000000  0\n";
+        let v6 =
+            "  2: 00000000000000000000000001000000:3ACD 00000000000000000000000000000000:0000 07\n";
+        let other =
+            "  3: 0100007F:0035 0100007F:3ACD 07 00000000:00000000 00:00000000 00000000  0\n";
+        for (socket, found) in [(v4, true), (v6, true), (other, false), ("", false)] {
+            assert_eq!(has_port(&format!("{head}{socket}"), PORT_PROXY_DNS), found, "{socket}");
+        }
+    }
 }

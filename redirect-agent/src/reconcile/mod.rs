@@ -43,6 +43,10 @@ const TICK: Duration = Duration::from_secs(1);
 /// How often what is left of dead namespaces is swept at least.
 const SWEEP: Duration = Duration::from_secs(10);
 
+/// What `status` says of a pod whose DNS is refused, because its proxy has none.
+const NO_DNS: &str = "the proxy has no DNS (port 15053), so the pod's queries are refused: switch on \
+the proxy's, or DNS capture off (--dns-capture, annotation ambient.istio.io/dns-capture)";
+
 /// How to run on this node.
 #[derive(Clone, Debug)]
 pub struct Settings {
@@ -395,7 +399,17 @@ impl<S: Source> Observer<S> {
                             }
                             Err(e) => message = Some(format!("{e:#}")),
                         }
+                        let captures_dns = view.standing.captured && view.traffic.captures_dns();
+                        if captures_dns && message.is_none() {
+                            message = match dataplane.dns_listens(netns) {
+                                Ok(true) => None,
+                                Ok(false) => Some(NO_DNS.to_owned()),
+                                Err(e) => Some(format!("{e:#}")),
+                            };
+                        }
                     }
+                    let mut traffic = view.traffic;
+                    traffic.dns_capture &= view.standing.prepared;
                     let netns = view.netns.as_ref().map(|netns| netns.netns.inode());
                     let counters = netns.and_then(|inode| counters.remove(&inode));
                     PodStatus {
@@ -407,7 +421,7 @@ impl<S: Source> Observer<S> {
                         reason: view.decision.reason,
                         message,
                         overridden,
-                        traffic: Some(view.traffic).filter(|t| *t != Traffic::default()),
+                        traffic: Some(traffic).filter(|t| *t != Traffic::default()),
                         netns,
                         kernel,
                         counters: counters

@@ -19,18 +19,20 @@ use aya::{
 };
 use redirect_agent::dataplane::{OBJECT, sock_offsets};
 use redirect_ebpf::abi::{
-    Addr, Counter, CounterKey, Flow, HINT_NONE, Hint, INBOUND_BYPASS, INBOUND_REDIRECT,
-    ListenerKey, PodEntry, PodId, PodPeer, PodPort,
+    Addr, Counter, CounterKey, DnsFlow, DnsKey, Flow, HINT_NONE, Hint, INBOUND_BYPASS,
+    INBOUND_REDIRECT, ListenerKey, PodEntry, PodId, PodPeer, PodPort,
 };
 
 use crate::{
     packet::LINK_HEADER,
     sys::{self, Insn},
-    world::{Key as PodAndKind, Listener, Since},
+    world::{Key as PodAndKind, LONG_AGO, Listener, NOW, Since},
 };
 
 /// Longer than any machine takes for one step of the test.
 const GRACE_NS: u64 = 600_000_000_000;
+/// Longer than any DNS flow is kept for its own sake.
+const LONG_NS: u64 = 3_600_000_000_000;
 const AF_INET: u32 = 2;
 const AF_INET6: u32 = 10;
 const IPPROTO_TCP: u32 = 6;
@@ -67,8 +69,8 @@ pub struct Kernel {
     lo: ProgramFd,
     interface: ProgramFd,
     lookup: ProgramFd,
-    ask_v4: OwnedFd,
-    ask_v6: OwnedFd,
+    /// By protocol (TCP) and family (IPv4).
+    ask: BTreeMap<(bool, bool), OwnedFd>,
     pub maps: Maps,
 }
 
@@ -79,8 +81,11 @@ impl Kernel {
             lo: classifier(&mut ebpf, "redirect_lo")?,
             interface: classifier(&mut ebpf, "redirect_ext")?,
             lookup: lookup(&mut ebpf)?,
-            ask_v4: sys::load_tc(&ask(12)).context("load the question for IPv4")?,
-            ask_v6: sys::load_tc(&ask(36)).context("load the question for IPv6")?,
+            ask: [(true, true), (true, false), (false, true), (false, false)]
+                .into_iter()
+                .map(|(tcp, v4)| Ok(((tcp, v4), sys::load_tc(&ask(tcp, v4))?)))
+                .collect::<io::Result<_>>()
+                .context("load the questions")?,
             maps: Maps::take(&mut ebpf, cpu)?,
             ebpf,
         })
@@ -137,9 +142,9 @@ impl Kernel {
     }
 
     /// Lets the kernel look for the socket of a flow that comes in on `lo`; gives its local port.
-    pub fn ask_on_lo(&self, flow: &Flow) -> Result<Option<u16>> {
+    pub fn ask_on_lo(&self, tcp: bool, flow: &Flow) -> Result<Option<u16>> {
         let skip = if flow.local.is_v4() { 12 } else { 0 };
-        let program = if skip == 12 { &self.ask_v4 } else { &self.ask_v6 };
+        let program = &self.ask[&(tcp, skip == 12)];
         let mut packet = vec![0; LINK_HEADER];
         packet.extend(&flow.remote.octets[skip..]);
         packet.extend(&flow.local.octets[skip..]);
@@ -207,11 +212,13 @@ fn lookup(ebpf: &mut Ebpf) -> Result<ProgramFd> {
     Ok(program.fd()?.try_clone()?)
 }
 
-/// A `tc` program that lets the kernel look for a TCP socket by the `struct bpf_sock_tuple` of this
-/// length behind the packet's link header, and returns the socket's local port, or 0.
-fn ask(len: i32) -> [Insn; 20] {
+/// A `tc` program that lets the kernel look for a TCP or UDP socket by the `struct bpf_sock_tuple`
+/// behind the packet's link header, and returns the socket's local port, or 0.
+fn ask(tcp: bool, v4: bool) -> [Insn; 20] {
+    let len = if v4 { 12 } else { 36 };
     const SKB_LOAD_BYTES: i32 = 26;
     const SKC_LOOKUP_TCP: i32 = 99;
+    const SK_LOOKUP_UDP: i32 = 85;
     const SK_RELEASE: i32 = 86;
     const BPF_SOCK_SRC_PORT: i16 = 44;
     let insn = |code: u8, dst: u8, src: u8, off: i16, imm: i32| -> Insn {
@@ -239,7 +246,7 @@ fn ask(len: i32) -> [Insn; 20] {
         // BPF_F_CURRENT_NETNS
         set(4, -1),
         set(5, 0),
-        call(SKC_LOOKUP_TCP),
+        call(if tcp { SKC_LOOKUP_TCP } else { SK_LOOKUP_UDP }),
         // Nothing found: return 0.
         insn(0x15, 0, 0, 4, 0),
         insn(0x61, 7, 0, BPF_SOCK_SRC_PORT, 0),
@@ -260,6 +267,7 @@ pub struct Maps {
     hint: PerCpuArray<MapData, Hint>,
     inbound_ports: LpmTrie<MapData, PodPort, u32>,
     inbound_ranges: LpmTrie<MapData, PodPeer, u32>,
+    dns_flows: HashMap<MapData, DnsKey, DnsFlow>,
 }
 
 impl Maps {
@@ -276,6 +284,7 @@ impl Maps {
             hint: map("hint")?.try_into()?,
             inbound_ports: map("inbound_ports")?.try_into()?,
             inbound_ranges: map("inbound_ranges")?.try_into()?,
+            dns_flows: map("dns_flows")?.try_into()?,
         })
     }
 
@@ -314,6 +323,9 @@ impl Maps {
         }
         for key in self.listeners()? {
             self.set_listener(key, None)?;
+        }
+        for key in self.dns_flows.keys().collect::<Result<Vec<_>, _>>()? {
+            self.dns_flows.remove(&key)?;
         }
         for key in self.missing()?.into_keys() {
             self.set_missing(key, None)?;
@@ -377,6 +389,26 @@ impl Maps {
             None => absent(self.missing.remove(&key))?,
         }
         Ok(())
+    }
+
+    /// Enters a flow, from the model's time.
+    pub fn set_flow(&mut self, key: &DnsKey, flow: &DnsFlow) -> Result<()> {
+        // See `set_missing`.
+        let age = if flow.used_ns == NOW { 0 } else { LONG_NS };
+        let flow = DnsFlow { used_ns: sys::now().wrapping_sub(age), ..*flow };
+        self.dns_flows.insert(key, flow, 0)?;
+        Ok(())
+    }
+
+    /// The flows, in the model's time.
+    pub fn flows(&self) -> Result<BTreeMap<DnsKey, DnsFlow>> {
+        let now = sys::now();
+        let entries = self.dns_flows.iter().map(|entry| {
+            let (key, flow) = entry?;
+            let recent = now.wrapping_sub(flow.used_ns) < LONG_NS / 2;
+            Ok((key, DnsFlow { used_ns: if recent { NOW } else { LONG_AGO }, ..flow }))
+        });
+        entries.collect()
     }
 
     pub fn missing(&self) -> Result<BTreeMap<PodAndKind, Since>> {

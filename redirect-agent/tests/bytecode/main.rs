@@ -20,14 +20,15 @@ use nix::{
 };
 use redirect_ebpf::{
     abi::{
-        Counter, Flow, HINT_FROM_PROXY, HINT_NO_LISTENER, HINT_NONE, Hint, LISTENER_OUTBOUND,
-        MARK_DIRECT, MARK_PROXY, MARK_REDIRECTED, PodId,
+        Addr, Counter, Flow, HINT_FROM_PROXY, HINT_NO_LISTENER, HINT_NONE, Hint, LISTENER_OUTBOUND,
+        MARK_DIRECT, MARK_PROXY, MARK_REDIRECTED, PORT_PROXY_DNS, PodId,
     },
-    verdict::{self, Fate, Ingress, Lookup, Steer, with_mesh_mark},
+    dns::{self, Dns, Message},
+    verdict::{self, Fate, Ingress, Lookup, Segment, Steer, with_mesh_mark},
 };
 
 use crate::{
-    kernel::{Kernel, Tcx},
+    kernel::{Kernel, RanTcx, Tcx},
     packet::{Packet, choose},
     world::{Since, World, own_id},
 };
@@ -139,6 +140,15 @@ struct Seen {
     neighbours_listener: usize,
     no_listener_to_redirect_to: usize,
     refuse: usize,
+    dns_ask: usize,
+    dns_alias: usize,
+    dns_answer: usize,
+    dns_drop: usize,
+    dns_busy: usize,
+    dns_servfail: usize,
+    dns_unanswerable: usize,
+    dns_unreadable: usize,
+    dns_unread_answer: usize,
 }
 
 impl Seen {
@@ -158,6 +168,14 @@ impl Seen {
             ("a neighbour's listener", self.neighbours_listener),
             ("no listener to redirect to", self.no_listener_to_redirect_to),
             ("refuse", self.refuse),
+            ("DNS to the proxy", self.dns_ask),
+            ("DNS by another port", self.dns_alias),
+            ("DNS to the client", self.dns_answer),
+            ("DNS dropped", self.dns_drop),
+            ("SERVFAIL", self.dns_servfail),
+            ("DNS refused and not answered", self.dns_unanswerable),
+            ("DNS that cannot be parsed", self.dns_unreadable),
+            ("an answer that cannot be parsed", self.dns_unread_answer),
         ] {
             ensure!(times > 0, "no packet reaches the outcome `{outcome}`");
         }
@@ -183,7 +201,8 @@ impl Checks<'_> {
         let state = self.world.state.borrow();
         let maps = &self.kernel.maps;
         same("map listeners", &state.listeners.keys().copied().collect(), &maps.listeners()?)?;
-        same("map proxy_missing", &state.missing, &maps.missing()?)
+        same("map proxy_missing", &state.missing, &maps.missing()?)?;
+        same("map dns_flows", &state.flows, &maps.flows()?)
     }
 
     /// Proxies come and go, and the grace runs out.
@@ -191,7 +210,12 @@ impl Checks<'_> {
         let key = self.world.random_key(rng);
         let mut state = self.world.state.borrow_mut();
         let maps = &mut self.kernel.maps;
-        match rng.u8(..7) {
+        match rng.u8(..9) {
+            7.. => {
+                let (key, flow) = world::dns_flow(rng);
+                maps.set_flow(&key, &flow)?;
+                state.flows.insert(key, flow);
+            }
             0..3 => {
                 let socket = if key.0 == own_id() {
                     self.world.proxy_socket(key.1)
@@ -228,6 +252,22 @@ impl Checks<'_> {
             seen.too_short_for_the_kernel += 1;
             return Ok(());
         };
+        if let (Tcx::Lo, Some(message)) = (at, &packet.message) {
+            let dns = dns::on_lo(mark, message, &self.world);
+            if dns != Dns::Other {
+                return self.dns(dns, message, &packet, mark, &ran, seen).with_context(|| {
+                    format!("{dns:?}, mark {mark:#x}: {message:?} in {packet:?}")
+                });
+            }
+        }
+        if let (Tcx::Lo, Some((src, dst))) = (at, &packet.unread)
+            && let Some(pod_id) = dns::drops_unread(mark, src, dst, &self.world)
+        {
+            seen.dns_unread_answer += 1;
+            same("return value", &TC_ACT_SHOT, &ran.ret)?;
+            let count = Some((pod_id, Counter::DroppedDnsUnreadable));
+            return same("count", &count, &self.kernel.maps.take_count()?);
+        }
         let Ingress { fate, mark: new, hint, count } = match at {
             Tcx::Lo => verdict::on_lo(mark, packet.segment.as_ref(), &self.world),
             Tcx::Interface => {
@@ -267,6 +307,67 @@ impl Checks<'_> {
         compare().with_context(|| format!("{at:?}, mark {mark:#x}: {packet:?}"))
     }
 
+    fn dns(
+        &mut self,
+        dns: Dns,
+        message: &Message,
+        packet: &Packet,
+        mark: u32,
+        ran: &RanTcx,
+        seen: &mut Seen,
+    ) -> Result<()> {
+        let old = &message.segment;
+        let (goes_on, new_mark, count) = match dns {
+            Dns::Other => (true, mark, None),
+            Dns::Ask { from_port, count } => {
+                let new = Segment {
+                    dst: Addr::loopback(old.dst.is_v4()),
+                    dst_port: PORT_PROXY_DNS,
+                    src_port: from_port,
+                    ..*old
+                };
+                let written = packet.has_checksum || new == *old;
+                if written {
+                    packet.check_readdressed(&ran.packet, &new)?;
+                }
+                seen.dns_ask += 1;
+                seen.dns_alias += usize::from(from_port != old.src_port);
+                (written, with_mesh_mark(mark, MARK_PROXY), count)
+            }
+            Dns::Answer { from, from_port, to_port } => {
+                let new = Segment { src: from, src_port: from_port, dst_port: to_port, ..*old };
+                let written = packet.has_checksum || new == *old;
+                if written {
+                    packet.check_readdressed(&ran.packet, &new)?;
+                }
+                seen.dns_answer += 1;
+                (written, with_mesh_mark(mark, MARK_REDIRECTED), None)
+            }
+            Dns::Drop(pod_id, counter) => {
+                seen.dns_drop += 1;
+                (false, mark, Some((pod_id, counter)))
+            }
+            Dns::Refuse(pod_id, counter) => {
+                let written = if message.tcp { packet.has_checksum } else { packet.is_query };
+                match (written, message.tcp) {
+                    (false, _) => seen.dns_unanswerable += 1,
+                    (true, true) => packet.check_reset(&ran.packet)?,
+                    (true, false) => {
+                        packet.check_refused(&ran.packet)?;
+                        seen.dns_servfail += 1;
+                    }
+                }
+                seen.dns_busy += usize::from(counter == Counter::RefusedDnsBusy);
+                (written, mark, Some((pod_id, counter)))
+            }
+        };
+        let returned = if goes_on { TC_ACT_UNSPEC } else { TC_ACT_SHOT };
+        same("return value", &returned, &ran.ret)?;
+        same("mark", &new_mark, &ran.mark)?;
+        same("hint", &None, &self.kernel.maps.hint()?)?;
+        same("count", &count, &self.kernel.maps.take_count()?)
+    }
+
     fn lookup(&mut self, rng: &mut Rng, seen: &mut Seen) -> Result<()> {
         let v4 = rng.bool();
         let (remote, local) = world::addresses(rng, v4);
@@ -277,7 +378,7 @@ impl Checks<'_> {
         // A test run of `sk_lookup` has no interface; the kernel's own question on `lo` has, but
         // cannot ask for an IPv4 address in IPv6.
         let on_lo = rng.bool() && v4 == local.is_v4() && v4 == remote.is_v4();
-        let tcp = on_lo || rng.u8(..8) > 0;
+        let tcp = rng.u8(..8) > 0;
         let lookup = Lookup { tcp, flow, on_lo, hint };
         let steer = verdict::steer(&lookup, &self.world);
 
@@ -287,9 +388,10 @@ impl Checks<'_> {
                 let found = match (returned, chosen) {
                     (SK_DROP, _) => None,
                     (_, Some(cookie)) => self.port(cookie),
-                    _ => self.world.listener(&local, flow.local_port).map(|s| s.bound.port()),
+                    _ if tcp => self.world.listener(&local, flow.local_port).map(port_of),
+                    _ => self.world.udp_socket(&local, flow.local_port).map(port_of),
                 };
-                let asked = self.kernel.ask_on_lo(&flow)?;
+                let asked = self.kernel.ask_on_lo(tcp, &flow)?;
                 same("port of the socket", &found, &asked)?;
             } else {
                 let ran = self.kernel.run_lookup(v4, tcp, &flow)?;
@@ -304,6 +406,7 @@ impl Checks<'_> {
             Steer::Pass(None) => seen.pass += 1,
             Steer::Pass(Some((_, Counter::BypassedInbound))) => seen.bypassed_inbound += 1,
             Steer::Pass(Some(_)) => seen.counted_pass += 1,
+            Steer::Refuse(_, Counter::DroppedDnsUnreadable) => seen.dns_unreadable += 1,
             Steer::Refuse(..) => seen.refuse += 1,
             Steer::Redirect { .. } if chosen.is_none() => seen.no_listener_to_redirect_to += 1,
             Steer::Redirect { .. } if chosen == Some(self.neighbour.cookie) => {
@@ -347,6 +450,10 @@ impl Checks<'_> {
     fn socket(&self, cookie: u64) -> Option<&world::Listener> {
         self.world.sockets.iter().chain([self.neighbour]).find(|socket| socket.cookie == cookie)
     }
+}
+
+fn port_of(socket: &world::Listener) -> u16 {
+    socket.bound.port()
 }
 
 fn same<T: PartialEq + std::fmt::Debug>(what: &str, model: &T, kernel: &T) -> Result<()> {

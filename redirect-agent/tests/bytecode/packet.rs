@@ -5,13 +5,18 @@ use std::fmt;
 use anyhow::{Context as _, Result, bail, ensure};
 use etherparse::{NetSlice, SlicedPacket, TransportSlice};
 use fastrand::Rng;
-use redirect_ebpf::{abi::Addr, verdict::Segment};
+use redirect_ebpf::{
+    abi::{Addr, PORT_DNS, PORT_PROXY_DNS},
+    dns::Message,
+    verdict::Segment,
+};
 
 use crate::world;
 
 /// Source: Linux `include/uapi/linux/if_ether.h`, `ETH_HLEN`.
 pub const LINK_HEADER: usize = 14;
 const TCP: u8 = 6;
+const UDP: u8 = 17;
 const FIN: u8 = 0x01;
 const SYN: u8 = 0x02;
 const RST: u8 = 0x04;
@@ -24,6 +29,12 @@ pub struct Packet {
     pub ip: bool,
     /// The TCP segment, unless it is one that the programs leave to `sk_lookup`.
     pub segment: Option<Segment>,
+    /// That, or the UDP datagram.
+    pub message: Option<Message>,
+    /// The addresses of what is neither, but is IP.
+    pub unread: Option<(Addr, Addr)>,
+    /// Whether a datagram has a DNS query's header whole.
+    pub is_query: bool,
     /// Whether the TCP header reaches as far as its checksum.
     pub has_checksum: bool,
     /// Whether nothing is cut off.
@@ -52,8 +63,23 @@ impl Packet {
             choose(rng, &[SYN | ACK, ACK, RST, RST | ACK, FIN | ACK, SYN | RST, SYN | FIN, 0])
         };
         let sequence = rng.u32(..);
-        let tcp = segment(rng, [src, dst], [src_port, dst_port], sequence, flags);
-        let protocol = if rng.u8(..10) < 9 { TCP } else { choose(rng, &[17, 1, 58, 132, 0, 4]) };
+        let protocol = if rng.u8(..10) < 9 {
+            choose(rng, &[TCP, TCP, UDP])
+        } else {
+            choose(rng, &[1, 58, 132, 0, 4])
+        };
+        let (src_port, dst_port, dst) = match rng.u8(..8) {
+            0 => (PORT_PROXY_DNS, dst_port, dst),
+            1 => (src_port, PORT_DNS, dst),
+            2 => (src_port, PORT_PROXY_DNS, Addr::loopback(v4)),
+            _ => (src_port, dst_port, dst),
+        };
+        let src = if src_port == PORT_PROXY_DNS { Addr::loopback(v4) } else { src };
+        let is_query = rng.u8(..4) > 0;
+        let tcp = match protocol {
+            UDP => datagram(rng, [src, dst], [src_port, dst_port], is_query),
+            _ => segment(rng, [src, dst], [src_port, dst_port], sequence, flags),
+        };
 
         let (ethertype, header, plain) = if v4 {
             ipv4(rng, src, dst, protocol, &tcp)
@@ -76,16 +102,73 @@ impl Packet {
         }
         // What the programs read: ports, sequence numbers, flags.
         let tcp_len = bytes.len().saturating_sub(LINK_HEADER + header.len());
-        let parsable = ip && plain && protocol == TCP && tcp_len >= 14;
-        let segment = parsable.then_some(Segment {
-            src,
-            dst,
-            src_port,
-            dst_port,
-            opens: flags & (SYN | ACK | RST) == SYN,
-        });
+        let opens = protocol == UDP || flags & (SYN | ACK | RST) == SYN;
+        let found = Segment { src, dst, src_port, dst_port, opens };
+        let segment = (ip && plain && protocol == TCP && tcp_len >= 14).then_some(found);
+        let datagram = (ip && plain && protocol == UDP && tcp_len >= 8).then_some(found);
+        let message = segment
+            .map(|segment| Message { segment, tcp: true })
+            .or(datagram.map(|segment| Message { segment, tcp: false }));
+        let header_len = if v4 { 20 } else { 40 };
+        let unread = (ip && message.is_none() && bytes.len() >= LINK_HEADER + header_len)
+            .then_some((src, dst));
+        let has_checksum = protocol == UDP || tcp_len >= 18;
+        let is_query = is_query && tcp_len >= 20;
         let whole = bytes.len() == len;
-        Self { bytes, ip, segment, has_checksum: tcp_len >= 18, whole, sequence }
+        Self { bytes, ip, segment, message, unread, is_query, has_checksum, whole, sequence }
+    }
+
+    /// Checks that `rewritten` differs from this packet by its addresses and ports only.
+    pub fn check_readdressed(&self, rewritten: &[u8], new: &Segment) -> Result<()> {
+        self.check_changed(rewritten, new, |_| {})
+    }
+
+    /// Checks that `reply` is the answer SERVFAIL to this query.
+    pub fn check_refused(&self, reply: &[u8]) -> Result<()> {
+        let Some(Message { segment: asked, .. }) = self.message else { bail!("no message") };
+        let new = Segment {
+            src: asked.dst,
+            dst: asked.src,
+            src_port: asked.dst_port,
+            dst_port: asked.src_port,
+            ..asked
+        };
+        self.check_changed(reply, &new, |udp| {
+            // RFC 1035, 4.1.1: QR, no TC; RA and the code, and RFC 4035's CD as it was.
+            udp[10] = udp[10] & 0x7d | 0x80;
+            udp[11] = udp[11] & 0x10 | 0x82;
+        })
+    }
+
+    /// Checks that `frame` is this packet with other addresses and ports, and what `change` makes of
+    /// its transport header and payload, with the right checksums.
+    fn check_changed(&self, frame: &[u8], new: &Segment, change: impl Fn(&mut [u8])) -> Result<()> {
+        if !self.whole {
+            return Ok(());
+        }
+        let mut expected = self.bytes.clone();
+        let v4 = expected[LINK_HEADER] >> 4 == 4;
+        let (addresses, skip) = if v4 { (LINK_HEADER + 12, 12) } else { (LINK_HEADER + 8, 0) };
+        let both = [&new.src.octets[skip..], &new.dst.octets[skip..]].concat();
+        expected[addresses..addresses + both.len()].copy_from_slice(&both);
+        if v4 {
+            let end = LINK_HEADER + tcp_offset(frame);
+            expected[LINK_HEADER + 10..LINK_HEADER + 12].fill(0);
+            let sum = checksum(&expected[LINK_HEADER..end]);
+            expected[LINK_HEADER + 10..LINK_HEADER + 12].copy_from_slice(&sum.to_be_bytes());
+        }
+        let transport = &mut expected[LINK_HEADER + tcp_offset(frame)..];
+        transport[..2].copy_from_slice(&new.src_port.to_be_bytes());
+        transport[2..4].copy_from_slice(&new.dst_port.to_be_bytes());
+        change(transport);
+        match self.message {
+            Some(Message { tcp: true, .. }) => seal(transport, TCP, 16, &new.src, &new.dst),
+            // No checksum, and so it stays.
+            _ if transport[6..8] == [0, 0] => {}
+            _ => seal(transport, UDP, 6, &new.src, &new.dst),
+        }
+        ensure!(frame == expected, "{frame:02x?} where {expected:02x?} should be");
+        Ok(())
     }
 
     /// Checks that `reply` is the RST that makes the sender of this SYN give up; nobody takes one
@@ -206,15 +289,41 @@ fn segment(
     for _ in 0..choose(rng, &[0, 0, 1, 8, 33]) {
         tcp.push(rng.u8(..));
     }
+    seal(&mut tcp, TCP, 16, &src, &dst);
+    tcp
+}
+
+/// A UDP datagram, mostly with what begins as a DNS message does.
+fn datagram(rng: &mut Rng, [src, dst]: [Addr; 2], ports: [u16; 2], query: bool) -> Vec<u8> {
+    let mut udp: Vec<u8> = ports.iter().flat_map(|port| port.to_be_bytes()).collect();
+    let payload = choose(rng, &[0, 5, 11, 12, 13, 60, 61]);
+    udp.extend((8 + payload as u16).to_be_bytes());
+    udp.extend([0; 2]);
+    udp.extend((0..payload).map(|_| rng.u8(..)));
+    if let Some(flags) = udp.get_mut(10) {
+        *flags = if query { *flags & 0x7f } else { *flags | 0x80 };
+    }
+    if rng.u8(..6) > 0 {
+        seal(&mut udp, UDP, 6, &src, &dst);
+    }
+    udp
+}
+
+/// Writes the checksum of a transport header and its payload.
+fn seal(transport: &mut [u8], protocol: u8, at: usize, src: &Addr, dst: &Addr) {
+    transport[at..at + 2].fill(0);
     // A pseudo-header of IPv6 has the same sum as that of IPv4: it is longer by zeros only.
     let skip = if src.is_v4() && dst.is_v4() { 12 } else { 0 };
     let mut sum = [&src.octets[skip..], &dst.octets[skip..]].concat();
-    sum.extend((tcp.len() as u32).to_be_bytes());
-    sum.extend([0, 0, 0, TCP]);
-    sum.extend(&tcp);
-    let sum = checksum(&sum);
-    tcp[16..18].copy_from_slice(&sum.to_be_bytes());
-    tcp
+    sum.extend((transport.len() as u32).to_be_bytes());
+    sum.extend([0, 0, 0, protocol]);
+    sum.extend(&*transport);
+    let sum = match checksum(&sum) {
+        // RFC 768: 0 is for none.
+        0 if protocol == UDP => 0xffff,
+        sum => sum,
+    };
+    transport[at..at + 2].copy_from_slice(&sum.to_be_bytes());
 }
 
 /// The Internet checksum, RFC 1071.

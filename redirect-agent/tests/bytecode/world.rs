@@ -14,10 +14,12 @@ use anyhow::{Context as _, Result};
 use fastrand::Rng;
 use redirect_ebpf::{
     abi::{
-        Addr, DECISION_BYPASS, DECISION_ENROLLED, Flow, LISTENER_HBONE, LISTENER_INBOUND,
-        LISTENER_OUTBOUND, MARK_PROXY, MARK_REDIRECTED, POD_BYPASS_INBOUND, POD_CAPTURE,
-        POD_INBOUND_RULES, PORT_HBONE, PORT_INBOUND, PORT_OUTBOUND, PodEntry, PodId,
+        Addr, DECISION_BYPASS, DECISION_ENROLLED, DnsFlow, DnsKey, Flow, LISTENER_HBONE,
+        LISTENER_INBOUND, LISTENER_OUTBOUND, MARK_PROXY, MARK_REDIRECTED, POD_BYPASS_INBOUND,
+        POD_CAPTURE, POD_DNS, POD_INBOUND_RULES, PORT_DNS, PORT_HBONE, PORT_INBOUND, PORT_OUTBOUND,
+        PORT_PROXY_DNS, PROTOCOL_TCP, PROTOCOL_UDP, PodEntry, PodId,
     },
+    dns::{DnsEnv, Message},
     verdict::{Env, Pods, Proxy, Segment},
 };
 use socket2::{Domain, Socket, Type};
@@ -35,7 +37,7 @@ pub fn own_id() -> PodId {
 
 /// The node's other pods: the decision, the flags, the addresses.
 const OTHERS: [(PodId, u32, u32, [&str; 2]); 3] = [
-    (4_026_532_002, DECISION_ENROLLED, POD_CAPTURE, ["10.0.0.10", "fd00::10"]),
+    (4_026_532_002, DECISION_ENROLLED, POD_CAPTURE | POD_DNS, ["10.0.0.10", "fd00::10"]),
     (4_026_532_003, DECISION_BYPASS, 0, ["10.0.0.11", "fd00::11"]),
     (4_026_532_004, DECISION_ENROLLED, 0, ["10.0.0.12", "fd00::12"]),
 ];
@@ -80,7 +82,8 @@ fn any(rng: &mut Rng, v4: bool) -> Addr {
 pub fn port(rng: &mut Rng) -> u16 {
     match rng.u8(..8) {
         0..4 => choose(rng, &APPLICATION_PORTS),
-        4..7 => choose(rng, &KINDS).1,
+        4..6 => choose(rng, &KINDS).1,
+        6 => choose(rng, &[PORT_DNS, PORT_DNS, PORT_PROXY_DNS]),
         _ => rng.u16(32768..),
     }
 }
@@ -124,6 +127,23 @@ impl Listener {
         open().with_context(|| format!("listen on {bound}"))
     }
 
+    pub fn open_udp(bound: SocketAddr, mark: u32) -> Result<Self> {
+        let open = || {
+            let socket = Socket::new(Domain::for_address(bound), Type::DGRAM, None)?;
+            // The namespace's lo is down.
+            match bound.is_ipv4() {
+                true => socket.set_freebind_v4(true)?,
+                false => socket.set_freebind_v6(true)?,
+            }
+            socket.set_mark(mark)?;
+            socket.bind(&bound.into())?;
+            let cookie = socket.cookie()?;
+            let marked = mark & 0xfff == MARK_PROXY;
+            std::io::Result::Ok(Self { socket, bound, cookie, only_v6: bound.is_ipv6(), marked })
+        };
+        open().with_context(|| format!("open UDP socket {bound}"))
+    }
+
     /// Whether the kernel finds it for a packet to this address.
     pub fn hears(&self, to: &Addr, port: u16) -> bool {
         self.bound.port() == port
@@ -159,6 +179,8 @@ pub struct State {
     pub listeners: BTreeMap<Key, u64>,
     /// The map `proxy_missing`.
     pub missing: BTreeMap<Key, Since>,
+    /// The map `dns_flows`, but for the times, which are those of [`World::now`].
+    pub flows: BTreeMap<DnsKey, DnsFlow>,
 }
 
 /// The surroundings.
@@ -169,6 +191,8 @@ pub struct World {
     pub excluded: (Option<u16>, Option<Addr>),
     /// Every socket that listens in the namespace.
     pub sockets: Vec<Listener>,
+    /// Every UDP socket in it.
+    pub udp: Vec<Listener>,
     pub state: RefCell<State>,
 }
 
@@ -182,15 +206,37 @@ impl World {
         for port in APPLICATION_PORTS {
             application(rng, port, &mut sockets)?;
         }
+        let mut udp = Vec::new();
+        for ip in ["127.0.0.1", "::1"] {
+            let bound = SocketAddr::new(ip.parse()?, PORT_PROXY_DNS);
+            let mark = |rng: &mut Rng| choose(rng, &[MARK_PROXY, MARK_PROXY, MARK_PROXY, 0]);
+            if rng.u8(..4) > 0 {
+                sockets.push(Listener::open(bound, false, mark(rng))?);
+            }
+            if rng.u8(..4) > 0 {
+                udp.push(Listener::open_udp(bound, mark(rng))?);
+            }
+        }
         let port = rng.bool().then(|| port(rng));
         let v4 = rng.bool();
         let peer = rng.bool().then(|| any(rng, v4));
-        Ok(Self { pods: pods(rng), excluded: (port, peer), sockets, state: RefCell::default() })
+        Ok(Self {
+            pods: pods(rng),
+            excluded: (port, peer),
+            sockets,
+            udp,
+            state: RefCell::default(),
+        })
     }
 
     /// The listener that the kernel finds by itself.
     pub fn listener(&self, to: &Addr, port: u16) -> Option<&Listener> {
         self.sockets.iter().find(|socket| socket.hears(to, port))
+    }
+
+    /// The UDP socket that the kernel finds by itself.
+    pub fn udp_socket(&self, to: &Addr, port: u16) -> Option<&Listener> {
+        self.udp.iter().find(|socket| socket.hears(to, port))
     }
 
     /// A pod and a kind, of those that occur.
@@ -242,6 +288,57 @@ impl Env for World {
     }
 }
 
+impl DnsEnv for World {
+    fn dns_listens(&self, pod_id: PodId, message: &Message) -> bool {
+        let sockets = if message.tcp { &self.sockets } else { &self.udp };
+        let loopback = Addr::loopback(message.segment.dst.is_v4());
+        let found = sockets.iter().find(|socket| socket.hears(&loopback, PORT_PROXY_DNS));
+        pod_id == own_id() && found.is_some_and(|socket| socket.marked)
+    }
+
+    fn now(&self) -> u64 {
+        NOW
+    }
+
+    fn flow(&self, key: &DnsKey) -> Option<DnsFlow> {
+        self.state.borrow().flows.get(key).copied()
+    }
+
+    fn touch(&self, key: &DnsKey, now: u64, from_client: bool) {
+        if let Some(flow) = self.state.borrow_mut().flows.get_mut(key) {
+            flow.used_ns = now;
+            let number = if from_client { &mut flow.asked } else { &mut flow.answered };
+            *number = number.wrapping_add(1);
+        }
+    }
+
+    fn enter(&self, key: &DnsKey, flow: &DnsFlow, _: bool) -> bool {
+        self.state.borrow_mut().flows.insert(*key, *flow);
+        true
+    }
+}
+
+/// The model's time. The kernel's is translated into it: a moment ago, or long ago.
+pub const NOW: u64 = 1 << 60;
+pub const LONG_AGO: u64 = 0;
+
+/// An entry of `dns_flows`, in the model's time.
+pub fn dns_flow(rng: &mut Rng) -> (DnsKey, DnsFlow) {
+    let v4 = rng.bool();
+    let protocol = choose(rng, &[PROTOCOL_TCP, PROTOCOL_UDP]);
+    let key = DnsKey { client: own(rng, v4), alias: port(rng), protocol };
+    let flow = DnsFlow {
+        used_ns: choose(rng, &[NOW, LONG_AGO]),
+        resolver: any(rng, v4),
+        pod_id: own_id(),
+        asked: rng.u32(..3),
+        answered: rng.u32(..3),
+        resolver_port: PORT_DNS,
+        client_port: if rng.bool() { key.alias } else { port(rng) },
+    };
+    (key, flow)
+}
+
 fn port_of(kind: u32) -> u16 {
     match kind {
         LISTENER_INBOUND => PORT_INBOUND,
@@ -268,6 +365,7 @@ fn pods(rng: &mut Rng) -> BTreeMap<Addr, PodEntry> {
             (DECISION_ENROLLED, POD_CAPTURE | (rng.u32(..) & !others))
         }
     };
+    let flags = if rng.u8(..4) > 0 { flags | POD_DNS } else { flags };
     let entry = PodEntry { pod_id: own_id(), decision, reason: 2, flags };
     pods.extend(OWN.map(|address| (known(address), entry)));
     if rng.u8(..4) == 0 {

@@ -8,7 +8,7 @@ use std::time::Duration;
 
 use anyhow::Context;
 use clap::{Args, Parser, Subcommand};
-use redirect_tests::hbone::{self, Config, HboneClient, Identity};
+use redirect_tests::hbone::{self, Config, Dns, HboneClient, Identity};
 use serde_json::json;
 use tokio::signal::unix::{SignalKind, signal};
 use tracing_subscriber::EnvFilter;
@@ -51,6 +51,12 @@ struct Run {
     /// Append one JSON line per connection to this file
     #[arg(long, value_name = "FILE")]
     log_json: Option<PathBuf>,
+    /// The resolver for names that are not of the mesh
+    #[arg(long, value_name = "IP:PORT")]
+    dns_upstream: Option<SocketAddr>,
+    /// Have no DNS
+    #[arg(long, conflicts_with = "dns_upstream")]
+    no_dns: bool,
     /// How many seconds connections may go on after SIGTERM
     #[arg(long, value_name = "SECONDS", default_value_t = 5)]
     drain: u64,
@@ -114,6 +120,7 @@ async fn serve(run: Run) -> anyhow::Result<()> {
         ca_dir: run.ca_dir,
         manifests: run.manifests,
         log_json: run.log_json,
+        dns: (!run.no_dns).then_some(Dns { upstream: run.dns_upstream }),
         drain: Duration::from_secs(run.drain),
     };
     hbone::run(config, shutdown).await

@@ -9,8 +9,8 @@ use std::os::fd::{AsFd, OwnedFd};
 use std::sync::mpsc;
 use std::time::Duration;
 
-use socket2::{Domain, Protocol, SockRef, Socket, TcpKeepalive, Type};
-use tokio::net::{TcpListener, TcpSocket, TcpStream};
+use socket2::{Domain, SockRef, Socket, TcpKeepalive, Type};
+use tokio::net::{TcpListener, TcpSocket, TcpStream, UdpSocket};
 use tokio::sync::oneshot;
 use tracing::warn;
 
@@ -25,7 +25,7 @@ const KEEPALIVE: Duration = Duration::from_secs(180);
 /// As ztunnel (`config.rs`, `SocketConfig`).
 const KEEPALIVE_RETRIES: u32 = 9;
 
-type SocketRequest = (Domain, oneshot::Sender<io::Result<Socket>>);
+type SocketRequest = (Domain, Type, oneshot::Sender<io::Result<Socket>>);
 
 /// A pod's network namespace, in which sockets can be opened.
 ///
@@ -50,8 +50,8 @@ impl InPod {
             // A receiver that is gone wants no answer, here and below.
             let _ = entered.send(entering);
             if alive {
-                for (domain, reply) in requests {
-                    let _ = reply.send(open(domain));
+                for (domain, kind, reply) in requests {
+                    let _ = reply.send(open(domain, kind));
                 }
             }
         })?;
@@ -63,10 +63,45 @@ impl InPod {
     }
 
     async fn socket(&self, domain: Domain) -> io::Result<TcpSocket> {
-        let (reply, socket) = oneshot::channel();
-        self.sockets.send((domain, reply)).map_err(|_| gone())?;
-        let socket = socket.await.map_err(|_| gone())??;
+        let socket = self.any_socket(domain, Type::STREAM).await?;
         Ok(TcpSocket::from_std_stream(socket.into()))
+    }
+
+    async fn any_socket(&self, domain: Domain, kind: Type) -> io::Result<Socket> {
+        let (reply, socket) = oneshot::channel();
+        self.sockets.send((domain, kind, reply)).map_err(|_| gone())?;
+        socket.await.map_err(|_| gone())?
+    }
+
+    /// The sockets of the proxy's DNS on loopback, in each family that there is: SO_MARK and
+    /// SO_REUSEPORT, and not IP_TRANSPARENT.
+    pub(super) async fn dns_sockets(&self, port: u16) -> io::Result<Vec<(UdpSocket, TcpListener)>> {
+        let mut sockets = Vec::new();
+        for ip in [IpAddr::from(Ipv4Addr::LOCALHOST), Ipv6Addr::LOCALHOST.into()] {
+            let at = SocketAddr::new(ip, port);
+            let udp = match self.any_socket(Domain::for_address(at), Type::DGRAM).await {
+                Err(e) if e.raw_os_error() == Some(nix::libc::EAFNOSUPPORT) => continue,
+                socket => socket?,
+            };
+            udp.set_reuse_port(true)?;
+            match udp.bind(&at.into()) {
+                // The kernel has IPv6, the pod has not.
+                Err(e) if e.raw_os_error() == Some(nix::libc::EADDRNOTAVAIL) => continue,
+                bound => bound?,
+            }
+            let tcp = self.socket(Domain::for_address(at)).await?;
+            tcp.set_reuseport(true)?;
+            tcp.bind(at)?;
+            sockets.push((UdpSocket::from_std(udp.into())?, tcp.listen(BACKLOG)?));
+        }
+        Ok(sockets)
+    }
+
+    /// A UDP socket that talks to `addr` only.
+    pub(super) async fn udp(&self, addr: SocketAddr) -> io::Result<UdpSocket> {
+        let socket = self.any_socket(Domain::for_address(addr), Type::DGRAM).await?;
+        socket.connect(&addr.into())?;
+        UdpSocket::from_std(socket.into())
     }
 
     /// Listens on the wildcard address: SO_MARK, SO_REUSEPORT and IP_TRANSPARENT, and not
@@ -127,8 +162,8 @@ fn bind_transparently(socket: &TcpSocket, source: IpAddr) -> io::Result<()> {
     socket.bind(SocketAddr::new(source, 0))
 }
 
-fn open(domain: Domain) -> io::Result<Socket> {
-    let socket = Socket::new(domain, Type::STREAM.nonblocking(), Some(Protocol::TCP))?;
+fn open(domain: Domain, kind: Type) -> io::Result<Socket> {
+    let socket = Socket::new(domain, kind.nonblocking(), None)?;
     socket.set_mark(MARK)?;
     Ok(socket)
 }

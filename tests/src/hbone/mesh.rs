@@ -160,6 +160,14 @@ impl View {
         policy::is_strict(&self.policies, namespace, labels, port)
     }
 
+    /// The addresses of a service; `None` when there is no such service.
+    pub(super) fn service_addresses(&self, namespace: &str, name: &str) -> Option<Vec<IpAddr>> {
+        let is = |service: &Service| service.key.0 == namespace && service.key.1 == name;
+        let addresses: Vec<IpAddr> =
+            self.services_by_ip.iter().filter(|(_, s)| is(s)).map(|(ip, _)| *ip).collect();
+        (!addresses.is_empty()).then_some(addresses)
+    }
+
     fn endpoint(
         &self,
         service: &Service,

@@ -5,15 +5,16 @@
 //! takes pods over ZDS, opens its sockets in their netns with the same ports and options, finds the
 //! original destination in the same way, connects from the same addresses, and ends connections at
 //! the same moments. What ztunnel gets from istiod it reads from Kubernetes manifests. It has no
-//! waypoints, no AuthorizationPolicy, no DNS proxy, no metrics.
+//! waypoints, no AuthorizationPolicy, no metrics.
 //!
 //! Where to look: `zds` is the wire, `workloads` what the proxy does with it, `inpod` the sockets,
-//! `outbound`, `inbound` and `inbound_plaintext` the three listeners, `tunnel` and `pool` HTTP/2,
+//! `outbound`, `inbound` and `inbound_plaintext` the three listeners, `dns` the pod's DNS, `tunnel` and `pool` HTTP/2,
 //! `tls` and `ca` identities, `mesh` and `policy` the manifests, `access_log` what it has seen.
 
 mod access_log;
 mod ca;
 mod client;
+mod dns;
 mod inbound;
 mod inbound_plaintext;
 mod inpod;
@@ -29,6 +30,7 @@ mod workloads;
 pub mod zds;
 
 use std::future::Future;
+use std::net::SocketAddr;
 use std::path::PathBuf;
 use std::time::Duration;
 
@@ -71,8 +73,17 @@ pub struct Config {
     pub manifests: Option<PathBuf>,
     /// Where to append a line per connection.
     pub log_json: Option<PathBuf>,
+    /// Whether it has DNS, and whom that asks for names that are not of the mesh.
+    pub dns: Option<Dns>,
     /// How long connections may go on after a graceful shutdown began.
     pub drain: Duration,
+}
+
+/// The DNS of the proxy.
+#[derive(Clone, Copy, Debug, Default)]
+pub struct Dns {
+    /// The resolver for names that are not of the mesh; without one they have no answer.
+    pub upstream: Option<SocketAddr>,
 }
 
 /// Runs the proxy until `shutdown` resolves, then drains it.

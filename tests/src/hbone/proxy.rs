@@ -1,4 +1,4 @@
-//! One workload's proxy: three listeners in its netns.
+//! One workload's proxy: three listeners in its netns, and its DNS.
 
 use std::io;
 use std::net::SocketAddr;
@@ -18,8 +18,8 @@ use super::pool::Pool;
 use super::stop::Stop;
 use super::tls::WorkloadTls;
 use super::zds::WorkloadInfo;
-use super::{HBONE_PORT, INBOUND_PLAINTEXT_PORT, OUTBOUND_PORT};
-use super::{inbound, inbound_plaintext, outbound};
+use super::{Dns, HBONE_PORT, INBOUND_PLAINTEXT_PORT, OUTBOUND_PORT};
+use super::{dns, inbound, inbound_plaintext, outbound};
 
 /// Time to breathe after a failed accept: it fails again at once when files have run out.
 const ACCEPT_PAUSE: Duration = Duration::from_millis(10);
@@ -60,6 +60,7 @@ impl Proxy {
         ca: &Ca,
         mesh: &Arc<Mesh>,
         log: &AccessLog,
+        dns: Option<Dns>,
         info: WorkloadInfo,
         netns: OwnedFd,
     ) -> anyhow::Result<Self> {
@@ -75,6 +76,9 @@ impl Proxy {
 
         let tls = WorkloadTls::new(ca, &Identity::new(&info.namespace, &info.service_account))?;
         let stop = Stop::default();
+        if let Some(Dns { upstream }) = dns {
+            dns::start(&inpod, mesh, upstream, &stop).await.context("start DNS")?;
+        }
         let pool = Pool::new(inpod.clone(), tls.clone(), stop.clone());
         info!(pod = name, "listening");
         let workload = Arc::new(Workload {

@@ -13,12 +13,12 @@ use tokio::task::JoinSet;
 use tokio::time::Instant;
 use tracing::{info, warn};
 
-use super::Config;
 use super::access_log::AccessLog;
 use super::ca::Ca;
 use super::mesh::Mesh;
 use super::proxy::Proxy;
 use super::zds::{Connection, Request, WorkloadInfo};
+use super::{Config, Dns};
 
 /// As ztunnel (`inpod/workloadmanager.rs`, `RETRY_DURATION`).
 const RETRY: Duration = Duration::from_secs(5);
@@ -47,6 +47,7 @@ pub(super) struct Workloads {
     ca: Ca,
     mesh: Arc<Mesh>,
     log: AccessLog,
+    dns: Option<Dns>,
     running: HashMap<String, (NetnsId, Proxy)>,
     /// Those whose proxy did not start.
     pending: HashMap<String, (WorkloadInfo, OwnedFd)>,
@@ -62,6 +63,7 @@ impl Workloads {
             ca: Ca::open(&config.ca_dir)?,
             mesh: Mesh::follow(config.manifests.clone())?,
             log: AccessLog::open(&config.node, config.log_json.as_deref())?,
+            dns: config.dns,
             running: HashMap::new(),
             pending: HashMap::new(),
             retry: None,
@@ -189,7 +191,8 @@ impl Workloads {
             None => {}
         }
         let netns = netns.try_clone().context("keep the netns")?;
-        let proxy = Proxy::start(&self.ca, &self.mesh, &self.log, info.clone(), netns).await?;
+        let proxy =
+            Proxy::start(&self.ca, &self.mesh, &self.log, self.dns, info.clone(), netns).await?;
         self.running.insert(uid.to_owned(), (id, proxy));
         Ok(())
     }

@@ -163,6 +163,11 @@ impl Node {
 
     /// Starts a proxy and waits until it has taken over what the agent knows.
     pub fn start_proxy(&mut self) -> Result<()> {
+        self.start_proxy_with(&[])
+    }
+
+    /// The same, with these flags for the proxy.
+    pub fn start_proxy_with(&mut self, flags: &[&str]) -> Result<()> {
         let log = self.next_log("proxy");
         let mut command = Command::new(binary("standin-proxy")?);
         command
@@ -175,7 +180,8 @@ impl Node {
             .arg("--manifests")
             .arg(&self.manifests)
             .arg("--log-json")
-            .arg(log.with_extension("json"));
+            .arg(log.with_extension("json"))
+            .args(flags);
         let mut proxy = Process::spawn(&format!("proxy of {}", self.name), &mut command, log)?;
         proxy.wait_for_log("snapshot complete", SOON)?;
         self.proxies.push(proxy);

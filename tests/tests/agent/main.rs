@@ -6,6 +6,7 @@ mod api_server;
 mod bad_input;
 mod cluster;
 mod commands;
+mod dns;
 mod drift;
 mod labels;
 mod load;
