@@ -444,7 +444,10 @@ impl Routing {
             for family in [IpVersion::V4, IpVersion::V6] {
                 for message in self.rules(family).await? {
                     let ours = message.attributes.iter().any(|attribute| {
-                        matches!(attribute, RuleAttribute::Priority(PRIORITY_EXCLUDE..=PRIORITY_KEEP))
+                        matches!(
+                            attribute,
+                            RuleAttribute::Priority(PRIORITY_EXCLUDE..=PRIORITY_KEEP)
+                        )
                     });
                     if ours && Rule::read(&message).is_none() {
                         done(self.handle.rule().del(message).execute().await)

@@ -96,6 +96,8 @@ struct View {
     netns: Option<Arc<PodNetns>>,
     traffic: Traffic,
     problem: Option<String>,
+    /// Whether that is a failure.
+    failing: bool,
     /// Whether it was tried to bring the pod to where it should be, since the agent started.
     tried: bool,
 }
@@ -103,13 +105,13 @@ struct View {
 impl View {
     fn state(&self) -> PodState {
         let s = &self.standing;
-        match (self.decision.enrolled, &self.problem) {
+        match (self.decision.enrolled, self.failing) {
             (true, _) if s.captured => PodState::Enrolled,
-            (true, Some(_)) if !s.offered => PodState::Failed,
-            (true, _) => PodState::Enrolling,
+            (true, true) => PodState::Failed,
+            (true, false) => PodState::Enrolling,
             (false, _) if !s.prepared => PodState::Bypassing,
-            (false, Some(_)) => PodState::Failed,
-            (false, None) => PodState::Leaving,
+            (false, true) => PodState::Failed,
+            (false, false) => PodState::Leaving,
         }
     }
 }

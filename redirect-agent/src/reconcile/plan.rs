@@ -28,6 +28,8 @@ pub(super) struct Standing {
     pub(super) published: bool,
     /// Something may be published of it.
     pub(super) mentioned: bool,
+    /// Its peers may be told so although nothing of it is in place: its sandbox was made anew.
+    pub(super) stale: bool,
     /// The map `pods` says why it bypasses.
     pub(super) noted: bool,
 }
@@ -64,6 +66,7 @@ pub(super) enum Step {
 /// loses it, loses it only when they have ended or have had their time.
 pub(super) fn next(wish: Wish, s: &Standing) -> Option<Step> {
     match wish {
+        Wish::Enrolled if s.stale && !s.captured => Some(Step::Retract),
         Wish::Enrolled if !s.prepared => Some(Step::Prepare),
         Wish::Enrolled if !s.served => Some(Step::Serve),
         Wish::Enrolled if !s.captured || !s.shaped => Some(Step::Capture),
@@ -90,7 +93,7 @@ mod tests {
             Step::Serve => (s.served, s.offered) = (true, true),
             Step::Capture => (s.captured, s.shaped, s.redirected) = (true, true, true),
             Step::Publish => (s.published, s.mentioned) = (true, true),
-            Step::Retract => (s.published, s.mentioned) = (false, false),
+            Step::Retract => (s.published, s.mentioned, s.stale) = (false, false, false),
             Step::Release => (s.captured, s.shaped) = (false, false),
             Step::Drain => s.redirected = false,
             Step::Withdraw => (s.served, s.offered) = (false, false),
@@ -111,7 +114,7 @@ mod tests {
     }
 
     fn every_standing() -> impl Iterator<Item = Standing> {
-        (0..=511u16).map(|bits| {
+        (0..=1023u16).map(|bits| {
             let bit = |n: u8| bits & (1 << n) != 0;
             Standing {
                 prepared: bit(0),
@@ -122,6 +125,7 @@ mod tests {
                 redirected: bit(4),
                 published: bit(5),
                 noted: bit(6),
+                stale: bit(5) && bit(9),
                 mentioned: bit(5) || bit(7),
             }
         })
@@ -146,6 +150,15 @@ mod tests {
         // Half-way it may well be captured: it has to be released all the same.
         let (steps, _) = walk(Wish::Bypass, changed);
         assert_eq!(steps, [Retract, Release, Drain, Withdraw, Note]);
+    }
+
+    #[test]
+    fn peers_stop_speaking_hbone_to_a_pod_whose_sandbox_is_made_anew() {
+        use Step::*;
+        let lost =
+            Standing { published: true, mentioned: true, stale: true, ..Standing::default() };
+        let (steps, _) = walk(Wish::Enrolled, lost);
+        assert_eq!(steps, [Retract, Prepare, Serve, Capture, Publish]);
     }
 
     #[test]

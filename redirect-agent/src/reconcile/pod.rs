@@ -8,7 +8,7 @@ use tokio::{
     task::spawn_blocking,
     time::{Instant, sleep_until, timeout},
 };
-use tracing::{info, warn};
+use tracing::{debug, info, warn};
 
 use super::{
     Shared, View, Wanted,
@@ -55,6 +55,8 @@ pub(super) struct PodTask<S> {
     /// The addresses whose rows of the map `pods` say why the pod bypasses.
     noted: Vec<IpAddr>,
     problem: Option<String>,
+    /// Whether that is a failure, and not just something that is awaited.
+    failing: bool,
     /// How often steps have failed since one last succeeded.
     failures: u32,
     /// The problem that an Event was last recorded of.
@@ -87,7 +89,8 @@ impl<S: Source> PodTask<S> {
         pod: Pod,
     ) -> Self {
         // What a former agent published is not known; taking it back is harmless.
-        let standing = Standing { mentioned: true, ..Standing::default() };
+        let stale = pod.annotations.contains_key(ANNOTATION_REDIRECTION);
+        let standing = Standing { mentioned: true, stale, ..Standing::default() };
         let key = pod.key.clone();
         Self {
             shared,
@@ -103,6 +106,7 @@ impl<S: Source> PodTask<S> {
             network: None,
             noted: Vec::new(),
             problem: None,
+            failing: false,
             failures: 0,
             told: None,
             enrolling: None,
@@ -122,6 +126,12 @@ impl<S: Source> PodTask<S> {
     /// must know every enrolled pod before it serves the first proxy.
     pub(super) async fn adopt(&mut self) {
         if let Err(e) = self.try_adopt().await {
+            // Its annotation may well be right.
+            self.standing.stale = false;
+            self.failing = !self.pod.ips.is_empty();
+            if self.failing {
+                warn!(pod = %self.key, "{e:#}");
+            }
             self.problem = Some(format!("{e:#}"));
         }
         self.show();
@@ -180,23 +190,29 @@ impl<S: Source> PodTask<S> {
             let pause = match self.advance().await {
                 Ok(true) => {
                     retry = RETRY_FIRST;
-                    self.problem = None;
+                    (self.problem, self.failing) = (None, false);
                     (self.failures, self.told) = (0, None);
                     look
                 }
-                Ok(false) => look,
+                Ok(false) => {
+                    self.failing = false;
+                    look
+                }
                 Err(e) => {
                     let problem = format!("{e:#}");
                     self.shared.metrics.failed();
-                    if self.problem.as_ref() != Some(&problem) {
+                    // What is missing of a pod on its way out is missing for good.
+                    let news = self.problem.as_ref() != Some(&problem);
+                    if news && !self.pod.deleting {
                         warn!(pod = %self.key, "{problem}");
                     }
                     self.failures = self.failures.saturating_add(1);
-                    if self.failures >= FAILURES_TO_TELL && self.told.as_ref() != Some(&problem) {
+                    let lasts = self.failures >= FAILURES_TO_TELL && !self.pod.deleting;
+                    if lasts && self.told.as_ref() != Some(&problem) {
                         self.record(EventKind::EnrolmentFailed, problem.clone());
                         self.told = Some(problem.clone());
                     }
-                    self.problem = Some(problem);
+                    (self.problem, self.failing) = (Some(problem), true);
                     if self.standing.prepared && !self.netns_stands() {
                         self.lose_netns().await;
                     }
@@ -217,7 +233,7 @@ impl<S: Source> PodTask<S> {
                         verify = Instant::now() + verify_interval;
                     }
                     if let Err(e) = self.verify(due).await {
-                        self.problem = Some(format!("{e:#}"));
+                        (self.problem, self.failing) = (Some(format!("{e:#}")), true);
                     }
                 }
             }
@@ -296,9 +312,19 @@ impl<S: Source> PodTask<S> {
                 self.standing.published = true;
             }
             Step::Retract => {
-                self.shared.source.publish(&self.pod, None).await?;
-                self.standing.published = false;
-                self.standing.mentioned = false;
+                let retracted = self.shared.source.publish(&self.pod, None).await;
+                match retracted {
+                    // It is about to be true again.
+                    Err(e) if self.wish() == Some(Wish::Enrolled) => {
+                        warn!(pod = %self.key, "{e:#}");
+                    }
+                    retracted => {
+                        retracted?;
+                        self.standing.published = false;
+                        self.standing.mentioned = false;
+                    }
+                }
+                self.standing.stale = false;
             }
             Step::Release => {
                 let netns = self.open_netns().await?;
@@ -437,7 +463,13 @@ impl<S: Source> PodTask<S> {
     /// The namespace is gone or another: the proxy must let go of it. What the kernel still has
     /// for the old one keeps refusing, should anything run in it, and is swept when it is dead.
     async fn lose_netns(&mut self) {
-        warn!(pod = %self.key, "its network namespace is gone");
+        if self.standing.offered || self.standing.prepared {
+            if self.pod.deleting || self.wish().is_none() {
+                debug!(pod = %self.key, "its network namespace is gone");
+            } else {
+                warn!(pod = %self.key, "its network namespace is gone");
+            }
+        }
         self.let_go().await;
     }
 
@@ -445,7 +477,8 @@ impl<S: Source> PodTask<S> {
     async fn let_go(&mut self) {
         (self.netns, self.network) = (None, None);
         self.shared.zds.delete(&self.pod.uid).await;
-        self.standing = Standing { mentioned: true, ..Standing::default() };
+        let stale = self.standing.published || self.standing.stale;
+        self.standing = Standing { mentioned: true, stale, ..Standing::default() };
     }
 
     /// The pod is gone from the source. If its namespace is still there, and it was not deleted, it
@@ -614,6 +647,7 @@ impl<S: Source> PodTask<S> {
             traffic: self.traffic(),
             netns: self.netns.clone(),
             problem: self.problem.clone().or_else(|| self.told_of_annotations()),
+            failing: self.failing,
             tried: self.tried,
         };
         self.shared.views().insert(self.key.clone(), view);

@@ -93,6 +93,8 @@ pub struct Node {
     netns_dir: PathBuf,
     bpffs: PathBuf,
     flags: Vec<String>,
+    /// Where the agent serves health and metrics, or `off`.
+    health: String,
     /// How the agent reaches the API server, when pods come from there and not from the manifests.
     kubeconfig: Option<PathBuf>,
     /// How many processes were started: each has a log of its own.
@@ -111,6 +113,7 @@ impl Node {
             netns_dir: topology.netns_dir(),
             bpffs: topology.bpffs().join(&name),
             flags: flags.iter().map(|&flag| flag.to_owned()).collect(),
+            health: "off".to_owned(),
             kubeconfig: None,
             started: 0,
             name,
@@ -136,6 +139,11 @@ impl Node {
         self.kubeconfig = Some(kubeconfig);
     }
 
+    /// Lets the next agent serve health and metrics.
+    pub fn serve_health(&mut self, address: SocketAddr) {
+        self.health = address.to_string();
+    }
+
     /// Starts the agent and does not wait.
     pub fn spawn_agent(&mut self) -> Result<Process> {
         let mut command = self.command("run")?;
@@ -151,7 +159,7 @@ impl Node {
             .arg("--zds-socket")
             .arg(self.zds_socket())
             .args(["--excluded-namespaces", "kube-system,excluded"])
-            .args(["--health-address", "off"])
+            .args(["--health-address", &self.health])
             .args(&self.flags);
         match &self.kubeconfig {
             Some(kubeconfig) => command.arg("--kubeconfig").arg(kubeconfig),

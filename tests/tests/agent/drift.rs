@@ -3,8 +3,10 @@
 use std::net::{IpAddr, SocketAddr};
 use std::path::Path;
 use std::process::Command;
+use std::time::Duration;
 
 use anyhow::{Context as _, Result};
+use redirect_agent::output::PodState;
 use redirect_tests::app::Call;
 use redirect_tests::both_families;
 use redirect_tests::footprint::{assert_unchanged, footprint};
@@ -12,13 +14,15 @@ use redirect_tests::netns::Family;
 use redirect_tests::process::{succeed, wait_for};
 use redirect_tests::topology::Pod;
 
-use crate::cluster::{Cluster, Node, PORT, SOON, echo, links, now};
+use crate::cluster::{Cluster, Manifest, Node, PORT, SOON, echo, links, now};
 use crate::load::Load;
 
 both_families! {
     what_is_removed_behind_the_agents_back_is_put_back,
     interfaces_come_and_go_in_an_enrolled_pod,
     address_that_comes_later_is_captured_until_it_goes,
+    change_is_noticed_when_it_happens,
+    rules_of_an_older_agent_are_removed,
 }
 
 const OFTEN: &[&str] = &["--verify-interval", "300ms"];
@@ -139,6 +143,45 @@ fn address_that_comes_later_is_captured_until_it_goes(family: Family) -> Result<
     wait_for("everything as before", SOON, || {
         Ok((footprint(&server.netns)? == before).then_some(()))
     })
+}
+
+/// The timer does not come round in this test.
+fn change_is_noticed_when_it_happens(family: Family) -> Result<()> {
+    let cluster = &Cluster::enrolled(&["--verify-interval", "1h"])?;
+    let Cluster { node, server, client, .. } = cluster;
+    let _apps = (echo(server)?, echo(client)?);
+    let before = footprint(&server.netns)?;
+    let flag = if family == Family::V4 { "-4" } else { "-6" };
+    for _ in 0..3 {
+        server.netns.output("ip", &[flag, "rule", "del", "priority", "15001"])?;
+        wait_for("the rule", Duration::from_secs(5), || {
+            Ok((footprint(&server.netns)? == before).then_some(()))
+        })?;
+    }
+    server.netns.ip("link add net1 type veth peer name net2\nlink set net1 up")?;
+    let pin = node.links(server)?.join(format!("tcx_{}", index(server, "net1")?));
+    wait_for("a program on the new interface", Duration::from_secs(5), || {
+        Ok(pin.exists().then_some(()))
+    })?;
+    cluster.assert_redirected(family)
+}
+
+fn rules_of_an_older_agent_are_removed(family: Family) -> Result<()> {
+    let cluster = &Cluster::start()?;
+    let Cluster { node, server, client, .. } = cluster;
+    let _apps = (echo(server)?, echo(client)?);
+    let before = footprint(&server.netns)?;
+    let flag = if family == Family::V4 { "-4" } else { "-6" };
+    let old = "rule add iif lo fwmark 0x111/0xfff priority 15002 lookup 15001";
+    let add: Vec<&str> = [flag].into_iter().chain(old.split(' ')).collect();
+    server.netns.output("ip", &add)?;
+    node.enrol(server)?;
+    let rules = server.netns.output("ip", &[flag, "rule", "show", "priority", "15002"])?;
+    assert_eq!(rules.lines().count(), 1, "{rules}");
+    cluster.assert_redirected(family)?;
+    node.write(&Manifest::of(server).mode("none"))?;
+    node.wait_for_state(server, PodState::Bypassing)?;
+    assert_unchanged(&server.netns, &before)
 }
 
 fn index(pod: &Pod, interface: &str) -> Result<String> {

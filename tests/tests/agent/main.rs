@@ -8,6 +8,7 @@ mod cluster;
 mod commands;
 mod dns;
 mod drift;
+mod health;
 mod labels;
 mod load;
 mod neighbours;

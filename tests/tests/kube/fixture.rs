@@ -7,6 +7,7 @@ use std::{
 
 use redirect_agent::{
     membership::{Config, Pod, PodKey},
+    metrics::Metrics,
     source::{
         Inventory, Source as _,
         kube::{self, KubeSource},
@@ -41,7 +42,10 @@ impl Fixture {
     pub async fn follow(server: ApiServer, membership: &Config) -> Fixture {
         let config = config_of(&server).await;
         let (source, watcher) =
-            timeout(SOON, kube::open(config, NODE, membership)).await.unwrap().unwrap();
+            timeout(SOON, kube::open(config, NODE, membership, &Metrics::default()))
+                .await
+                .unwrap()
+                .unwrap();
         let stop = CancellationToken::new();
         tokio::spawn(watcher.run(stop.clone()));
         let inventory = source.inventory();

@@ -1,0 +1,63 @@
+//! What the kubelet and Prometheus ask of the agent.
+
+use std::io::{Read as _, Write as _};
+use std::net::{Ipv6Addr, SocketAddr, TcpListener, TcpStream};
+
+use anyhow::{Context as _, Result};
+use redirect_tests::netns::Family;
+use redirect_tests::process::wait_for;
+
+use crate::cluster::{Cluster, SOON, echo};
+
+#[test]
+fn agent_tells_its_health_and_what_it_has_counted() -> Result<()> {
+    let mut cluster = Cluster::without_agent(&["--verify-interval", "300ms"])?;
+    // Free a moment ago, and nothing else here takes ports of this host.
+    let address = TcpListener::bind((Ipv6Addr::LOCALHOST, 0))?.local_addr()?;
+    cluster.node.serve_health(address);
+    cluster.node.start_agent()?;
+    assert_eq!(get(address, "/healthz")?, (200, "ok\n".to_owned()));
+    wait_for("the agent to be ready", SOON, || {
+        Ok((get(address, "/readyz")? == (200, "[+] pods\n".to_owned())).then_some(()))
+    })?;
+    assert_eq!(get(address, "/elsewhere")?.0, 404);
+    assert_has(address, "redirect_zds_connections 0")?;
+    assert_has(address, "redirect_pods{state=\"bypassing\",reason=\"not-labelled\"} 1")?;
+
+    cluster.node.start_proxy()?;
+    cluster.node.enrol(&cluster.server)?;
+    let _apps = (echo(&cluster.server)?, echo(&cluster.client)?);
+    cluster.assert_redirected(Family::V4)?;
+    cluster.assert_redirected(Family::V6)?;
+    assert_has(address, "redirect_zds_connections 1")?;
+    assert_has(address, "redirect_pods{state=\"enrolled\",reason=\"pod-label-ambient\"} 1")?;
+    assert_has(address, "redirect_connections_total{verdict=\"redirected_outbound\"} 2")?;
+    assert_has(address, "redirect_connections_total{verdict=\"redirected_inbound\"} 2")?;
+    assert_has(address, "redirect_enrolment_duration_seconds_count 1")?;
+
+    cluster.server.netns.output("ip", &["-4", "rule", "del", "priority", "15001"])?;
+    assert_has(address, "redirect_drift_total{kind=\"rule\"} 1")
+}
+
+/// What is counted may be counted a moment later.
+fn assert_has(address: SocketAddr, line: &str) -> Result<()> {
+    let mut last = String::new();
+    let found = wait_for(line, SOON, || {
+        let (status, text) = get(address, "/metrics")?;
+        assert_eq!(status, 200, "{text}");
+        let has = text.lines().any(|l| l == line);
+        last = text;
+        Ok(has.then_some(()))
+    });
+    found.with_context(|| format!("in\n{last}"))
+}
+
+fn get(address: SocketAddr, path: &str) -> Result<(u16, String)> {
+    let mut stream = TcpStream::connect(address).context("connect to the agent")?;
+    write!(stream, "GET {path} HTTP/1.0\r\n\r\n")?;
+    let mut answer = String::new();
+    stream.read_to_string(&mut answer)?;
+    let (head, body) = answer.split_once("\r\n\r\n").context("read an HTTP answer")?;
+    let status = head.split(' ').nth(1).context("read a status line")?.parse()?;
+    Ok((status, body.to_owned()))
+}
