@@ -97,26 +97,14 @@ pub fn on_lo(mark: u32, message: &Message, env: &impl DnsEnv) -> Dns {
         }
         return Dns::Other;
     }
-    // Whoever asks the proxy's DNS itself from the pod's address must not meet an alias.
-    let asks = *dst_port == PORT_DNS && !dst.is_loopback() && !dst.is_link_local()
-        || *dst_port == PORT_PROXY_DNS && dst.is_loopback();
-    if !asks {
-        return Dns::Other;
-    }
-    let pod = captured(env.pod(src));
-    if let Some(pod) = pod
-        && matches!(env.pod(dst), Some(other) if other.pod_id == pod.pod_id)
-    {
-        return Dns::Other;
-    }
-    let connected = message.tcp && !opens;
-    if pod.is_none() && !connected {
+    let pod_id = who_asks(message, env);
+    if pod_id == NOBODY {
         return Dns::Other;
     }
     let now = env.now();
     let place = find(message, now, env);
     let key = DnsKey { client: *src, alias: place.alias, protocol: message.protocol() };
-    if connected {
+    if message.tcp && !opens {
         // Connections that are open keep their way when the pod's DNS is captured no longer; and one
         // that is older than the capture is a connection like any other.
         return match place.kind {
@@ -124,22 +112,21 @@ pub fn on_lo(mark: u32, message: &Message, env: &impl DnsEnv) -> Dns {
             _ => Dns::Other,
         };
     }
-    let Some(pod) = pod else { return Dns::Other };
-    if !env.dns_listens(pod.pod_id, message) {
-        return match env.proxy(pod.pod_id, LISTENER_OUTBOUND, &message.segment) {
-            Proxy::Listens => Dns::Refuse(pod.pod_id, Counter::RefusedDnsAbsent),
-            Proxy::AwayWithinGrace => Dns::Drop(pod.pod_id, Counter::DroppedProxyAway),
-            Proxy::Away => Dns::Refuse(pod.pod_id, Counter::RefusedProxyAway),
+    if !env.dns_listens(pod_id, message) {
+        return match env.proxy(pod_id, LISTENER_OUTBOUND, &message.segment) {
+            Proxy::Listens => Dns::Refuse(pod_id, Counter::RefusedDnsAbsent),
+            Proxy::AwayWithinGrace => Dns::Drop(pod_id, Counter::DroppedProxyAway),
+            Proxy::Away => Dns::Refuse(pod_id, Counter::RefusedProxyAway),
         };
     }
-    let count = Some((pod.pod_id, Counter::RedirectedDns));
+    let count = Some((pod_id, Counter::RedirectedDns));
     if place.kind == PLACE_OWN {
         return ask(&key, now, count, env);
     }
     let flow = DnsFlow {
         used_ns: now,
         resolver: *dst,
-        pod_id: pod.pod_id,
+        pod_id,
         asked: 1,
         answered: 0,
         resolver_port: *dst_port,
@@ -148,7 +135,34 @@ pub fn on_lo(mark: u32, message: &Message, env: &impl DnsEnv) -> Dns {
     if place.kind != PLACE_NONE && env.enter(&key, &flow, place.kind == PLACE_FRESH) {
         Dns::Ask { from_port: key.alias, count }
     } else {
-        Dns::Refuse(pod.pod_id, Counter::RefusedDnsBusy)
+        Dns::Refuse(pod_id, Counter::RefusedDnsBusy)
+    }
+}
+
+/// No pod's id: no inode of a namespace has this number.
+const NOBODY: PodId = PodId::MAX;
+/// Nor this: a pod whose DNS is not captured, or who is not in the mesh.
+const UNCAPTURED: PodId = 0;
+
+/// The pod that a message to the proxy's DNS would come from; [`UNCAPTURED`] for one of a connection
+/// that may be older than that; [`NOBODY`] for everything else.
+// A function of its own, as `find`: behind its one return there are few cases left.
+#[inline(never)]
+fn who_asks(message: &Message, env: &impl DnsEnv) -> PodId {
+    let Segment { src, dst, dst_port, opens, .. } = &message.segment;
+    // Whoever asks the proxy's DNS itself from the pod's address must not meet an alias.
+    let asks = *dst_port == PORT_DNS && !dst.is_loopback() && !dst.is_link_local()
+        || *dst_port == PORT_PROXY_DNS && dst.is_loopback();
+    if !asks {
+        return NOBODY;
+    }
+    match captured(env.pod(src)) {
+        Some(pod) => match env.pod(dst) {
+            Some(other) if other.pod_id == pod.pod_id => NOBODY,
+            _ => pod.pod_id,
+        },
+        None if message.tcp && !opens => UNCAPTURED,
+        None => NOBODY,
     }
 }
 

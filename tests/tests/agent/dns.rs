@@ -34,6 +34,8 @@ both_families! {
     fragments_get_neither_past_the_proxy_nor_to_the_application,
     client_is_gone_when_the_answer_comes,
     excluded_ranges_make_no_difference_and_the_excluded_port_does,
+    rule_that_somebody_removes_is_put_back,
+    agent_restarts_and_queries_are_answered_all_the_while,
 }
 
 /// How long a client waits for an answer.
@@ -630,6 +632,53 @@ fn excluded_ranges_make_no_difference_and_the_excluded_port_does(family: Family)
     ensure!(ask_tcp(&mut stream, SERVICE, dns.there())? == [dns.service()], "it was rerouted");
     let mut direct = connect(dns.netns(), dns.there())?;
     ensure!(ask_tcp(&mut direct, SERVICE, dns.there())?.is_empty());
+    Ok(())
+}
+
+fn rule_that_somebody_removes_is_put_back(family: Family) -> Result<()> {
+    let dns = Dns::with_flags(family, &["--verify-interval", "500ms"], true)?;
+    let version = match family {
+        Family::V4 => "-4",
+        Family::V6 => "-6",
+    };
+    for protocol in ["udp", "tcp"] {
+        let rule = ["rule", "del", "priority", "14999", "ipproto", protocol];
+        dns.netns().output("ip", &[&[version][..], &rule].concat())?;
+        wait_for("the rule to be put back", SOON, || {
+            let rules =
+                dns.netns().output("ip", &[version, "rule", "show", "priority", "14999"])?;
+            Ok(rules.contains(&format!("ipproto {protocol}")).then_some(()))
+        })?;
+        dns.assert_captured()?;
+    }
+    Ok(())
+}
+
+fn agent_restarts_and_queries_are_answered_all_the_while(family: Family) -> Result<()> {
+    let mut dns = Dns::start(family)?;
+    let mut open = connect(dns.netns(), dns.nowhere()[0])?;
+    ensure!(ask_tcp(&mut open, SERVICE, dns.there())? == [dns.service()]);
+    dns.cluster.node.kill_agent()?;
+    dns.assert_captured()?;
+    dns.cluster.node.start_agent()?;
+    dns.cluster.node.wait_until_enrolled(&dns.cluster.server)?;
+    dns.assert_captured()?;
+    ensure!(ask_tcp(&mut open, SERVICE, dns.there())? == [dns.service()]);
+    Ok(())
+}
+
+#[test]
+fn reverse_path_validation_makes_no_difference() -> Result<()> {
+    let dns = Dns::start(Family::V4)?;
+    for value in ["1", "2", "0"] {
+        for interface in ["all", "lo", "eth0"] {
+            dns.netns().set_sysctl(&format!("net/ipv4/conf/{interface}/rp_filter"), value)?;
+        }
+        dns.assert_captured()?;
+        ensure!(dns.ask(dns.there(), WHO)?.contains(&dns.there()));
+        let mut stream = connect(dns.netns(), dns.nowhere()[0])?;
+        ensure!(ask_tcp(&mut stream, SERVICE, dns.there())? == [dns.service()]);
+    }
     Ok(())
 }
 
