@@ -237,7 +237,8 @@ pub struct RunArgs {
     /// This node's name, as in the pods' spec.nodeName; the host's name by default.
     #[arg(long, value_name = "NAME", env = "NODE_NAME", hide_env_values = true)]
     pub node_name: Option<String>,
-    /// Directory where the network namespaces of pods are, as NAMESPACE_NAME.
+    /// Directory where network namespaces of pods are, as NAMESPACE_NAME; those of other pods are
+    /// found by their processes.
     #[arg(long, value_name = "DIR", default_value = "/var/run/netns")]
     pub netns_dir: PathBuf,
     /// See [`BpffsDir`].

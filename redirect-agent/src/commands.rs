@@ -3,6 +3,7 @@
 use std::{
     io::{self, Write as _},
     path::Path,
+    sync::Arc,
 };
 
 use anyhow::{Context as _, Result, bail};
@@ -18,8 +19,9 @@ use crate::{
     },
     control::{Answer, Client, OverrideRequest, PauseRequest},
     dataplane::{self, DEFAULT_PROXY_GRACE, Dataplane, PodNetns},
+    finder::{self, Finder},
     membership,
-    netns::{self, Netns},
+    netns::Netns,
     output,
     overrides::{self, Mode, Target},
     preflight,
@@ -87,7 +89,7 @@ async fn run(args: RunArgs) -> Result<()> {
                 sidecar_annotations: args.sidecar_annotations,
                 dns_capture: args.traffic.dns_capture,
             },
-            netns_dir: args.netns_dir,
+            finder: Arc::new(Finder::new(args.netns_dir)),
             drain: args.drain,
             verify_interval: args.verify_interval,
         },
@@ -202,19 +204,17 @@ async fn cleanup(args: &CleanupArgs) -> Result<()> {
     if args.bpffs.bpffs_dir.exists() {
         let dataplane = open(&args.bpffs.bpffs_dir)?;
         let linked = dataplane.linked_pods()?;
-        for netns in netns::in_dir(&args.netns_dir)? {
-            if linked.contains(&netns.inode()) {
-                let path = netns.path().to_owned();
-                restore(&dataplane, netns)?;
-                print(format!("restored {}\n", path.display()).as_bytes())?;
-            }
+        for netns in finder::alive(&args.netns_dir, &linked)? {
+            let path = netns.path().to_owned();
+            restore(&dataplane, netns)?;
+            print(format!("restored {}\n", path.display()).as_bytes())?;
         }
         dataplane.sweep(&[].into(), &[].into())?;
         let left = dataplane.linked_pods()?;
         if !left.is_empty() {
             let inodes: Vec<String> = left.iter().map(ToString::to_string).collect();
             bail!(
-                "cannot find the network namespaces with inode numbers {} in {}; give --netns-dir, or `redirect-agent detach --netns /proc/PID/ns/net`",
+                "cannot find the network namespaces with inode numbers {} in {} or of any process; give --netns-dir, or `redirect-agent detach --netns PATH`",
                 inodes.join(", "),
                 args.netns_dir.display()
             );

@@ -6,6 +6,7 @@ pub mod commands;
 pub mod control;
 pub mod dataplane;
 pub mod enablement;
+pub mod finder;
 pub mod health;
 pub mod membership;
 pub mod metrics;

@@ -10,7 +10,6 @@ mod pod;
 use std::{
     collections::{BTreeMap, BTreeSet},
     net::IpAddr,
-    path::PathBuf,
     sync::{Arc, Mutex, MutexGuard, PoisonError},
     time::{Duration, SystemTime},
 };
@@ -27,6 +26,7 @@ use tracing::warn;
 use self::{plan::Standing, pod::PodTask};
 use crate::{
     dataplane::{Dataplane, Part, PodNetns},
+    finder::Finder,
     membership::{self, Decision, Pod, PodKey, decide},
     metrics::Metrics,
     netns::{self, Netns},
@@ -54,18 +54,12 @@ pub struct Settings {
     pub membership: membership::Config,
     /// What decides which traffic of theirs is redirected.
     pub traffic: traffic::Settings,
-    /// Where network namespaces are, as `<namespace>_<name>`.
-    pub netns_dir: PathBuf,
+    /// What finds the pods' network namespaces.
+    pub finder: Arc<Finder>,
     /// For how long a pod that leaves the mesh may finish its redirected connections.
     pub drain: Duration,
     /// How often the kernel is compared with what should be there.
     pub verify_interval: Duration,
-}
-
-impl Settings {
-    fn netns_path(&self, pod: &PodKey) -> PathBuf {
-        self.netns_dir.join(format!("{}_{}", pod.namespace, pod.name))
-    }
 }
 
 /// A pod and what is decided for it; `None` when the pod is gone.
@@ -272,12 +266,12 @@ impl<S: Source> Reconciler<S> {
     /// Sweeps what is left of namespaces that are dead, and rows of addresses that nobody has.
     async fn sweep(&self) {
         let dataplane = Arc::clone(&self.shared.dataplane);
-        let netns_dir = self.shared.settings.netns_dir.clone();
+        let finder = Arc::clone(&self.shared.settings.finder);
         let known = self.known_addresses();
         let held: Vec<Arc<PodNetns>> =
             self.shared.views().values().filter_map(|view| view.netns.clone()).collect();
         let swept = spawn_blocking(move || {
-            let found = netns::in_dir(&netns_dir)?;
+            let found = netns::in_dir(finder.netns_dir())?;
             let alive = held.iter().map(|pod| &pod.netns).chain(&found).map(Netns::inode).collect();
             dataplane.sweep(&known, &alive)
         })
@@ -305,19 +299,15 @@ impl<S: Source> Reconciler<S> {
             // Should anything still run in them, it is to be refused.
             return;
         }
-        let known: BTreeSet<PathBuf> = self
-            .inventory
-            .borrow()
-            .pods
-            .keys()
-            .map(|key| self.shared.settings.netns_path(key))
-            .collect();
+        let inventory = Arc::clone(&self.inventory.borrow());
         let dataplane = Arc::clone(&self.shared.dataplane);
-        let netns_dir = self.shared.settings.netns_dir.clone();
+        let finder = Arc::clone(&self.shared.settings.finder);
         let removed = spawn_blocking(move || {
             let linked = dataplane.linked_pods()?;
-            for netns in netns::in_dir(&netns_dir)? {
-                if linked.contains(&netns.inode()) && !known.contains(netns.path()) {
+            let known: BTreeSet<u32> =
+                inventory.pods.values().filter_map(|pod| finder.inode(pod)).collect();
+            for netns in netns::in_dir(finder.netns_dir())? {
+                if linked.contains(&netns.inode()) && !known.contains(&netns.inode()) {
                     let path = netns.path().to_owned();
                     warn!("restoring {}: no pod that is known has it", path.display());
                     let pod = PodNetns::existing(netns)?;

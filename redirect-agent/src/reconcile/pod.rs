@@ -1,6 +1,6 @@
 //! The task of one pod.
 
-use std::{net::IpAddr, path::PathBuf, sync::Arc, time::Duration};
+use std::{net::IpAddr, sync::Arc, time::Duration};
 
 use anyhow::{Context as _, Result, anyhow};
 use tokio::{
@@ -17,7 +17,6 @@ use super::{
 use crate::{
     dataplane::{Part, PodNetns, Watch},
     membership::{Pod, PodKey, Reason},
-    netns::Netns,
     source::{ANNOTATION_REDIRECTION, Event, EventKind, Redirection, Source},
     traffic::Traffic,
     zds::{AddOutcome, Workload},
@@ -213,7 +212,7 @@ impl<S: Source> PodTask<S> {
                         self.told = Some(problem.clone());
                     }
                     (self.problem, self.failing) = (Some(problem), true);
-                    if self.standing.prepared && !self.netns_stands() {
+                    if self.standing.prepared && !self.netns_stands().await {
                         self.lose_netns().await;
                     }
                     let pause = retry;
@@ -386,15 +385,13 @@ impl<S: Source> PodTask<S> {
     async fn note(&mut self) -> Result<()> {
         let own = !self.pod.host_network && !self.pod.phase.is_finished();
         let addresses = if own { self.pod.ips.clone() } else { Vec::new() };
-        let pod_id = match Netns::open(&self.netns_path()) {
-            Ok(netns) if own => netns.inode(),
-            _ => 0,
-        };
+        let (finder, pod) = (Arc::clone(&self.shared.settings.finder), self.pod.clone());
         let reason = self.decision_code();
         let dataplane = Arc::clone(&self.shared.dataplane);
         let old = std::mem::take(&mut self.noted);
         let rows = addresses.clone();
         blocking(move || {
+            let pod_id = if own { finder.inode(&pod).unwrap_or_default() } else { 0 };
             for address in old.into_iter().filter(|address| !rows.contains(address)) {
                 dataplane.delete_row(address)?;
             }
@@ -410,9 +407,9 @@ impl<S: Source> PodTask<S> {
     /// everything is still there.
     async fn verify(&mut self, kernel: bool) -> Result<()> {
         let Some(netns) = self.netns.clone() else { return Ok(()) };
-        if !self.netns_stands() {
+        if !self.netns_stands().await {
             self.lose_netns().await;
-            return Netns::open(&self.netns_path()).map(drop);
+            return self.find_netns().await.map(drop);
         }
         if !kernel || !self.standing.captured {
             return Ok(());
@@ -451,13 +448,16 @@ impl<S: Source> PodTask<S> {
     }
 
     /// Whether the namespace that was set up is still where it should be.
-    fn netns_stands(&self) -> bool {
-        let present = Netns::open(&self.netns_path());
-        match (&self.netns, present) {
-            (Some(netns), Ok(present)) => netns.netns.inode() == present.inode(),
-            (None, Ok(_)) => true,
-            (_, Err(_)) => false,
-        }
+    async fn netns_stands(&self) -> bool {
+        let (finder, pod) = (Arc::clone(&self.shared.settings.finder), self.pod.clone());
+        let netns = self.netns.clone();
+        let stands = blocking(move || {
+            Ok(match netns {
+                Some(netns) => finder.stands(&pod, &netns.netns),
+                None => finder.inode(&pod).is_some(),
+            })
+        });
+        stands.await.unwrap_or(false)
     }
 
     /// The namespace is gone or another: the proxy must let go of it. What the kernel still has
@@ -484,7 +484,7 @@ impl<S: Source> PodTask<S> {
     /// The pod is gone from the source. If its namespace is still there, and it was not deleted, it
     /// leaves the mesh in order; then nothing of it is kept.
     async fn bury(&mut self) {
-        if !self.netns_stands() {
+        if !self.netns_stands().await {
             self.lose_netns().await;
         } else if self.shared.source.gone_is_deleted() && self.standing.captured {
             // Its containers have ended, unless it was deleted by force: then what still runs must
@@ -497,8 +497,11 @@ impl<S: Source> PodTask<S> {
         {
             match self.take(step).await {
                 Ok(_) => retry = RETRY_FIRST,
-                Err(_) if !self.netns_stands() => self.lose_netns().await,
                 Err(e) => {
+                    if !self.netns_stands().await {
+                        self.lose_netns().await;
+                        continue;
+                    }
                     warn!(pod = %self.key, "{e:#}");
                     if let Woken::Stopped = self.wait(Instant::now() + retry).await {
                         return;
@@ -602,10 +605,6 @@ impl<S: Source> PodTask<S> {
         self.traffic.clone().unwrap_or_default()
     }
 
-    fn netns_path(&self) -> PathBuf {
-        self.shared.settings.netns_path(&self.key)
-    }
-
     async fn open_netns(&mut self) -> Result<Arc<PodNetns>> {
         if let Some(netns) = &self.netns {
             return Ok(Arc::clone(netns));
@@ -613,14 +612,14 @@ impl<S: Source> PodTask<S> {
         if self.pod.ips.is_empty() {
             return Err(anyhow!(no_address(&self.key)));
         }
-        let (path, ips) = (self.netns_path(), self.pod.ips.clone());
-        let key = self.key.clone();
-        let netns = blocking(move || PodNetns::new(Netns::open(&path)?, &ips))
-            .await
-            .with_context(|| format!("enter pod {key}"))?;
-        let netns = Arc::new(netns);
+        let netns = Arc::new(self.find_netns().await?);
         self.netns = Some(Arc::clone(&netns));
         Ok(netns)
+    }
+
+    async fn find_netns(&self) -> Result<PodNetns> {
+        let (finder, pod) = (Arc::clone(&self.shared.settings.finder), self.pod.clone());
+        blocking(move || finder.find(&pod)).await.with_context(|| format!("enter pod {}", self.key))
     }
 
     async fn on_netns<T: Send + 'static>(

@@ -119,16 +119,16 @@ fn pods_that_cannot_be_enrolled_are_named_and_harm_nobody(family: Family) -> Res
         write("wrong", "10.99.0.4")?;
         // Not by any fault: it is starting.
         node.write(&Manifest::of(&homeless).mode("ambient").with("/status", "podIPs", json!([])))?;
-        for (name, complaints) in [
-            ("missing", &["shop_missing", "No such file"][..]),
-            ("file", &["shop_file", "is not a network namespace"]),
-            ("other", &["shop_other", "is not a network namespace"]),
-            ("wrong", &["shop_wrong", "does not carry address 10.99.0.4"]),
-            ("homeless", &["shop/homeless", "no address yet"]),
+        for (name, state, complaints) in [
+            ("missing", PodState::Failed, &["shop_missing", "no process has a cgroup"][..]),
+            ("file", PodState::Failed, &["shop_file", "is not a network namespace"]),
+            ("other", PodState::Failed, &["shop_other", "is not a network namespace"]),
+            ("wrong", PodState::Failed, &["shop_wrong", "does not carry address 10.99.0.4"]),
+            ("homeless", PodState::Enrolling, &["shop/homeless", "no address yet"]),
         ] {
             let status = wait_for(name, SOON, || {
                 let found = node.status()?.pods.into_iter().find(|p| p.name == name);
-                Ok(found.filter(|p| p.state == PodState::Failed))
+                Ok(found.filter(|p| p.state == state))
             })
             .with_context(|| format!("status: {:#?}", node.status()))?;
             let message = status.message.unwrap_or_default();

@@ -139,6 +139,12 @@ impl Node {
         self.kubeconfig = Some(kubeconfig);
     }
 
+    /// Lets the next agent find no network namespace by its name.
+    pub fn hide_netns(&mut self) -> Result<()> {
+        self.netns_dir = self.dir.join("no-netns");
+        fs::create_dir_all(&self.netns_dir).context("make a directory")
+    }
+
     /// Lets the next agent serve health and metrics.
     pub fn serve_health(&mut self, address: SocketAddr) {
         self.health = address.to_string();

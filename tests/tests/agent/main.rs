@@ -13,6 +13,7 @@ mod labels;
 mod load;
 mod neighbours;
 mod pods;
+mod processes;
 mod proxies;
 mod restart;
 mod toggles;

@@ -1,0 +1,326 @@
+//! Finding the network namespace of a running pod.
+//!
+//! It is looked for where somebody has put it under the pod's name, and else by the pod's processes:
+//! kubelet keeps those in a cgroup that is named after the pod. Either way it is the pod's only if it
+//! carries the pod's addresses, and never if it is the node's own.
+
+use std::{
+    collections::{BTreeMap, BTreeSet},
+    fs, io,
+    path::{Path, PathBuf},
+    sync::{Arc, Mutex, PoisonError},
+    time::{Duration, Instant},
+};
+
+use anyhow::{Context as _, Result, bail};
+use tracing::debug;
+
+use crate::{
+    dataplane::PodNetns,
+    membership::{Pod, PodKey},
+    netns::{Netns, in_dir},
+};
+
+/// One look at all processes serves every pod that asks within this time.
+const FRESH: Duration = Duration::from_millis(500);
+/// Where the processes are.
+const PROC: &str = "/proc";
+/// On the API server's copy of a static pod; nobody but a kubelet may create it.
+/// Source: Kubernetes `staging/src/k8s.io/api/core/v1/annotation_key_constants.go`,
+/// `MirrorPodAnnotationKey`.
+const ANNOTATION_MIRROR: &str = "kubernetes.io/config.mirror";
+/// The uid that kubelet itself knows a static pod by. Source: Kubernetes
+/// `pkg/kubelet/types/pod_update.go`, `ConfigHashAnnotationKey`.
+const ANNOTATION_HASH: &str = "kubernetes.io/config.hash";
+
+/// Looks for the network namespaces of pods.
+#[derive(Debug)]
+pub struct Finder {
+    netns_dir: PathBuf,
+    seen: Mutex<Option<(Instant, Arc<Processes>)>>,
+}
+
+/// The processes of each pod, by the uid that their cgroup is named after; the youngest last.
+#[derive(Debug, Default, PartialEq, Eq)]
+struct Processes(BTreeMap<String, Vec<u32>>);
+
+impl Finder {
+    /// Looks in `netns_dir`, for `<namespace>_<name>`, before it looks at processes.
+    pub fn new(netns_dir: PathBuf) -> Self {
+        Self { netns_dir, seen: Mutex::default() }
+    }
+
+    /// The directory where namespaces are as `<namespace>_<name>`.
+    pub fn netns_dir(&self) -> &Path {
+        &self.netns_dir
+    }
+
+    /// The pod's network namespace.
+    ///
+    /// # Errors
+    ///
+    /// When none is found, or none of those that are found carries the pod's addresses.
+    pub fn find(&self, pod: &Pod) -> Result<PodNetns> {
+        let named = self.named(&pod.key);
+        if named.exists() {
+            return PodNetns::new(Netns::open(&named)?, &pod.ips);
+        }
+        let hosts = hosts()?;
+        let mut tried = BTreeSet::new();
+        let mut refused = None;
+        for path in self.namespaces_of(pod)? {
+            // The process may have ended, or be about to.
+            let Ok(netns) = Netns::open(&path) else { continue };
+            if hosts.contains(&netns.inode()) || !tried.insert(netns.inode()) {
+                continue;
+            }
+            match PodNetns::new(netns, &pod.ips) {
+                Ok(found) => return Ok(found),
+                Err(e) => refused = Some(e),
+            }
+        }
+        match refused {
+            Some(e) => Err(e),
+            None => bail!(
+                "find the network namespace of pod {}: there is no {}, and no process has a cgroup of uid {} (in \
+                 a container, the agent needs hostPID)",
+                pod.key,
+                named.display(),
+                pod.uid
+            ),
+        }
+    }
+
+    /// The inode number of the pod's network namespace, whatever addresses that has; `None` when
+    /// none is found.
+    pub fn inode(&self, pod: &Pod) -> Option<u32> {
+        let named = self.named(&pod.key);
+        if named.exists() {
+            return Netns::open(&named).ok().map(|netns| netns.inode());
+        }
+        self.find(pod).ok().map(|found| found.netns.inode())
+    }
+
+    /// Whether `netns` still is the pod's network namespace.
+    pub fn stands(&self, pod: &Pod, netns: &Netns) -> bool {
+        let is_it = |path: &Path| Netns::open(path).is_ok_and(|n| n.inode() == netns.inode());
+        let named = self.named(&pod.key);
+        if named.exists() {
+            return is_it(&named);
+        }
+        // By the process that it was found by, or else by another one of the pod.
+        (netns.path().starts_with(PROC) && is_it(netns.path()))
+            || self.namespaces_of(pod).is_ok_and(|paths| paths.iter().any(|path| is_it(path)))
+    }
+
+    fn named(&self, pod: &PodKey) -> PathBuf {
+        self.netns_dir.join(format!("{}_{}", pod.namespace, pod.name))
+    }
+
+    /// The `/proc/PID/ns/net` of the pod's processes, that of the youngest first.
+    fn namespaces_of(&self, pod: &Pod) -> Result<Vec<PathBuf>> {
+        let processes = self.processes()?;
+        let pids = uids(pod).into_iter().filter_map(|uid| processes.0.get(uid)).flatten().rev();
+        Ok(pids.map(|pid| PathBuf::from(format!("{PROC}/{pid}/ns/net"))).collect())
+    }
+
+    fn processes(&self) -> Result<Arc<Processes>> {
+        let mut seen = self.seen.lock().unwrap_or_else(PoisonError::into_inner);
+        if let Some((at, processes)) = &*seen
+            && at.elapsed() < FRESH
+        {
+            return Ok(Arc::clone(processes));
+        }
+        let processes = Arc::new(Processes::read(Path::new(PROC))?);
+        *seen = Some((Instant::now(), Arc::clone(&processes)));
+        Ok(processes)
+    }
+}
+
+impl Processes {
+    fn read(proc: &Path) -> Result<Self> {
+        let mut processes = Self::default();
+        for pid in pids(proc)? {
+            let path = proc.join(pid.to_string()).join("cgroup");
+            match fs::read_to_string(&path) {
+                Ok(cgroups) => {
+                    if let Some(uid) = pod_of(&cgroups) {
+                        processes.0.entry(uid).or_default().push(pid);
+                    }
+                }
+                Err(e) => debug!("read {}: {e}", path.display()),
+            }
+        }
+        Ok(processes)
+    }
+}
+
+/// The network namespaces of `inodes` that are in `netns_dir`, or that a process is in.
+///
+/// # Errors
+///
+/// When the directories cannot be read.
+pub fn alive(netns_dir: &Path, inodes: &BTreeSet<u32>) -> Result<Vec<Netns>> {
+    let mut found = in_dir(netns_dir)?;
+    found.retain(|netns| inodes.contains(&netns.inode()));
+    let mut seen: BTreeSet<u32> = found.iter().map(Netns::inode).collect();
+    for pid in pids(Path::new(PROC))? {
+        let path = PathBuf::from(format!("{PROC}/{pid}/ns/net"));
+        // Reading where it leads is cheaper than opening it.
+        let Some(inode) = fs::read_link(&path).ok().and_then(|link| inode_of(&link)) else {
+            continue;
+        };
+        if inodes.contains(&inode) && seen.insert(inode) {
+            found.extend(Netns::open(&path).ok().filter(|netns| netns.inode() == inode));
+        }
+    }
+    Ok(found)
+}
+
+/// In ascending order: as far as the numbers have not started over, by age.
+fn pids(proc: &Path) -> Result<BTreeSet<u32>> {
+    let entries = fs::read_dir(proc).with_context(|| format!("list {}", proc.display()))?;
+    let names = entries.map(|entry| Ok(entry?.file_name().to_str().and_then(|n| n.parse().ok())));
+    let pids: io::Result<BTreeSet<Option<u32>>> = names.collect();
+    Ok(pids.with_context(|| format!("list {}", proc.display()))?.into_iter().flatten().collect())
+}
+
+/// `net:[4026531840]`
+fn inode_of(link: &Path) -> Option<u32> {
+    link.to_str()?.strip_prefix("net:[")?.strip_suffix(']')?.parse().ok()
+}
+
+/// The network namespaces of the agent and of the node's first process. Not everyone with the
+/// agent's rights may look at the latter; its addresses then tell it from a pod's, as always.
+fn hosts() -> Result<BTreeSet<u32>> {
+    let own = Netns::open(Path::new("/proc/self/ns/net"))?.inode();
+    let first = Netns::open(Path::new("/proc/1/ns/net")).map(|netns| netns.inode());
+    Ok([own].into_iter().chain(first.ok()).collect())
+}
+
+/// What the pod's cgroup may be named after.
+fn uids(pod: &Pod) -> Vec<&str> {
+    let hash = pod
+        .annotations
+        .get(ANNOTATION_HASH)
+        .filter(|_| pod.annotations.contains_key(ANNOTATION_MIRROR))
+        .map(String::as_str);
+    [Some(pod.uid.as_str()), hash].into_iter().flatten().collect()
+}
+
+/// The uid of the pod that a process belongs to, from its `/proc/PID/cgroup`: one line for each
+/// hierarchy of cgroup v1, and `0::` for v2. The outermost name counts: a container may be allowed
+/// to make cgroups below its own.
+fn pod_of(cgroups: &str) -> Option<String> {
+    let paths = cgroups.lines().filter_map(|line| line.splitn(3, ':').nth(2));
+    paths.flat_map(|path| path.split('/')).find_map(uid_of)
+}
+
+/// The uid in the name of a pod's cgroup. kubelet's drivers name it `pod<uid>` (cgroupfs) and
+/// `kubepods-burstable-pod<uid, _ for ->.slice` (systemd). Source: Kubernetes
+/// `pkg/kubelet/cm/pod_container_manager_linux.go`, `GetPodContainerName`, and
+/// `cgroup_manager_linux.go`, `ToSystemd`.
+fn uid_of(name: &str) -> Option<String> {
+    // containerd, when it is told another driver than kubelet, puts `:cri-containerd:ID` behind it.
+    let name = name.split(':').next().unwrap_or_default();
+    let uid = match name.strip_suffix(".slice") {
+        Some(slice) => {
+            let (parents, uid) = slice.rsplit_once("-pod")?;
+            parents.contains("kubepods").then(|| uid.replace('_', "-"))?
+        }
+        None => name.strip_prefix("pod")?.to_owned(),
+    };
+    let is_uid = matches!(uid.len(), 32 | 36)
+        && uid.bytes().all(|byte| byte == b'-' || byte.is_ascii_hexdigit());
+    is_uid.then_some(uid)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    const UID: &str = "0d3a8f6e-5b1c-4c53-9c5f-0a1b2c3d4e5f";
+    const HASH: &str = "0123456789abcdef0123456789abcdef";
+
+    #[test]
+    fn every_layout_of_cgroups_tells_the_pod() {
+        let systemd = UID.replace('-', "_");
+        let container = "1f2e3d4c5b6a1f2e3d4c5b6a1f2e3d4c5b6a1f2e3d4c5b6a1f2e3d4c5b6a1f2e";
+        for (layout, cgroups) in [
+            ("v2, cgroupfs", format!("0::/kubepods/besteffort/pod{UID}/{container}\n")),
+            ("v2, cgroupfs, guaranteed", format!("0::/kubepods/pod{UID}/{container}\n")),
+            (
+                "v2, systemd, containerd",
+                format!(
+                    "0::/kubepods.slice/kubepods-burstable.slice/kubepods-burstable-pod{systemd}.slice/cri-containerd-{container}.scope\n"
+                ),
+            ),
+            (
+                "v2, systemd, CRI-O",
+                format!(
+                    "0::/kubepods.slice/kubepods-pod{systemd}.slice/crio-{container}.scope/container\n"
+                ),
+            ),
+            ("v2, seen from a container", format!("0::/../../besteffort/pod{UID}/{container}\n")),
+            (
+                "kind",
+                format!(
+                    "0::/kubelet.slice/kubelet-kubepods.slice/kubelet-kubepods-pod{systemd}.slice/cri-containerd-{container}.scope\n"
+                ),
+            ),
+            (
+                "v1, with a controller that is not used",
+                format!("11:rdma:/\n10:pids:/kubepods/burstable/pod{UID}/{container}\n0::/\n"),
+            ),
+            (
+                "v1, containerd told another driver than kubelet",
+                format!(
+                    "4:memory:/system.slice/containerd.service/kubepods-besteffort-pod{systemd}.slice:cri-containerd:{container}\n"
+                ),
+            ),
+        ] {
+            assert_eq!(pod_of(&cgroups).as_deref(), Some(UID), "{layout}");
+        }
+        assert_eq!(pod_of(&format!("0::/kubepods/pod{HASH}/{container}")).as_deref(), Some(HASH));
+    }
+
+    #[test]
+    fn other_cgroups_tell_no_pod() {
+        for cgroups in [
+            "",
+            "0::/\n",
+            "0::/system.slice/kubelet.service\n",
+            "0::/machine.slice/libpod-1f2e3d4c.scope\n",
+            "0::/podcast/podium/pod\n",
+            "0::/user.slice/my-pod0123456789abcdef0123456789abcdef.slice\n",
+            "not a cgroup file",
+        ] {
+            assert_eq!(pod_of(cgroups), None, "{cgroups:?}");
+        }
+    }
+
+    #[test]
+    fn container_cannot_pass_for_another_pod_by_cgroups_of_its_own() {
+        let cgroups = format!("0::/kubepods/pod{UID}/container/kubepods/pod{HASH}\n");
+        assert_eq!(pod_of(&cgroups).as_deref(), Some(UID));
+    }
+
+    #[test]
+    fn processes_are_found_by_pod_the_youngest_last() {
+        let proc = tempfile::tempdir().unwrap();
+        let write = |pid: &str, cgroup: &str| {
+            fs::create_dir(proc.path().join(pid)).unwrap();
+            fs::write(proc.path().join(pid).join("cgroup"), cgroup).unwrap();
+        };
+        write("1", "0::/init.scope\n");
+        write("40", &format!("0::/kubepods/pod{UID}/a\n"));
+        write("9", &format!("0::/kubepods/pod{UID}/b\n"));
+        write("100", &format!("0::/kubepods/pod{HASH}/c\n"));
+        // Kernel threads and processes that have just ended.
+        fs::create_dir(proc.path().join("7")).unwrap();
+        fs::create_dir(proc.path().join("sys")).unwrap();
+        let processes = Processes::read(proc.path()).unwrap();
+        let expected = [(UID.to_owned(), vec![9, 40]), (HASH.to_owned(), vec![100])];
+        assert_eq!(processes, Processes(BTreeMap::from(expected)));
+    }
+}
