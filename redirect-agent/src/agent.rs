@@ -20,6 +20,7 @@ use crate::{
     metrics::Metrics,
     output::Status,
     overrides::{Change, Store},
+    probes::{self, Probes},
     reconcile::{Observer, Reconciler, Settings},
     source::{Source, dir, kube},
     zds,
@@ -47,6 +48,8 @@ pub struct Options {
     pub control_socket: PathBuf,
     /// Where proxies connect.
     pub zds_socket: PathBuf,
+    /// What is taken for kubelet's probes.
+    pub probes: probes::Settings,
     /// Where health and metrics are served.
     pub health: health::Address,
 }
@@ -58,10 +61,13 @@ pub struct Options {
 ///
 /// When it cannot start, or one of its parts fails.
 pub async fn run(options: Options, shutdown: CancellationToken) -> Result<()> {
+    let control = control::Server::bind(&options.control_socket)?;
+    let dataplane = Arc::new(Dataplane::open(&options.dataplane)?);
     let ground = Ground {
-        control: control::Server::bind(&options.control_socket)?,
+        control,
         overrides: Arc::new(Store::open(&options.state_dir)?),
-        dataplane: Arc::new(Dataplane::open(&options.dataplane)?),
+        probes: Probes::open(Arc::clone(&dataplane), options.probes.clone()).await?,
+        dataplane,
         zds: zds::Server::bind(&options.zds_socket)?,
         metrics: Metrics::default(),
     };
@@ -89,6 +95,7 @@ struct Ground {
     control: control::Server,
     overrides: Arc<Store>,
     dataplane: Arc<Dataplane>,
+    probes: Probes,
     zds: zds::Server,
     metrics: Metrics,
 }
@@ -96,7 +103,7 @@ struct Ground {
 /// Runs on what is known of the pods, which `following` keeps current.
 async fn serve<S: Source>(
     options: Options,
-    Ground { control, overrides, dataplane, zds, metrics }: Ground,
+    Ground { control, overrides, dataplane, probes, zds, metrics }: Ground,
     source: S,
     following: impl Future<Output = Result<()>> + Send + 'static,
     shutdown: CancellationToken,
@@ -123,7 +130,9 @@ async fn serve<S: Source>(
         zds.handle(),
         metrics.clone(),
     );
-    let agent = Arc::new(Agent { options, overrides, observer: reconciler.observer(), metrics });
+    parts.spawn(probes.clone().run(shutdown.clone()));
+    let observer = reconciler.observer();
+    let agent = Arc::new(Agent { options, overrides, observer, probes, metrics });
     if let health::Address::At(address) = agent.options.health {
         let server = health::Server::bind(address).await?;
         parts.spawn(server.run(Arc::clone(&agent), shutdown.clone()));
@@ -166,6 +175,7 @@ struct Agent<S> {
     options: Options,
     overrides: Arc<Store>,
     observer: Observer<S>,
+    probes: Probes,
     metrics: Metrics,
 }
 
@@ -176,7 +186,8 @@ impl<S: Source> health::Agent for Agent<S> {
 
     async fn metrics(&self) -> Result<String> {
         let pods = self.observer.pods(&self.overrides.current()).await?;
-        self.metrics.update(&pods, self.observer.zds().proxies.len());
+        let follows_kubelet = self.probes.in_force().kubelet.is_some();
+        self.metrics.update(&pods, self.observer.zds().proxies.len(), follows_kubelet);
         self.metrics.encode().context("write the metrics")
     }
 }
@@ -191,6 +202,7 @@ impl<S: Source> control::Agent for Agent<S> {
             source: self.observer.source(),
             proxies: u32::try_from(proxies).unwrap_or(u32::MAX),
             pause: overrides.pause(SystemTime::now()),
+            probes: self.probes.in_force(),
             problems: self.observer.inventory().problems.clone(),
             pods: self.observer.pods(&overrides).await?,
         })

@@ -14,6 +14,7 @@ use crate::{
     membership::{DEFAULT_EXCLUDED_NAMESPACE, NameError, check_namespace_name},
     output::Format,
     overrides::Target,
+    probes,
     traffic::{Ports, Selection, Selections, parse_range},
 };
 
@@ -211,6 +212,33 @@ impl TrafficArgs {
     }
 }
 
+/// What is taken for kubelet's probes: it reaches the application past the proxy.
+#[derive(Clone, Debug, Args)]
+#[command(next_help_heading = "Probes")]
+pub struct ProbeArgs {
+    /// Let kubelet's own connections to pods past the proxy; they are told by its cgroup.
+    #[arg(long, value_name = "BOOL", default_value_t = true, action = ArgAction::Set)]
+    pub kubelet_probes: bool,
+    /// Let connections from these ranges past the proxy while kubelet is not found.
+    #[arg(long, value_name = "CIDR,…", value_delimiter = ',', value_parser = parse_range)]
+    pub probe_sources: Vec<IpNet>,
+    /// Let connections from where istio-cni makes probes come from past the proxy: 169.254.7.127 and
+    /// fd16:9254:7127:1337:ffff:ffff:ffff:ffff. For as long as nodes are migrated.
+    #[arg(long)]
+    pub istio_probe_addresses: bool,
+}
+
+impl ProbeArgs {
+    /// The same for [`probes::Probes`].
+    pub fn settings(self) -> probes::Settings {
+        probes::Settings {
+            kubelet: self.kubelet_probes,
+            sources: self.probe_sources,
+            istio: self.istio_probe_addresses,
+        }
+    }
+}
+
 fn selectors(s: &str) -> Result<Selectors, String> {
     Selectors::read(s).map_err(|error| format!("{error:#}"))
 }
@@ -290,6 +318,9 @@ pub struct RunArgs {
     /// See [`TrafficArgs`].
     #[command(flatten)]
     pub traffic: TrafficArgs,
+    /// See [`ProbeArgs`].
+    #[command(flatten)]
+    pub probes: ProbeArgs,
 }
 
 /// `attach`

@@ -101,6 +101,7 @@ async fn run(args: RunArgs) -> Result<()> {
         state_dir: args.state_dir,
         control_socket: args.control.control_socket,
         zds_socket: args.zds_socket,
+        probes: args.probes.settings(),
         health: args.health_address,
     };
     let shutdown = CancellationToken::new();

@@ -186,13 +186,13 @@ fn pids(proc: &Path) -> Result<BTreeSet<u32>> {
 }
 
 /// `net:[4026531840]`
-fn inode_of(link: &Path) -> Option<u32> {
+pub fn inode_of(link: &Path) -> Option<u32> {
     link.to_str()?.strip_prefix("net:[")?.strip_suffix(']')?.parse().ok()
 }
 
 /// The network namespaces of the agent and of the node's first process. Not everyone with the
 /// agent's rights may look at the latter; its addresses then tell it from a pod's, as always.
-fn hosts() -> Result<BTreeSet<u32>> {
+pub fn hosts() -> Result<BTreeSet<u32>> {
     let own = Netns::open(Path::new("/proc/self/ns/net"))?.inode();
     let first = Netns::open(Path::new("/proc/1/ns/net")).map(|netns| netns.inode());
     Ok([own].into_iter().chain(first.ok()).collect())
@@ -211,7 +211,7 @@ fn uids(pod: &Pod) -> Vec<&str> {
 /// The uid of the pod that a process belongs to, from its `/proc/PID/cgroup`: one line for each
 /// hierarchy of cgroup v1, and `0::` for v2. The outermost name counts: a container may be allowed
 /// to make cgroups below its own.
-fn pod_of(cgroups: &str) -> Option<String> {
+pub fn pod_of(cgroups: &str) -> Option<String> {
     let paths = cgroups.lines().filter_map(|line| line.splitn(3, ':').nth(2));
     paths.flat_map(|path| path.split('/')).find_map(uid_of)
 }

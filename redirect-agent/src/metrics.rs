@@ -66,6 +66,7 @@ pub struct Metrics {
     drift: Family<DriftLabels, Counter>,
     failures: Counter,
     zds_connections: Gauge,
+    kubelet_followed: Gauge,
     cni_requests: Family<CniLabels, Counter>,
     watch_errors: Family<ResourceLabels, Counter>,
 }
@@ -90,6 +91,7 @@ impl Default for Metrics {
         let drift = Family::default();
         let failures = Counter::default();
         let zds_connections = Gauge::default();
+        let kubelet_followed = Gauge::default();
         let cni_requests = Family::default();
         let watch_errors = Family::default();
         let version = Info::new(vec![("version", env!("CARGO_PKG_VERSION"))]);
@@ -122,6 +124,11 @@ impl Default for Metrics {
             zds_connections.clone(),
         );
         registry.register(
+            "kubelet_followed",
+            "1 while kubelet's probes are told by its cgroup, else 0",
+            kubelet_followed.clone(),
+        );
+        registry.register(
             "cni_requests",
             "Requests of the CNI plugin, by operation and result",
             cni_requests.clone(),
@@ -140,6 +147,7 @@ impl Default for Metrics {
             drift,
             failures,
             zds_connections,
+            kubelet_followed,
             cni_requests,
             watch_errors,
         }
@@ -173,8 +181,9 @@ impl Metrics {
         self.watch_errors.get_or_create(&ResourceLabels { resource }).inc();
     }
 
-    /// Takes over what is true now of the pods and the proxies.
-    pub fn update(&self, pods: &[PodStatus], proxies: usize) {
+    /// Takes over what is true now of the pods, the proxies and kubelet.
+    pub fn update(&self, pods: &[PodStatus], proxies: usize, follows_kubelet: bool) {
+        self.kubelet_followed.set(i64::from(follows_kubelet));
         self.zds_connections.set(i64::try_from(proxies).unwrap_or(i64::MAX));
         // One scrape at a time: the pods are counted anew.
         let mut seen = self.seen.lock().unwrap_or_else(PoisonError::into_inner);
@@ -238,15 +247,16 @@ mod tests {
     fn counters_do_not_fall_when_a_pod_goes_or_starts_anew() {
         let metrics = Metrics::default();
         let enrolled = |uid, n| pod(uid, PodState::Enrolled, Reason::PodLabelAmbient, n);
-        metrics.update(&[enrolled("u-1", 5), enrolled("u-2", 1)], 1);
+        metrics.update(&[enrolled("u-1", 5), enrolled("u-2", 1)], 1, true);
         assert_has(&metrics, r#"redirect_connections_total{verdict="redirected_outbound"} 6"#);
         assert_has(&metrics, r#"redirect_pods{state="enrolled",reason="pod-label-ambient"} 2"#);
-        metrics.update(&[enrolled("u-1", 7)], 1);
+        metrics.update(&[enrolled("u-1", 7)], 1, true);
         assert_has(&metrics, r#"redirect_connections_total{verdict="redirected_outbound"} 8"#);
-        metrics.update(&[enrolled("u-1", 2)], 0);
+        metrics.update(&[enrolled("u-1", 2)], 0, true);
         assert_has(&metrics, r#"redirect_connections_total{verdict="redirected_outbound"} 10"#);
         assert_has(&metrics, "redirect_zds_connections 0");
-        metrics.update(&[pod("u-1", PodState::Bypassing, Reason::NotLabelled, 2)], 0);
+        assert_has(&metrics, "redirect_kubelet_followed 1");
+        metrics.update(&[pod("u-1", PodState::Bypassing, Reason::NotLabelled, 2)], 0, true);
         assert_has(&metrics, r#"redirect_pods{state="bypassing",reason="not-labelled"} 1"#);
         assert!(!metrics.encode().unwrap().contains(r#"state="enrolled""#));
     }

@@ -8,6 +8,7 @@ use serde::{Deserialize, Serialize};
 use crate::{
     membership::Reason,
     overrides::{Mode, Moment, Pause, Target},
+    probes::InForce,
     source::Problem,
     traffic::Traffic,
 };
@@ -37,6 +38,8 @@ pub struct Status {
     pub proxies: u32,
     /// Set while the whole node bypasses.
     pub pause: Option<Pause>,
+    /// Which connections reach pods past the proxy, as probes of kubelet.
+    pub probes: InForce,
     /// What in the source cannot be used.
     pub problems: Vec<Problem>,
     /// Every pod of the node.
@@ -151,6 +154,7 @@ pub fn status(status: &Status, format: Format) -> anyhow::Result<String> {
             n => format!("{n} proxies connected"),
         }
     )?;
+    writeln!(out, "{}", printable(&status.probes.to_string()))?;
     if let Some(pause) = status.pause {
         writeln!(
             out,

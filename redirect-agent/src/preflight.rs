@@ -21,6 +21,7 @@ use serde::Serialize;
 
 use crate::{
     dataplane::probe::{self, Probes},
+    kubelet::Kubelet,
     output::{self, Format},
 };
 
@@ -181,6 +182,7 @@ pub fn check(options: &Options) -> Report {
     checks.extend(capabilities());
     checks.push(bpffs(&options.bpffs_dir));
     checks.push(cgroup2());
+    checks.push(kubelet());
     checks.push(memlock());
     checks.extend(other_redirectors(&options.cni_conf_dir));
     Report::new(release, checks)
@@ -387,6 +389,23 @@ fn cgroup2() -> Check {
         Err(error) => Check::cannot_tell(name, format!("read /proc/self/mounts: {error}")),
     };
     check.optional().since("4.5")
+}
+
+fn kubelet() -> Check {
+    let name = "kubelet";
+    let check = match Kubelet::find() {
+        Ok(kubelet) => Check::yes(name, kubelet.to_string()),
+        Err(error) if probe::is_denied(&error) => {
+            Check::cannot_tell(name, format!("{error:#}: run this as root"))
+        }
+        Err(error) => Check::no(
+            name,
+            format!(
+                "{error:#}; probes go to the proxy but from --probe-sources, and a STRICT policy refuses them"
+            ),
+        ),
+    };
+    check.optional()
 }
 
 fn mount_point<'a>(mounts: &'a str, kind: &str) -> Option<&'a str> {

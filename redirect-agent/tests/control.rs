@@ -20,6 +20,7 @@ use redirect_agent::{
     membership::{Decision, PodKey, Reason},
     output::Status,
     overrides::{Change, Mode, Store, Target},
+    probes::InForce,
 };
 use tempfile::TempDir;
 use tokio::task::JoinHandle;
@@ -38,6 +39,7 @@ impl Agent for Overridden {
             source: "dir:/manifests".to_owned(),
             proxies: 0,
             pause: self.store.current().pause(SystemTime::now()),
+            probes: InForce::default(),
             problems: Vec::new(),
             pods: Vec::new(),
         })

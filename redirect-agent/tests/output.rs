@@ -9,9 +9,11 @@ use redirect_agent::{
     membership::Reason,
     output::{self, Format, KernelStatus, OverrideStatus, PodState, PodStatus, Status},
     overrides::{Mode, Moment, Pause},
+    probes::InForce,
     source::Problem,
     traffic::{Selection, Selections, Traffic},
 };
+use serde_json::json;
 
 fn golden(name: &str, actual: &str) {
     let path = Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/golden").join(name);
@@ -58,6 +60,11 @@ fn everything() -> Status {
         source: "dir:/etc/manifests".to_owned(),
         proxies: 1,
         pause: Some(Pause { until }),
+        probes: InForce {
+            kubelet: None,
+            sources: vec!["192.0.2.0/24".parse().unwrap(), "2001:db8::1/128".parse().unwrap()],
+            problem: Some("no process is called kubelet".to_owned()),
+        },
         problems: vec![Problem {
             object: "a.yaml, document 2".to_owned(),
             message: "a line\nthat \u{1b}[2J moves the cursor".to_owned(),
@@ -113,10 +120,20 @@ fn status_is_a_table_a_wide_table_and_json() {
 
 #[test]
 fn status_of_an_empty_node_has_its_columns_all_the_same() {
-    let empty = Status { pause: None, proxies: 0, pods: vec![], problems: vec![], ..everything() };
+    let kubelet = json!({"pid": 812, "cgroup": "/system.slice/kubelet.service"});
+    let probes = json!({"kubelet": kubelet, "sources": [], "problem": null});
+    let empty = Status {
+        pause: None,
+        probes: serde_json::from_value(probes).unwrap(),
+        proxies: 0,
+        pods: vec![],
+        problems: vec![],
+        ..everything()
+    };
     assert_eq!(
         output::status(&empty, Format::Table).unwrap(),
         "node n1, redirect-agent 0.1.0, source dir:/etc/manifests, no proxy connected\n\
+         probes: of kubelet, process 812 in cgroup /system.slice/kubelet.service\n\
          NAMESPACE   NAME   STATE   REASON   OVERRIDE   IPS   KERNEL   COUNTERS\n"
     );
 }

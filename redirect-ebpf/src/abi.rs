@@ -213,6 +213,9 @@ impl PodPeer {
     pub const BITS: u32 = Self::PREFIX + 128;
 }
 
+/// [`PodPeer::pod_id`] of what counts for every pod: where probes come from.
+pub const EVERY_POD: PodId = 0;
+
 /// Value of `inbound_ports` and `inbound_ranges`: redirected. So is what no key matches.
 pub const INBOUND_REDIRECT: u32 = 0;
 /// Value of `inbound_ports` and `inbound_ranges`: the application takes it, not the proxy.
@@ -326,11 +329,15 @@ pub enum Counter {
     DroppedDnsUnreadable = 14,
     /// Answers of the proxy's DNS that were dropped because no query is known for them.
     DroppedDnsAnswer = 15,
+    /// Connections of kubelet to the pod.
+    KubeletProbe = 16,
+    /// Connections to the pod from where probes are configured to come from.
+    ProbeSource = 17,
 }
 
 impl Counter {
     /// Every counter with its name, as `status` and the metrics show it.
-    pub const ALL: [(Counter, &'static str); 16] = [
+    pub const ALL: [(Counter, &'static str); 18] = [
         (Counter::RedirectedOutbound, "redirected_outbound"),
         (Counter::RedirectedInbound, "redirected_inbound"),
         (Counter::Hbone, "hbone"),
@@ -347,6 +354,8 @@ impl Counter {
         (Counter::RefusedDnsBusy, "refused_dns_busy"),
         (Counter::DroppedDnsUnreadable, "dropped_dns_unreadable"),
         (Counter::DroppedDnsAnswer, "dropped_dns_answer"),
+        (Counter::KubeletProbe, "kubelet_probe"),
+        (Counter::ProbeSource, "probe_source"),
     ];
 }
 

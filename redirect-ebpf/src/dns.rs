@@ -410,6 +410,14 @@ mod tests {
         fn excludes_inbound(&self, _: PodId, _: &Flow) -> bool {
             false
         }
+
+        fn is_kubelets(&self, _: &Flow) -> bool {
+            false
+        }
+
+        fn is_probe_source(&self, _: &Addr) -> bool {
+            false
+        }
     }
 
     impl Env for Node {

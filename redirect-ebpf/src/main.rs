@@ -9,6 +9,7 @@
 
 mod config;
 mod iterators;
+mod kubelet;
 mod maps;
 mod packet;
 mod sockets;
@@ -24,9 +25,9 @@ use aya_ebpf::{
 use aya_log_ebpf::info;
 use redirect_ebpf::{
     abi::{
-        Addr, Counter, CounterKey, DnsFlow, DnsKey, Flow, HINT_NO_LISTENER, HINT_NONE, Hint,
-        INBOUND_BYPASS, ListenerKey, MARK_PROXY, MARK_REDIRECTED, PORT_PROXY_DNS, PodEntry, PodId,
-        PodPeer, PodPort, WAY_DIRECT, WAY_REDIRECTED,
+        Addr, Counter, CounterKey, DnsFlow, DnsKey, EVERY_POD, Flow, HINT_NO_LISTENER, HINT_NONE,
+        Hint, INBOUND_BYPASS, ListenerKey, MARK_PROXY, MARK_REDIRECTED, PORT_PROXY_DNS, PodEntry,
+        PodId, PodPeer, PodPort, WAY_DIRECT, WAY_REDIRECTED,
     },
     dns::{self, Dns, DnsEnv, Message},
     verdict::{
@@ -405,6 +406,12 @@ fn excludes_inbound(pod_id: PodId, flow: &Flow) -> bool {
         || matches!(INBOUND_RANGES.get(&peer), Some(&INBOUND_BYPASS))
 }
 
+#[inline(always)]
+fn is_probe_source(peer: &Addr) -> bool {
+    let key = Key::new(PodPeer::BITS, PodPeer { pod_id: EVERY_POD, peer: *peer });
+    matches!(INBOUND_RANGES.get(&key), Some(&INBOUND_BYPASS))
+}
+
 struct Tc<'a> {
     ctx: &'a TcContext,
 }
@@ -418,6 +425,16 @@ impl Pods for Tc<'_> {
     #[inline(always)]
     fn excludes_inbound(&self, pod_id: PodId, flow: &Flow) -> bool {
         excludes_inbound(pod_id, flow)
+    }
+
+    #[inline(always)]
+    fn is_kubelets(&self, flow: &Flow) -> bool {
+        kubelet::has_opened(flow)
+    }
+
+    #[inline(always)]
+    fn is_probe_source(&self, peer: &Addr) -> bool {
+        is_probe_source(peer)
     }
 }
 
@@ -485,6 +502,16 @@ impl Pods for LookupEnv {
     #[inline(always)]
     fn excludes_inbound(&self, pod_id: PodId, flow: &Flow) -> bool {
         excludes_inbound(pod_id, flow)
+    }
+
+    #[inline(always)]
+    fn is_kubelets(&self, flow: &Flow) -> bool {
+        kubelet::has_opened(flow)
+    }
+
+    #[inline(always)]
+    fn is_probe_source(&self, peer: &Addr) -> bool {
+        is_probe_source(peer)
     }
 }
 

@@ -39,9 +39,15 @@ pub static HINT: PerCpuArray<Hint, 1> = PerCpuArray::new();
 #[btf_map(name = "inbound_ports")]
 pub static INBOUND_PORTS: LpmTrie<PodPort, u32, 65536> = LpmTrie::new();
 
-/// Pod and peer of the pod, by their longest prefix → one of `INBOUND_*`. As `inbound_ports`.
+/// Pod and peer of the pod, by their longest prefix → one of `INBOUND_*`. As `inbound_ports`, but what
+/// is under `EVERY_POD` counts for all.
 #[btf_map(name = "inbound_ranges")]
 pub static INBOUND_RANGES: LpmTrie<PodPeer, u32, 65536> = LpmTrie::new();
+
+/// Connection of kubelet to a pod, as the pod sees it → since when, ns of CLOCK_MONOTONIC. An entry
+/// that is lost costs a probe.
+#[btf_map(name = "kubelet_flows")]
+pub static KUBELET_FLOWS: LruHashMap<Flow, u64, 8192> = LruHashMap::new();
 
 /// Client of the proxy's DNS → the resolver that it has asked. An entry that is lost costs an answer.
 #[btf_map(name = "dns_flows")]

@@ -67,6 +67,10 @@ pub trait Pods {
     fn pod(&self, addr: &Addr) -> Option<PodEntry>;
     /// Whether `inbound_ports` or `inbound_ranges` keep this connection to the pod off the proxy.
     fn excludes_inbound(&self, pod_id: PodId, flow: &Flow) -> bool;
+    /// Whether `kubelet_flows` has this connection to a pod.
+    fn is_kubelets(&self, flow: &Flow) -> bool;
+    /// Whether probes are configured to come from this address.
+    fn is_probe_source(&self, peer: &Addr) -> bool;
 }
 
 /// What the decisions at tcx ask of the kernel besides.
@@ -170,7 +174,7 @@ pub fn on_interface(ip: bool, segment: Option<&Segment>, env: &impl Env) -> Ingr
     if !captures(&pod) {
         return next;
     }
-    if bypasses_inbound(&pod, &segment.receiver_flow(), env) {
+    if past_proxy(&pod, &segment.receiver_flow(), env).is_some() {
         return next;
     }
     let hbone = segment.dst_port == PORT_HBONE;
@@ -262,8 +266,8 @@ pub fn steer(lookup: &Lookup, env: &impl Pods) -> Steer {
     if hint == HINT_FROM_PROXY {
         return Steer::Pass(Some((pod.pod_id, Counter::FromProxy)));
     }
-    if bypasses_inbound(&pod, flow, env) {
-        return Steer::Pass(Some((pod.pod_id, Counter::BypassedInbound)));
+    if let Some(counter) = past_proxy(&pod, flow, env) {
+        return Steer::Pass(Some((pod.pod_id, counter)));
     }
     Steer::Redirect { pod_id: pod.pod_id, kind: LISTENER_INBOUND }
 }
@@ -287,15 +291,23 @@ fn captures(pod: &PodEntry) -> bool {
     pod.flags & POD_CAPTURE != 0
 }
 
-/// Whether the pod's settings keep a connection to it off the proxy. The proxy's own ports are not
-/// for outsiders, whatever the settings: its outbound listener would take them for the pod.
+/// Whether a connection to the pod goes to the application directly, and what it then counts as. The
+/// proxy's own ports are not for outsiders, whatever the settings: its outbound listener would take
+/// them for the pod.
 #[inline(always)]
-fn bypasses_inbound(pod: &PodEntry, flow: &Flow, env: &impl Pods) -> bool {
+fn past_proxy(pod: &PodEntry, flow: &Flow, env: &impl Pods) -> Option<Counter> {
     if matches!(flow.local_port, PORT_OUTBOUND | PORT_INBOUND | PORT_HBONE) {
-        return false;
+        return None;
     }
-    pod.flags & POD_BYPASS_INBOUND != 0
+    if pod.flags & POD_BYPASS_INBOUND != 0
         || (pod.flags & POD_INBOUND_RULES != 0 && env.excludes_inbound(pod.pod_id, flow))
+    {
+        return Some(Counter::BypassedInbound);
+    }
+    if env.is_kubelets(flow) {
+        return Some(Counter::KubeletProbe);
+    }
+    env.is_probe_source(&flow.remote).then_some(Counter::ProbeSource)
 }
 
 #[inline(always)]
@@ -366,6 +378,9 @@ mod tests {
         /// What `inbound_ports` and `inbound_ranges` keep off the proxy.
         excluded_port: Option<u16>,
         excluded_peer: Option<Addr>,
+        /// Whose connections are in `kubelet_flows`.
+        kubelet: Option<Addr>,
+        probe_source: Option<Addr>,
         application_listens: bool,
         proxy: Proxy,
         asked: RefCell<Vec<Asked>>,
@@ -386,6 +401,8 @@ mod tests {
                 pods,
                 excluded_port: None,
                 excluded_peer: None,
+                kubelet: None,
+                probe_source: None,
                 application_listens,
                 proxy,
                 asked: RefCell::default(),
@@ -415,6 +432,14 @@ mod tests {
             pod_id == OWN
                 && (self.excluded_port == Some(flow.local_port)
                     || self.excluded_peer == Some(flow.remote))
+        }
+
+        fn is_kubelets(&self, flow: &Flow) -> bool {
+            self.kubelet == Some(flow.remote)
+        }
+
+        fn is_probe_source(&self, peer: &Addr) -> bool {
+            self.probe_source == Some(*peer)
         }
     }
 
@@ -608,7 +633,10 @@ mod tests {
             let rules = || Node::new(&a, false, Proxy::Away).with_flags(&a, POD_INBOUND_RULES);
             let port = Node { excluded_port: Some(SERVER_PORT), ..rules() };
             let peer = Node { excluded_peer: Some(a.stranger), ..rules() };
-            for node in [inbound, port, peer] {
+            let nothing = || Node::new(&a, false, Proxy::Away);
+            let probe = Node { kubelet: Some(a.stranger), ..nothing() };
+            let source = Node { probe_source: Some(a.stranger), ..nothing() };
+            for node in [inbound, port, peer, probe, source] {
                 let expected = Ingress { mark: Some(MARK_DIRECT), ..Ingress::NEXT };
                 assert_eq!(on_interface(true, Some(&syn(a.stranger, a.own)), &node), expected);
                 node.assert_asked(&[]);
@@ -778,6 +806,26 @@ mod tests {
             assert_eq!(steer(&calls, &inbound), OUTBOUND, "outbound is captured all the same");
             let from_proxy = lookup(a.own, a.stranger, LO, HINT_FROM_PROXY);
             assert_eq!(steer(&from_proxy, &inbound), counted(Counter::FromProxy));
+        }
+    }
+
+    #[test]
+    fn kubelet_reaches_the_application_and_not_the_proxy_itself() {
+        for a in both_families() {
+            let by = |remote| lookup(a.own, remote, OUTSIDE, HINT_NONE);
+            let node = || Node::new(&a, true, Proxy::Listens);
+            for (node, counter) in [
+                (Node { kubelet: Some(a.stranger), ..node() }, Counter::KubeletProbe),
+                (Node { probe_source: Some(a.stranger), ..node() }, Counter::ProbeSource),
+            ] {
+                assert_eq!(steer(&by(a.stranger), &node), counted(counter));
+                assert_eq!(steer(&by(a.neighbour), &node), INBOUND);
+                for proxys in [PORT_OUTBOUND, PORT_INBOUND] {
+                    assert_eq!(steer(&to_port(by(a.stranger), proxys), &node), INBOUND);
+                }
+                let calls = lookup(a.stranger, a.own, LO, HINT_NONE);
+                assert_eq!(steer(&calls, &node), OUTBOUND);
+            }
         }
     }
 

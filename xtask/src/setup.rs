@@ -22,6 +22,7 @@ const PACKAGES: &[(&str, &str)] = &[
     ("ip", "iproute2"),
     ("bpftool", "bpftool"),
     ("dig", "bind9-dnsutils"),
+    ("curl", "curl"),
     ("musl-gcc", "musl-tools"),
 ];
 

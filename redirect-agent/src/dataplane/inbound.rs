@@ -13,8 +13,8 @@ use aya::{
 };
 use ipnet::IpNet;
 use redirect_ebpf::abi::{
-    Addr, INBOUND_BYPASS, INBOUND_REDIRECT, POD_BYPASS_INBOUND, POD_INBOUND_RULES, PodId, PodPeer,
-    PodPort,
+    Addr, EVERY_POD, INBOUND_BYPASS, INBOUND_REDIRECT, POD_BYPASS_INBOUND, POD_INBOUND_RULES,
+    PodId, PodPeer, PodPort,
 };
 
 use super::absent;
@@ -144,6 +144,12 @@ pub(super) fn set<K: Entry>(
     traffic: &Traffic,
 ) -> Result<()> {
     change(trie, pod_id, &K::wanted(traffic))
+}
+
+/// Makes the entries that count for every pod those of `ranges`.
+pub(super) fn set_for_every_pod(trie: &mut Trie<'_, PodPeer>, ranges: &[IpNet]) -> Result<()> {
+    let wanted = ranges.iter().map(|range| (range_prefix(*range), INBOUND_BYPASS)).collect();
+    change(trie, EVERY_POD, &wanted)
 }
 
 /// Deletes the pod's entries.

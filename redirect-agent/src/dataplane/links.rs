@@ -1,4 +1,5 @@
-//! The pinned links of a pod: `sk_lookup` on its namespace, tcx on each of its interfaces.
+//! The pinned links: of a pod, `sk_lookup` on its namespace and tcx on each of its interfaces; and the
+//! one on kubelet's cgroup.
 
 use std::{
     fs, io,
@@ -8,7 +9,7 @@ use std::{
 
 use anyhow::{Context as _, Result};
 use aya::programs::{
-    LinkOrder, SchedClassifier, SkLookup, TcAttachType,
+    CgroupAttachMode, LinkOrder, SchedClassifier, SkLookup, SockOps, TcAttachType,
     links::FdLink,
     tc::{SchedClassifierLink, TcAttachOptions},
 };
@@ -22,12 +23,12 @@ pub(super) struct PodLinks {
 }
 
 /// What a pinned link is attached to, and what it runs. Source: Linux `kernel/bpf/syscall.c`,
-/// `kernel/bpf/tcx.c` and `kernel/bpf/net_namespace.c`, their `show_fdinfo`.
+/// `kernel/bpf/tcx.c`, `kernel/bpf/net_namespace.c` and `kernel/bpf/cgroup.c`, their `show_fdinfo`.
 #[derive(Debug, Default, PartialEq, Eq)]
 struct LinkView {
     program_id: u32,
-    /// The interface's index, or the namespace's inode number; 0 once that is gone.
-    target: u32,
+    /// The interface's index, the namespace's inode number, or the cgroup's id; 0 once that is gone.
+    target: u64,
 }
 
 impl PodLinks {
@@ -43,7 +44,7 @@ impl PodLinks {
     pub(super) fn ensure_lookup(&self, program: &mut SkLookup, netns: &Netns) -> Result<()> {
         let pin = self.lookup_pin();
         let id = program.info().context("inspect sk_lookup program")?.id();
-        if let Some(link) = adopt(&pin, netns.inode())? {
+        if let Some(link) = adopt(&pin, netns.inode().into())? {
             return swap(&link, id, program.fd()?.as_fd());
         }
         let link = program.attach(netns).context("attach sk_lookup")?;
@@ -62,7 +63,7 @@ impl PodLinks {
     ) -> Result<()> {
         let pin = self.tcx_pin(index);
         let id = program.info().context("inspect tcx program")?.id();
-        if let Some(link) = adopt(&pin, index)? {
+        if let Some(link) = adopt(&pin, index.into())? {
             return swap(&link, id, program.fd()?.as_fd());
         }
         let link = attach_tcx(program, name, TcAttachType::Ingress)?;
@@ -73,12 +74,12 @@ impl PodLinks {
 
     /// Whether `sk_lookup` is attached to the namespace.
     pub(super) fn has_lookup(&self, netns_inode: u32) -> Result<bool> {
-        is_attached(&self.lookup_pin(), netns_inode)
+        is_attached(&self.lookup_pin(), netns_inode.into())
     }
 
     /// Whether tcx is attached to the interface.
     pub(super) fn has_tcx(&self, index: u32) -> Result<bool> {
-        is_attached(&self.tcx_pin(index), index)
+        is_attached(&self.tcx_pin(index), index.into())
     }
 
     /// Whether nothing is attached any more: that is so when the namespace is gone. An interface
@@ -110,16 +111,7 @@ impl PodLinks {
 
     /// Detaches everything.
     pub(super) fn detach(&self) -> Result<()> {
-        for pin in self.pins()? {
-            if let Some(link) = open(&pin)?
-                && view(&link)?.target != 0
-            {
-                sys::link_detach(link.as_fd())
-                    .with_context(|| format!("detach {}", pin.display()))?;
-            }
-            remove_if_there(&pin)?;
-        }
-        Ok(())
+        self.pins()?.iter().try_for_each(|pin| detach(pin))
     }
 
     /// Removes the directory, which is empty by now: there is no such pod any more.
@@ -149,6 +141,39 @@ impl PodLinks {
     }
 }
 
+/// The pin of the link on kubelet's cgroup.
+pub(super) struct KubeletLink {
+    pin: PathBuf,
+}
+
+impl KubeletLink {
+    pub(super) fn new(bpffs_dir: &Path) -> Self {
+        Self { pin: bpffs_dir.join("kubelet") }
+    }
+
+    /// Attaches the program to the cgroup, or swaps the program of the link that is there; a link on
+    /// another cgroup goes.
+    pub(super) fn ensure(&self, program: &mut SockOps, cgroup: &fs::File, id: u64) -> Result<()> {
+        let program_id = program.info().context("inspect sock_ops program")?.id();
+        if let Some(link) = adopt(&self.pin, id)? {
+            return swap(&link, program_id, program.fd()?.as_fd());
+        }
+        // Beside those of others: a link is never exclusive.
+        let link = program
+            .attach(cgroup, CgroupAttachMode::Single)
+            .context("attach the sock_ops program to kubelet's cgroup")?;
+        let link = program.take_link(link).context("take the link of the sock_ops program")?;
+        let link: FdLink = link.try_into().context("take the link of the sock_ops program")?;
+        link.pin(&self.pin).with_context(|| format!("pin {}", self.pin.display()))?;
+        Ok(())
+    }
+
+    /// Detaches the program, if it is attached.
+    pub(super) fn remove(&self) -> Result<()> {
+        detach(&self.pin)
+    }
+}
+
 /// Attaches a program at the head of an interface's tcx chain. Runs inside the pod's namespace.
 pub(super) fn attach_tcx(
     program: &mut SchedClassifier,
@@ -162,8 +187,18 @@ pub(super) fn attach_tcx(
     program.take_link(link).context("take the link of a tcx program")
 }
 
+/// Detaches the link pinned at `pin`, if there is one, and removes the pin.
+fn detach(pin: &Path) -> Result<()> {
+    if let Some(link) = open(pin)?
+        && view(&link)?.target != 0
+    {
+        sys::link_detach(link.as_fd()).with_context(|| format!("detach {}", pin.display()))?;
+    }
+    remove_if_there(pin)
+}
+
 /// The link pinned at `pin`, if it is attached to `target`; a pin of anything else is removed.
-fn adopt(pin: &Path, target: u32) -> Result<Option<OwnedFd>> {
+fn adopt(pin: &Path, target: u64) -> Result<Option<OwnedFd>> {
     let Some(link) = open(pin)? else { return Ok(None) };
     if view(&link)?.target == target {
         return Ok(Some(link));
@@ -172,7 +207,7 @@ fn adopt(pin: &Path, target: u32) -> Result<Option<OwnedFd>> {
     Ok(None)
 }
 
-fn is_attached(pin: &Path, target: u32) -> Result<bool> {
+fn is_attached(pin: &Path, target: u64) -> Result<bool> {
     match open(pin)? {
         Some(link) => Ok(view(&link)?.target == target),
         None => Ok(false),
@@ -203,10 +238,10 @@ fn view(link: &OwnedFd) -> Result<LinkView> {
 fn parse_fdinfo(text: &str) -> LinkView {
     let mut view = LinkView::default();
     for (key, value) in text.lines().filter_map(|line| line.split_once(':')) {
-        let value = value.trim().parse().unwrap_or(0);
+        let value: u64 = value.trim().parse().unwrap_or(0);
         match key {
-            "prog_id" => view.program_id = value,
-            "ifindex" | "netns_ino" => view.target = value,
+            "prog_id" => view.program_id = u32::try_from(value).unwrap_or(0),
+            "ifindex" | "netns_ino" | "cgroup_id" => view.target = value,
             _ => {}
         }
     }
@@ -218,11 +253,13 @@ mod tests {
     use super::*;
 
     #[test]
-    fn fdinfo_of_either_kind_of_link_names_program_and_target() {
+    fn fdinfo_of_every_kind_of_link_names_program_and_target() {
         let tcx = "pos:\t0\nflags:\t02000002\nlink_type:\ttcx\nlink_id:\t7\nprog_tag:\tab\nprog_id:\t42\nifindex:\t3\nattach_type:\t46 (tcx_ingress)\n";
         assert_eq!(parse_fdinfo(tcx), LinkView { program_id: 42, target: 3 });
         let lookup = "link_type:\tnetns\nlink_id:\t8\nprog_id:\t43\nnetns_ino:\t4026532001\nattach_type:\t36\n";
         assert_eq!(parse_fdinfo(lookup), LinkView { program_id: 43, target: 4_026_532_001 });
+        let cgroup = "link_type:\tcgroup\nlink_id:\t9\nprog_id:\t44\ncgroup_id:\t4294967297\nattach_type:\t3\n";
+        assert_eq!(parse_fdinfo(cgroup), LinkView { program_id: 44, target: 4_294_967_297 });
     }
 
     #[test]

@@ -34,9 +34,12 @@ use anyhow::{Context as _, Result, anyhow, bail};
 use aya::{
     Btf, Ebpf, EbpfLoader,
     maps::{HashMap, Map, MapData, MapError, PerCpuHashMap},
-    programs::{Iter, Program, SchedClassifier, SkLookup, TcAttachType, tc::SchedClassifierLink},
+    programs::{
+        Iter, Program, SchedClassifier, SkLookup, SockOps, TcAttachType, tc::SchedClassifierLink,
+    },
 };
 use aya_log::EbpfLogger;
+use ipnet::IpNet;
 use nix::{
     fcntl::{Flock, FlockArg},
     mount::{MsFlags, mount},
@@ -50,7 +53,7 @@ use redirect_ebpf::abi::{
 use tracing::debug;
 
 use self::{
-    links::{PodLinks, attach_tcx},
+    links::{KubeletLink, PodLinks, attach_tcx},
     routes::{LOOPBACK_IFINDEX, OutboundState, Routing},
 };
 pub use self::{sockets::offsets as sock_offsets, watch::Watch};
@@ -67,7 +70,7 @@ const BPFFS: &str = "/sys/fs/bpf";
 /// Source: Linux `include/uapi/linux/magic.h`, `BPF_FS_MAGIC`.
 const BPF_FS_MAGIC: i64 = 0xcafe_4a11;
 /// The maps that outlive the agent.
-const PINNED_MAPS: [&str; 10] = [
+const PINNED_MAPS: [&str; 11] = [
     "pods",
     "counters",
     "listeners",
@@ -76,6 +79,7 @@ const PINNED_MAPS: [&str; 10] = [
     WAYS,
     "saved_sysctls",
     DNS_FLOWS,
+    "kubelet_flows",
     INBOUND_PORTS,
     INBOUND_RANGES,
 ];
@@ -85,6 +89,7 @@ const INBOUND_PORTS: &str = "inbound_ports";
 const INBOUND_RANGES: &str = "inbound_ranges";
 const TCX_PROGRAMS: [&str; 4] = ["redirect_lo", "redirect_ext", "watch_sent", "watch_received"];
 const LOOKUP_PROGRAM: &str = "redirect_lookup";
+const KUBELET_PROGRAM: &str = "note_kubelet";
 const ITERATORS: [&str; 6] =
     ["note_proxy", "mark_all", "mark_open", "mark_noted", "count_redir", "reuse_addr"];
 /// After the switch, the flows that were caught half-way are marked at these instants: a connection
@@ -338,6 +343,7 @@ impl Dataplane {
             kernel.classifier(name)?.load().with_context(|| format!("load program {name}"))?;
         }
         kernel.lookup()?.load().context("load program redirect_lookup")?;
+        kernel.kubelet()?.load().context("load program note_kubelet")?;
         for name in ITERATORS {
             kernel
                 .iterator(name)?
@@ -604,6 +610,38 @@ impl Dataplane {
         Ok(())
     }
 
+    /// From now on, connections to pods that are opened in this cgroup of version 2, with this id,
+    /// reach the application past the proxy; no other cgroup's do any more.
+    ///
+    /// # Errors
+    ///
+    /// When a system call fails.
+    pub fn follow_kubelet(&self, cgroup: &fs::File, id: u64) -> Result<()> {
+        let mut locked = self.lock()?;
+        KubeletLink::new(&self.dir).ensure(locked.kubelet()?, cgroup, id)
+    }
+
+    /// No cgroup's connections do any more.
+    ///
+    /// # Errors
+    ///
+    /// When a system call fails.
+    pub fn unfollow_kubelet(&self) -> Result<()> {
+        let _locked = self.lock()?;
+        KubeletLink::new(&self.dir).remove()
+    }
+
+    /// From now on, connections to pods that come from these ranges, and from no others, are taken
+    /// for probes, and reach the application past the proxy.
+    ///
+    /// # Errors
+    ///
+    /// When a system call fails.
+    pub fn set_probe_sources(&self, ranges: &[IpNet]) -> Result<()> {
+        let mut locked = self.lock()?;
+        inbound::set_for_every_pod(&mut locked.map(INBOUND_RANGES)?, ranges)
+    }
+
     /// The rows of the map `pods`.
     ///
     /// # Errors
@@ -839,6 +877,10 @@ impl Kernel {
 
     fn lookup(&mut self) -> Result<&mut SkLookup> {
         Ok(self.program(LOOKUP_PROGRAM)?.try_into()?)
+    }
+
+    fn kubelet(&mut self) -> Result<&mut SockOps> {
+        Ok(self.program(KUBELET_PROGRAM)?.try_into()?)
     }
 
     fn iterator(&mut self, name: &str) -> Result<&mut Iter> {

@@ -19,7 +19,7 @@ use aya::{
 };
 use redirect_agent::dataplane::{OBJECT, sock_offsets};
 use redirect_ebpf::abi::{
-    Addr, Counter, CounterKey, DnsFlow, DnsKey, Flow, HINT_NONE, Hint, INBOUND_BYPASS,
+    Addr, Counter, CounterKey, DnsFlow, DnsKey, EVERY_POD, Flow, HINT_NONE, Hint, INBOUND_BYPASS,
     INBOUND_REDIRECT, ListenerKey, PodEntry, PodId, PodPeer, PodPort,
 };
 
@@ -268,6 +268,7 @@ pub struct Maps {
     inbound_ports: LpmTrie<MapData, PodPort, u32>,
     inbound_ranges: LpmTrie<MapData, PodPeer, u32>,
     dns_flows: HashMap<MapData, DnsKey, DnsFlow>,
+    kubelet_flows: HashMap<MapData, Flow, u64>,
 }
 
 impl Maps {
@@ -285,6 +286,7 @@ impl Maps {
             inbound_ports: map("inbound_ports")?.try_into()?,
             inbound_ranges: map("inbound_ranges")?.try_into()?,
             dns_flows: map("dns_flows")?.try_into()?,
+            kubelet_flows: map("kubelet_flows")?.try_into()?,
         })
     }
 
@@ -310,6 +312,27 @@ impl Maps {
         Ok(())
     }
 
+    /// Where probes come from.
+    pub fn set_probe_source(&mut self, peer: Addr) -> Result<()> {
+        let key = Key::new(PodPeer::BITS, PodPeer { pod_id: EVERY_POD, peer });
+        Ok(self.inbound_ranges.insert(&key, INBOUND_BYPASS, 0)?)
+    }
+
+    /// The one connection of kubelet's that is noted.
+    pub fn set_kubelets(&mut self, flow: &Flow, since: Since) -> Result<()> {
+        self.clear_kubelets()?;
+        let age = if since == Since::Now { 0 } else { LONG_NS };
+        // See `set_missing`.
+        Ok(self.kubelet_flows.insert(flow, sys::now().wrapping_sub(age), 0)?)
+    }
+
+    fn clear_kubelets(&mut self) -> Result<()> {
+        for flow in self.kubelet_flows.keys().collect::<Result<Vec<_>, _>>()? {
+            self.kubelet_flows.remove(&flow)?;
+        }
+        Ok(())
+    }
+
     /// Empties all of them.
     pub fn clear(&mut self) -> Result<()> {
         for addr in self.pods.keys().collect::<Result<Vec<_>, _>>()? {
@@ -321,6 +344,7 @@ impl Maps {
         for key in self.inbound_ranges.keys().collect::<Result<Vec<_>, _>>()? {
             self.inbound_ranges.remove(&key)?;
         }
+        self.clear_kubelets()?;
         for key in self.listeners()? {
             self.set_listener(key, None)?;
         }

@@ -60,6 +60,9 @@ fn the_bytecode_and_verdict_rs_give_the_same_verdict_for_generated_packets() -> 
             let world = World::random(&mut rng)?;
             kernel.maps.enter(&world.pods)?;
             kernel.maps.exclude(own_id(), world.excluded)?;
+            if let Some(source) = world.probe_source {
+                kernel.maps.set_probe_source(source)?;
+            }
             let mut checks = Checks { kernel: &mut kernel, world, neighbour: &neighbour };
             for packet in 0..PACKETS {
                 checks
@@ -135,6 +138,8 @@ struct Seen {
     pass: usize,
     counted_pass: usize,
     bypassed_inbound: usize,
+    kubelet_probe: usize,
+    probe_source: usize,
     outbound: usize,
     inbound: usize,
     neighbours_listener: usize,
@@ -163,6 +168,8 @@ impl Seen {
             ("pass", self.pass),
             ("counted pass", self.counted_pass),
             ("bypassed inbound", self.bypassed_inbound),
+            ("kubelet's probe", self.kubelet_probe),
+            ("a probe by its source", self.probe_source),
             ("redirect outbound", self.outbound),
             ("redirect inbound", self.inbound),
             ("a neighbour's listener", self.neighbours_listener),
@@ -244,10 +251,25 @@ impl Checks<'_> {
         Ok(())
     }
 
+    /// Sometimes the flow is kubelet's, or was one of its long ago.
+    fn note_kubelets(&mut self, rng: &mut Rng, flow: Flow) -> Result<()> {
+        let since = match rng.u8(..8) {
+            0..2 => Since::Now,
+            2 => Since::LongAgo,
+            _ => return Ok(()),
+        };
+        self.kernel.maps.set_kubelets(&flow, since)?;
+        self.world.kubelets = (since == Since::Now).then_some(flow);
+        Ok(())
+    }
+
     fn ingress(&mut self, at: Tcx, rng: &mut Rng, seen: &mut Seen) -> Result<()> {
         let packet = Packet::random(rng);
         let mark = mark(rng);
         self.kernel.maps.set_hint(stale_hint(rng))?;
+        if let Some(segment) = &packet.segment {
+            self.note_kubelets(rng, segment.receiver_flow())?;
+        }
         let Some(ran) = self.kernel.run_tcx(at, &packet.bytes, mark)? else {
             seen.too_short_for_the_kernel += 1;
             return Ok(());
@@ -375,6 +397,7 @@ impl Checks<'_> {
             Flow { local, remote, local_port: world::port(rng), remote_port: world::port(rng) };
         let hint = lookup_hint(rng, flow);
         self.kernel.maps.set_hint(hint)?;
+        self.note_kubelets(rng, flow)?;
         // A test run of `sk_lookup` has no interface; the kernel's own question on `lo` has, but
         // cannot ask for an IPv4 address in IPv6.
         let on_lo = rng.bool() && v4 == local.is_v4() && v4 == remote.is_v4();
@@ -405,6 +428,8 @@ impl Checks<'_> {
         match steer {
             Steer::Pass(None) => seen.pass += 1,
             Steer::Pass(Some((_, Counter::BypassedInbound))) => seen.bypassed_inbound += 1,
+            Steer::Pass(Some((_, Counter::KubeletProbe))) => seen.kubelet_probe += 1,
+            Steer::Pass(Some((_, Counter::ProbeSource))) => seen.probe_source += 1,
             Steer::Pass(Some(_)) => seen.counted_pass += 1,
             Steer::Refuse(_, Counter::DroppedDnsUnreadable) => seen.dns_unreadable += 1,
             Steer::Refuse(..) => seen.refuse += 1,

@@ -189,6 +189,10 @@ pub struct World {
     pub pods: BTreeMap<Addr, PodEntry>,
     /// What keeps calls to the pod itself off the proxy: a port, a peer.
     pub excluded: (Option<u16>, Option<Addr>),
+    /// Where probes come from.
+    pub probe_source: Option<Addr>,
+    /// The connection of kubelet's that is noted, if it is recent.
+    pub kubelets: Option<Flow>,
     /// Every socket that listens in the namespace.
     pub sockets: Vec<Listener>,
     /// Every UDP socket in it.
@@ -220,9 +224,12 @@ impl World {
         let port = rng.bool().then(|| port(rng));
         let v4 = rng.bool();
         let peer = rng.bool().then(|| any(rng, v4));
+        let probe_source = rng.bool().then(|| any(rng, v4));
         Ok(Self {
             pods: pods(rng),
             excluded: (port, peer),
+            probe_source,
+            kubelets: None,
             sockets,
             udp,
             state: RefCell::default(),
@@ -259,6 +266,14 @@ impl Pods for World {
     fn excludes_inbound(&self, pod_id: PodId, flow: &Flow) -> bool {
         let (port, peer) = self.excluded;
         pod_id == own_id() && (port == Some(flow.local_port) || peer == Some(flow.remote))
+    }
+
+    fn is_kubelets(&self, flow: &Flow) -> bool {
+        self.kubelets == Some(*flow)
+    }
+
+    fn is_probe_source(&self, peer: &Addr) -> bool {
+        self.probe_source == Some(*peer)
     }
 }
 

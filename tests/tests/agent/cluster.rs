@@ -10,7 +10,7 @@ use anyhow::{Context as _, Result, bail, ensure};
 use redirect_agent::output::{PodState, PodStatus, Status};
 use redirect_tests::app::{App, Behaviour, Call, Conversation};
 use redirect_tests::hbone::{Direction, Record, read_log};
-use redirect_tests::netns::Family;
+use redirect_tests::netns::{Family, Netns};
 use redirect_tests::process::{Process, binary, succeed, wait_for};
 use redirect_tests::topology::{Pod, Style, Topology};
 use serde_json::{Value, json};
@@ -93,6 +93,8 @@ pub struct Node {
     netns_dir: PathBuf,
     bpffs: PathBuf,
     flags: Vec<String>,
+    /// The node's network namespace, if the agent is to run in it.
+    netns: Option<PathBuf>,
     /// Where the agent serves health and metrics, or `off`.
     health: String,
     /// How the agent reaches the API server, when pods come from there and not from the manifests.
@@ -113,6 +115,7 @@ impl Node {
             netns_dir: topology.netns_dir(),
             bpffs: topology.bpffs().join(&name),
             flags: flags.iter().map(|&flag| flag.to_owned()).collect(),
+            netns: None,
             health: "off".to_owned(),
             kubeconfig: None,
             started: 0,
@@ -143,6 +146,16 @@ impl Node {
     pub fn hide_netns(&mut self) -> Result<()> {
         self.netns_dir = self.dir.join("no-netns");
         fs::create_dir_all(&self.netns_dir).context("make a directory")
+    }
+
+    /// Lets the next agent run on the node's own network.
+    pub fn use_node_network(&mut self, node: &Netns) {
+        self.netns = Some(node.path().to_owned());
+    }
+
+    /// Lets the next agent run with other flags.
+    pub fn set_flags(&mut self, flags: &[&str]) {
+        self.flags = flags.iter().map(|&flag| flag.to_owned()).collect();
     }
 
     /// Lets the next agent serve health and metrics.
@@ -232,7 +245,15 @@ impl Node {
 
     /// A command of the agent's program that goes to the agent of this node.
     pub fn command(&self, verb: &str) -> Result<Command> {
-        let mut command = Command::new(binary("redirect-agent")?);
+        let binary = binary("redirect-agent")?;
+        let mut command = match &self.netns {
+            Some(netns) => {
+                let mut command = Command::new("nsenter");
+                command.arg(format!("--net={}", netns.display())).arg(binary);
+                command
+            }
+            None => Command::new(binary),
+        };
         command.arg(verb).arg("--control-socket").arg(self.control_socket());
         Ok(command)
     }

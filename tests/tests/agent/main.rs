@@ -4,6 +4,7 @@
 
 mod api_server;
 mod bad_input;
+mod cgroup;
 mod cluster;
 mod commands;
 mod dns;
@@ -13,6 +14,7 @@ mod labels;
 mod load;
 mod neighbours;
 mod pods;
+mod probes;
 mod processes;
 mod proxies;
 mod restart;

@@ -1,0 +1,172 @@
+//! Finding kubelet: by its own cgroup, the probes that it sends are told from all other traffic.
+
+use std::{
+    fmt,
+    fs::{self, File},
+    io,
+    os::{fd::AsFd, unix::fs::MetadataExt as _},
+    path::{Path, PathBuf},
+    thread,
+};
+
+use anyhow::{Context as _, Result, anyhow, bail};
+use nix::sched::{CloneFlags, setns};
+use procfs::process::Process;
+use serde::{Deserialize, Serialize};
+
+use crate::finder;
+
+/// What the processes are called in which kubelet runs: its own, MicroK8s', k3s'.
+const NAMES: [&str; 5] = ["kubelet", "kubelite", "k3s-server", "k3s-agent", "k3s"];
+/// The part of a cgroup's name that kubelet gives to those of all pods.
+const PODS: &str = "kubepods";
+
+/// A kubelet of this node, and the cgroup that it is in.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Kubelet {
+    /// Its process id.
+    pub pid: u32,
+    /// Its cgroup of version 2, as it sees it: `/system.slice/kubelet.service`.
+    pub cgroup: String,
+    /// The directory of that cgroup.
+    #[serde(skip)]
+    dir: PathBuf,
+    /// When it was started, in ticks since the node was: process ids are used again.
+    #[serde(skip)]
+    started: u64,
+}
+
+impl fmt::Display for Kubelet {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "process {} in cgroup {}", self.pid, self.cgroup)
+    }
+}
+
+impl Kubelet {
+    /// Looks for it among the processes of the node; the youngest, if there are several.
+    ///
+    /// # Errors
+    ///
+    /// When there is none, or it is not in a cgroup of its own.
+    pub fn find() -> Result<Self> {
+        let hosts = finder::hosts()?;
+        let mut found: Option<(Process, u64)> = None;
+        for process in procfs::process::all_processes().context("list the processes")? {
+            // One that has just ended is none.
+            let Ok(process) = process else { continue };
+            let Ok(started) = started(&process, &hosts) else { continue };
+            if found.as_ref().is_none_or(|(_, youngest)| *youngest <= started) {
+                found = Some((process, started));
+            }
+        }
+        let (process, started) = found.with_context(|| {
+            format!(
+                "no process of this node is called {} (in a container, the agent needs hostPID and \
+                 hostNetwork)",
+                NAMES.join(", ")
+            )
+        })?;
+        Self::of(&process, started).with_context(|| format!("use kubelet, process {}", process.pid))
+    }
+
+    fn of(process: &Process, started: u64) -> Result<Self> {
+        let pid = u32::try_from(process.pid).context("convert a process id")?;
+        let cgroup = cgroup_of(process)?;
+        if cgroup == "/" {
+            bail!(
+                "it is in the root cgroup, and so is told from no other process; let its service \
+                 manager give it a cgroup of version 2"
+            );
+        }
+        let mounts = process.mountinfo().context("read its mounts")?;
+        let mount = mounts
+            .into_iter()
+            .find(|mount| mount.fs_type == "cgroup2")
+            .context("cgroup v2 is not mounted where it runs")?;
+        let inside = |path: &Path| path.strip_prefix("/").map(Path::to_owned);
+        // By its own root, because the agent's container may show cgroups otherwise.
+        let dir = PathBuf::from(format!("/proc/{pid}/root"))
+            .join(inside(&mount.mount_point)?)
+            .join(inside(Path::new(&cgroup))?);
+        if let Some(pods) = cgroup_of_pods(&dir)? {
+            bail!(
+                "the pods' cgroup {} is within its own: they would pass for kubelet",
+                pods.display()
+            );
+        }
+        Ok(Self { pid, cgroup, dir, started })
+    }
+
+    /// Its cgroup, open, and that one's id.
+    ///
+    /// # Errors
+    ///
+    /// When it is gone.
+    pub fn open_cgroup(&self) -> Result<(File, u64)> {
+        let open = || {
+            let dir = File::open(&self.dir)?;
+            let id = dir.metadata()?.ino();
+            io::Result::Ok((dir, id))
+        };
+        open().with_context(|| format!("open cgroup {}", self.dir.display()))
+    }
+
+    /// Whether it still runs, and in that cgroup.
+    pub fn stands(&self) -> bool {
+        let look = || {
+            let process = Process::new(i32::try_from(self.pid)?)?;
+            let same = process.stat()?.starttime == self.started;
+            anyhow::Ok(same && cgroup_of(&process)? == self.cgroup)
+        };
+        look().unwrap_or(false)
+    }
+}
+
+/// When the process was started, if it may be a kubelet. Anybody can take that name: it has to run
+/// as root, on the node's own network, and in no pod.
+fn started(process: &Process, hosts: &std::collections::BTreeSet<u32>) -> Result<u64> {
+    let stat = process.stat()?;
+    if !NAMES.contains(&stat.comm.as_str()) || process.uid()? != 0 {
+        bail!("not kubelet");
+    }
+    let cgroups = fs::read_to_string(format!("/proc/{}/cgroup", process.pid))?;
+    let netns = fs::read_link(format!("/proc/{}/ns/net", process.pid))?;
+    if finder::pod_of(&cgroups).is_some()
+        || !finder::inode_of(&netns).is_some_and(|inode| hosts.contains(&inode))
+    {
+        bail!("not kubelet");
+    }
+    Ok(stat.starttime)
+}
+
+/// The process's cgroup of version 2, as it sees it itself.
+fn cgroup_of(process: &Process) -> Result<String> {
+    let namespace = File::open(format!("/proc/{}/ns/cgroup", process.pid))
+        .context("open its cgroup namespace")?;
+    let read = || {
+        setns(namespace.as_fd(), CloneFlags::CLONE_NEWCGROUP)
+            .context("enter its cgroup namespace")?;
+        let cgroups = process.cgroups().context("read its cgroups")?;
+        let unified = cgroups.0.into_iter().find(|cgroup| cgroup.hierarchy == 0);
+        Ok(unified.context("it has no cgroup of version 2")?.pathname)
+    };
+    thread::scope(|scope| scope.spawn(read).join()).map_err(|_| anyhow!("a thread panicked"))?
+}
+
+/// A cgroup within `dir` that has pods in it.
+fn cgroup_of_pods(dir: &Path) -> Result<Option<PathBuf>> {
+    let entries = fs::read_dir(dir).with_context(|| format!("list {}", dir.display()))?;
+    for entry in entries {
+        let entry = entry.with_context(|| format!("list {}", dir.display()))?;
+        if !entry.file_type().is_ok_and(|kind| kind.is_dir()) {
+            continue;
+        }
+        if entry.file_name().to_string_lossy().contains(PODS) {
+            return Ok(Some(entry.path()));
+        }
+        if let Some(found) = cgroup_of_pods(&entry.path())? {
+            return Ok(Some(found));
+        }
+    }
+    Ok(None)
+}
