@@ -271,7 +271,7 @@ pub const WAY_REDIRECTED: u32 = 2;
 pub struct Hint {
     /// The flow.
     pub flow: Flow,
-    /// One of [`HINT_NONE`], [`HINT_FROM_PROXY`], [`HINT_NO_LISTENER`].
+    /// One of `HINT_*`.
     pub kind: u32,
 }
 
@@ -281,6 +281,10 @@ pub const HINT_NONE: u32 = 0;
 pub const HINT_FROM_PROXY: u32 = 1;
 /// [`Hint::kind`]: nobody in the pod listens on that port; the kernel answers with RST.
 pub const HINT_NO_LISTENER: u32 = 2;
+
+/// [`Hint::kind`]: the pod opens a connection to somebody else. Said besides by the interface, `lo`,
+/// unless the pod's socket is bound to another one.
+pub const HINT_FROM_POD: u32 = 3;
 
 /// Key of the map `counters`; the value is a `u64`, per CPU.
 #[repr(C)]

@@ -4,10 +4,10 @@
 //! against. What a decision needs to ask of its surroundings goes through [`Env`].
 
 use crate::abi::{
-    Addr, Counter, DECISION_ENROLLED, Flow, HINT_FROM_PROXY, HINT_NO_LISTENER, HINT_NONE, Hint,
-    LISTENER_HBONE, LISTENER_INBOUND, LISTENER_OUTBOUND, MARK_DIRECT, MARK_MASK, MARK_PROXY,
-    MARK_REDIRECTED, POD_BYPASS_INBOUND, POD_CAPTURE, POD_INBOUND_RULES, PORT_HBONE, PORT_INBOUND,
-    PORT_OUTBOUND, PodEntry, PodId,
+    Addr, Counter, DECISION_ENROLLED, Flow, HINT_FROM_POD, HINT_FROM_PROXY, HINT_NO_LISTENER,
+    HINT_NONE, Hint, LISTENER_HBONE, LISTENER_INBOUND, LISTENER_OUTBOUND, MARK_DIRECT, MARK_MASK,
+    MARK_PROXY, MARK_REDIRECTED, POD_BYPASS_INBOUND, POD_CAPTURE, POD_INBOUND_RULES, PORT_HBONE,
+    PORT_INBOUND, PORT_OUTBOUND, PodEntry, PodId,
 };
 use crate::dns;
 
@@ -143,7 +143,10 @@ pub fn on_lo(mark: u32, segment: Option<&Segment>, env: &impl Env) -> Ingress {
         return Ingress::NEXT;
     }
     match env.proxy(pod.pod_id, LISTENER_OUTBOUND, segment) {
-        Proxy::Listens => Ingress::NEXT,
+        Proxy::Listens => {
+            let hint = Some(Hint { flow: segment.receiver_flow(), kind: HINT_FROM_POD });
+            Ingress { hint, ..Ingress::NEXT }
+        }
         Proxy::AwayWithinGrace => Ingress {
             fate: Fate::Drop,
             count: Some((pod.pod_id, Counter::DroppedProxyAway)),
@@ -241,9 +244,9 @@ pub fn steer(lookup: &Lookup, env: &impl Pods) -> Steer {
     let remote = env.pod(&flow.remote);
     let hint = if hint.flow == *flow { hint.kind } else { HINT_NONE };
     // Another pod of this node, called by ours, looks like ours, called by that one. But what ours
-    // sends comes in on `lo`, and only the proxy's packets there have a hint.
-    if *on_lo
-        && hint == HINT_NONE
+    // sends comes in on `lo`, and where it is bound to an interface and seems to come in on that, tcx
+    // has said so. Of the proxy's packets on `lo`, too.
+    if (hint == HINT_FROM_POD || (*on_lo && hint == HINT_NONE))
         && let Some(pod) = remote
         && !same_pod(local, pod.pod_id)
     {
@@ -522,7 +525,9 @@ mod tests {
                     for mark in [0, MARK_REDIRECTED, MARK_DIRECT, 0xabcd_e000] {
                         let node = Node::new(&a, true, proxy);
                         let count = counter.map(|counter| (OWN, counter));
-                        let expected = Ingress { fate, count, ..Ingress::NEXT };
+                        let hint = (proxy == Proxy::Listens)
+                            .then(|| Hint { flow: flow(server, a.own), kind: HINT_FROM_POD });
+                        let expected = Ingress { fate, count, hint, ..Ingress::NEXT };
                         assert_eq!(on_lo(mark, Some(&syn(a.own, server)), &node), expected);
                         node.assert_asked(&[Asked::Proxy(OWN, LISTENER_OUTBOUND)]);
                     }
@@ -777,6 +782,26 @@ mod tests {
                 ),
             ];
             assert_steered(&a, &rows);
+        }
+    }
+
+    #[test]
+    fn a_socket_of_the_pod_that_is_bound_to_an_interface_calls() {
+        for a in both_families() {
+            let by_own = |local, hint| lookup(local, a.own, OUTSIDE, hint);
+            assert_steered(
+                &a,
+                &[
+                    ("a stranger", by_own(a.stranger, HINT_FROM_POD), OUTBOUND),
+                    ("a neighbour", by_own(a.neighbour, HINT_FROM_POD), OUTBOUND),
+                    ("a pod that bypasses", by_own(a.bypassing, HINT_FROM_POD), OUTBOUND),
+                    (
+                        "a stranger, and tcx has not said so",
+                        by_own(a.stranger, HINT_NONE),
+                        Steer::Refuse(0, Counter::RefusedUnknownAddress),
+                    ),
+                ],
+            );
         }
     }
 

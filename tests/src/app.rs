@@ -208,6 +208,7 @@ pub struct Call {
     to: SocketAddr,
     source: Option<SocketAddr>,
     mark: Option<u32>,
+    interface: Option<&'static str>,
     patience: Duration,
     until_closed: bool,
     speaks_first: bool,
@@ -220,6 +221,7 @@ impl Call {
             to,
             source: None,
             mark: None,
+            interface: None,
             patience: PATIENCE,
             until_closed: false,
             speaks_first: false,
@@ -234,6 +236,11 @@ impl Call {
     /// With this SO_MARK on the client's socket.
     pub fn mark(self, mark: u32) -> Self {
         Self { mark: Some(mark), ..self }
+    }
+
+    /// With a socket that is bound to this interface (`SO_BINDTODEVICE`).
+    pub fn bound_to(self, interface: &'static str) -> Self {
+        Self { interface: Some(interface), ..self }
     }
 
     /// With this deadline.
@@ -296,6 +303,11 @@ impl Call {
             .context("make a socket")?;
         if let Some(mark) = self.mark {
             socket.set_mark(mark).context("set SO_MARK")?;
+        }
+        if let Some(interface) = self.interface {
+            socket
+                .bind_device(Some(interface.as_bytes()))
+                .with_context(|| format!("bind a socket to {interface}"))?;
         }
         if let Some(source) = self.source {
             socket.set_reuse_address(true).context("set SO_REUSEADDR")?;

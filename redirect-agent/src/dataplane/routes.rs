@@ -15,8 +15,8 @@ use rtnetlink::{
     Error, Handle, IpVersion, RouteMessageBuilder,
     packet_route::{
         AddressFamily, IpProtocol,
-        address::{AddressAttribute, AddressFlags, AddressScope},
-        link::LinkAttribute,
+        address::{AddressAttribute, AddressFlags, AddressMessage, AddressScope},
+        link::{LinkAttribute, LinkFlags},
         route::{RouteAddress, RouteAttribute, RouteMessage, RouteScope, RouteType},
         rule::{RuleAction, RuleAttribute, RuleMessage, RulePortRange},
     },
@@ -36,6 +36,8 @@ const PRIORITY_EXCLUDE: u32 = 15000;
 const PRIORITY_CAPTURE: u32 = 15001;
 /// The rule for redirected connections that stay so, whatever is captured.
 const PRIORITY_KEEP: u32 = 15002;
+/// Above those of the routes for sockets that are bound to no interface, which so take the latter.
+const BOUND_METRIC: u32 = 4096;
 /// Every interface's index of `lo`. Source: Linux `include/net/flow.h`, `LOOPBACK_IFINDEX`.
 pub(super) const LOOPBACK_IFINDEX: u32 = 1;
 
@@ -124,9 +126,28 @@ impl Rule {
 struct Route {
     table: u32,
     destination: IpNet,
-    /// The source that a connection without one takes; `None`: this route leaves the destination to
-    /// the rules behind (`throw`).
-    source: Option<IpAddr>,
+    /// `None`: this route leaves the destination to the rules behind (`throw`).
+    to: Option<Delivery>,
+}
+
+/// How a route delivers to `lo`.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
+struct Delivery {
+    /// `lo`, or the interface whose sockets it is for: those that are bound to it
+    /// (`SO_BINDTODEVICE`) find no other. The kernel delivers by `lo` all the same, and lets the
+    /// packets, and the answers to them, appear to come in on that interface. Source: Linux
+    /// `net/ipv4/route.c`, `ip_route_output_key_hash_rcu`, and `net/ipv6/route.c`,
+    /// `ip6_rt_get_dev_rcu`.
+    interface: u32,
+    /// The source that a connection without one takes.
+    source: IpAddr,
+}
+
+impl Delivery {
+    /// Each interface's own: routes that differ in nothing else replace each other.
+    fn metric(self) -> Option<u32> {
+        (self.interface != LOOPBACK_IFINDEX).then(|| BOUND_METRIC.saturating_add(self.interface))
+    }
 }
 
 impl Route {
@@ -151,13 +172,17 @@ impl Route {
             RouteAttribute::PrefSource(source) => Some(source.clone()),
             _ => None,
         });
-        let source = match message.header.kind {
-            RouteType::Local => Some(source?),
+        let interface = message.attributes.iter().find_map(|a| match a {
+            RouteAttribute::Oif(index) => Some(*index),
+            _ => None,
+        });
+        let to = match message.header.kind {
+            RouteType::Local => Some(Delivery { interface: interface?, source: source? }),
             RouteType::Throw => None,
             _ => return None,
         };
         let destination = IpNet::new(destination.unwrap_or(any), prefix).ok()?;
-        Some(Self { table, destination, source })
+        Some(Self { table, destination, to })
     }
 
     fn message(self) -> RouteMessage {
@@ -165,7 +190,7 @@ impl Route {
             IpNet::V4(to) => {
                 let builder = RouteMessageBuilder::<Ipv4Addr>::new()
                     .destination_prefix(to.addr(), to.prefix_len());
-                let builder = match self.source {
+                let builder = match self.to.map(|to| to.source) {
                     Some(IpAddr::V4(source)) => builder.pref_source(source),
                     _ => builder,
                 };
@@ -174,7 +199,7 @@ impl Route {
             IpNet::V6(to) => {
                 let builder = RouteMessageBuilder::<Ipv6Addr>::new()
                     .destination_prefix(to.addr(), to.prefix_len());
-                let builder = match self.source {
+                let builder = match self.to.map(|to| to.source) {
                     Some(IpAddr::V6(source)) => builder.pref_source(source),
                     _ => builder,
                 };
@@ -185,12 +210,17 @@ impl Route {
 
     fn finish<T>(self, builder: RouteMessageBuilder<T>) -> RouteMessage {
         let builder = builder.table_id(self.table);
-        match self.source {
-            Some(_) => builder
-                .kind(RouteType::Local)
-                .scope(RouteScope::Host)
-                .output_interface(LOOPBACK_IFINDEX)
-                .build(),
+        match self.to {
+            Some(to) => {
+                let builder = builder
+                    .kind(RouteType::Local)
+                    .scope(RouteScope::Host)
+                    .output_interface(to.interface);
+                match to.metric() {
+                    Some(metric) => builder.priority(metric).build(),
+                    None => builder.build(),
+                }
+            }
             None => builder.kind(RouteType::Throw).build(),
         }
     }
@@ -198,10 +228,12 @@ impl Route {
 
 impl fmt::Display for Route {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        match self.source {
-            Some(source) => {
-                write!(f, "table {}: local {} dev lo src {source}", self.table, self.destination)
-            }
+        match self.to {
+            Some(Delivery { interface, source }) => write!(
+                f,
+                "table {}: local {} dev {interface} src {source}",
+                self.table, self.destination
+            ),
             None => write!(f, "table {}: throw {}", self.table, self.destination),
         }
     }
@@ -215,10 +247,11 @@ struct Outbound {
 }
 
 impl Outbound {
-    fn new(source: IpAddr, traffic: &Traffic) -> Self {
+    fn new(deliveries: &Deliveries, traffic: &Traffic) -> Self {
+        let source = deliveries.lo.source;
         let Selections { outbound_ranges: ranges, outbound_ports: ports, .. } = &traffic.selections;
         let of_family = |net: &&IpNet| net.addr().is_ipv4() == source.is_ipv4();
-        let route = |destination: IpNet, source| Route { table: TABLE, destination, source };
+        let route = |destination: IpNet, to| Route { table: TABLE, destination, to };
         let except: Vec<IpNet> = ranges.except.iter().filter(of_family).copied().collect();
         let only = match &ranges.only {
             None => vec![everything(source)],
@@ -226,11 +259,30 @@ impl Outbound {
         };
         // The longest prefix counts; what lies within an exception is none.
         let only = only.into_iter().filter(|net| !except.iter().any(|e| e.contains(net)));
-        let routes = only.map(|net| route(net, Some(source)));
+        let routes = only.flat_map(|net| deliveries.iter().map(move |to| route(net, Some(to))));
         Self {
             routes: routes.chain(except.iter().map(|net| route(*net, None))).collect(),
             rules: port_rules(ports).into_iter().chain(dns_rules(traffic)).collect(),
         }
+    }
+}
+
+/// The ways to `lo` in one family.
+struct Deliveries {
+    lo: Delivery,
+    bound: Vec<Delivery>,
+}
+
+impl Deliveries {
+    fn iter(&self) -> impl Iterator<Item = Delivery> {
+        [self.lo].into_iter().chain(self.bound.iter().copied())
+    }
+
+    /// What keeps redirected connections so.
+    fn keep_routes(&self) -> BTreeSet<Route> {
+        let destination = everything(self.lo.source);
+        let route = |to| Route { table: TABLE_KEEP, destination, to: Some(to) };
+        self.iter().map(route).collect()
     }
 }
 
@@ -336,16 +388,7 @@ impl Routing {
                 {
                     continue;
                 }
-                // On a point-to-point interface `Local` is ours and `Address` is the peer's.
-                let local = message.attributes.iter().find_map(|a| match a {
-                    AddressAttribute::Local(ip) => Some(*ip),
-                    _ => None,
-                });
-                let address = message.attributes.iter().find_map(|a| match a {
-                    AddressAttribute::Address(ip) => Some(*ip),
-                    _ => None,
-                });
-                addresses.extend(local.or(address));
+                addresses.extend(own_address(&message));
             }
             Ok(addresses)
         })
@@ -354,7 +397,12 @@ impl Routing {
     /// Adds what keeps redirected connections so, in the family of `source`; that is the source that
     /// a connection without one takes.
     pub(super) fn add_keep(&self, source: IpAddr) -> Result<()> {
-        self.runtime.block_on(self.add_route(keep_route(source)))?;
+        self.runtime.block_on(async {
+            for route in self.deliveries(source).await?.keep_routes() {
+                self.add_route(route).await?;
+            }
+            anyhow::Ok(())
+        })?;
         self.add_keep_rule(source)?;
         self.delete_foreign_rules()
     }
@@ -368,7 +416,7 @@ impl Routing {
     /// after is captured at every moment between: what is new comes before what is old goes.
     pub(super) fn set_outbound(&self, source: IpAddr, traffic: &Traffic) -> Result<()> {
         self.runtime.block_on(async {
-            let wanted = Outbound::new(source, traffic);
+            let wanted = Outbound::new(&self.deliveries(source).await?, traffic);
             for route in &wanted.routes {
                 self.add_route(*route).await?;
             }
@@ -390,7 +438,7 @@ impl Routing {
     /// What there is of the outbound capture of one family.
     pub(super) fn outbound(&self, source: IpAddr, traffic: &Traffic) -> Result<OutboundState> {
         self.runtime.block_on(async {
-            let wanted = Outbound::new(source, traffic);
+            let wanted = Outbound::new(&self.deliveries(source).await?, traffic);
             let mut rules = self.our_rules(version(source)).await?;
             rules.remove(&Rule::Keep);
             let routes: BTreeSet<Route> = self
@@ -413,8 +461,9 @@ impl Routing {
         self.runtime.block_on(async {
             let rule = self.our_rules(version(source)).await?.contains(&Rule::Keep);
             let routes = self.routes(version(source)).await?;
-            let wanted = Some(keep_route(source));
-            Ok((rule, routes.iter().any(|message| Route::read(message) == wanted)))
+            let routes: BTreeSet<Route> = routes.iter().filter_map(Route::read).collect();
+            let wanted = self.deliveries(source).await?.keep_routes();
+            Ok((rule, routes.is_superset(&wanted)))
         })
     }
 
@@ -525,6 +574,34 @@ impl Routing {
             .with_context(|| format!("delete a route of table {TABLE} or {TABLE_KEEP}"))
     }
 
+    /// The ways to `lo` in the family of `source`, which is what a connection without a source takes.
+    async fn deliveries(&self, source: IpAddr) -> Result<Deliveries> {
+        let mut up = BTreeSet::new();
+        let mut links = self.handle.link().get().execute();
+        while let Some(link) = links.try_next().await.context("list interfaces")? {
+            if link.header.flags.contains(LinkFlags::Up) && link.header.index != LOOPBACK_IFINDEX {
+                up.insert(link.header.index);
+            }
+        }
+        // The first address of each, a global one before others: those cannot reach everything.
+        let mut sources: BTreeMap<u32, Option<IpAddr>> = BTreeMap::new();
+        let mut messages = self.handle.address().get().execute();
+        while let Some(message) = messages.try_next().await.context("list addresses")? {
+            let Some(address) = own_address(&message) else { continue };
+            if up.contains(&message.header.index) && address.is_ipv4() == source.is_ipv4() {
+                let first = sources.entry(message.header.index).or_default();
+                let global = message.header.scope == AddressScope::Universe;
+                *first = first.or(global.then_some(address));
+            }
+        }
+        // One without an address of the family is not of that family.
+        let bound = sources
+            .into_iter()
+            .map(|(interface, first)| Delivery { interface, source: first.unwrap_or(source) });
+        let lo = Delivery { interface: LOOPBACK_IFINDEX, source };
+        Ok(Deliveries { lo, bound: bound.collect() })
+    }
+
     async fn our_rules(&self, family: IpVersion) -> Result<BTreeSet<Rule>> {
         Ok(self.rules(family).await?.iter().filter_map(Rule::read).collect())
     }
@@ -563,16 +640,28 @@ impl Routing {
     }
 }
 
-fn keep_route(source: IpAddr) -> Route {
-    Route { table: TABLE_KEEP, destination: everything(source), source: Some(source) }
-}
-
 /// All addresses of the family of `address`.
 fn everything(address: IpAddr) -> IpNet {
     match address {
         IpAddr::V4(_) => IpNet::V4(Ipv4Net::default()),
         IpAddr::V6(_) => IpNet::V6(Ipv6Net::default()),
     }
+}
+
+/// On a point-to-point interface `Local` is ours and `Address` is the peer's.
+fn own_address(message: &AddressMessage) -> Option<IpAddr> {
+    let find =
+        |of: &dyn Fn(&AddressAttribute) -> Option<IpAddr>| message.attributes.iter().find_map(of);
+    let local = find(&|a| match a {
+        AddressAttribute::Local(ip) => Some(*ip),
+        _ => None,
+    });
+    local.or_else(|| {
+        find(&|a| match a {
+            AddressAttribute::Address(ip) => Some(*ip),
+            _ => None,
+        })
+    })
 }
 
 fn address(address: RouteAddress) -> Option<IpAddr> {

@@ -20,8 +20,8 @@ use nix::{
 };
 use redirect_ebpf::{
     abi::{
-        Addr, Counter, Flow, HINT_FROM_PROXY, HINT_NO_LISTENER, HINT_NONE, Hint, LISTENER_OUTBOUND,
-        MARK_DIRECT, MARK_PROXY, MARK_REDIRECTED, PORT_PROXY_DNS, PodId,
+        Addr, Counter, Flow, HINT_FROM_POD, HINT_FROM_PROXY, HINT_NO_LISTENER, HINT_NONE, Hint,
+        LISTENER_OUTBOUND, MARK_DIRECT, MARK_PROXY, MARK_REDIRECTED, PORT_PROXY_DNS, PodId,
     },
     dns::{self, Dns, Message},
     verdict::{self, Fate, Ingress, Lookup, Segment, Steer, with_mesh_mark},
@@ -133,6 +133,7 @@ struct Seen {
     reset: usize,
     unwritable_reset: usize,
     hint_from_proxy: usize,
+    hint_from_pod: usize,
     hint_no_listener: usize,
     too_short_for_the_kernel: usize,
     pass: usize,
@@ -164,6 +165,7 @@ impl Seen {
             ("reset", self.reset),
             ("reset of what cannot be rewritten", self.unwritable_reset),
             ("hint from proxy", self.hint_from_proxy),
+            ("hint from the pod", self.hint_from_pod),
             ("hint no listener", self.hint_no_listener),
             ("pass", self.pass),
             ("counted pass", self.counted_pass),
@@ -321,6 +323,7 @@ impl Checks<'_> {
             }
             match hint.map(|hint| hint.kind) {
                 Some(HINT_FROM_PROXY) => seen.hint_from_proxy += 1,
+                Some(HINT_FROM_POD) => seen.hint_from_pod += 1,
                 Some(HINT_NO_LISTENER) => seen.hint_no_listener += 1,
                 _ => {}
             }
@@ -496,7 +499,7 @@ fn stale_hint(rng: &mut Rng) -> Hint {
     let v4 = rng.bool();
     let (local, remote) = world::addresses(rng, v4);
     let flow = Flow { local, remote, local_port: world::port(rng), remote_port: world::port(rng) };
-    Hint { flow, kind: rng.u32(..3) }
+    Hint { flow, kind: rng.u32(..4) }
 }
 
 /// A hint for this very flow, mostly; or for one that differs in one place.
@@ -509,5 +512,8 @@ fn lookup_hint(rng: &mut Rng, mut flow: Flow) -> Hint {
         4 => std::mem::swap(&mut flow.local, &mut flow.remote),
         _ => {}
     }
-    Hint { flow, kind: choose(rng, &[HINT_NONE, HINT_FROM_PROXY, HINT_NO_LISTENER, 3]) }
+    Hint {
+        flow,
+        kind: choose(rng, &[HINT_NONE, HINT_FROM_PROXY, HINT_NO_LISTENER, HINT_FROM_POD, 4]),
+    }
 }

@@ -1,26 +1,22 @@
 //! What somebody removes behind the agent's back is put back.
 
-use std::net::{IpAddr, SocketAddr};
+use std::net::IpAddr;
 use std::path::Path;
 use std::process::Command;
 use std::time::Duration;
 
 use anyhow::{Context as _, Result};
 use redirect_agent::output::PodState;
-use redirect_tests::app::Call;
 use redirect_tests::both_families;
 use redirect_tests::footprint::{assert_unchanged, footprint};
 use redirect_tests::netns::Family;
 use redirect_tests::process::{succeed, wait_for};
 use redirect_tests::topology::Pod;
 
-use crate::cluster::{Cluster, Manifest, Node, PORT, SOON, echo, links, now};
-use crate::load::Load;
+use crate::cluster::{Cluster, Manifest, Node, SOON, echo};
 
 both_families! {
     what_is_removed_behind_the_agents_back_is_put_back,
-    interfaces_come_and_go_in_an_enrolled_pod,
-    address_that_comes_later_is_captured_until_it_goes,
     change_is_noticed_when_it_happens,
     rules_of_an_older_agent_are_removed,
 }
@@ -74,77 +70,6 @@ fn what_is_removed_behind_the_agents_back_is_put_back(family: Family) -> Result<
     Ok(())
 }
 
-/// As Multus does it. The links of what stays are left alone.
-fn interfaces_come_and_go_in_an_enrolled_pod(family: Family) -> Result<()> {
-    let cluster = &Cluster::enrolled(OFTEN)?;
-    let Cluster { node, server, client, .. } = cluster;
-    let _apps = (echo(server)?, echo(client)?);
-    let dir = node.links(server)?;
-    let before = (footprint(&server.netns)?, links(&dir)?);
-
-    let load = Load::between(client, server, &[family]).keeping_old();
-    load.during(|| {
-        for _ in 0..2 {
-            server.netns.ip("link add net1 type veth peer name net2\nlink set net1 up")?;
-            let pin = dir.join(format!("tcx_{}", index(server, "net1")?));
-            wait_for("a program on the new interface", SOON, || Ok(pin.exists().then_some(())))?;
-            cluster.assert_redirected(family)?;
-
-            server.netns.ip("link del net1")?;
-            // The sweep sees that its link is dead, and takes that alone.
-            wait_for("the dead link to be gone", SOON, || Ok((!pin.exists()).then_some(())))?;
-            cluster.assert_redirected(family)?;
-        }
-        Ok(())
-    })?;
-    node.wait_until_enrolled(server)?;
-    wait_for("all dead links to be gone", SOON, || Ok((links(&dir)? == before.1).then_some(())))?;
-    assert_unchanged(&server.netns, &before.0)
-}
-
-fn address_that_comes_later_is_captured_until_it_goes(family: Family) -> Result<()> {
-    let cluster = &Cluster::enrolled(OFTEN)?;
-    let Cluster { node, server, client, topology } = cluster;
-    let _apps = (echo(server)?, echo(client)?);
-    let before = footprint(&server.netns)?;
-    let (second, prefix): (IpAddr, _) = match family {
-        Family::V4 => ("10.64.0.200".parse()?, "32"),
-        Family::V6 => ("fd64::200".parse()?, "128"),
-    };
-    let host = topology.node(server.node);
-    host.ip(&format!("route add {second}/{prefix} dev {}", server.host_interface))?;
-    let nodad = if family == Family::V6 { "nodad" } else { "" };
-    server.netns.ip(&format!("addr add {second}/{prefix} dev eth0 {nodad}"))?;
-    let capture = format!("capture of {second}");
-    let captured = |is: bool| {
-        node.wait_for_pod("to have its addresses captured", server, |p| {
-            let kernel = p.kernel.as_ref();
-            kernel.is_some_and(|k| k.complete && k.present.contains(&capture) == is)
-        })
-    };
-    captured(true)?;
-
-    for (from, call) in [
-        (client, Call::to(SocketAddr::new(second, PORT))),
-        (server, Call::to(client.addr(family, PORT)).from(SocketAddr::new(second, 0))),
-    ] {
-        let since = now()?;
-        let conversation = call.open(&from.netns)?;
-        // The proxy chooses the source of its own connection to a pod that is not in the mesh.
-        let server_answers = from.name == client.name;
-        assert_eq!(conversation.answer().by, if server_answers { "server" } else { "client" });
-        let records = node.records_of(&conversation, since)?;
-        assert_eq!(records.len(), 1, "a call of {from}");
-    }
-
-    server.netns.ip(&format!("addr del {second}/{prefix} dev eth0"))?;
-    captured(false)?;
-    cluster.assert_redirected(family)?;
-    wait_for("everything as before", SOON, || {
-        Ok((footprint(&server.netns)? == before).then_some(()))
-    })
-}
-
 /// The timer does not come round in this test.
 fn change_is_noticed_when_it_happens(family: Family) -> Result<()> {
     let cluster = &Cluster::enrolled(&["--verify-interval", "1h"])?;
@@ -184,7 +109,7 @@ fn rules_of_an_older_agent_are_removed(family: Family) -> Result<()> {
     assert_unchanged(&server.netns, &before)
 }
 
-fn index(pod: &Pod, interface: &str) -> Result<String> {
+pub fn index(pod: &Pod, interface: &str) -> Result<String> {
     let line = pod.netns.output("ip", &["-oneline", "link", "show", "dev", interface])?;
     Ok(line.split(':').next().context("no index")?.to_owned())
 }

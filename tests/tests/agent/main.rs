@@ -10,6 +10,7 @@ mod commands;
 mod dns;
 mod drift;
 mod health;
+mod interfaces;
 mod labels;
 mod load;
 mod neighbours;
