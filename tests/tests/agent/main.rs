@@ -21,3 +21,4 @@ mod proxies;
 mod restart;
 mod toggles;
 mod traffic;
+mod untouched;
