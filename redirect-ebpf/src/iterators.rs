@@ -27,6 +27,7 @@ const AF_INET: u16 = 2;
 const TCP_ESTABLISHED: u8 = 1;
 const TCP_SYN_SENT: u8 = 2;
 const TCP_LISTEN: u8 = 10;
+const TCP_NEW_SYN_RECV: u8 = 12;
 
 /// `struct bpf_iter_meta`, its first field. Source: Linux `include/linux/bpf.h`.
 #[repr(C)]
@@ -43,7 +44,7 @@ pub struct IterTcp {
 }
 
 /// Notes every connection of the proxy, as its peer in the pod sees it: redirected. Also those that
-/// are half open or in TIME_WAIT.
+/// are half open.
 #[unsafe(no_mangle)]
 #[unsafe(link_section = "iter/tcp")]
 pub extern "C" fn note_proxy(ctx: *mut IterTcp) -> i32 {
@@ -52,8 +53,10 @@ pub extern "C" fn note_proxy(ctx: *mut IterTcp) -> i32 {
         Some(full) => {
             sk.state() != TCP_LISTEN && full.get(SO_MARK).map(mesh_mark) == Some(MARK_PROXY)
         }
-        // Whose it is cannot be told, and need not: no socket in the pod mirrors the application's.
-        None => true,
+        // Whose one that is half open is cannot be told, and need not: no socket in the pod mirrors
+        // the application's. One in TIME_WAIT has no peer left, and a new connection, which may come
+        // direct, may have its ports.
+        None => sk.state() == TCP_NEW_SYN_RECV,
     };
     if proxys {
         let flow = sk.flow();

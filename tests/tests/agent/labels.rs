@@ -3,6 +3,7 @@
 use anyhow::{Context as _, Result};
 use redirect_agent::membership::Reason;
 use redirect_agent::output::PodState;
+use redirect_tests::app::Call;
 use redirect_tests::both_families;
 use redirect_tests::footprint::{Footprint, assert_unchanged, footprint};
 use redirect_tests::hbone::Direction;
@@ -10,13 +11,14 @@ use redirect_tests::netns::Family;
 use redirect_tests::topology::Pod;
 use serde_json::json;
 
-use crate::cluster::{Cluster, Manifest, echo, now};
+use crate::cluster::{Cluster, Manifest, PORT, echo, now};
 use crate::load::Load;
 
 both_families! {
     label_is_edited_under_load_and_followed_within_a_second,
     namespace_label_brings_its_pods_in_but_those_that_opt_out,
     pods_that_cannot_be_in_the_mesh_are_left_alone,
+    connection_with_a_port_that_the_proxy_has_just_used_goes_on,
 }
 
 /// How often the label goes on and off.
@@ -163,4 +165,20 @@ fn assert_untouched(
     assert!(!node.links(pod)?.exists());
     assert!(!node.is_published(pod));
     Ok(())
+}
+
+/// The proxy's connection to the application, in TIME_WAIT, has the ports of one that comes direct.
+fn connection_with_a_port_that_the_proxy_has_just_used_goes_on(family: Family) -> Result<()> {
+    let Cluster { node, server, client, .. } = &Cluster::start()?;
+    let _app = echo(server)?;
+    let addr = server.addr(family, PORT);
+    node.enrol(server)?;
+    let proxys = Call::to(addr).make(&client.netns)?.answer()?.saw_peer;
+    node.write(&Manifest::of(server))?;
+    node.wait_for_state(server, PodState::Bypassing)?;
+
+    let mut direct = Call::to(addr).from(proxys).open(&client.netns)?;
+    assert_eq!(direct.answer().saw_peer, proxys);
+    node.enrol(server)?;
+    direct.exchange(b"still there?")
 }
