@@ -174,28 +174,28 @@ pub fn on_interface(ip: bool, segment: Option<&Segment>, env: &impl Env) -> Ingr
         return next;
     }
     let Some(pod) = enrolled(env.pod(&segment.dst)) else { return next };
-    if !captures(&pod) {
-        return next;
-    }
     if past_proxy(&pod, &segment.receiver_flow(), env).is_some() {
         return next;
     }
+    let captured = captures(&pod);
     let hbone = segment.dst_port == PORT_HBONE;
-    if !hbone && !env.application_listens(segment) {
+    if captured && !hbone && !env.application_listens(segment) {
         // The proxy would accept first and find out later; the kernel refuses at once.
         let hint = Some(Hint { flow: segment.receiver_flow(), kind: HINT_NO_LISTENER });
         return Ingress { hint, count: Some((pod.pod_id, Counter::NoListener)), ..next };
     }
     let kind = if hbone { LISTENER_HBONE } else { LISTENER_INBOUND };
+    // Also asked while nothing is captured: that may begin before `sk_lookup` runs for this very
+    // segment, and then it needs the listener.
     match env.proxy(pod.pod_id, kind, segment) {
-        Proxy::AwayWithinGrace => Ingress {
+        Proxy::AwayWithinGrace if captured => Ingress {
             fate: Fate::Drop,
             count: Some((pod.pod_id, Counter::DroppedProxyAway)),
             ..next
         },
         // When it is away for good the kernel refuses: nobody listens on the HBONE port, and
         // `sk_lookup` drops the rest.
-        Proxy::Listens | Proxy::Away => next,
+        _ => next,
     }
 }
 
@@ -581,7 +581,6 @@ mod tests {
                 ("not TCP, or not to be parsed", None),
                 ("an open connection", Some(data(a.stranger, a.own))),
                 ("to a pod that bypasses", Some(syn(a.stranger, a.bypassing))),
-                ("to a pod that is being prepared", Some(syn(a.stranger, a.preparing))),
                 ("to nobody known", Some(syn(a.own, a.stranger))),
             ] {
                 let node = Node::new(&a, false, Proxy::Away);
@@ -626,6 +625,19 @@ mod tests {
                     assert_eq!(on_interface(true, Some(&syn(client, a.own)), &node), expected);
                     node.assert_asked(&[Asked::Application, Asked::Proxy(OWN, LISTENER_INBOUND)]);
                 }
+            }
+        }
+    }
+
+    #[test]
+    fn the_listener_is_at_hand_when_capture_begins() {
+        for a in both_families() {
+            for proxy in [Proxy::Listens, Proxy::AwayWithinGrace, Proxy::Away] {
+                let node = Node::new(&a, false, proxy);
+                let expected = Ingress { mark: Some(MARK_DIRECT), ..Ingress::NEXT };
+                let segment = syn(a.stranger, a.preparing);
+                assert_eq!(on_interface(true, Some(&segment), &node), expected);
+                node.assert_asked(&[Asked::Proxy(PREPARING, LISTENER_INBOUND)]);
             }
         }
     }
