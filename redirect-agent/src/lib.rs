@@ -2,6 +2,7 @@
 
 pub mod agent;
 pub mod cli;
+pub mod cni;
 pub mod commands;
 pub mod control;
 pub mod dataplane;

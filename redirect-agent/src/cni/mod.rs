@@ -1,0 +1,3 @@
+//! CNI: the network plugin that holds a pod's start until the pod is where it should be.
+
+pub mod request;
