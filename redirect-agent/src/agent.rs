@@ -13,6 +13,10 @@ use tracing::{error, info};
 
 use crate::{
     cli::SourceSpec,
+    cni::{
+        entry::Entry,
+        install::{self, Installer},
+    },
     control::{self, Answer},
     dataplane::{self, Dataplane},
     health::{self, Condition},
@@ -48,6 +52,8 @@ pub struct Options {
     pub control_socket: PathBuf,
     /// Where proxies connect.
     pub zds_socket: PathBuf,
+    /// Where to install the CNI plugin, and with which entry, if at all.
+    pub install_cni: Option<(install::Dirs, Entry)>,
     /// What is taken for kubelet's probes.
     pub probes: probes::Settings,
     /// Where health and metrics are served.
@@ -132,7 +138,14 @@ async fn serve<S: Source>(
     );
     parts.spawn(probes.clone().run(shutdown.clone()));
     let observer = reconciler.observer();
-    let agent = Arc::new(Agent { options, overrides, observer, probes, metrics });
+    // Whoever is asked by the plugin is there already.
+    let cni_plugin = options.install_cni.clone().map(|(dirs, entry)| {
+        let installer = Installer::new(dirs, entry);
+        let missing = installer.missing();
+        parts.spawn(installer.run(shutdown.clone()));
+        missing
+    });
+    let agent = Arc::new(Agent { options, overrides, observer, probes, metrics, cni_plugin });
     if let health::Address::At(address) = agent.options.health {
         let server = health::Server::bind(address).await?;
         parts.spawn(server.run(Arc::clone(&agent), shutdown.clone()));
@@ -177,11 +190,16 @@ struct Agent<S> {
     observer: Observer<S>,
     probes: Probes,
     metrics: Metrics,
+    /// What is missing of it, if it is to be installed.
+    cni_plugin: Option<install::Missing>,
 }
 
 impl<S: Source> health::Agent for Agent<S> {
     fn conditions(&self) -> Vec<Condition> {
-        vec![Condition { name: "pods", missing: self.observer.unreconciled() }]
+        let pods = Condition { name: "pods", missing: self.observer.unreconciled() };
+        let plugin = self.cni_plugin.iter();
+        let plugin = plugin.map(|plugin| Condition { name: "cni plugin", missing: plugin.get() });
+        [pods].into_iter().chain(plugin).collect()
     }
 
     async fn metrics(&self) -> Result<String> {

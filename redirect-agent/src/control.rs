@@ -391,7 +391,8 @@ impl Client {
     }
 }
 
-async fn exchange(
+/// One request on a connection, and the answer to it.
+pub(crate) async fn exchange(
     stream: UnixStream,
     method: Method,
     uri: &str,

@@ -177,6 +177,10 @@ impl Node {
             .arg(self.state_dir())
             .arg("--zds-socket")
             .arg(self.zds_socket())
+            .arg("--cni-conf-dir")
+            .arg(self.cni_conf_dir())
+            .arg("--cni-bin-dir")
+            .arg(self.cni_bin_dir())
             .args(["--excluded-namespaces", "kube-system,excluded"])
             .args(["--health-address", &self.health])
             .args(&self.flags);
@@ -274,6 +278,10 @@ impl Node {
             .arg(self.state_dir())
             .arg("--bpffs-dir")
             .arg(&self.bpffs)
+            .arg("--cni-conf-dir")
+            .arg(self.cni_conf_dir())
+            .arg("--cni-bin-dir")
+            .arg(self.cni_bin_dir())
             .output()
             .context("run cleanup")?;
         let said = [output.stdout, output.stderr].concat();
@@ -448,6 +456,16 @@ impl Node {
         self.dir.join("run/zds.sock")
     }
 
+    /// Where the node's CNI configuration is, if it has any.
+    pub fn cni_conf_dir(&self) -> PathBuf {
+        self.dir.join("net.d")
+    }
+
+    /// Where its CNI plugins are.
+    pub fn cni_bin_dir(&self) -> PathBuf {
+        self.dir.join("cni-bin")
+    }
+
     fn control_socket(&self) -> PathBuf {
         self.dir.join("control/control.sock")
     }
@@ -513,6 +531,24 @@ impl Manifest {
             "status": {"phase": "Running", "podIPs": [{"ip": pod.v4}, {"ip": pod.v6}]},
         });
         Self { file: format!("{}_{}.json", pod.namespace, pod.name), object }
+    }
+
+    /// A pod of a node whose sandbox is being made: it has no address yet.
+    pub fn starting(namespace: &str, name: &str, node: usize) -> Self {
+        let object = json!({
+            "apiVersion": "v1",
+            "kind": "Pod",
+            "metadata": {
+                "name": name,
+                "namespace": namespace,
+                "uid": format!("uid-of-{namespace}-{name}"),
+                "labels": {"app": name},
+                "annotations": {},
+            },
+            "spec": {"nodeName": format!("node{node}"), "serviceAccountName": name},
+            "status": {"phase": "Pending"},
+        });
+        Self { file: format!("{namespace}_{name}.json"), object }
     }
 
     /// A namespace.
