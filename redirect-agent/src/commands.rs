@@ -17,6 +17,7 @@ use crate::{
         AttachArgs, AutoArgs, CheckArgs, CleanupArgs, Command, DetachArgs, For, PauseArgs,
         ResumeArgs, RunArgs, StatusArgs,
     },
+    cni::records::{self, Records},
     control::{Answer, Client, OverrideRequest, PauseRequest},
     dataplane::{self, DEFAULT_PROXY_GRACE, Dataplane, PodNetns},
     finder::{self, Finder},
@@ -75,6 +76,7 @@ async fn run(args: RunArgs) -> Result<()> {
             .ok()
             .context("use the host's name: it is not UTF-8; give --node-name")?,
     };
+    let records = Arc::new(Records::open(&args.state_dir)?);
     let options = agent::Options {
         source: args.source,
         kubeconfig: args.kubeconfig,
@@ -89,7 +91,7 @@ async fn run(args: RunArgs) -> Result<()> {
                 sidecar_annotations: args.sidecar_annotations,
                 dns_capture: args.traffic.dns_capture,
             },
-            finder: Arc::new(Finder::new(args.netns_dir)),
+            finder: Arc::new(Finder::new(records, args.netns_dir)),
             drain: args.drain,
             verify_interval: args.verify_interval,
         },
@@ -101,6 +103,8 @@ async fn run(args: RunArgs) -> Result<()> {
         state_dir: args.state_dir,
         control_socket: args.control.control_socket,
         zds_socket: args.zds_socket,
+        cni_socket: args.cni_socket,
+        cni_timeout: args.cni_timeout,
         probes: args.probes.settings(),
         health: args.health_address,
     };
@@ -205,7 +209,8 @@ async fn cleanup(args: &CleanupArgs) -> Result<()> {
     if args.bpffs.bpffs_dir.exists() {
         let dataplane = open(&args.bpffs.bpffs_dir)?;
         let linked = dataplane.linked_pods()?;
-        for netns in finder::alive(&args.netns_dir, &linked)? {
+        let records = Records::open(&args.state_dir)?;
+        for netns in finder::alive(&args.netns_dir, &records, &linked)? {
             let path = netns.path().to_owned();
             restore(&dataplane, netns)?;
             print(format!("restored {}\n", path.display()).as_bytes())?;
@@ -222,6 +227,7 @@ async fn cleanup(args: &CleanupArgs) -> Result<()> {
         }
         dataplane.unpin_if_unused()?;
     }
+    records::remove_state(&args.state_dir)?;
     overrides::remove_state(&args.state_dir)?;
     print(b"nothing of redirect-agent is left on this node\n")
 }

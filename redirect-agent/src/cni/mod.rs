@@ -1,3 +1,5 @@
 //! CNI: the network plugin that holds a pod's start until the pod is where it should be.
 
+pub mod records;
 pub mod request;
+pub mod server;
