@@ -16,6 +16,7 @@ use crate::{
     cni::{
         entry::Entry,
         install::{self, Installer},
+        server::{self as cni, Door},
     },
     control::{self, Answer},
     dataplane::{self, Dataplane},
@@ -25,7 +26,7 @@ use crate::{
     output::Status,
     overrides::{Change, Store},
     probes::{self, Probes},
-    reconcile::{Observer, Reconciler, Settings},
+    reconcile::{Admission, Observer, Reconciler, Settings},
     source::{Source, dir, kube},
     zds,
 };
@@ -52,6 +53,10 @@ pub struct Options {
     pub control_socket: PathBuf,
     /// Where proxies connect.
     pub zds_socket: PathBuf,
+    /// Where the CNI plugin asks.
+    pub cni_socket: PathBuf,
+    /// How long it waits at most.
+    pub cni_timeout: Duration,
     /// Where to install the CNI plugin, and with which entry, if at all.
     pub install_cni: Option<(install::Dirs, Entry)>,
     /// What is taken for kubelet's probes.
@@ -68,15 +73,21 @@ pub struct Options {
 /// When it cannot start, or one of its parts fails.
 pub async fn run(options: Options, shutdown: CancellationToken) -> Result<()> {
     let control = control::Server::bind(&options.control_socket)?;
+    let cni = cni::Server::bind(&options.cni_socket)?;
     let dataplane = Arc::new(Dataplane::open(&options.dataplane)?);
-    let ground = Ground {
+    let mut ground = Ground {
         control,
         overrides: Arc::new(Store::open(&options.state_dir)?),
         probes: Probes::open(Arc::clone(&dataplane), options.probes.clone()).await?,
         dataplane,
         zds: zds::Server::bind(&options.zds_socket)?,
         metrics: Metrics::default(),
+        door: Arc::new(Door::new(options.settings.membership.excluded_namespaces.clone())),
+        parts: JoinSet::new(),
     };
+    // From now on, so that the plugin is told to try again and does not find nobody.
+    let (door, metrics) = (Arc::clone(&ground.door), ground.metrics.clone());
+    ground.parts.spawn(cni.run(door, metrics, shutdown.clone()));
     let (node, membership) = (&options.node, &options.settings.membership);
     match &options.source {
         SourceSpec::Dir(path) => {
@@ -104,17 +115,18 @@ struct Ground {
     probes: Probes,
     zds: zds::Server,
     metrics: Metrics,
+    door: Arc<Door<Admission>>,
+    parts: JoinSet<Result<()>>,
 }
 
 /// Runs on what is known of the pods, which `following` keeps current.
 async fn serve<S: Source>(
     options: Options,
-    Ground { control, overrides, dataplane, probes, zds, metrics }: Ground,
+    Ground { control, overrides, dataplane, probes, zds, metrics, door, mut parts }: Ground,
     source: S,
     following: impl Future<Output = Result<()>> + Send + 'static,
     shutdown: CancellationToken,
 ) -> Result<()> {
-    let mut parts: JoinSet<Result<()>> = JoinSet::new();
     if options.dataplane.log {
         let mut log = dataplane.logger()?;
         let mut tick = interval(LOG_INTERVAL);
@@ -152,6 +164,7 @@ async fn serve<S: Source>(
     }
     // A proxy stops whatever its snapshot does not name: every pod must be known first.
     reconciler.adopt().await;
+    door.open(reconciler.admission(agent.options.cni_timeout));
     info!(
         version = env!("CARGO_PKG_VERSION"),
         node = agent.options.node,

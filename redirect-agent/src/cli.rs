@@ -7,7 +7,7 @@ use clap_complete::Shell;
 use ipnet::IpNet;
 
 use crate::{
-    cni::{entry::DaemonSet, install},
+    cni::{self, entry::DaemonSet, install},
     control::DEFAULT_SOCKET,
     dataplane,
     enablement::Selectors,
@@ -291,7 +291,7 @@ pub struct RunArgs {
     /// See [`BpffsDir`].
     #[command(flatten)]
     pub bpffs: BpffsDir,
-    /// Directory for what the agent has to remember: the overrides.
+    /// Directory for what the agent has to remember: the overrides, and where pods are.
     #[arg(long, value_name = "DIR", default_value = "/var/lib/redirect-agent")]
     pub state_dir: PathBuf,
     /// See [`ControlSocket`].
@@ -300,6 +300,13 @@ pub struct RunArgs {
     /// Where the proxy connects to hear of pods (ZDS).
     #[arg(long, value_name = "PATH", default_value = "/var/run/ztunnel/ztunnel.sock")]
     pub zds_socket: PathBuf,
+    /// Where the CNI plugin, ours or istio-cni's, asks whether a pod may start.
+    #[arg(long, value_name = "PATH", default_value = cni::request::DEFAULT_SOCKET)]
+    pub cni_socket: PathBuf,
+    /// How long the CNI plugin waits at most until a pod is in the mesh; then the pod's start fails,
+    /// and kubelet tries again.
+    #[arg(long, value_name = "TIME", default_value = "25s", value_parser = interval)]
+    pub cni_timeout: Duration,
     /// Namespaces whose pods are never in the mesh, separated by commas.
     #[arg(
         long,
@@ -527,7 +534,7 @@ pub struct CleanupArgs {
     /// Directory where the network namespaces of pods are.
     #[arg(long, value_name = "DIR", default_value = "/var/run/netns")]
     pub netns_dir: PathBuf,
-    /// Directory with what the agent remembers; the overrides go, too.
+    /// Directory with what the agent remembers; the overrides and records go, too.
     #[arg(long, value_name = "DIR", default_value = "/var/lib/redirect-agent")]
     pub state_dir: PathBuf,
     /// See [`CniDirs`].

@@ -22,7 +22,11 @@ use crate::{
         AttachArgs, AutoArgs, CheckArgs, CleanupArgs, Command, DetachArgs, For, PauseArgs,
         ResumeArgs, RunArgs, StatusArgs,
     },
-    cni::{entry::Entry, install},
+    cni::{
+        entry::Entry,
+        install,
+        records::{self, Records},
+    },
     control::{Answer, Client, OverrideRequest, PauseRequest},
     dataplane::{self, DEFAULT_PROXY_GRACE, Dataplane, PodNetns},
     finder::{self, Finder},
@@ -87,10 +91,12 @@ async fn run(args: RunArgs) -> Result<()> {
             .ok()
             .context("use the host's name: it is not UTF-8; give --node-name")?,
     };
+    let records = Arc::new(Records::open(&args.state_dir)?);
     let entry = Entry {
+        socket: std::path::absolute(&args.cni_socket).context("use --cni-socket")?,
         exclude_namespaces: args.excluded_namespaces.clone(),
         daemon_set: args.daemonset.clone(),
-        ..Entry::default()
+        ..Entry::for_an_agent_that_waits(args.cni_timeout)
     };
     let owner = match args.daemonset {
         Some(daemon_set) => {
@@ -121,7 +127,7 @@ async fn run(args: RunArgs) -> Result<()> {
                 sidecar_annotations: args.sidecar_annotations,
                 dns_capture: args.traffic.dns_capture,
             },
-            finder: Arc::new(Finder::new(args.netns_dir)),
+            finder: Arc::new(Finder::new(records, args.netns_dir)),
             drain: args.drain,
             verify_interval: args.verify_interval,
         },
@@ -133,6 +139,8 @@ async fn run(args: RunArgs) -> Result<()> {
         state_dir: args.state_dir,
         control_socket: args.control.control_socket,
         zds_socket: args.zds_socket,
+        cni_socket: args.cni_socket,
+        cni_timeout: args.cni_timeout,
         install_cni: args.install_cni.then_some((dirs, entry)),
         probes: args.probes.settings(),
         health: args.health_address,
@@ -205,7 +213,8 @@ impl NodeState {
         if self.bpffs_dir.exists() {
             let dataplane = open(&self.bpffs_dir)?;
             let linked = dataplane.linked_pods()?;
-            for netns in finder::alive(&self.netns_dir, &linked)? {
+            let records = Records::open(&self.state_dir)?;
+            for netns in finder::alive(&self.netns_dir, &records, &linked)? {
                 let path = netns.path().to_owned();
                 restore(&dataplane, netns)?;
                 print(format!("restored {}\n", path.display()).as_bytes())?;
@@ -222,6 +231,7 @@ impl NodeState {
             }
             dataplane.unpin_if_unused()?;
         }
+        records::remove_state(&self.state_dir)?;
         overrides::remove_state(&self.state_dir)?;
         print(b"nothing of redirect-agent is left on this node\n")
     }

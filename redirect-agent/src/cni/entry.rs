@@ -1,6 +1,6 @@
 //! Our entry in the node's CNI configuration: the installer writes it, the plugin reads it.
 
-use std::{fmt, path::PathBuf, str::FromStr};
+use std::{fmt, path::PathBuf, str::FromStr, time::Duration};
 
 use serde::{Deserialize, Serialize};
 
@@ -13,8 +13,12 @@ pub const PLUGIN: &str = "redirect-cni";
 /// The versions of the CNI specification that the plugin speaks, oldest first: those with chains.
 pub const VERSIONS: [&str; 5] = ["0.3.0", "0.3.1", "0.4.0", "1.0.0", "1.1.0"];
 
-/// How long the plugin tries to reach the agent, unless the entry says otherwise.
+/// How long the plugin tries to reach the agent, unless the entry says otherwise, in seconds.
 const DEFAULT_TIMEOUT: u32 = 30;
+/// The longest that an entry may let a pod wait: runtimes give up after some minutes.
+pub const LONGEST_TIMEOUT: u32 = 240;
+/// How much longer than the agent the plugin waits, so that it hears what the agent says.
+const MARGIN: Duration = Duration::from_secs(5);
 
 /// The entry. What it does not say has its default.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
@@ -51,6 +55,13 @@ impl Default for Entry {
 }
 
 impl Entry {
+    /// One for an agent that lets a pod wait for so long at most.
+    pub fn for_an_agent_that_waits(timeout: Duration) -> Self {
+        let seconds = u32::try_from(timeout.saturating_add(MARGIN).as_secs());
+        let timeout_seconds = seconds.unwrap_or(LONGEST_TIMEOUT).min(LONGEST_TIMEOUT);
+        Entry { timeout_seconds, ..Entry::default() }
+    }
+
     /// Whether a pod starts without asking the agent.
     pub fn passes(&self, namespace: &str, pod: &str) -> bool {
         self.exclude_namespaces.iter().any(|excluded| excluded == namespace)

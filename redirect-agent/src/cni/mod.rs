@@ -4,4 +4,6 @@ pub mod entry;
 pub mod install;
 pub mod network;
 pub mod plugin;
+pub mod records;
 pub mod request;
+pub mod server;

@@ -27,15 +27,13 @@ use tokio::{
 };
 
 use super::{
-    entry::{Entry, PLUGIN, VERSIONS},
+    entry::{Entry, LONGEST_TIMEOUT, PLUGIN, VERSIONS},
     request::{ADD_PATH, AddRequest, Address, IpConfig},
 };
 use crate::{control::exchange, netns::Netns};
 
 /// The kernel ends the plugin after this time, whatever it hangs in. No runtime waits as long.
 const LAST_RESORT: u32 = 300;
-/// The longest that an entry may let a pod wait, in seconds.
-const LONGEST_TIMEOUT: u32 = 240;
 /// How long the runtime may take to write the configuration.
 const INPUT_TIMEOUT: Duration = Duration::from_secs(10);
 /// The longest configuration, previous result included.

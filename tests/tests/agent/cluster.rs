@@ -177,6 +177,8 @@ impl Node {
             .arg(self.state_dir())
             .arg("--zds-socket")
             .arg(self.zds_socket())
+            .arg("--cni-socket")
+            .arg(self.cni_socket())
             .arg("--cni-conf-dir")
             .arg(self.cni_conf_dir())
             .arg("--cni-bin-dir")
@@ -217,6 +219,11 @@ impl Node {
         proxy.wait_for_log("snapshot complete", SOON)?;
         self.proxies.push(proxy);
         Ok(())
+    }
+
+    /// What the agent has logged so far.
+    pub fn agent_log(&self) -> Result<String> {
+        self.agent.as_ref().context("no agent runs")?.log()
     }
 
     fn next_log(&mut self, what: &str) -> PathBuf {
@@ -324,12 +331,18 @@ impl Node {
 
     /// Waits until a pod is in the mesh, its peers know, and nothing is missing.
     pub fn wait_until_enrolled(&self, pod: &Pod) -> Result<()> {
-        self.wait_for_pod("to be enrolled", pod, |p| {
-            p.state == PodState::Enrolled && p.kernel.as_ref().is_some_and(|k| k.complete)
-        })?;
+        self.wait_until_complete(pod)?;
         wait_for(&format!("{pod} to be published"), SOON, || {
             Ok(self.is_published(pod).then_some(()))
         })
+    }
+
+    /// Waits until a pod is in the mesh and nothing is missing.
+    pub fn wait_until_complete(&self, pod: &Pod) -> Result<()> {
+        let complete = |p: &PodStatus| {
+            p.state == PodState::Enrolled && p.kernel.as_ref().is_some_and(|k| k.complete)
+        };
+        self.wait_for_pod("to be enrolled", pod, complete).map(drop)
     }
 
     /// Whether the pod's peers are told to speak HBONE to it.
@@ -454,6 +467,10 @@ impl Node {
 
     pub fn zds_socket(&self) -> PathBuf {
         self.dir.join("run/zds.sock")
+    }
+
+    pub fn cni_socket(&self) -> PathBuf {
+        self.dir.join("cni/pluginevent.sock")
     }
 
     /// Where the node's CNI configuration is, if it has any.
