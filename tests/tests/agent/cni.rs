@@ -279,6 +279,7 @@ fn no_pod_starts_without_the_agent_but_those_that_it_needs(family: Family) -> Re
             _ => Some(UnixListener::bind(&path)?),
         };
         let mut sandbox = site.sandbox("shop", "cart")?;
+        let before = remains(&sandbox)?;
         let failure = site.runtime().add(&mut sandbox)?.unwrap_err();
         assert_eq!((failure.plugin.as_str(), failure.code), (OURS, TRY_AGAIN), "{failure:?}");
         assert!(
