@@ -24,6 +24,8 @@ const PACKAGES: &[(&str, &str)] = &[
     ("dig", "bind9-dnsutils"),
     ("curl", "curl"),
     ("musl-gcc", "musl-tools"),
+    // Not in PATH, but where Debian has the programs of CNI.
+    ("/usr/lib/cni/bridge", "containernetworking-plugins"),
 ];
 
 /// Links the kernel programs; redirect-agent/build.rs finds it in [`tools_dir`].

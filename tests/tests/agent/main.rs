@@ -6,6 +6,8 @@ mod api_server;
 mod bad_input;
 mod cgroup;
 mod cluster;
+mod cmdadd;
+mod cni;
 mod commands;
 mod dns;
 mod drift;
