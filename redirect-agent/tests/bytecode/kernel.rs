@@ -282,7 +282,7 @@ impl Maps {
             counters: map("counters")?.try_into()?,
             listeners: map("listeners")?.try_into()?,
             missing: map("proxy_missing")?.try_into()?,
-            hint: map("hint")?.try_into()?,
+            hint: map("hints")?.try_into()?,
             inbound_ports: map("inbound_ports")?.try_into()?,
             inbound_ranges: map("inbound_ranges")?.try_into()?,
             dns_flows: map("dns_flows")?.try_into()?,
