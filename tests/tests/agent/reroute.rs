@@ -366,7 +366,7 @@ fn annotation_comes_and_goes_under_load_and_open_connections_go_on(family: Famil
 }
 
 fn pod_enters_and_leaves_under_load_of_its_guest(family: Family) -> Result<()> {
-    let (cluster, nested) = &one_guest(&[])?;
+    let (cluster, nested) = &one_guest(&["--drain", "60s"])?;
     let Cluster { node, server, client, .. } = cluster;
     let _apps = (echo(server)?, echo(client)?);
     let before = footprint(&server.netns)?;
@@ -374,10 +374,17 @@ fn pod_enters_and_leaves_under_load_of_its_guest(family: Family) -> Result<()> {
     let ((), calls) = load.during(|| {
         for _ in 0..2 {
             reroute(node, server, "veth1")?;
-            assert_rerouted(node, nested, server, client, family)?;
+            let mut redirected = assert_rerouted(node, nested, server, client, family)?;
             let bypass =
                 Manifest::of(server).with("/metadata/annotations", ANNOTATION, json!("veth1"));
             node.write(&bypass)?;
+            wait_for("new connections to be forwarded", SOON, || {
+                Ok(node.assert_direct(nested, client, family).ok())
+            })?;
+            redirected.exchange(b"still by the proxy")?;
+            redirected.bulk(1 << 20)?;
+            node.wait_for_state(server, PodState::Leaving)?;
+            drop(redirected);
             node.wait_for_state(server, PodState::Bypassing)?;
             node.assert_direct(nested, client, family)?;
         }
