@@ -39,6 +39,10 @@ const ENTRIES: usize = 64;
 /// The longest name of an interface. Source: Linux `include/uapi/linux/if.h`, `IFNAMSIZ`.
 const INTERFACE_NAME: usize = 15;
 
+/// What every pod has, and what arrives there is none of the pod's own. Source: CNI, `CNI_IFNAME`,
+/// which is always `eth0` in Kubernetes.
+const OWN_INTERFACES: [&str; 2] = ["lo", "eth0"];
+
 /// What of a pod's traffic is redirected.
 #[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(default)]
@@ -60,6 +64,11 @@ impl Traffic {
     pub fn captures_dns(&self) -> bool {
         let except = &self.selections.outbound_ports.except;
         self.dns_capture && !except.iter().any(|p| (p.first..=p.last).contains(&PORT_DNS))
+    }
+
+    /// Whether TCP that arrives on this interface counts as the pod's own.
+    pub fn reroutes(&self, interface: &str) -> bool {
+        self.virtual_interfaces.iter().any(|name| name == interface)
     }
 }
 
@@ -339,13 +348,16 @@ fn parse_bool(s: &str) -> Result<bool, String> {
     }
 }
 
-/// Source: Linux `net/core/dev.c`, `dev_valid_name`.
+/// A virtual interface. Source: Linux `net/core/dev.c`, `dev_valid_name`.
 fn interface(s: &str) -> Result<String, String> {
     let odd = |c: char| c == '/' || c == ':' || c.is_whitespace() || c.is_control();
-    match s.len() > INTERFACE_NAME || s == "." || s == ".." || s.contains(odd) {
-        true => Err(format!("{s:?} is not the name of an interface")),
-        false => Ok(s.to_owned()),
+    if s.len() > INTERFACE_NAME || s == "." || s == ".." || s.contains(odd) {
+        return Err(format!("{s:?} is not the name of an interface"));
     }
+    if OWN_INTERFACES.contains(&s) {
+        return Err(format!("{s:?} is the pod's own interface, and leads to no VM or container"));
+    }
+    Ok(s.to_owned())
 }
 
 #[cfg(test)]
@@ -508,7 +520,7 @@ mod tests {
         for range in ["10.0.0.0/33", "10.0.0", "::/129", "example.com", "10.0.0.0/8/8", ""] {
             assert!(parse_range(range).is_err(), "{range}");
         }
-        for name in ["a-name-that-is-too-long", "a/b", "..", "a b"] {
+        for name in ["a-name-that-is-too-long", "a/b", "..", "a b", "lo", "eth0"] {
             assert!(interface(name).is_err(), "{name}");
         }
         let many: Vec<String> = (1..=65).map(|port| port.to_string()).collect();

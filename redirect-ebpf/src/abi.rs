@@ -25,6 +25,8 @@ pub const MARK_REDIRECTED: u32 = 0x111;
 /// The mark of what came in on a pod's interface, and of flows that are older than the pod's
 /// enrolment: they keep off the redirection route.
 pub const MARK_DIRECT: u32 = 0x0d1;
+/// The mark of packets that came in on a virtual interface of a pod and go to the pod's proxy.
+pub const MARK_VIRTUAL: u32 = 0x0d2;
 
 /// The proxy's listener for what the pod sends. Source: ztunnel `src/config.rs`.
 pub const PORT_OUTBOUND: u16 = 15001;
@@ -264,7 +266,24 @@ pub const WAY_DIRECT: u32 = 1;
 /// Value of the map `ways`: through the proxy.
 pub const WAY_REDIRECTED: u32 = 2;
 
-/// The one entry, per CPU, of the map `hint`: the flow whose packet is on its way up the stack on
+/// Key of the map `virtual_ifs`: an interface whose TCP counts as the pod's own, a VM's or a nested
+/// container's.
+#[repr(C)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord, Pod, Zeroable)]
+pub struct VirtualInterface {
+    /// The pod.
+    pub pod_id: PodId,
+    /// The interface's index in the pod's network namespace.
+    pub index: u32,
+}
+
+/// Value of the map `virtual_ifs`: new connections are redirected. Without it those that are open
+/// keep their way, and new ones are forwarded.
+pub const VIRTUAL_CAPTURE: u32 = 1;
+/// Value of the map `virtual_ifs`: `outbound_ports` and `outbound_ranges` say which of them are.
+pub const VIRTUAL_RULES: u32 = 1 << 1;
+
+/// The one entry, per CPU, of the map `hints`: the flow whose packet is on its way up the stack on
 /// this CPU, and what tcx knows of it.
 #[repr(C)]
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Pod, Zeroable)]
@@ -273,6 +292,16 @@ pub struct Hint {
     pub flow: Flow,
     /// One of `HINT_*`.
     pub kind: u32,
+    /// The pod, with [`HINT_FROM_VIRTUAL`]; else 0.
+    pub pod_id: PodId,
+}
+
+impl Hint {
+    /// A hint of a kind that names no pod.
+    #[inline(always)]
+    pub const fn new(flow: Flow, kind: u32) -> Self {
+        Self { flow, kind, pod_id: 0 }
+    }
 }
 
 /// [`Hint::kind`]: there is no hint.
@@ -286,6 +315,9 @@ pub const HINT_QUESTION: u32 = 2;
 pub const HINT_FROM_POD: u32 = 3;
 /// [`Hint::kind`]: tcx has found nobody in the pod who listens on that port; it is refused.
 pub const HINT_NO_LISTENER: u32 = 4;
+/// [`Hint::kind`]: somebody behind a virtual interface of the pod opens a connection to somebody
+/// else. Neither address tells the pod.
+pub const HINT_FROM_VIRTUAL: u32 = 5;
 
 /// Key of the map `counters`; the value is a `u64`, per CPU.
 #[repr(C)]
@@ -338,11 +370,14 @@ pub enum Counter {
     KubeletProbe = 16,
     /// Connections to the pod from where probes are configured to come from.
     ProbeSource = 17,
+    /// TCP that came in on a virtual interface and was dropped because it is a fragment or has IPv6
+    /// extension headers.
+    DroppedVirtualUnreadable = 18,
 }
 
 impl Counter {
     /// Every counter with its name, as `status` and the metrics show it.
-    pub const ALL: [(Counter, &'static str); 18] = [
+    pub const ALL: [(Counter, &'static str); 19] = [
         (Counter::RedirectedOutbound, "redirected_outbound"),
         (Counter::RedirectedInbound, "redirected_inbound"),
         (Counter::Hbone, "hbone"),
@@ -361,6 +396,7 @@ impl Counter {
         (Counter::DroppedDnsAnswer, "dropped_dns_answer"),
         (Counter::KubeletProbe, "kubelet_probe"),
         (Counter::ProbeSource, "probe_source"),
+        (Counter::DroppedVirtualUnreadable, "dropped_virtual_unreadable"),
     ];
 }
 
@@ -376,8 +412,8 @@ pub struct SavedSysctls {
 /// [`SavedSysctls::values`]: the kernel had no such sysctl (IPv6 is off, say).
 pub const SYSCTL_ABSENT: i32 = i32::MIN;
 
-/// Offsets in the kernel's `struct sock_common` and `struct net`, bytes. Source: the running
-/// kernel's BTF.
+/// Offsets in the kernel's `struct sock_common`, `struct net`, `struct sk_buff` and `struct
+/// net_device`, bytes. Source: the running kernel's BTF.
 #[repr(C)]
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Pod, Zeroable)]
 pub struct SockOffsets {
@@ -401,10 +437,14 @@ pub struct SockOffsets {
     pub net: u32,
     /// `ns.inum` of `struct net`, u32: the namespace's inode number.
     pub net_inode: u32,
+    /// `dev` of `struct sk_buff`, the address of a packet's `struct net_device`.
+    pub packet_device: u32,
+    /// `nd_net` of `struct net_device`, the address of its `struct net`.
+    pub device_net: u32,
 }
 
 const _: () = {
-    assert!(size_of::<SockOffsets>() == 40);
+    assert!(size_of::<SockOffsets>() == 48);
     assert!(size_of::<Addr>() == 16);
     assert!(size_of::<PodEntry>() == 16);
     assert!(size_of::<ListenerKey>() == 8);
@@ -413,7 +453,8 @@ const _: () = {
     assert!(size_of::<PodPeer>() == 20);
     assert!(size_of::<DnsKey>() == 20);
     assert!(size_of::<DnsFlow>() == 40);
-    assert!(size_of::<Hint>() == 40);
+    assert!(size_of::<Hint>() == 44);
+    assert!(size_of::<VirtualInterface>() == 8);
     assert!(size_of::<CounterKey>() == 8);
     assert!(size_of::<SavedSysctls>() == 20);
 };
@@ -422,7 +463,7 @@ const _: () = {
 mod user {
     use super::{
         Addr, CounterKey, DnsFlow, DnsKey, Flow, Hint, ListenerKey, PodEntry, PodPeer, PodPort,
-        SavedSysctls, SockOffsets,
+        SavedSysctls, SockOffsets, VirtualInterface,
     };
 
     macro_rules! pod {
@@ -444,7 +485,8 @@ mod user {
         PodPeer,
         PodPort,
         SavedSysctls,
-        SockOffsets
+        SockOffsets,
+        VirtualInterface
     );
 }
 

@@ -11,7 +11,7 @@ static LOG: u8 = 0;
 #[unsafe(no_mangle)]
 static PROXY_GRACE_NS: u64 = 3_000_000_000;
 
-/// Where the kernel keeps what the programs read from a socket; from the kernel's BTF.
+/// Where the kernel keeps what the programs read from a socket or a packet; from the kernel's BTF.
 #[unsafe(no_mangle)]
 static SOCK_OFFSETS: SockOffsets = SockOffsets {
     family: 0,
@@ -24,6 +24,8 @@ static SOCK_OFFSETS: SockOffsets = SockOffsets {
     remote_v6: 0,
     net: 0,
     net_inode: 0,
+    packet_device: 0,
+    device_net: 0,
 };
 
 pub use redirect_ebpf::abi::SockOffsets;

@@ -705,7 +705,7 @@ mod tests {
             let node = Node::new(&a, LISTENS);
             let steered = |local, local_port, remote, on_lo| {
                 let flow = Flow { local, remote, local_port, remote_port: PORT };
-                let hint = Hint { flow, kind: HINT_NONE };
+                let hint = Hint::new(flow, HINT_NONE);
                 verdict::steer(&Lookup { tcp: false, flow, on_lo, hint }, &node)
             };
             let refused = Steer::Refuse(OWN, Counter::DroppedDnsUnreadable);

@@ -13,7 +13,7 @@ use aya_ebpf::{
 use redirect_ebpf::{
     abi::{
         Addr, DnsKey, Flow, MARK_DIRECT, MARK_PROXY, MARK_REDIRECTED, PORT_HBONE, PORT_INBOUND,
-        PORT_OUTBOUND, PORT_PROXY_DNS, PROTOCOL_TCP, WAY_DIRECT, WAY_REDIRECTED,
+        PORT_OUTBOUND, PORT_PROXY_DNS, PROTOCOL_TCP, PodId, WAY_DIRECT, WAY_REDIRECTED,
     },
     verdict::{mesh_mark, with_mesh_mark},
 };
@@ -111,15 +111,18 @@ pub extern "C" fn mark_noted(ctx: *mut IterTcp) -> i32 {
     mark_connection(ctx, |state, noted| if state == TCP_LISTEN { None } else { noted })
 }
 
-/// Writes one byte for each open connection that keeps the redirection route: their number is what
-/// a pod that leaves the mesh still has to wait for.
+/// Writes one byte for each open connection that keeps the redirection route, and for each of those
+/// behind a virtual interface: their number is what a pod that leaves the mesh still has to wait for.
 #[unsafe(no_mangle)]
 #[unsafe(link_section = "iter/tcp")]
 pub extern "C" fn count_redir(ctx: *mut IterTcp) -> i32 {
     let Some(sk) = Socket::new(ctx) else { return 0 };
-    if sk.common().state() == TCP_ESTABLISHED
-        && sk.get(SO_MARK).map(mesh_mark) == Some(MARK_REDIRECTED)
-    {
+    let counts = match sk.get(SO_MARK).map(mesh_mark) {
+        Some(MARK_REDIRECTED) => true,
+        Some(MARK_PROXY) => sk.common().is_guests(),
+        _ => false,
+    };
+    if counts && sk.common().state() == TCP_ESTABLISHED {
         let byte = b'.';
         // SAFETY: the context and its sequence file are valid while the program runs.
         unsafe { bpf_seq_write((*(*ctx).meta).seq, (&raw const byte).cast_mut().cast(), 1) };
@@ -189,6 +192,19 @@ impl Common {
     #[inline(always)]
     fn state(&self) -> u8 {
         self.read(config::sock_offsets().state)
+    }
+
+    /// Whether it is the proxy's end of a connection by way of a virtual interface: all others of its
+    /// connections have an address of the pod, or loopback.
+    #[inline(always)]
+    fn is_guests(&self) -> bool {
+        let o = config::sock_offsets();
+        let inode = (self.read::<u64>(o.net) + u64::from(o.net_inode)) as *const PodId;
+        // SAFETY: the helper copes with any address.
+        let Ok(inode) = (unsafe { bpf_probe_read_kernel(inode) }) else { return false };
+        let flow = self.flow();
+        let is_own = |addr: &Addr| pod(addr).is_some_and(|pod| pod.pod_id == inode);
+        !flow.local.is_loopback() && !is_own(&flow.local) && !is_own(&flow.remote)
     }
 
     /// The field at `offset` of `struct sock_common`.

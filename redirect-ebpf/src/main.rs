@@ -27,16 +27,20 @@ use redirect_ebpf::{
     abi::{
         Addr, Counter, CounterKey, DnsFlow, DnsKey, EVERY_POD, Flow, HINT_NONE, HINT_QUESTION,
         Hint, INBOUND_BYPASS, ListenerKey, MARK_PROXY, MARK_REDIRECTED, PORT_PROXY_DNS, PodEntry,
-        PodId, PodPeer, PodPort, WAY_DIRECT, WAY_REDIRECTED,
+        PodId, PodPeer, PodPort, VirtualInterface, WAY_DIRECT, WAY_REDIRECTED,
     },
     dns::{self, Dns, DnsEnv, Message},
     verdict::{
-        self, Env, Fate, Ingress, Lookup, Pods, Proxy, Segment, Steer, mesh_mark, with_mesh_mark,
+        self, Env, Fate, Ingress, Lookup, Pods, Proxy, Segment, Steer, Virtual, VirtualEnv,
+        mesh_mark, with_mesh_mark,
     },
 };
 
 use crate::{
-    maps::{COUNTERS, DNS_FLOWS, HINT, INBOUND_PORTS, INBOUND_RANGES, PODS_BY_ADDR, WAYS},
+    maps::{
+        COUNTERS, DNS_FLOWS, HINT, INBOUND_PORTS, INBOUND_RANGES, OUTBOUND_PORTS, OUTBOUND_RANGES,
+        PODS_BY_ADDR, VIRTUAL_INTERFACES, WAYS,
+    },
     packet::{Network, Parsed},
 };
 
@@ -185,11 +189,75 @@ fn carry_out_dns(ctx: &TcContext, parsed: &Parsed, decided: &Decided) -> i32 {
 #[classifier]
 pub fn redirect_ext(ctx: TcContext) -> i32 {
     set_hint(None);
-    let network = packet::network(&ctx);
-    let parsed = packet::parse(&ctx, network);
-    let segment = parsed.as_ref().map(Parsed::segment);
-    let ingress = verdict::on_interface(network != Network::Other, segment, &Tc { ctx: &ctx });
-    apply(&ctx, &ingress)
+    let parsed = packet::parse(&ctx, packet::network(&ctx));
+    on_interface(&ctx, parsed.as_ref())
+}
+
+#[inline(always)]
+fn on_interface(ctx: &TcContext, parsed: Option<&Parsed>) -> i32 {
+    let ip = packet::network(ctx) != Network::Other;
+    let ingress = verdict::on_interface(ip, parsed.map(Parsed::segment), &Tc { ctx });
+    apply(ctx, &ingress)
+}
+
+/// What [`on_virtual`] returns for [`Fate::Reset`]; no program does.
+const RESET: i32 = i32::MIN;
+
+/// Ingress of virtual interfaces, in the place of [`redirect_ext`].
+#[classifier]
+pub fn redirect_virt(ctx: TcContext) -> i32 {
+    set_hint(None);
+    let mut parsed = Parsed::zeroed();
+    let segment = if parse_tcp(&ctx, &mut parsed) { Some(parsed.segment()) } else { None };
+    match virtual_interface(&ctx) {
+        Some(interface) if !verdict::is_inbound(segment, interface.pod_id, &Tc { ctx: &ctx }) => {
+            match on_virtual(&ctx, segment.is_some(), &parsed, &interface) {
+                // What cannot be sent back must not go on either.
+                RESET => packet::reset_back(&ctx, &parsed),
+                next => next,
+            }
+        }
+        // It is for the pod itself; or the interface is being set up, or removed.
+        _ => on_virtual_as_ext(&ctx, segment.is_some(), &parsed),
+    }
+}
+
+/// See [`parse_on_lo`].
+#[inline(never)]
+fn parse_tcp(ctx: &TcContext, parsed: &mut Parsed) -> bool {
+    match packet::parse(ctx, packet::network(ctx)) {
+        Some(found) => {
+            *parsed = found;
+            true
+        }
+        None => false,
+    }
+}
+
+#[inline(never)]
+fn on_virtual_as_ext(ctx: &TcContext, is_tcp: bool, parsed: &Parsed) -> i32 {
+    on_interface(ctx, if is_tcp { Some(parsed) } else { None })
+}
+
+#[inline(always)]
+fn virtual_interface(ctx: &TcContext) -> Option<Virtual> {
+    let pod_id = packet::netns_inode(ctx)?;
+    // SAFETY: the context is valid while the program runs.
+    let index = unsafe { (*ctx.skb.skb).ifindex };
+    let flags = VIRTUAL_INTERFACES.get_ptr(&VirtualInterface { pod_id, index })?;
+    // SAFETY: the pointer is to a live map value; it is one word.
+    Some(Virtual { pod_id, flags: unsafe { *flags } })
+}
+
+#[inline(never)]
+fn on_virtual(ctx: &TcContext, is_tcp: bool, parsed: &Parsed, interface: &Virtual) -> i32 {
+    let network = packet::network(ctx);
+    let hides_tcp = !is_tcp && packet::hides_tcp(ctx, network);
+    let segment = if is_tcp { Some(parsed.segment()) } else { None };
+    let ip = network != Network::Other;
+    let ingress = verdict::on_virtual(ip, segment, hides_tcp, interface, &Tc { ctx });
+    let next = apply(ctx, &ingress);
+    if ingress.fate == Fate::Reset { RESET } else { next }
 }
 
 fn mark(ctx: &TcContext) -> u32 {
@@ -406,6 +474,23 @@ fn excludes_inbound(pod_id: PodId, flow: &Flow) -> bool {
         || matches!(INBOUND_RANGES.get(&peer), Some(&INBOUND_BYPASS))
 }
 
+#[inline(never)]
+fn has_connection(ctx: &TcContext, segment: &Segment) -> bool {
+    // The question runs `sk_lookup`, too, when there is none.
+    set_hint(Some(Hint::new(segment.receiver_flow(), HINT_QUESTION)));
+    let found = sockets::has_connection(ctx.as_ptr(), segment);
+    set_hint(None);
+    found
+}
+
+#[inline(never)]
+fn excludes_outbound(pod_id: PodId, flow: &Flow) -> bool {
+    let port = Key::new(PodPort::BITS, PodPort::new(pod_id, flow.remote_port));
+    let peer = Key::new(PodPeer::BITS, PodPeer { pod_id, peer: flow.remote });
+    matches!(OUTBOUND_PORTS.get(&port), Some(&INBOUND_BYPASS))
+        || matches!(OUTBOUND_RANGES.get(&peer), Some(&INBOUND_BYPASS))
+}
+
 #[inline(always)]
 fn is_probe_source(peer: &Addr) -> bool {
     let key = Key::new(PodPeer::BITS, PodPeer { pod_id: EVERY_POD, peer: *peer });
@@ -441,7 +526,7 @@ impl Pods for Tc<'_> {
 impl Env for Tc<'_> {
     #[inline(always)]
     fn application_listens(&self, segment: &Segment) -> bool {
-        set_hint(Some(Hint { flow: segment.receiver_flow(), kind: HINT_QUESTION }));
+        set_hint(Some(Hint::new(segment.receiver_flow(), HINT_QUESTION)));
         let found = sockets::any(self.ctx.as_ptr(), segment);
         set_hint(None);
         found
@@ -450,6 +535,23 @@ impl Env for Tc<'_> {
     #[inline(always)]
     fn proxy(&self, pod_id: PodId, kind: u32, segment: &Segment) -> Proxy {
         sockets::proxy(self.ctx, &ListenerKey { pod_id, kind }, segment.dst.is_v4())
+    }
+}
+
+impl VirtualEnv for Tc<'_> {
+    #[inline(always)]
+    fn excludes_outbound(&self, pod_id: PodId, flow: &Flow) -> bool {
+        excludes_outbound(pod_id, flow)
+    }
+
+    #[inline(always)]
+    fn has_connection(&self, segment: &Segment) -> bool {
+        has_connection(self.ctx, segment)
+    }
+
+    #[inline(always)]
+    fn completes_cookie(&self, pod_id: PodId) -> bool {
+        sockets::completes_cookie(self.ctx, pod_id)
     }
 }
 

@@ -6,7 +6,7 @@ use aya_ebpf::{
 };
 use redirect_ebpf::abi::{
     Addr, CounterKey, DnsFlow, DnsKey, Flow, Hint, ListenerKey, PodEntry, PodId, PodPeer, PodPort,
-    SavedSysctls,
+    SavedSysctls, VirtualInterface,
 };
 
 /// Addresses of pods: a large node has 500 pods, each with a few addresses.
@@ -31,7 +31,7 @@ pub static LISTENERS: SockHash<ListenerKey, { PODS * 4 }> = SockHash::new();
 pub static PROXY_MISSING: HashMap<ListenerKey, u64, { PODS * 4 }> = HashMap::new();
 
 /// The hint from tcx to `sk_lookup`, which run in one go on one CPU.
-#[btf_map(name = "hint")]
+#[btf_map(name = "hints")]
 pub static HINT: PerCpuArray<Hint, 1> = PerCpuArray::new();
 
 /// Pod and port of the pod, by their longest prefix → one of `INBOUND_*`. Looked into only for pods
@@ -43,6 +43,20 @@ pub static INBOUND_PORTS: LpmTrie<PodPort, u32, 65536> = LpmTrie::new();
 /// is under `EVERY_POD` counts for all.
 #[btf_map(name = "inbound_ranges")]
 pub static INBOUND_RANGES: LpmTrie<PodPeer, u32, 65536> = LpmTrie::new();
+
+/// Virtual interface of a pod → bits of `VIRTUAL_*`. Only these interfaces have the program that looks
+/// into it.
+#[btf_map(name = "virtual_ifs")]
+pub static VIRTUAL_INTERFACES: HashMap<VirtualInterface, u32, { PODS * 4 }> = HashMap::new();
+
+/// Pod and port that is called by way of a virtual interface, by their longest prefix → one of
+/// `INBOUND_*`. What the pod itself calls is a matter of routes and rules.
+#[btf_map(name = "outbound_ports")]
+pub static OUTBOUND_PORTS: LpmTrie<PodPort, u32, 65536> = LpmTrie::new();
+
+/// The same for the address that is called.
+#[btf_map(name = "outbound_ranges")]
+pub static OUTBOUND_RANGES: LpmTrie<PodPeer, u32, 65536> = LpmTrie::new();
 
 /// Connection of kubelet to a pod, as the pod sees it → since when, ns of CLOCK_MONOTONIC. An entry
 /// that is lost costs a probe.

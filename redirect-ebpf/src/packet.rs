@@ -2,14 +2,22 @@
 
 use aya_ebpf::{
     EbpfContext as _,
-    bindings::{BPF_F_MARK_MANGLED_0, BPF_F_PSEUDO_HDR, bpf_hdr_start_off::BPF_HDR_START_NET},
+    bindings::{
+        BPF_F_MARK_MANGLED_0, BPF_F_PSEUDO_HDR, TC_ACT_SHOT, bpf_hdr_start_off::BPF_HDR_START_NET,
+    },
     helpers::{
-        bpf_l3_csum_replace, bpf_l4_csum_replace, bpf_skb_change_type, bpf_skb_load_bytes_relative,
-        bpf_skb_store_bytes,
+        bpf_l3_csum_replace, bpf_l4_csum_replace, bpf_probe_read_kernel, bpf_redirect,
+        bpf_skb_change_type, bpf_skb_load_bytes_relative, bpf_skb_store_bytes,
     },
     programs::TcContext,
 };
-use redirect_ebpf::{abi::Addr, dns::Message, verdict::Segment};
+use redirect_ebpf::{
+    abi::{Addr, PodId},
+    dns::Message,
+    verdict::Segment,
+};
+
+use crate::config;
 
 const ETH_P_IP: u16 = 0x0800;
 const ETH_P_IPV6: u16 = 0x86dd;
@@ -17,6 +25,20 @@ const IPPROTO_TCP: u8 = 6;
 const IPPROTO_UDP: u8 = 17;
 /// MF and the fragment's offset, in the IPv4 header's flags field.
 const IPV4_FRAGMENT: u16 = 0x3fff;
+/// A fragment's offset, in the IPv6 fragment header.
+const IPV6_FRAGMENT_OFFSET: u16 = 0xfff8;
+/// IPv6 extension headers. Source: IANA, "IPv6 Extension Header Types"; what ESP carries nobody can
+/// read.
+const HOP_BY_HOP: u8 = 0;
+const ROUTING: u8 = 43;
+const FRAGMENT: u8 = 44;
+const AUTHENTICATION: u8 = 51;
+const DESTINATION: u8 = 60;
+const MOBILITY: u8 = 135;
+const HIP: u8 = 139;
+const SHIM6: u8 = 140;
+/// How many of them are read; nobody needs more.
+const EXTENSIONS: usize = 8;
 const TCP_RST: u8 = 0x04;
 const TCP_SYN: u8 = 0x02;
 const TCP_ACK: u8 = 0x10;
@@ -275,6 +297,109 @@ pub fn reset(ctx: &TcContext, parsed: &Parsed) -> Option<()> {
     csum_replace(ctx, checksum, u32::from(old_flags), u32::from(flags), 2)?;
     store(ctx, tcp + 4, &[0u32, ack])?;
     store(ctx, tcp + 12, &flags)
+}
+
+/// Turns a SYN that came in on an interface into the RST that answers it, and sends it back there;
+/// gives what the program has to return. Drops it where packets have no Ethernet header.
+#[inline(never)]
+pub fn reset_back(ctx: &TcContext, parsed: &Parsed) -> i32 {
+    send_reset_back(ctx, parsed).unwrap_or(TC_ACT_SHOT)
+}
+
+#[inline(always)]
+fn send_reset_back(ctx: &TcContext, parsed: &Parsed) -> Option<i32> {
+    // From where the packet begins: its link header, if it has one.
+    let link: [u8; 14] = ctx.load(0).ok()?;
+    let ethertype = if parsed.network == Network::V4 { ETH_P_IP } else { ETH_P_IPV6 };
+    if u16::from_be_bytes([link[12], link[13]]) != ethertype {
+        return None;
+    }
+    reset(ctx, parsed)?;
+    let [d0, d1, d2, d3, d4, d5, s0, s1, s2, s3, s4, s5, ..] = link;
+    store(ctx, 0, &[s0, s1, s2, s3, s4, s5, d0, d1, d2, d3, d4, d5])?;
+    // SAFETY: the context is valid while the program runs.
+    let ret = unsafe { bpf_redirect((*ctx.skb.skb).ifindex, 0) };
+    Some(ret as i32)
+}
+
+/// Whether an IP packet that [`parse`] has left alone is TCP, or may be.
+#[inline(always)]
+pub fn hides_tcp(ctx: &TcContext, network: Network) -> bool {
+    match network {
+        // In every fragment.
+        Network::V4 => load(ctx, 9) == Some([IPPROTO_TCP]),
+        Network::V6 => hides_tcp_v6(ctx),
+        Network::Other => false,
+    }
+}
+
+#[inline(never)]
+fn hides_tcp_v6(ctx: &TcContext) -> bool {
+    let Some([mut next]): Option<[u8; 1]> = load(ctx, 6) else { return false };
+    let mut offset = 40;
+    for _ in 0..EXTENSIONS {
+        let [after, len]: [u8; 2] = match next {
+            IPPROTO_TCP => return true,
+            HOP_BY_HOP | ROUTING | DESTINATION | MOBILITY | HIP | SHIM6 | AUTHENTICATION => {
+                match load(ctx, offset) {
+                    Some(header) => header,
+                    // It is in another fragment.
+                    None => return true,
+                }
+            }
+            FRAGMENT => {
+                let Some([after, _, hi, lo]): Option<[u8; 4]> = load(ctx, offset) else {
+                    return true;
+                };
+                if u16::from_be_bytes([hi, lo]) & IPV6_FRAGMENT_OFFSET != 0 {
+                    // What is behind another header stands in the first fragment.
+                    return after == IPPROTO_TCP;
+                }
+                [after, 0]
+            }
+            _ => return false,
+        };
+        offset += match next {
+            AUTHENTICATION => (u32::from(len) + 2) * 4,
+            _ => (u32::from(len) + 1) * 8,
+        };
+        next = after;
+    }
+    true
+}
+
+/// The IP header, how many of its bytes count, and the TCP header, both without options.
+#[inline(always)]
+pub fn headers(ctx: &TcContext) -> Option<([u8; 40], u32, [u8; 20])> {
+    let mut ip = [0; 40];
+    match network(ctx) {
+        Network::V4 => {
+            let header: [u8; 20] = load(ctx, 0)?;
+            ip[..20].copy_from_slice(&header);
+            Some((ip, 20, load(ctx, u32::from(header[0] & 0xf) * 4)?))
+        }
+        Network::V6 => {
+            ip = load(ctx, 0)?;
+            Some((ip, 40, load(ctx, 40)?))
+        }
+        Network::Other => None,
+    }
+}
+
+/// The inode number of the network namespace that the packet is in.
+#[inline(always)]
+pub fn netns_inode(ctx: &TcContext) -> Option<PodId> {
+    let offsets = config::sock_offsets();
+    // The verifier lets nobody compute with the context's address; as a number it does.
+    let slot = core::hint::black_box(ctx.skb.skb);
+    // SAFETY: the helper copes with any address.
+    unsafe {
+        let skb: u64 = bpf_probe_read_kernel(core::ptr::from_ref(&slot).cast()).ok()?;
+        let device = bpf_probe_read_kernel((skb + u64::from(offsets.packet_device)) as *const u64);
+        let net = (device.ok()? + u64::from(offsets.device_net)) as *const u64;
+        let net: u64 = bpf_probe_read_kernel(net).ok()?;
+        bpf_probe_read_kernel((net + u64::from(offsets.net_inode)) as *const PodId).ok()
+    }
 }
 
 /// The IPv4 address's octets.

@@ -11,13 +11,14 @@ use aya_ebpf::{
     helpers::{
         bpf_ktime_get_ns, bpf_map_lookup_elem, bpf_map_update_elem, bpf_probe_read_kernel,
         bpf_sk_assign, bpf_sk_lookup_tcp, bpf_sk_lookup_udp, bpf_sk_release, bpf_skc_lookup_tcp,
+        bpf_tcp_check_syncookie,
     },
     programs::TcContext,
 };
 use redirect_ebpf::{
     abi::{
-        Addr, LISTENER_HBONE, LISTENER_INBOUND, ListenerKey, MARK_PROXY, PORT_HBONE, PORT_INBOUND,
-        PORT_OUTBOUND, PORT_PROXY_DNS, PodId,
+        Addr, LISTENER_HBONE, LISTENER_INBOUND, LISTENER_OUTBOUND, ListenerKey, MARK_PROXY,
+        PORT_HBONE, PORT_INBOUND, PORT_OUTBOUND, PORT_PROXY_DNS, PodId,
     },
     dns::Message,
     verdict::{Proxy, Segment, mesh_mark},
@@ -26,7 +27,7 @@ use redirect_ebpf::{
 use crate::{
     config,
     maps::{LISTENERS, PROXY_MISSING},
-    packet::tail,
+    packet::{self, tail},
 };
 
 const TCP_LISTEN: u32 = 10;
@@ -35,6 +36,17 @@ const TCP_LISTEN: u32 = 10;
 /// the hint first, so that only the application's own listeners and connections are found.
 #[inline(always)]
 pub fn any(ctx: *mut c_void, segment: &Segment) -> bool {
+    find(ctx, segment, |_| true)
+}
+
+/// The same, for a socket that is no listener.
+#[inline(always)]
+pub fn has_connection(ctx: *mut c_void, segment: &Segment) -> bool {
+    find(ctx, segment, |state| state != TCP_LISTEN)
+}
+
+#[inline(always)]
+fn find(ctx: *mut c_void, segment: &Segment, counts: impl Fn(u32) -> bool) -> bool {
     let Segment { src, dst, src_port, dst_port, .. } = segment;
     let (mut tuple, len) = tuple(src, *src_port, dst, *dst_port);
     // SAFETY: the tuple is initialized for `len` bytes; the reference is released.
@@ -43,9 +55,34 @@ pub fn any(ctx: *mut c_void, segment: &Segment) -> bool {
         if sk.is_null() {
             return false;
         }
+        let found = counts((*sk).state);
         bpf_sk_release(sk.cast());
+        found
     }
-    true
+}
+
+/// Whether a segment is the ACK that completes a connection of this listener of the proxy, of which
+/// the kernel keeps nothing but a SYN cookie. Costs next to nothing while it sends none.
+#[inline(never)]
+pub fn completes_cookie(ctx: &TcContext, pod_id: PodId) -> bool {
+    let Some((mut ip, ip_len, mut tcp)) = packet::headers(ctx) else { return false };
+    let key = ListenerKey { pod_id, kind: LISTENER_OUTBOUND };
+    // SAFETY: the headers are as long as is said; the reference is released.
+    unsafe {
+        let sk = bpf_map_lookup_elem(listeners(), ptr::from_ref(&key).cast());
+        if sk.is_null() {
+            return false;
+        }
+        let ret = bpf_tcp_check_syncookie(
+            sk,
+            (&raw mut ip).cast(),
+            ip_len,
+            (&raw mut tcp).cast(),
+            size_of_val(&tcp) as u32,
+        );
+        bpf_sk_release(sk);
+        ret == 0
+    }
 }
 
 /// Whether the proxy listens in the pod, on the port of `key.kind`; enters its socket into

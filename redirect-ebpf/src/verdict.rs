@@ -4,10 +4,11 @@
 //! against. What a decision needs to ask of its surroundings goes through [`Env`].
 
 use crate::abi::{
-    Addr, Counter, DECISION_ENROLLED, Flow, HINT_FROM_POD, HINT_FROM_PROXY, HINT_NO_LISTENER,
-    HINT_NONE, HINT_QUESTION, Hint, LISTENER_HBONE, LISTENER_INBOUND, LISTENER_OUTBOUND,
-    MARK_DIRECT, MARK_MASK, MARK_PROXY, MARK_REDIRECTED, POD_BYPASS_INBOUND, POD_CAPTURE,
-    POD_INBOUND_RULES, PORT_HBONE, PORT_INBOUND, PORT_OUTBOUND, PodEntry, PodId,
+    Addr, Counter, DECISION_ENROLLED, Flow, HINT_FROM_POD, HINT_FROM_PROXY, HINT_FROM_VIRTUAL,
+    HINT_NO_LISTENER, HINT_NONE, HINT_QUESTION, Hint, LISTENER_HBONE, LISTENER_INBOUND,
+    LISTENER_OUTBOUND, MARK_DIRECT, MARK_MASK, MARK_PROXY, MARK_REDIRECTED, MARK_VIRTUAL,
+    POD_BYPASS_INBOUND, POD_CAPTURE, POD_INBOUND_RULES, PORT_HBONE, PORT_INBOUND, PORT_OUTBOUND,
+    PodEntry, PodId, VIRTUAL_CAPTURE, VIRTUAL_RULES,
 };
 use crate::dns;
 
@@ -83,6 +84,18 @@ pub trait Env: Pods {
     fn proxy(&self, pod_id: PodId, kind: u32, segment: &Segment) -> Proxy;
 }
 
+/// What the decisions on a virtual interface ask of the kernel besides.
+pub trait VirtualEnv: Env {
+    /// Whether `outbound_ports` or `outbound_ranges` keep this call off the proxy.
+    fn excludes_outbound(&self, pod_id: PodId, flow: &Flow) -> bool;
+    /// Whether a socket in the namespace has the connection of this segment: open, half open or
+    /// closing. A listener has none.
+    fn has_connection(&self, segment: &Segment) -> bool;
+    /// Whether this segment completes a connection to the proxy's outbound listener that so far is
+    /// nothing but a SYN cookie.
+    fn completes_cookie(&self, pod_id: PodId) -> bool;
+}
+
 /// What happens to a packet at tcx ingress.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Fate {
@@ -131,7 +144,7 @@ pub fn on_lo(mark: u32, segment: Option<&Segment>, env: &impl Env) -> Ingress {
         // Every packet, not only the SYN: under SYN cookies the ACK looks for the listener.
         // The accepted socket takes the mark, and so its replies come back here, also while the pod
         // leaves the mesh.
-        let hint = segment.map(|s| Hint { flow: s.receiver_flow(), kind: HINT_FROM_PROXY });
+        let hint = segment.map(|s| hint(s, HINT_FROM_PROXY));
         return Ingress { mark: Some(MARK_REDIRECTED), hint, ..Ingress::NEXT };
     }
     let Some(segment) = segment else { return Ingress::NEXT };
@@ -143,10 +156,7 @@ pub fn on_lo(mark: u32, segment: Option<&Segment>, env: &impl Env) -> Ingress {
         return Ingress::NEXT;
     }
     match env.proxy(pod.pod_id, LISTENER_OUTBOUND, segment) {
-        Proxy::Listens => {
-            let hint = Some(Hint { flow: segment.receiver_flow(), kind: HINT_FROM_POD });
-            Ingress { hint, ..Ingress::NEXT }
-        }
+        Proxy::Listens => Ingress { hint: Some(hint(segment, HINT_FROM_POD)), ..Ingress::NEXT },
         Proxy::AwayWithinGrace => Ingress {
             fate: Fate::Drop,
             count: Some((pod.pod_id, Counter::DroppedProxyAway)),
@@ -182,7 +192,7 @@ pub fn on_interface(ip: bool, segment: Option<&Segment>, env: &impl Env) -> Ingr
     if captured && !hbone && !env.application_listens(segment) {
         // The proxy would accept first and find out later; `sk_lookup` refuses at once. It does not
         // leave that to the kernel: somebody may listen by then, and would be reached past the proxy.
-        let hint = Some(Hint { flow: segment.receiver_flow(), kind: HINT_NO_LISTENER });
+        let hint = Some(hint(segment, HINT_NO_LISTENER));
         return Ingress { hint, ..next };
     }
     let kind = if hbone { LISTENER_HBONE } else { LISTENER_INBOUND };
@@ -198,6 +208,89 @@ pub fn on_interface(ip: bool, segment: Option<&Segment>, env: &impl Env) -> Ingr
         // `sk_lookup` drops the rest.
         _ => next,
     }
+}
+
+/// A virtual interface of a pod.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Virtual {
+    /// The pod.
+    pub pod_id: PodId,
+    /// Bits of `VIRTUAL_*`.
+    pub flags: u32,
+}
+
+/// Whether what arrives on a virtual interface is for the pod itself: then it is inbound, as on every
+/// other interface.
+#[inline(always)]
+pub fn is_inbound(segment: Option<&Segment>, pod_id: PodId, env: &impl Pods) -> bool {
+    segment.is_some_and(|segment| same_pod(env.pod(&segment.dst), pod_id))
+}
+
+/// tcx ingress on a virtual interface of the pod: what a VM or a nested container sends, unless it
+/// [`is_inbound`]. `ip` as in [`on_interface`]; `hides_tcp` says of a packet without a segment that it
+/// is TCP, or may be.
+///
+/// What is redirected gets a mark that a rule delivers here for. A connection that has no socket here
+/// is somebody else's, and forwarded as it always was.
+#[inline(always)]
+pub fn on_virtual(
+    ip: bool,
+    segment: Option<&Segment>,
+    hides_tcp: bool,
+    interface: &Virtual,
+    env: &impl VirtualEnv,
+) -> Ingress {
+    if !ip {
+        return Ingress::NEXT;
+    }
+    let Virtual { pod_id, flags } = *interface;
+    let forwarded = Ingress { mark: Some(MARK_DIRECT), ..Ingress::NEXT };
+    let redirected = Ingress { mark: Some(MARK_VIRTUAL), ..Ingress::NEXT };
+    let captures = flags & VIRTUAL_CAPTURE != 0;
+    let Some(segment) = segment else {
+        if hides_tcp && captures {
+            // It could open a connection past the proxy, and nobody needs it.
+            let count = Some((pod_id, Counter::DroppedVirtualUnreadable));
+            return Ingress { fate: Fate::Drop, count, ..forwarded };
+        }
+        return forwarded;
+    };
+    if segment.dst.is_loopback() || segment.dst.is_link_local() {
+        return forwarded;
+    }
+    let for_proxy = Hint { pod_id, ..hint(segment, HINT_FROM_VIRTUAL) };
+    if !segment.opens {
+        if env.has_connection(segment) {
+            return redirected;
+        }
+        if captures && env.completes_cookie(pod_id) {
+            return Ingress { hint: Some(for_proxy), ..redirected };
+        }
+        return forwarded;
+    }
+    if !captures
+        || (flags & VIRTUAL_RULES != 0 && env.excludes_outbound(pod_id, &segment.sender_flow()))
+    {
+        return forwarded;
+    }
+    match env.proxy(pod_id, LISTENER_OUTBOUND, segment) {
+        Proxy::Listens => Ingress { hint: Some(for_proxy), ..redirected },
+        Proxy::AwayWithinGrace => Ingress {
+            fate: Fate::Drop,
+            count: Some((pod_id, Counter::DroppedProxyAway)),
+            ..forwarded
+        },
+        Proxy::Away => Ingress {
+            fate: Fate::Reset,
+            count: Some((pod_id, Counter::RefusedProxyAway)),
+            ..forwarded
+        },
+    }
+}
+
+#[inline(always)]
+fn hint(segment: &Segment, kind: u32) -> Hint {
+    Hint::new(segment.receiver_flow(), kind)
 }
 
 /// What `sk_lookup` knows when the kernel looks for the listener of a packet.
@@ -244,7 +337,13 @@ pub fn steer(lookup: &Lookup, env: &impl Pods) -> Steer {
     if !tcp {
         return dns::steer(lookup, env);
     }
-    let hint = if hint.flow == *flow { hint.kind } else { HINT_NONE };
+    let (hint, hinted) = if hint.flow == *flow { (hint.kind, hint.pod_id) } else { (HINT_NONE, 0) };
+    if hint == HINT_FROM_VIRTUAL {
+        return Steer::Redirect { pod_id: hinted, kind: LISTENER_OUTBOUND };
+    }
+    if hint == HINT_QUESTION {
+        return Steer::Pass(None);
+    }
     let local = env.pod(&flow.local);
     // Not an Option: the compiler would carry along what a `None` does not have, and the verifier
     // objects to that.
@@ -257,11 +356,15 @@ pub fn steer(lookup: &Lookup, env: &impl Pods) -> Steer {
     {
         return Steer::Redirect { pod_id: caller, kind: LISTENER_OUTBOUND };
     }
-    let Some(pod) = local else { return Steer::Refuse(0, Counter::RefusedUnknownAddress) };
+    let Some(pod) = local else {
+        // The namespace has addresses that are not in `pods`, those of its virtual interfaces: they are
+        // the same in many pods. The proxy calls them, and they call themselves.
+        if hint == HINT_FROM_PROXY || flow.local == flow.remote {
+            return Steer::Pass(None);
+        }
+        return Steer::Refuse(0, Counter::RefusedUnknownAddress);
+    };
     if enrolled(local).is_none() || !captures(&pod) {
-        return Steer::Pass(None);
-    }
-    if hint == HINT_QUESTION {
         return Steer::Pass(None);
     }
     if hint == HINT_NO_LISTENER {
@@ -349,6 +452,8 @@ mod tests {
         bypassing: Addr,
         preparing: Addr,
         stranger: Addr,
+        /// Behind a virtual interface of the pod.
+        guest: Addr,
         loopback: Addr,
     }
 
@@ -362,6 +467,7 @@ mod tests {
                 bypassing: addr("10.0.0.11"),
                 preparing: addr("10.0.0.12"),
                 stranger: addr("192.0.2.1"),
+                guest: addr("10.44.0.2"),
                 loopback: addr("127.0.0.1"),
             },
             Addresses {
@@ -371,6 +477,7 @@ mod tests {
                 bypassing: addr("fd00::11"),
                 preparing: addr("fd00::12"),
                 stranger: addr("2001:db8::1"),
+                guest: addr("fd44::2"),
                 loopback: addr("::1"),
             },
         ]
@@ -391,6 +498,12 @@ mod tests {
         /// Whose connections are in `kubelet_flows`.
         kubelet: Option<Addr>,
         probe_source: Option<Addr>,
+        /// Whom guests call past the proxy.
+        excluded_outbound: Option<Addr>,
+        /// Whom guests are connected to by the proxy.
+        connection: Option<Addr>,
+        /// Whether a guest's connection waits in a SYN cookie.
+        cookie: bool,
         application_listens: bool,
         proxy: Proxy,
         asked: RefCell<Vec<Asked>>,
@@ -413,6 +526,9 @@ mod tests {
                 excluded_peer: None,
                 kubelet: None,
                 probe_source: None,
+                excluded_outbound: None,
+                connection: None,
+                cookie: false,
                 application_listens,
                 proxy,
                 asked: RefCell::default(),
@@ -465,6 +581,20 @@ mod tests {
         }
     }
 
+    impl VirtualEnv for Node {
+        fn excludes_outbound(&self, pod_id: PodId, flow: &Flow) -> bool {
+            pod_id == OWN && self.excluded_outbound == Some(flow.remote)
+        }
+
+        fn has_connection(&self, segment: &Segment) -> bool {
+            self.connection == Some(segment.dst)
+        }
+
+        fn completes_cookie(&self, pod_id: PodId) -> bool {
+            pod_id == OWN && self.cookie
+        }
+    }
+
     const PROXY_STATES: [Proxy; 3] = [Proxy::Listens, Proxy::AwayWithinGrace, Proxy::Away];
 
     fn syn(src: Addr, dst: Addr) -> Segment {
@@ -494,7 +624,7 @@ mod tests {
                 for segment in [syn(client, a.own), data(client, a.own)] {
                     for mark in [MARK_PROXY, 0xabcd_e000 | MARK_PROXY] {
                         let node = Node::new(&a, true, Proxy::Away);
-                        let hint = Hint { flow: flow(a.own, client), kind: HINT_FROM_PROXY };
+                        let hint = Hint::new(flow(a.own, client), HINT_FROM_PROXY);
                         let expected = Ingress {
                             fate: Fate::Next,
                             mark: Some(MARK_REDIRECTED),
@@ -533,7 +663,7 @@ mod tests {
                         let node = Node::new(&a, true, proxy);
                         let count = counter.map(|counter| (OWN, counter));
                         let hint = (proxy == Proxy::Listens)
-                            .then(|| Hint { flow: flow(server, a.own), kind: HINT_FROM_POD });
+                            .then(|| Hint::new(flow(server, a.own), HINT_FROM_POD));
                         let expected = Ingress { fate, count, hint, ..Ingress::NEXT };
                         assert_eq!(on_lo(mark, Some(&syn(a.own, server)), &node), expected);
                         node.assert_asked(&[Asked::Proxy(OWN, LISTENER_OUTBOUND)]);
@@ -604,7 +734,7 @@ mod tests {
             // Whether the proxy listens does not matter: it is not asked.
             for proxy in PROXY_STATES {
                 let node = Node::new(&a, false, proxy);
-                let hint = Hint { flow: flow(a.own, a.stranger), kind: HINT_NO_LISTENER };
+                let hint = Hint::new(flow(a.own, a.stranger), HINT_NO_LISTENER);
                 let expected = Ingress {
                     fate: Fate::Next,
                     mark: Some(MARK_DIRECT),
@@ -695,7 +825,7 @@ mod tests {
 
     fn lookup(local: Addr, remote: Addr, on_lo: bool, kind: u32) -> Lookup {
         let flow = flow(local, remote);
-        Lookup { tcp: true, flow, on_lo, hint: Hint { flow, kind } }
+        Lookup { tcp: true, flow, on_lo, hint: Hint::new(flow, kind) }
     }
 
     fn to_port(lookup: Lookup, port: u16) -> Lookup {
@@ -756,7 +886,7 @@ mod tests {
                 (
                     "a stranger, after a packet of the proxy",
                     Lookup {
-                        hint: Hint { flow: flow(a.own, a.stranger), kind: HINT_FROM_PROXY },
+                        hint: Hint::new(flow(a.own, a.stranger), HINT_FROM_PROXY),
                         ..lookup(a.stranger, a.own, LO, none)
                     },
                     OUTBOUND,
@@ -902,7 +1032,7 @@ mod tests {
                     ("remote port", Flow { remote_port: f.remote_port + 1, ..f }),
                 ]
                 .map(|(other, flow)| {
-                    (other, Lookup { hint: Hint { flow, kind }, ..good }, INBOUND)
+                    (other, Lookup { hint: Hint::new(flow, kind), ..good }, INBOUND)
                 });
                 assert_steered(&a, &rows);
             }
@@ -967,16 +1097,183 @@ mod tests {
     fn addresses_that_nobody_knows_are_refused() {
         for a in both_families() {
             let rows = [
-                ("on lo", lookup(a.stranger, a.stranger, LO, HINT_NONE)),
-                ("from outside", lookup(a.stranger, a.stranger, OUTSIDE, HINT_NONE)),
+                ("on lo", lookup(a.stranger, a.guest, LO, HINT_NONE)),
+                ("from outside", lookup(a.stranger, a.guest, OUTSIDE, HINT_NONE)),
                 (
                     "the pod's as a source from outside",
                     lookup(a.stranger, a.own, OUTSIDE, HINT_NONE),
                 ),
-                ("the proxy's to a stranger", lookup(a.stranger, a.stranger, LO, HINT_FROM_PROXY)),
+                ("the pod's own on lo", lookup(a.stranger, a.guest, LO, HINT_FROM_POD)),
             ]
             .map(|(scenario, lookup)| (scenario, lookup, UNKNOWN));
             assert_steered(&a, &rows);
+        }
+    }
+
+    #[test]
+    fn addresses_that_only_the_namespace_knows_are_called_by_the_proxy_and_themselves() {
+        for a in both_families() {
+            let rows = [
+                ("the proxy", lookup(a.guest, a.own, LO, HINT_FROM_PROXY)),
+                ("the proxy by that address", lookup(a.guest, a.guest, LO, HINT_FROM_PROXY)),
+                ("itself", lookup(a.guest, a.guest, LO, HINT_NONE)),
+            ]
+            .map(|(scenario, lookup)| (scenario, lookup, UNTOUCHED));
+            assert_steered(&a, &rows);
+        }
+    }
+
+    const CAPTURING: Virtual = Virtual { pod_id: OWN, flags: VIRTUAL_CAPTURE };
+    const REROUTED: Ingress = Ingress { mark: Some(MARK_VIRTUAL), ..Ingress::NEXT };
+    const FORWARDED: Ingress = Ingress { mark: Some(MARK_DIRECT), ..Ingress::NEXT };
+
+    fn from_virtual(segment: &Segment) -> Option<Hint> {
+        Some(Hint { pod_id: OWN, ..Hint::new(segment.receiver_flow(), HINT_FROM_VIRTUAL) })
+    }
+
+    #[test]
+    fn guests_open_connections_by_the_proxy() {
+        for a in both_families() {
+            for to in [a.stranger, a.neighbour, a.bypassing, a.preparing] {
+                let segment = syn(a.guest, to);
+                for (proxy, expected) in [
+                    (Proxy::Listens, Ingress { hint: from_virtual(&segment), ..REROUTED }),
+                    (
+                        Proxy::AwayWithinGrace,
+                        Ingress {
+                            fate: Fate::Drop,
+                            count: Some((OWN, Counter::DroppedProxyAway)),
+                            ..FORWARDED
+                        },
+                    ),
+                    (
+                        Proxy::Away,
+                        Ingress {
+                            fate: Fate::Reset,
+                            count: Some((OWN, Counter::RefusedProxyAway)),
+                            ..FORWARDED
+                        },
+                    ),
+                ] {
+                    let node = Node::new(&a, true, proxy);
+                    let found = on_virtual(true, Some(&segment), false, &CAPTURING, &node);
+                    assert_eq!(found, expected);
+                    node.assert_asked(&[Asked::Proxy(OWN, LISTENER_OUTBOUND)]);
+                }
+            }
+        }
+    }
+
+    #[test]
+    fn what_settings_exclude_of_guests_is_forwarded_and_needs_no_proxy() {
+        for a in both_families() {
+            let segment = syn(a.guest, a.stranger);
+            let rules = Virtual { flags: VIRTUAL_CAPTURE | VIRTUAL_RULES, ..CAPTURING };
+            let away = || Node::new(&a, true, Proxy::Away);
+            let excluded = || Node { excluded_outbound: Some(a.stranger), ..away() };
+            for (interface, node) in [
+                (Virtual { flags: 0, ..CAPTURING }, away()),
+                (Virtual { flags: VIRTUAL_RULES, ..CAPTURING }, away()),
+                (rules, excluded()),
+            ] {
+                let found = on_virtual(true, Some(&segment), false, &interface, &node);
+                assert_eq!(found, FORWARDED);
+                node.assert_asked(&[]);
+            }
+            for (interface, node) in [(CAPTURING, excluded()), (rules, away())] {
+                let found = on_virtual(true, Some(&segment), false, &interface, &node);
+                assert_eq!(found.fate, Fate::Reset);
+            }
+        }
+    }
+
+    #[test]
+    fn guests_connections_keep_their_way_whatever_is_captured() {
+        for a in both_families() {
+            for flags in [0, VIRTUAL_CAPTURE, VIRTUAL_CAPTURE | VIRTUAL_RULES] {
+                let interface = Virtual { flags, ..CAPTURING };
+                let segment = data(a.guest, a.stranger);
+                let new = || Node::new(&a, true, Proxy::Away);
+                let direct = new();
+                let redirected = Node { connection: Some(a.stranger), ..new() };
+                let cookie = Node { cookie: true, ..new() };
+                let of = |node| on_virtual(true, Some(&segment), false, &interface, node);
+                assert_eq!(of(&direct), FORWARDED);
+                assert_eq!(of(&redirected), REROUTED);
+                let completes = match flags {
+                    0 => FORWARDED,
+                    _ => Ingress { hint: from_virtual(&segment), ..REROUTED },
+                };
+                assert_eq!(of(&cookie), completes);
+            }
+        }
+    }
+
+    #[test]
+    fn what_guests_send_to_the_pod_itself_is_inbound() {
+        for a in both_families() {
+            let node = Node::new(&a, true, Proxy::Listens);
+            for (dst, inbound) in [
+                (a.own, true),
+                (a.own_second, true),
+                (a.neighbour, false),
+                (a.stranger, false),
+                (a.loopback, false),
+            ] {
+                assert_eq!(is_inbound(Some(&syn(a.guest, dst)), OWN, &node), inbound);
+                assert_eq!(is_inbound(Some(&data(a.guest, dst)), OWN, &node), inbound);
+            }
+            assert!(!is_inbound(None, OWN, &node));
+        }
+    }
+
+    #[test]
+    fn of_guests_only_tcp_is_concerned_and_none_of_it_hides() {
+        let link_local = Addr::from("fe80::1".parse::<IpAddr>().unwrap());
+        for a in both_families() {
+            let node = Node::new(&a, true, Proxy::Away);
+            let dropped = Ingress {
+                fate: Fate::Drop,
+                count: Some((OWN, Counter::DroppedVirtualUnreadable)),
+                ..FORWARDED
+            };
+            let idle = Virtual { flags: 0, ..CAPTURING };
+            assert_eq!(on_virtual(false, None, false, &CAPTURING, &node), Ingress::NEXT);
+            assert_eq!(on_virtual(true, None, false, &CAPTURING, &node), FORWARDED);
+            assert_eq!(on_virtual(true, None, true, &CAPTURING, &node), dropped);
+            assert_eq!(on_virtual(true, None, true, &idle, &node), FORWARDED);
+            for dst in [link_local, a.loopback] {
+                let segment = syn(a.guest, dst);
+                let found = on_virtual(true, Some(&segment), false, &CAPTURING, &node);
+                assert_eq!(found, FORWARDED);
+            }
+            node.assert_asked(&[]);
+        }
+    }
+
+    #[test]
+    fn guests_are_the_pods_whose_interface_they_are_behind() {
+        for a in both_families() {
+            for (local, remote) in [
+                (a.stranger, a.guest),
+                (a.neighbour, a.guest),
+                (a.bypassing, a.guest),
+                // Whatever address it pretends to.
+                (a.stranger, a.own),
+                (a.stranger, a.neighbour),
+            ] {
+                for on_lo in [LO, OUTSIDE] {
+                    let hinted = |hint| Lookup { hint, ..lookup(local, remote, on_lo, HINT_NONE) };
+                    let flow = flow(local, remote);
+                    let hint = Hint { pod_id: OWN, ..Hint::new(flow, HINT_FROM_VIRTUAL) };
+                    let node = Node::new(&a, true, Proxy::Listens);
+                    assert_eq!(steer(&hinted(hint), &node), OUTBOUND);
+                    let other = Flow { remote_port: flow.remote_port + 1, ..flow };
+                    let stale = hinted(Hint { flow: other, ..hint });
+                    let none = hinted(Hint::new(flow, HINT_NONE));
+                    assert_eq!(steer(&stale, &node), steer(&none, &node));
+                }
+            }
         }
     }
 

@@ -195,7 +195,7 @@ impl Topology {
 
 /// Waits until an interface sends what it is given: the kernel switches the queue on, and the port
 /// of a bridge, a while after the cable is in.
-fn wait_for_link(netns: &Netns, interface: &str) -> Result<()> {
+pub fn wait_for_link(netns: &Netns, interface: &str) -> Result<()> {
     wait_for(&format!("the carrier of {interface}"), PATIENCE, || {
         let link =
             netns.output("ip", &["-details", "-oneline", "link", "show", "dev", interface])?;

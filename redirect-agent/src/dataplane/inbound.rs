@@ -1,5 +1,6 @@
 //! What of a pod's inbound connections bypasses the proxy, as keys of the maps `inbound_ports` and
-//! `inbound_ranges`: the longest prefix counts.
+//! `inbound_ranges`: the longest prefix counts. The same, in `outbound_ports` and `outbound_ranges`, of
+//! the outbound ones by way of its virtual interfaces.
 
 use std::{collections::BTreeMap, net::IpAddr};
 
@@ -50,8 +51,10 @@ pub(super) fn flags(traffic: &Traffic) -> u32 {
 pub(super) trait Entry: Pod + Ord {
     /// Bits before what the prefixes are of.
     const PREFIX: u32;
-    /// The pod's settings for this map.
-    fn wanted(traffic: &Traffic) -> Prefixes;
+    /// The pod's settings for the map of its inbound connections.
+    fn inbound(traffic: &Traffic) -> Prefixes;
+    /// The same for the map of those by way of its virtual interfaces, if it has such.
+    fn outbound(traffic: &Traffic) -> Prefixes;
     fn new(pod_id: PodId, bits: u128) -> Self;
     fn pod_id(&self) -> PodId;
     fn bits(&self) -> u128;
@@ -60,8 +63,15 @@ pub(super) trait Entry: Pod + Ord {
 impl Entry for PodPort {
     const PREFIX: u32 = PodPort::PREFIX;
 
-    fn wanted(traffic: &Traffic) -> Prefixes {
+    fn inbound(traffic: &Traffic) -> Prefixes {
         resolve(&traffic.selections.inbound_ports, |ports| port_prefixes(*ports))
+    }
+
+    fn outbound(traffic: &Traffic) -> Prefixes {
+        match traffic.virtual_interfaces.is_empty() {
+            true => Prefixes::new(),
+            false => resolve(&traffic.selections.outbound_ports, |ports| port_prefixes(*ports)),
+        }
     }
 
     fn new(pod_id: PodId, bits: u128) -> Self {
@@ -81,8 +91,17 @@ impl Entry for PodPort {
 impl Entry for PodPeer {
     const PREFIX: u32 = PodPeer::PREFIX;
 
-    fn wanted(traffic: &Traffic) -> Prefixes {
+    fn inbound(traffic: &Traffic) -> Prefixes {
         resolve(&traffic.selections.inbound_sources, |range| vec![range_prefix(*range)])
+    }
+
+    fn outbound(traffic: &Traffic) -> Prefixes {
+        match traffic.virtual_interfaces.is_empty() {
+            true => Prefixes::new(),
+            false => {
+                resolve(&traffic.selections.outbound_ranges, |range| vec![range_prefix(*range)])
+            }
+        }
     }
 
     fn new(pod_id: PodId, bits: u128) -> Self {
@@ -133,37 +152,27 @@ fn range_prefix(range: IpNet) -> Prefix {
     Prefix { len: before + u32::from(range.prefix_len()), bits: u128::from_be_bytes(octets) }
 }
 
-/// One of the two maps.
+/// One of the maps.
 pub(super) type Trie<'a, K> = LpmTrie<&'a mut MapData, K, u32>;
-
-/// Makes the pod's entries those of the settings. What is redirected before and after is so at every
-/// moment between.
-pub(super) fn set<K: Entry>(
-    trie: &mut Trie<'_, K>,
-    pod_id: PodId,
-    traffic: &Traffic,
-) -> Result<()> {
-    change(trie, pod_id, &K::wanted(traffic))
-}
 
 /// Makes the entries that count for every pod those of `ranges`.
 pub(super) fn set_for_every_pod(trie: &mut Trie<'_, PodPeer>, ranges: &[IpNet]) -> Result<()> {
     let wanted = ranges.iter().map(|range| (range_prefix(*range), INBOUND_BYPASS)).collect();
-    change(trie, EVERY_POD, &wanted)
+    set(trie, EVERY_POD, &wanted)
 }
 
 /// Deletes the pod's entries.
 pub(super) fn clear<K: Entry>(trie: &mut Trie<'_, K>, pod_id: PodId) -> Result<()> {
-    change(trie, pod_id, &Prefixes::new())
+    set(trie, pod_id, &Prefixes::new())
 }
 
-/// Whether the pod's entries are those of the settings.
+/// Whether the pod's entries are what is wanted.
 pub(super) fn is_set<K: Entry>(
     trie: &Trie<'_, K>,
     pod_id: PodId,
-    traffic: &Traffic,
+    wanted: &Prefixes,
 ) -> Result<bool> {
-    Ok(present(trie, pod_id)? == K::wanted(traffic))
+    Ok(present(trie, pod_id)? == *wanted)
 }
 
 fn present<K: Entry>(trie: &Trie<'_, K>, pod_id: PodId) -> Result<Prefixes> {
@@ -179,7 +188,13 @@ fn present<K: Entry>(trie: &Trie<'_, K>, pod_id: PodId) -> Result<Prefixes> {
     Ok(present)
 }
 
-fn change<K: Entry>(trie: &mut Trie<'_, K>, pod_id: PodId, wanted: &Prefixes) -> Result<()> {
+/// Makes the pod's entries what is wanted. What is redirected before and after is so at every moment
+/// between.
+pub(super) fn set<K: Entry>(
+    trie: &mut Trie<'_, K>,
+    pod_id: PodId,
+    wanted: &Prefixes,
+) -> Result<()> {
     let present = present(trie, pod_id)?;
     let key = |prefix: &Prefix| Key::new(K::PREFIX + prefix.len, K::new(pod_id, prefix.bits));
     let stale =

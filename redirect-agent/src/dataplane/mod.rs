@@ -12,6 +12,7 @@
 mod inbound;
 mod links;
 pub mod probe;
+mod reroute;
 mod routes;
 mod sockets;
 mod sys;
@@ -53,7 +54,9 @@ use redirect_ebpf::abi::{
 use tracing::debug;
 
 use self::{
+    inbound::Entry as _,
     links::{KubeletLink, PodLinks, attach_tcx},
+    reroute::VirtualInterfaces,
     routes::{LOOPBACK_IFINDEX, OutboundState, Routing},
 };
 pub use self::{sockets::offsets as sock_offsets, watch::Watch};
@@ -70,24 +73,31 @@ const BPFFS: &str = "/sys/fs/bpf";
 /// Source: Linux `include/uapi/linux/magic.h`, `BPF_FS_MAGIC`.
 const BPF_FS_MAGIC: i64 = 0xcafe_4a11;
 /// The maps that outlive the agent.
-const PINNED_MAPS: [&str; 11] = [
+const PINNED_MAPS: [&str; 14] = [
     "pods",
     "counters",
     "listeners",
     "proxy_missing",
-    "hint",
+    "hints",
     WAYS,
     "saved_sysctls",
     DNS_FLOWS,
     "kubelet_flows",
     INBOUND_PORTS,
     INBOUND_RANGES,
+    OUTBOUND_PORTS,
+    OUTBOUND_RANGES,
+    VIRTUAL_INTERFACES,
 ];
 const WAYS: &str = "ways";
 const DNS_FLOWS: &str = "dns_flows";
 const INBOUND_PORTS: &str = "inbound_ports";
 const INBOUND_RANGES: &str = "inbound_ranges";
-const TCX_PROGRAMS: [&str; 4] = ["redirect_lo", "redirect_ext", "watch_sent", "watch_received"];
+const OUTBOUND_PORTS: &str = "outbound_ports";
+const OUTBOUND_RANGES: &str = "outbound_ranges";
+const VIRTUAL_INTERFACES: &str = "virtual_ifs";
+const TCX_PROGRAMS: [&str; 5] =
+    ["redirect_lo", "redirect_ext", "redirect_virt", "watch_sent", "watch_received"];
 const LOOKUP_PROGRAM: &str = "redirect_lookup";
 const KUBELET_PROGRAM: &str = "note_kubelet";
 const ITERATORS: [&str; 6] =
@@ -128,6 +138,8 @@ pub struct PodNetns {
     pub netns: Netns,
     /// Its addresses: first those that the cluster knows it by, then any others in the namespace.
     pub addresses: Vec<IpAddr>,
+    /// The interfaces whose addresses are not among them: they may be the same in many pods.
+    virtual_interfaces: Vec<String>,
 }
 
 impl PodNetns {
@@ -137,7 +149,7 @@ impl PodNetns {
     ///
     /// When the namespace carries no address, or lacks one of `known`: then it is not that pod's.
     pub fn new(netns: Netns, known: &[IpAddr]) -> Result<Self> {
-        let found = netns.run(|| Routing::open()?.addresses())??;
+        let found = netns.run(|| Routing::open()?.addresses(&[]))??;
         let mut addresses: Vec<IpAddr> = Vec::new();
         for ip in known {
             if !found.contains(ip) {
@@ -159,7 +171,19 @@ impl PodNetns {
         if addresses.is_empty() {
             bail!("{} has no address besides loopback", netns.path().display());
         }
-        Ok(Self { netns, addresses })
+        Ok(Self { netns, addresses, virtual_interfaces: Vec::new() })
+    }
+
+    /// The same pod without the addresses of its virtual interfaces, but for `known` ones.
+    ///
+    /// # Errors
+    ///
+    /// When the namespace cannot be entered.
+    pub fn without(self, virtual_interfaces: &[String], known: &[IpAddr]) -> Result<Self> {
+        let own = self.netns.run(|| Routing::open()?.addresses(virtual_interfaces))??;
+        let mut addresses = self.addresses;
+        addresses.retain(|ip| own.contains(ip) || known.contains(ip));
+        Ok(Self { addresses, virtual_interfaces: virtual_interfaces.to_vec(), ..self })
     }
 
     /// For a namespace that is to be put back, whatever addresses it has by now.
@@ -168,8 +192,8 @@ impl PodNetns {
     ///
     /// When the namespace cannot be entered.
     pub fn existing(netns: Netns) -> Result<Self> {
-        let addresses = netns.run(|| Routing::open()?.addresses())??;
-        Ok(Self { netns, addresses })
+        let addresses = netns.run(|| Routing::open()?.addresses(&[]))??;
+        Ok(Self { netns, addresses, virtual_interfaces: Vec::new() })
     }
 
     /// Whether the namespace has other addresses now, and still all of `known`.
@@ -178,9 +202,12 @@ impl PodNetns {
     ///
     /// When the namespace cannot be entered.
     pub fn has_changed(&self, known: &[IpAddr]) -> Result<bool> {
-        let found = self.netns.run(|| Routing::open()?.addresses())??;
-        let has_all = known.iter().all(|ip| found.contains(ip));
-        let found: BTreeSet<IpAddr> = found.into_iter().collect();
+        let (all, own) = self.netns.run(|| {
+            let routing = Routing::open()?;
+            anyhow::Ok((routing.addresses(&[])?, routing.addresses(&self.virtual_interfaces)?))
+        })??;
+        let has_all = known.iter().all(|ip| all.contains(ip));
+        let found: BTreeSet<IpAddr> = own.into_iter().chain(known.iter().copied()).collect();
         Ok(has_all && found != self.addresses.iter().copied().collect())
     }
 
@@ -209,6 +236,8 @@ pub enum PartKind {
     Lookup,
     /// A tcx link.
     Tcx,
+    /// The capture on a virtual interface.
+    Reroute,
     /// The redirection routes of a family.
     Route,
     /// The capture rules of a family.
@@ -230,6 +259,7 @@ impl PartKind {
             PartKind::InboundRanges => "inbound_ranges",
             PartKind::Lookup => "sk_lookup",
             PartKind::Tcx => "tcx",
+            PartKind::Reroute => "reroute",
             PartKind::Route => "route",
             PartKind::Rule => "rule",
             PartKind::DrainRoute => "drain_route",
@@ -398,6 +428,11 @@ impl Dataplane {
         if inbound & POD_INBOUND_RULES == 0 {
             kernel.set_inbound(pod.id(), traffic)?;
         }
+        // Nobody's connections but new ones are concerned: they need no switch.
+        let captured = old.iter().any(|row| row.capture);
+        let interfaces = pod.netns.run(|| Routing::open()?.interfaces())??;
+        kernel.set_outbound(pod.id(), traffic)?;
+        kernel.virtual_interfaces()?.set(pod.id(), &interfaces, traffic, captured)?;
         let saved = pod.netns.run(sysctl::read)??;
         kernel.save_sysctls(pod.id(), saved)?;
 
@@ -405,13 +440,18 @@ impl Dataplane {
         pod.netns.run(|| {
             sysctl::set()?;
             let routing = Routing::open()?;
-            for (index, name) in routing.interfaces()? {
-                let program =
-                    if index == LOOPBACK_IFINDEX { "redirect_lo" } else { "redirect_ext" };
+            for (index, name) in interfaces {
+                let program = if index == LOOPBACK_IFINDEX {
+                    "redirect_lo"
+                } else if kernel.virtual_interfaces()?.contains(pod_id, index)? {
+                    "redirect_virt"
+                } else {
+                    "redirect_ext"
+                };
                 links.ensure_tcx(kernel.classifier(program)?, index, &name)?;
             }
             for source in pod.sources() {
-                routing.add_keep(source)?;
+                routing.add_keep(source, traffic)?;
             }
             Ok(())
         })?
@@ -463,6 +503,7 @@ impl Dataplane {
     pub fn release(&self, pod: &PodNetns) -> Result<()> {
         self.switch(pod, "mark_all", |kernel| {
             kernel.put_all(pod, true, false)?;
+            kernel.virtual_interfaces()?.release(pod.id())?;
             Routing::open()?.delete_capture()
         })
     }
@@ -529,6 +570,7 @@ impl Dataplane {
             let capture = row.is_some_and(|r| r.enrolled && is_captured(&r, pod, traffic));
             found.add(capture, PartKind::Row, ip.to_string());
         }
+        let rerouted = kernel.has_outbound(pod.id(), traffic)?;
         let (ports, ranges) = kernel.has_inbound(pod.id(), traffic)?;
         found.add(ports, PartKind::InboundPorts, None);
         found.add(ranges, PartKind::InboundRanges, None);
@@ -537,6 +579,11 @@ impl Dataplane {
             found.add(links.has_lookup(pod.id())?, PartKind::Lookup, None);
             let routing = Routing::open()?;
             for (index, name) in routing.interfaces()? {
+                if traffic.reroutes(&name) {
+                    let captured =
+                        kernel.virtual_interfaces()?.is_captured(pod.id(), index, traffic)?;
+                    found.add(captured && rerouted, PartKind::Reroute, name.clone());
+                }
                 found.add(links.has_tcx(index)?, PartKind::Tcx, name);
             }
             for source in pod.sources() {
@@ -544,7 +591,7 @@ impl Dataplane {
                 let outbound = routing.outbound(source, traffic)?;
                 found.add(outbound.routes, PartKind::Route, family());
                 found.add(outbound.rules, PartKind::Rule, family());
-                let (rule, route) = routing.has_keep(source)?;
+                let (rule, route) = routing.has_keep(source, traffic)?;
                 found.add(route, PartKind::DrainRoute, family());
                 found.add(rule, PartKind::DrainRule, family());
             }
@@ -946,15 +993,23 @@ impl Kernel {
 
     /// Makes the entries of `inbound_ports` and `inbound_ranges` those of the settings.
     fn set_inbound(&mut self, pod_id: PodId, traffic: &Traffic) -> Result<()> {
-        inbound::set::<PodPort>(&mut self.map(INBOUND_PORTS)?, pod_id, traffic)?;
-        inbound::set::<PodPeer>(&mut self.map(INBOUND_RANGES)?, pod_id, traffic)
+        inbound::set::<PodPort>(&mut self.map(INBOUND_PORTS)?, pod_id, &PodPort::inbound(traffic))?;
+        inbound::set::<PodPeer>(&mut self.map(INBOUND_RANGES)?, pod_id, &PodPeer::inbound(traffic))
     }
 
     /// Whether those entries are those of the settings: the ports', the ranges'.
     fn has_inbound(&mut self, pod_id: PodId, traffic: &Traffic) -> Result<(bool, bool)> {
         Ok((
-            inbound::is_set::<PodPort>(&self.map(INBOUND_PORTS)?, pod_id, traffic)?,
-            inbound::is_set::<PodPeer>(&self.map(INBOUND_RANGES)?, pod_id, traffic)?,
+            inbound::is_set::<PodPort>(
+                &self.map(INBOUND_PORTS)?,
+                pod_id,
+                &PodPort::inbound(traffic),
+            )?,
+            inbound::is_set::<PodPeer>(
+                &self.map(INBOUND_RANGES)?,
+                pod_id,
+                &PodPeer::inbound(traffic),
+            )?,
         ))
     }
 
@@ -965,7 +1020,35 @@ impl Kernel {
             routing.set_outbound(source, traffic)?;
         }
         self.put_all(pod, true, true)?;
+        let interfaces = routing.interfaces()?;
+        self.virtual_interfaces()?.set(pod.id(), &interfaces, traffic, true)?;
         self.put_dns(pod, traffic.captures_dns())
+    }
+
+    fn virtual_interfaces(&mut self) -> Result<VirtualInterfaces<'_>> {
+        self.map(VIRTUAL_INTERFACES).map(VirtualInterfaces)
+    }
+
+    /// Makes the entries of `outbound_ports` and `outbound_ranges` those of the settings.
+    fn set_outbound(&mut self, pod_id: PodId, traffic: &Traffic) -> Result<()> {
+        inbound::set::<PodPort>(
+            &mut self.map(OUTBOUND_PORTS)?,
+            pod_id,
+            &PodPort::outbound(traffic),
+        )?;
+        inbound::set::<PodPeer>(
+            &mut self.map(OUTBOUND_RANGES)?,
+            pod_id,
+            &PodPeer::outbound(traffic),
+        )
+    }
+
+    /// Whether those entries are those of the settings.
+    fn has_outbound(&mut self, pod_id: PodId, traffic: &Traffic) -> Result<bool> {
+        let ports = PodPort::outbound(traffic);
+        let ranges = PodPeer::outbound(traffic);
+        Ok(inbound::is_set::<PodPort>(&self.map(OUTBOUND_PORTS)?, pod_id, &ports)?
+            && inbound::is_set::<PodPeer>(&self.map(OUTBOUND_RANGES)?, pod_id, &ranges)?)
     }
 
     /// Changes the rows of a pod; why it is in the mesh or not stays as it is.
@@ -1010,6 +1093,9 @@ impl Kernel {
         self.clear_proxy_missing(pod_id)?;
         inbound::clear::<PodPort>(&mut self.map(INBOUND_PORTS)?, pod_id)?;
         inbound::clear::<PodPeer>(&mut self.map(INBOUND_RANGES)?, pod_id)?;
+        inbound::clear::<PodPort>(&mut self.map(OUTBOUND_PORTS)?, pod_id)?;
+        inbound::clear::<PodPeer>(&mut self.map(OUTBOUND_RANGES)?, pod_id)?;
+        self.virtual_interfaces()?.clear(pod_id)?;
         self.clear_dns_flows(pod_id)?;
         absent(self.saved_sysctls()?.remove(&pod_id)).context("write map saved_sysctls")?;
         Ok(())

@@ -10,7 +10,7 @@ use std::{
 use anyhow::{Context as _, Result};
 use futures_util::{StreamExt as _, TryStreamExt as _};
 use ipnet::{IpNet, Ipv4Net, Ipv6Net};
-use redirect_ebpf::abi::{MARK_MASK, MARK_REDIRECTED, PORT_DNS};
+use redirect_ebpf::abi::{MARK_MASK, MARK_REDIRECTED, MARK_VIRTUAL, PORT_DNS};
 use rtnetlink::{
     Error, Handle, IpVersion, RouteMessageBuilder,
     packet_route::{
@@ -42,7 +42,7 @@ const BOUND_METRIC: u32 = 4096;
 pub(super) const LOOPBACK_IFINDEX: u32 = 1;
 
 /// Which connections of the pod take the redirection route, and which do not. All are for what the
-/// pod itself sends, and but for [`Rule::Dns`] for TCP.
+/// pod itself sends, but for those of virtual interfaces, and for TCP, but for [`Rule::Dns`].
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
 pub(super) enum Rule {
     /// What is not marked and goes to port 53.
@@ -51,8 +51,34 @@ pub(super) enum Rule {
     Exclude(Ports),
     /// All that are not marked and go to these ports, or to any.
     Capture(Option<Ports>),
+    /// What comes in on this virtual interface and no program has seen yet: dropped, until it has one.
+    Hold(Interface),
     /// Those that were redirected when they ceased to be captured.
     Keep,
+    /// Those that come in on this virtual interface and that its program redirects.
+    Virtual(Interface),
+}
+
+/// The name of an interface, filled up with zeros.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
+pub(super) struct Interface([u8; 16]);
+
+impl Interface {
+    /// `None` for what is too long to be one.
+    fn new(name: &str) -> Option<Self> {
+        let mut bytes = [0; 16];
+        bytes.get_mut(..name.len())?.copy_from_slice(name.as_bytes());
+        Some(Self(bytes))
+    }
+
+    fn name(&self) -> String {
+        String::from_utf8_lossy(&self.0).trim_end_matches('\0').to_owned()
+    }
+}
+
+/// The virtual interfaces that a pod's settings name, whether or not they exist.
+fn virtual_interfaces(traffic: &Traffic) -> impl Iterator<Item = Interface> {
+    traffic.virtual_interfaces.iter().filter_map(|name| Interface::new(name))
 }
 
 /// A protocol of DNS.
@@ -67,15 +93,16 @@ impl Rule {
         match self {
             Self::Dns(_) => PRIORITY_DNS,
             Self::Exclude(_) => PRIORITY_EXCLUDE,
-            Self::Capture(_) => PRIORITY_CAPTURE,
-            Self::Keep => PRIORITY_KEEP,
+            Self::Capture(_) | Self::Hold(_) => PRIORITY_CAPTURE,
+            Self::Keep | Self::Virtual(_) => PRIORITY_KEEP,
         }
     }
 
     fn mark(self) -> u32 {
         match self {
-            Self::Dns(_) | Self::Exclude(_) | Self::Capture(_) => 0,
+            Self::Dns(_) | Self::Exclude(_) | Self::Capture(_) | Self::Hold(_) => 0,
             Self::Keep => MARK_REDIRECTED,
+            Self::Virtual(_) => MARK_VIRTUAL,
         }
     }
 
@@ -91,8 +118,22 @@ impl Rule {
             Self::Dns(_) => Some(Ports { first: PORT_DNS, last: PORT_DNS }),
             Self::Exclude(ports) => Some(ports),
             Self::Capture(ports) => ports,
-            Self::Keep => None,
+            Self::Hold(_) | Self::Keep | Self::Virtual(_) => None,
         }
+    }
+
+    /// Where the packets come from: the pod itself, or a virtual interface.
+    fn input(self) -> String {
+        match self {
+            Self::Hold(interface) | Self::Virtual(interface) => interface.name(),
+            _ => "lo".to_owned(),
+        }
+    }
+
+    /// Whether it is only for connections that are redirected already, and so stays for as long as
+    /// the pod is in the mesh.
+    fn keeps(self) -> bool {
+        matches!(self, Self::Keep | Self::Virtual(_))
     }
 
     /// The rule of ours that the kernel shows.
@@ -104,7 +145,15 @@ impl Rule {
             }
             _ => None,
         });
+        let input = message.attributes.iter().find_map(|a| match a {
+            RuleAttribute::Iifname(name) if name != "lo" => Some(name),
+            _ => None,
+        });
         let rule = match message.header.action {
+            RuleAction::Blackhole => Self::Hold(Interface::new(input?)?),
+            RuleAction::ToTable if input.is_some() && has(RuleAttribute::Table(TABLE_KEEP)) => {
+                Self::Virtual(Interface::new(input?)?)
+            }
             RuleAction::Goto if has(RuleAttribute::Goto(PRIORITY_KEEP)) => Self::Exclude(ports?),
             RuleAction::ToTable if has(RuleAttribute::Table(TABLE)) => Self::Capture(ports),
             RuleAction::ToTable if has(RuleAttribute::Table(TABLE_KEEP)) => {
@@ -262,7 +311,11 @@ impl Outbound {
         let routes = only.flat_map(|net| deliveries.iter().map(move |to| route(net, Some(to))));
         Self {
             routes: routes.chain(except.iter().map(|net| route(*net, None))).collect(),
-            rules: port_rules(ports).into_iter().chain(dns_rules(traffic)).collect(),
+            rules: port_rules(ports)
+                .into_iter()
+                .chain(dns_rules(traffic))
+                .chain(virtual_interfaces(traffic).map(Rule::Hold))
+                .collect(),
         }
     }
 }
@@ -373,8 +426,11 @@ impl Routing {
         })
     }
 
-    /// The addresses of global scope, `lo`'s excepted, in the order of their interfaces.
-    pub(super) fn addresses(&self) -> Result<Vec<IpAddr>> {
+    /// The addresses of global scope, those of `lo` and of virtual interfaces excepted, in the order of
+    /// their interfaces.
+    pub(super) fn addresses(&self, virtual_interfaces: &[String]) -> Result<Vec<IpAddr>> {
+        let mut interfaces = self.interfaces()?;
+        interfaces.retain(|_, name| virtual_interfaces.contains(name));
         self.runtime.block_on(async {
             let mut addresses = Vec::new();
             let mut messages = self.handle.address().get().execute();
@@ -383,6 +439,7 @@ impl Routing {
                     matches!(a, AddressAttribute::Flags(flags) if flags.contains(AddressFlags::Dadfailed))
                 });
                 if message.header.index == LOOPBACK_IFINDEX
+                    || interfaces.contains_key(&message.header.index)
                     || message.header.scope != AddressScope::Universe
                     || tentative
                 {
@@ -395,8 +452,8 @@ impl Routing {
     }
 
     /// Adds what keeps redirected connections so, in the family of `source`; that is the source that
-    /// a connection without one takes.
-    pub(super) fn add_keep(&self, source: IpAddr) -> Result<()> {
+    /// a connection without one takes. And what redirects those of the virtual interfaces.
+    pub(super) fn add_keep(&self, source: IpAddr, traffic: &Traffic) -> Result<()> {
         self.runtime.block_on(async {
             for route in self.deliveries(source).await?.keep_routes() {
                 self.add_route(route).await?;
@@ -404,6 +461,9 @@ impl Routing {
             anyhow::Ok(())
         })?;
         self.add_keep_rule(source)?;
+        for interface in virtual_interfaces(traffic) {
+            self.runtime.block_on(self.add_rule(source, Rule::Virtual(interface)))?;
+        }
         self.delete_foreign_rules()
     }
 
@@ -423,7 +483,7 @@ impl Routing {
             for rule in &wanted.rules {
                 self.add_rule(source, *rule).await?;
             }
-            let stale = |rule| rule != Rule::Keep && !wanted.rules.contains(&rule);
+            let stale = |rule: Rule| !rule.keeps() && !wanted.rules.contains(&rule);
             self.delete_rules_of(version(source), stale).await?;
             for message in self.routes(version(source)).await? {
                 let route = Route::read(&message);
@@ -440,7 +500,7 @@ impl Routing {
         self.runtime.block_on(async {
             let wanted = Outbound::new(&self.deliveries(source).await?, traffic);
             let mut rules = self.our_rules(version(source)).await?;
-            rules.remove(&Rule::Keep);
+            rules.retain(|rule| !rule.keeps());
             let routes: BTreeSet<Route> = self
                 .routes(version(source))
                 .await?
@@ -456,10 +516,12 @@ impl Routing {
         })
     }
 
-    /// Whether what keeps redirected connections so is there: the rule, the route.
-    pub(super) fn has_keep(&self, source: IpAddr) -> Result<(bool, bool)> {
+    /// Whether what [`Self::add_keep`] adds is there: the rules, the routes.
+    pub(super) fn has_keep(&self, source: IpAddr, traffic: &Traffic) -> Result<(bool, bool)> {
         self.runtime.block_on(async {
-            let rule = self.our_rules(version(source)).await?.contains(&Rule::Keep);
+            let rules = self.our_rules(version(source)).await?;
+            let mut wanted = virtual_interfaces(traffic).map(Rule::Virtual).chain([Rule::Keep]);
+            let rule = wanted.all(|rule| rules.contains(&rule));
             let routes = self.routes(version(source)).await?;
             let routes: BTreeSet<Route> = routes.iter().filter_map(Route::read).collect();
             let wanted = self.deliveries(source).await?.keep_routes();
@@ -469,7 +531,7 @@ impl Routing {
 
     /// Ends the outbound capture in both families.
     pub(super) fn delete_capture(&self) -> Result<()> {
-        self.delete_rules(|rule| rule != Rule::Keep)
+        self.delete_rules(|rule| !rule.keeps())
     }
 
     /// Removes all rules and routes in both families.
@@ -539,13 +601,16 @@ impl Routing {
             .rule()
             .add()
             .priority(rule.priority())
-            .input_interface("lo")
+            .input_interface(rule.input())
             .fw_mark(rule.mark());
         request = match rule {
             Rule::Exclude(_) => request.table_id(0).action(RuleAction::Goto),
             Rule::Capture(_) => request.table_id(TABLE).action(RuleAction::ToTable),
             // All of it, whatever ranges the other table leaves out.
-            Rule::Dns(_) | Rule::Keep => request.table_id(TABLE_KEEP).action(RuleAction::ToTable),
+            Rule::Dns(_) | Rule::Keep | Rule::Virtual(_) => {
+                request.table_id(TABLE_KEEP).action(RuleAction::ToTable)
+            }
+            Rule::Hold(_) => request.table_id(0).action(RuleAction::Blackhole),
         };
         let message = request.message_mut();
         message.header.family = match family {

@@ -13,7 +13,7 @@ use redirect_ebpf::abi::{PORT_PROXY_DNS, SockOffsets};
 
 const VMLINUX_BTF: &str = "/sys/kernel/btf/vmlinux";
 
-/// Where the running kernel keeps what the programs read from a socket.
+/// Where the running kernel keeps what the programs read from a socket or a packet.
 ///
 /// # Errors
 ///
@@ -44,6 +44,8 @@ pub fn offsets() -> Result<SockOffsets> {
         remote_v6: offset("skc_v6_daddr")?,
         net: offset("skc_net")?,
         net_inode: offset_in("net", "ns.inum")?,
+        packet_device: offset_in("sk_buff", "dev")?,
+        device_net: offset_in("net_device", "nd_net.net")?,
     })
 }
 

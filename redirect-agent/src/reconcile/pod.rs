@@ -605,6 +605,10 @@ impl<S: Source> PodTask<S> {
         let settings = &self.shared.settings.traffic;
         let (traffic, misread) = settings.read(&self.pod.annotations, self.traffic.as_ref());
         if self.traffic.as_ref() != Some(&traffic) {
+            if self.traffic().virtual_interfaces != traffic.virtual_interfaces {
+                // Their addresses are not the pod's.
+                (self.netns, self.network) = (None, None);
+            }
             // Only a pod in the mesh has what follows from it.
             self.standing.prepared &= self.wish() != Some(Wish::Enrolled);
             self.traffic = Some(traffic);
@@ -636,7 +640,10 @@ impl<S: Source> PodTask<S> {
 
     async fn find_netns(&self) -> Result<PodNetns> {
         let (finder, pod) = (Arc::clone(&self.shared.settings.finder), self.pod.clone());
-        blocking(move || finder.find(&pod)).await.with_context(|| format!("enter pod {}", self.key))
+        let virtual_interfaces = self.traffic().virtual_interfaces;
+        blocking(move || finder.find(&pod)?.without(&virtual_interfaces, &pod.ips))
+            .await
+            .with_context(|| format!("enter pod {}", self.key))
     }
 
     async fn on_netns<T: Send + 'static>(

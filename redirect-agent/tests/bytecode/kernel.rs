@@ -20,7 +20,7 @@ use aya::{
 use redirect_agent::dataplane::{OBJECT, sock_offsets};
 use redirect_ebpf::abi::{
     Addr, Counter, CounterKey, DnsFlow, DnsKey, EVERY_POD, Flow, HINT_NONE, Hint, INBOUND_BYPASS,
-    INBOUND_REDIRECT, ListenerKey, PodEntry, PodId, PodPeer, PodPort,
+    INBOUND_REDIRECT, ListenerKey, PodEntry, PodId, PodPeer, PodPort, VirtualInterface,
 };
 
 use crate::{
@@ -44,10 +44,11 @@ const SK_BUFF_MARK: std::ops::Range<usize> = 8..12;
 const SK_LOOKUP: usize = 72;
 
 /// Where a tcx program is attached.
-#[derive(Clone, Copy, Debug)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Tcx {
     Lo,
     Interface,
+    Virtual,
 }
 
 /// What a tcx program has done.
@@ -68,6 +69,7 @@ pub struct Kernel {
     ebpf: Ebpf,
     lo: ProgramFd,
     interface: ProgramFd,
+    virtual_interface: ProgramFd,
     lookup: ProgramFd,
     /// By protocol (TCP) and family (IPv4).
     ask: BTreeMap<(bool, bool), OwnedFd>,
@@ -80,6 +82,7 @@ impl Kernel {
         Ok(Self {
             lo: classifier(&mut ebpf, "redirect_lo")?,
             interface: classifier(&mut ebpf, "redirect_ext")?,
+            virtual_interface: classifier(&mut ebpf, "redirect_virt")?,
             lookup: lookup(&mut ebpf)?,
             ask: [(true, true), (true, false), (false, true), (false, false)]
                 .into_iter()
@@ -104,6 +107,7 @@ impl Kernel {
         let program = match at {
             Tcx::Lo => &self.lo,
             Tcx::Interface => &self.interface,
+            Tcx::Virtual => &self.virtual_interface,
         };
         let mut context = [0; SK_BUFF];
         context[SK_BUFF_MARK].copy_from_slice(&mark.to_ne_bytes());
@@ -170,6 +174,7 @@ pub fn programs(log: bool) -> Result<Programs> {
     let programs = BTreeMap::from([
         ("redirect_lo", classifier(&mut ebpf, "redirect_lo")?),
         ("redirect_ext", classifier(&mut ebpf, "redirect_ext")?),
+        ("redirect_virt", classifier(&mut ebpf, "redirect_virt")?),
         ("redirect_lookup", lookup(&mut ebpf)?),
     ]);
     let Map::RingBuf(map) = ebpf.map("AYA_LOGS").context("find map AYA_LOGS")? else {
@@ -267,6 +272,9 @@ pub struct Maps {
     hint: PerCpuArray<MapData, Hint>,
     inbound_ports: LpmTrie<MapData, PodPort, u32>,
     inbound_ranges: LpmTrie<MapData, PodPeer, u32>,
+    outbound_ports: LpmTrie<MapData, PodPort, u32>,
+    outbound_ranges: LpmTrie<MapData, PodPeer, u32>,
+    virtual_interfaces: HashMap<MapData, VirtualInterface, u32>,
     dns_flows: HashMap<MapData, DnsKey, DnsFlow>,
     kubelet_flows: HashMap<MapData, Flow, u64>,
 }
@@ -282,9 +290,12 @@ impl Maps {
             counters: map("counters")?.try_into()?,
             listeners: map("listeners")?.try_into()?,
             missing: map("proxy_missing")?.try_into()?,
-            hint: map("hint")?.try_into()?,
+            hint: map("hints")?.try_into()?,
             inbound_ports: map("inbound_ports")?.try_into()?,
             inbound_ranges: map("inbound_ranges")?.try_into()?,
+            outbound_ports: map("outbound_ports")?.try_into()?,
+            outbound_ranges: map("outbound_ranges")?.try_into()?,
+            virtual_interfaces: map("virtual_ifs")?.try_into()?,
             dns_flows: map("dns_flows")?.try_into()?,
             kubelet_flows: map("kubelet_flows")?.try_into()?,
         })
@@ -308,6 +319,30 @@ impl Maps {
         if let Some(peer) = peer {
             let key = Key::new(PodPeer::BITS, PodPeer { pod_id, peer });
             self.inbound_ranges.insert(&key, INBOUND_BYPASS, 0)?;
+        }
+        Ok(())
+    }
+
+    /// The virtual interface, which test runs are on, and whom its guests call past the proxy: at a
+    /// port, an address.
+    pub fn set_virtual(
+        &mut self,
+        pod_id: PodId,
+        flags: Option<u32>,
+        (port, peer): (Option<u16>, Option<Addr>),
+    ) -> Result<()> {
+        // The kernel lets them come in on the namespace's `lo`.
+        let key = VirtualInterface { pod_id, index: 1 };
+        if let Some(flags) = flags {
+            self.virtual_interfaces.insert(key, flags, 0)?;
+        }
+        if let Some(port) = port {
+            let key = Key::new(PodPort::BITS, PodPort::new(pod_id, port));
+            self.outbound_ports.insert(&key, INBOUND_BYPASS, 0)?;
+        }
+        if let Some(peer) = peer {
+            let key = Key::new(PodPeer::BITS, PodPeer { pod_id, peer });
+            self.outbound_ranges.insert(&key, INBOUND_BYPASS, 0)?;
         }
         Ok(())
     }
@@ -343,6 +378,15 @@ impl Maps {
         }
         for key in self.inbound_ranges.keys().collect::<Result<Vec<_>, _>>()? {
             self.inbound_ranges.remove(&key)?;
+        }
+        for key in self.outbound_ports.keys().collect::<Result<Vec<_>, _>>()? {
+            self.outbound_ports.remove(&key)?;
+        }
+        for key in self.outbound_ranges.keys().collect::<Result<Vec<_>, _>>()? {
+            self.outbound_ranges.remove(&key)?;
+        }
+        for key in self.virtual_interfaces.keys().collect::<Result<Vec<_>, _>>()? {
+            self.virtual_interfaces.remove(&key)?;
         }
         self.clear_kubelets()?;
         for key in self.listeners()? {

@@ -20,12 +20,12 @@ use nix::{
 };
 use redirect_ebpf::{
     abi::{
-        Addr, Counter, Flow, HINT_FROM_POD, HINT_FROM_PROXY, HINT_NO_LISTENER, HINT_NONE,
-        HINT_QUESTION, Hint, LISTENER_OUTBOUND, MARK_DIRECT, MARK_PROXY, MARK_REDIRECTED,
-        PORT_PROXY_DNS, PodId,
+        Addr, Counter, Flow, HINT_FROM_POD, HINT_FROM_PROXY, HINT_FROM_VIRTUAL, HINT_NO_LISTENER,
+        HINT_NONE, HINT_QUESTION, Hint, LISTENER_OUTBOUND, MARK_DIRECT, MARK_PROXY,
+        MARK_REDIRECTED, PORT_PROXY_DNS, PodId,
     },
     dns::{self, Dns, Message},
-    verdict::{self, Fate, Ingress, Lookup, Segment, Steer, with_mesh_mark},
+    verdict::{self, Fate, Ingress, Lookup, Segment, Steer, Virtual, with_mesh_mark},
 };
 
 use crate::{
@@ -36,12 +36,13 @@ use crate::{
 
 const TC_ACT_UNSPEC: u32 = u32::MAX;
 const TC_ACT_SHOT: u32 = 2;
+const TC_ACT_REDIRECT: u32 = 7;
 const SK_DROP: u32 = 0;
 const SK_PASS: u32 = 1;
 
 /// How many surroundings, and how many packets in each.
 const WORLDS: usize = 150;
-const PACKETS: usize = 200;
+const PACKETS: usize = 250;
 
 #[test]
 fn the_bytecode_and_verdict_rs_give_the_same_verdict_for_generated_packets() -> Result<()> {
@@ -61,6 +62,7 @@ fn the_bytecode_and_verdict_rs_give_the_same_verdict_for_generated_packets() -> 
             let world = World::random(&mut rng)?;
             kernel.maps.enter(&world.pods)?;
             kernel.maps.exclude(own_id(), world.excluded)?;
+            kernel.maps.set_virtual(own_id(), world.virtual_flags, world.excluded_outbound)?;
             if let Some(source) = world.probe_source {
                 kernel.maps.set_probe_source(source)?;
             }
@@ -136,6 +138,9 @@ struct Seen {
     hint_from_proxy: usize,
     hint_from_pod: usize,
     hint_no_listener: usize,
+    hint_from_virtual: usize,
+    sent_back: usize,
+    virtual_unreadable: usize,
     too_short_for_the_kernel: usize,
     pass: usize,
     counted_pass: usize,
@@ -168,6 +173,9 @@ impl Seen {
             ("hint from proxy", self.hint_from_proxy),
             ("hint from the pod", self.hint_from_pod),
             ("hint no listener", self.hint_no_listener),
+            ("hint from a virtual interface", self.hint_from_virtual),
+            ("reset sent back", self.sent_back),
+            ("TCP of a guest that cannot be parsed", self.virtual_unreadable),
             ("pass", self.pass),
             ("counted pass", self.counted_pass),
             ("bypassed inbound", self.bypassed_inbound),
@@ -204,8 +212,9 @@ impl Checks<'_> {
     fn one(&mut self, rng: &mut Rng, seen: &mut Seen) -> Result<()> {
         self.change_state(rng)?;
         match rng.u8(..10) {
-            0..4 => self.ingress(Tcx::Lo, rng, seen)?,
-            4..8 => self.ingress(Tcx::Interface, rng, seen)?,
+            0..3 => self.ingress(Tcx::Lo, rng, seen)?,
+            3..6 => self.ingress(Tcx::Interface, rng, seen)?,
+            6..8 => self.ingress(Tcx::Virtual, rng, seen)?,
             _ => self.lookup(rng, seen)?,
         }
         let state = self.world.state.borrow();
@@ -298,19 +307,27 @@ impl Checks<'_> {
             Tcx::Interface => {
                 verdict::on_interface(packet.ip, packet.segment.as_ref(), &self.world)
             }
+            Tcx::Virtual => self.on_virtual(&packet),
         };
         let mut compare = || {
             let unwritable = fate == Fate::Reset && !packet.has_checksum;
+            let sent_back = at == Tcx::Virtual && fate == Fate::Reset;
             let returned = match fate {
+                Fate::Reset if sent_back && !unwritable => TC_ACT_REDIRECT,
                 Fate::Next | Fate::Reset if !unwritable => TC_ACT_UNSPEC,
                 _ => TC_ACT_SHOT,
             };
             same("return value", &returned, &ran.ret)?;
             same("mark", &new.map_or(mark, |new| with_mesh_mark(mark, new)), &ran.mark)?;
             same("hint", &hint, &self.kernel.maps.hint()?)?;
-            same("count", &count.filter(|_| !unwritable), &self.kernel.maps.take_count()?)?;
+            let counted = count.filter(|_| !unwritable || sent_back);
+            same("count", &counted, &self.kernel.maps.take_count()?)?;
             match fate {
                 Fate::Reset if unwritable => seen.unwritable_reset += 1,
+                Fate::Reset if sent_back => {
+                    seen.sent_back += 1;
+                    packet.check_sent_back(&ran.packet)?;
+                }
                 Fate::Reset => {
                     seen.reset += 1;
                     packet.check_reset(&ran.packet)?;
@@ -326,11 +343,27 @@ impl Checks<'_> {
                 Some(HINT_FROM_PROXY) => seen.hint_from_proxy += 1,
                 Some(HINT_FROM_POD) => seen.hint_from_pod += 1,
                 Some(HINT_NO_LISTENER) => seen.hint_no_listener += 1,
+                Some(HINT_FROM_VIRTUAL) => seen.hint_from_virtual += 1,
                 _ => {}
+            }
+            if matches!(count, Some((_, Counter::DroppedVirtualUnreadable))) {
+                seen.virtual_unreadable += 1;
             }
             anyhow::Ok(())
         };
         compare().with_context(|| format!("{at:?}, mark {mark:#x}: {packet:?}"))
+    }
+
+    fn on_virtual(&self, packet: &Packet) -> Ingress {
+        let (segment, world) = (packet.segment.as_ref(), &self.world);
+        let pod_id = own_id();
+        match world.virtual_flags {
+            Some(flags) if !verdict::is_inbound(segment, pod_id, world) => {
+                let interface = Virtual { pod_id, flags };
+                verdict::on_virtual(packet.ip, segment, packet.hides_tcp, &interface, world)
+            }
+            _ => verdict::on_interface(packet.ip, segment, world),
+        }
     }
 
     fn dns(
@@ -500,7 +533,7 @@ fn stale_hint(rng: &mut Rng) -> Hint {
     let v4 = rng.bool();
     let (local, remote) = world::addresses(rng, v4);
     let flow = Flow { local, remote, local_port: world::port(rng), remote_port: world::port(rng) };
-    Hint { flow, kind: rng.u32(..6) }
+    Hint { pod_id: own_id(), ..Hint::new(flow, rng.u32(..7)) }
 }
 
 /// A hint for this very flow, mostly; or for one that differs in one place.
@@ -513,11 +546,14 @@ fn lookup_hint(rng: &mut Rng, mut flow: Flow) -> Hint {
         4 => std::mem::swap(&mut flow.local, &mut flow.remote),
         _ => {}
     }
-    Hint {
-        flow,
-        kind: choose(
-            rng,
-            &[HINT_NONE, HINT_FROM_PROXY, HINT_QUESTION, HINT_NO_LISTENER, HINT_FROM_POD, 5],
-        ),
-    }
+    let kinds = [
+        HINT_NONE,
+        HINT_FROM_PROXY,
+        HINT_QUESTION,
+        HINT_NO_LISTENER,
+        HINT_FROM_POD,
+        HINT_FROM_VIRTUAL,
+        6,
+    ];
+    Hint { flow, kind: choose(rng, &kinds), pod_id: world::pod_id(rng) }
 }

@@ -33,6 +33,8 @@ pub struct Packet {
     pub message: Option<Message>,
     /// The addresses of what is neither, but is IP.
     pub unread: Option<(Addr, Addr)>,
+    /// Whether it is IP, no such segment, and all the same TCP, or may be.
+    pub hides_tcp: bool,
     /// Whether a datagram has a DNS query's header whole.
     pub is_query: bool,
     /// Whether the TCP header reaches as far as its checksum.
@@ -89,7 +91,7 @@ impl Packet {
         let ip = rng.u8(..20) > 0;
         let ethertype =
             if ip { ethertype } else { choose(rng, &[0x0806, 0x8100, 0x88a8, 0x8847, 0x05ff]) };
-        let mut bytes = vec![0; LINK_HEADER - 2];
+        let mut bytes: Vec<u8> = (0..LINK_HEADER as u8 - 2).collect();
         bytes.extend(u16::to_be_bytes(ethertype));
         bytes.extend(&header);
         bytes.extend(&tcp);
@@ -112,10 +114,22 @@ impl Packet {
         let header_len = if v4 { 20 } else { 40 };
         let unread = (ip && message.is_none() && bytes.len() >= LINK_HEADER + header_len)
             .then_some((src, dst));
+        let hides_tcp = ip && segment.is_none() && hides_tcp(&bytes[LINK_HEADER..], v4);
         let has_checksum = protocol == UDP || tcp_len >= 18;
         let is_query = is_query && tcp_len >= 20;
         let whole = bytes.len() == len;
-        Self { bytes, ip, segment, message, unread, is_query, has_checksum, whole, sequence }
+        Self {
+            bytes,
+            ip,
+            segment,
+            message,
+            unread,
+            hides_tcp,
+            is_query,
+            has_checksum,
+            whole,
+            sequence,
+        }
     }
 
     /// Checks that `rewritten` differs from this packet by its addresses and ports only.
@@ -169,6 +183,14 @@ impl Packet {
         }
         ensure!(frame == expected, "{frame:02x?} where {expected:02x?} should be");
         Ok(())
+    }
+
+    /// Checks that `reply` is that RST on its way back to where this SYN came from.
+    pub fn check_sent_back(&self, reply: &[u8]) -> Result<()> {
+        let mut reply = reply.to_vec();
+        let (to, from) = reply[..12].split_at_mut(6);
+        to.swap_with_slice(from);
+        self.check_reset(&reply)
     }
 
     /// Checks that `reply` is the RST that makes the sender of this SYN give up; nobody takes one
@@ -256,18 +278,47 @@ fn ipv4(rng: &mut Rng, src: Addr, dst: Addr, protocol: u8, tcp: &[u8]) -> (u16, 
 /// between addresses of IPv6.
 fn ipv6(rng: &mut Rng, src: Addr, dst: Addr, protocol: u8, tcp: &[u8]) -> (u16, Vec<u8>, bool) {
     let mapped = src.is_v4() || dst.is_v4();
-    // Hop-by-hop options, routing, fragment, destination options.
-    let extension = (rng.u8(..8) == 0).then(|| choose(rng, &[0u8, 43, 44, 60]));
-    let extra = if extension.is_some() { 8 } else { 0 };
+    let count = if rng.u8(..6) == 0 { choose(rng, &[1, 1, 1, 2, 7, 8]) } else { 0 };
+    // Hop-by-hop options, routing, fragment, authentication, destination options.
+    let mut next: Vec<u8> = (0..count).map(|_| choose(rng, &[0, 43, 44, 51, 60])).collect();
+    next.push(protocol);
     let mut header = vec![0x60, 0, 0, 0];
-    header.extend(((tcp.len() + extra) as u16).to_be_bytes());
-    header.extend([extension.unwrap_or(protocol), 64]);
+    header.extend(((tcp.len() + count * 8) as u16).to_be_bytes());
+    header.extend([next[0], 64]);
     header.extend(src.octets);
     header.extend(dst.octets);
-    if extension.is_some() {
-        header.extend([protocol, 0, 0, 0, 0, 0, 0, 0]);
+    for pair in next.windows(2) {
+        // A fragment's offset.
+        let offset = if pair[0] == 44 && rng.bool() { rng.u8(1..) } else { 0 };
+        header.extend([pair[1], 0, offset, 0, 0, 0, 0, 0]);
     }
-    (0x86dd, header, extension.is_none() && !mapped)
+    (0x86dd, header, count == 0 && !mapped)
+}
+
+/// Whether what begins with this IP header, and is no plain segment, may be TCP all the same: by
+/// RFC 8200, as far as the headers are there.
+fn hides_tcp(ip: &[u8], v4: bool) -> bool {
+    if v4 {
+        return ip.get(9) == Some(&TCP);
+    }
+    let Some(&(mut next)) = ip.get(6) else { return false };
+    let mut rest = ip.get(40..).unwrap_or_default();
+    for _ in 0..8 {
+        let len = match (next, rest) {
+            (TCP, _) => return true,
+            (44, [after, _, hi, lo, ..]) if u16::from_be_bytes([*hi, *lo]) & 0xfff8 != 0 => {
+                return *after == TCP;
+            }
+            (44, [_, _, _, _, ..]) => 8,
+            (51, [_, len, ..]) => (usize::from(*len) + 2) * 4,
+            (0 | 43 | 60 | 135 | 139 | 140, [_, len, ..]) => (usize::from(*len) + 1) * 8,
+            (0 | 43 | 44 | 51 | 60 | 135 | 139 | 140, _) => return true,
+            _ => return false,
+        };
+        next = rest[0];
+        rest = rest.get(len..).unwrap_or_default();
+    }
+    true
 }
 
 fn segment(

@@ -17,10 +17,11 @@ use redirect_ebpf::{
         Addr, DECISION_BYPASS, DECISION_ENROLLED, DnsFlow, DnsKey, Flow, LISTENER_HBONE,
         LISTENER_INBOUND, LISTENER_OUTBOUND, MARK_PROXY, MARK_REDIRECTED, POD_BYPASS_INBOUND,
         POD_CAPTURE, POD_DNS, POD_INBOUND_RULES, PORT_DNS, PORT_HBONE, PORT_INBOUND, PORT_OUTBOUND,
-        PORT_PROXY_DNS, PROTOCOL_TCP, PROTOCOL_UDP, PodEntry, PodId,
+        PORT_PROXY_DNS, PROTOCOL_TCP, PROTOCOL_UDP, PodEntry, PodId, VIRTUAL_CAPTURE,
+        VIRTUAL_RULES,
     },
     dns::{DnsEnv, Message},
-    verdict::{Env, Pods, Proxy, Segment},
+    verdict::{Env, Pods, Proxy, Segment, VirtualEnv},
 };
 use socket2::{Domain, Socket, Type};
 
@@ -33,6 +34,11 @@ const OWN: [&str; 4] = ["10.0.0.2", "10.0.0.3", "fd00::2", "fd00::3"];
 pub fn own_id() -> PodId {
     let netns = std::fs::metadata("/proc/thread-self/ns/net").expect("our network namespace");
     PodId::try_from(netns.ino()).expect("its inode number")
+}
+
+/// The pod's own, or another one's.
+pub fn pod_id(rng: &mut Rng) -> PodId {
+    if rng.bool() { own_id() } else { choose(rng, &OTHERS).0 }
 }
 
 /// The node's other pods: the decision, the flags, the addresses.
@@ -189,6 +195,10 @@ pub struct World {
     pub pods: BTreeMap<Addr, PodEntry>,
     /// What keeps calls to the pod itself off the proxy: a port, a peer.
     pub excluded: (Option<u16>, Option<Addr>),
+    /// Bits of `VIRTUAL_*` of the virtual interface, if there is one.
+    pub virtual_flags: Option<u32>,
+    /// What keeps its guests' calls off the proxy: a port, an address.
+    pub excluded_outbound: (Option<u16>, Option<Addr>),
     /// Where probes come from.
     pub probe_source: Option<Addr>,
     /// The connection of kubelet's that is noted, if it is recent.
@@ -225,9 +235,15 @@ impl World {
         let v4 = rng.bool();
         let peer = rng.bool().then(|| any(rng, v4));
         let probe_source = rng.bool().then(|| any(rng, v4));
+        let virtual_flags = (rng.u8(..8) > 0)
+            .then(|| choose(rng, &[0, VIRTUAL_CAPTURE, VIRTUAL_CAPTURE | VIRTUAL_RULES]));
+        let excluded_port = rng.bool().then(|| self::port(rng));
+        let excluded_peer = rng.bool().then(|| any(rng, v4));
         Ok(Self {
             pods: pods(rng),
             excluded: (port, peer),
+            virtual_flags,
+            excluded_outbound: (excluded_port, excluded_peer),
             probe_source,
             kubelets: None,
             sockets,
@@ -248,8 +264,7 @@ impl World {
 
     /// A pod and a kind, of those that occur.
     pub fn random_key(&self, rng: &mut Rng) -> Key {
-        let id = if rng.bool() { own_id() } else { choose(rng, &OTHERS).0 };
-        (id, choose(rng, &KINDS).0)
+        (pod_id(rng), choose(rng, &KINDS).0)
     }
 
     /// The proxy's socket for a kind.
@@ -300,6 +315,22 @@ impl Env for World {
                 Since::LongAgo => Proxy::Away,
             },
         }
+    }
+}
+
+impl VirtualEnv for World {
+    fn excludes_outbound(&self, pod_id: PodId, flow: &Flow) -> bool {
+        let (port, peer) = self.excluded_outbound;
+        pod_id == own_id() && (port == Some(flow.remote_port) || peer == Some(flow.remote))
+    }
+
+    fn has_connection(&self, _: &Segment) -> bool {
+        // All sockets of this world listen.
+        false
+    }
+
+    fn completes_cookie(&self, _: PodId) -> bool {
+        false
     }
 }
 

@@ -19,6 +19,7 @@ const AT_ONCE: usize = 3;
 pub struct Load<'a> {
     calls: Vec<(&'a Pod, &'a Pod, Family)>,
     keeps_old: bool,
+    seen_as: Option<&'a Pod>,
 }
 
 /// Says that the load is to end, also when what it was for has panicked.
@@ -34,7 +35,17 @@ impl<'a> Load<'a> {
     /// Two pods call each other.
     pub fn between(a: &'a Pod, b: &'a Pod, families: &[Family]) -> Self {
         let calls = families.iter().flat_map(|&family| [(a, b, family), (b, a, family)]).collect();
-        Self { calls, keeps_old: false }
+        Self { calls, keeps_old: false, seen_as: None }
+    }
+
+    /// One pod calls another, or what is behind a pod does.
+    pub fn of(from: &'a Pod, to: &'a Pod, family: Family) -> Self {
+        Self { calls: vec![(from, to, family)], keeps_old: false, seen_as: None }
+    }
+
+    /// Whoever answers may see this pod in the place of the one that calls.
+    pub fn seen_as(self, pod: &'a Pod) -> Self {
+        Self { seen_as: Some(pod), ..self }
     }
 
     /// A connection of each caller is opened before, and has to go on all the while.
@@ -64,7 +75,7 @@ impl<'a> Load<'a> {
                         let at = started.elapsed();
                         for outcome in Call::to(addr).at_once(&from.netns, AT_ONCE)? {
                             made += 1;
-                            if !is_right(&outcome, from, to, addr) {
+                            if !is_right(&outcome, from, self.seen_as, to, addr) {
                                 failures.push(format!("after {at:?}: {outcome}"));
                             }
                         }
@@ -99,9 +110,18 @@ impl<'a> Load<'a> {
     }
 }
 
-fn is_right(outcome: &Outcome, from: &Pod, to: &Pod, addr: SocketAddr) -> bool {
+fn is_right(
+    outcome: &Outcome,
+    from: &Pod,
+    seen_as: Option<&Pod>,
+    to: &Pod,
+    addr: SocketAddr,
+) -> bool {
     matches!(outcome, Outcome::Answered(answer)
         if answer.by == to.name
-            && [from.v4.into(), from.v6.into()].contains(&answer.saw_peer.ip())
+            && [Some(from), seen_as]
+                .into_iter()
+                .flatten()
+                .any(|pod| [pod.v4.into(), pod.v6.into()].contains(&answer.saw_peer.ip()))
             && answer.saw_local == addr)
 }

@@ -20,6 +20,7 @@ mod pods;
 mod probes;
 mod processes;
 mod proxies;
+mod reroute;
 mod restart;
 mod toggles;
 mod traffic;
