@@ -182,7 +182,8 @@ async fn run(args: RunArgs) -> Result<()> {
 /// be possible: what is still there after it is put back all the same.
 async fn leave(agent: &Client) {
     let leaving = async {
-        agent.pause(&PauseRequest { for_seconds: None }).await?;
+        // Not for ever: whoever is killed before the end leaves it to the next agent.
+        agent.pause(&PauseRequest { for_seconds: Some(LEAVING.as_secs() * 2) }).await?;
         let stays = |pod: &PodStatus| pod.state != PodState::Bypassing;
         while agent.status().await?.pods.iter().any(stays) {
             sleep(LEAVING_LOOK).await;

@@ -206,39 +206,38 @@ impl Installer {
             }
         }
         let dir = self.dirs.conf.display();
-        let Some((first, network)) = networks.first() else {
+        let Some(first) = networks.first() else {
             return Ok(Look::Missing(format!(
                 "{dir} has no network that can be read; the network plugin has to bring one"
             )));
         };
-        let path = first.path.display();
-        if let Some(why) = network.unfit() {
-            return Ok(Look::Missing(format!("{path} cannot have its entry: {why}")));
-        }
-        // What a list was made of, and was written anew, or not yet put aside.
-        let anew = match network {
+        // What a list of ours was made of, and is there: written anew, or not yet put aside.
+        let origin = match &first.1 {
             Network::List(list) => list.replaces(),
             Network::Single(_) => None,
         };
-        let anew = networks.iter().find_map(|(file, network)| match network {
-            Network::Single(single) if Some(&file.name) == anew.as_ref() => Some((file, single)),
-            _ => None,
-        });
-        let at = match (network, anew) {
-            (_, Some((file, single))) => self.replace_single(file, single, &files)?,
-            (Network::Single(single), None) => self.replace_single(first, single, &files)?,
-            (Network::List(list), None) => {
+        let is_origin = |(file, network): &&(&Found, Network)| {
+            matches!(network, Network::Single(_)) && Some(&file.name) == origin.as_ref()
+        };
+        let (file, network) = networks.iter().find(is_origin).unwrap_or(first);
+        let path = file.path.display();
+        if let Some(why) = network.unfit() {
+            return Ok(Look::Missing(format!("{path} cannot have its entry: {why}")));
+        }
+        let at = match network {
+            Network::Single(single) => self.replace_single(file, single, &files)?,
+            Network::List(list) => {
                 if list.has_istio() {
                     notes.insert(format!("{path} has istio-cni, too: never both on one pod"));
                 }
-                // Whether it was made of another file stays said.
-                let entry = Entry { replaces: list.replaces(), ..self.entry.clone() };
+                // What it was made of stays said.
+                let entry = Entry { replaces: origin.clone(), ..self.entry.clone() };
                 if !list.has(&entry) {
                     let text = list.with(&entry).with_context(|| format!("edit {path}"))?;
-                    first.rewrite(&text)?;
+                    file.rewrite(&text)?;
                     info!(file = %path, "put {PLUGIN} into the node's CNI configuration");
                 }
-                first.path.clone()
+                file.path.clone()
             }
         };
         // A file that was the first before, and is not any more.
@@ -248,7 +247,8 @@ impl Installer {
                 && file.path != at
             {
                 file.take_out(list)?;
-                info!(file = %file.path.display(), "took {PLUGIN} out of a CNI configuration that is not the first any more");
+                let path = file.path.display();
+                info!(file = %path, "took {PLUGIN} out of what is not the first network any more");
             }
         }
         Ok(Look::Installed(at))
@@ -257,7 +257,10 @@ impl Installer {
     /// Makes a list of a single network and our entry, and puts it in its place.
     fn replace_single(&self, file: &Found, single: &Single, all: &[Found]) -> Result<PathBuf> {
         let path = file.path.with_extension("conflist");
-        let made_of = |list: &Found| matches!(list.network(), Ok(Network::List(l)) if l.replaces().as_ref() == Some(&file.name));
+        let made_of = |other: &Found| match other.network() {
+            Ok(Network::List(list)) => list.replaces().as_ref() == Some(&file.name),
+            _ => false,
+        };
         if all.iter().any(|other| other.path == path && !made_of(other)) {
             bail!(
                 "make a list of {}: {} is there, and is not ours; remove one of them",
@@ -271,7 +274,8 @@ impl Installer {
         file.is_as_read()?;
         rename(&file.path, &saved(&file.path))?;
         sync(&self.dirs.conf)?;
-        info!(file = %path.display(), "put {PLUGIN} into the node's CNI configuration, in the place of {}", file.name);
+        let name = &file.name;
+        info!(file = %path.display(), "put {PLUGIN} into the CNI configuration, in place of {name}");
         Ok(path)
     }
 

@@ -173,10 +173,11 @@ impl Records {
         held.get(uid).is_some_and(|hold| hold.strong_count() > 0)
     }
 
-    /// Drops, of `recorded`, what belongs to no pod in `uids`, and what has no namespace any more.
-    pub fn sweep(&self, recorded: &Sandboxes, uids: &BTreeSet<String>) {
+    /// Drops, of `recorded`, what has no namespace any more, and what belongs to no pod in `uids`,
+    /// if that is known.
+    pub fn sweep(&self, recorded: &Sandboxes, uids: Option<&BTreeSet<String>>) {
         for sandbox in recorded.values() {
-            let stands = uids.contains(&sandbox.uid)
+            let stands = uids.is_none_or(|uids| uids.contains(&sandbox.uid))
                 && sandbox.stands().unwrap_or_else(|e| {
                     debug!("look at the sandbox of uid {}: {e:#}", sandbox.uid);
                     true
@@ -383,14 +384,13 @@ mod tests {
             records.put(sandbox(uid, netns, &[ip])).unwrap();
         }
         let recorded = records.current();
-        let uids = recorded.keys().cloned().collect();
         // Told anew meanwhile: that is not what was looked at.
         let anew = sandbox("gone", "/nonexistent/other", &["10.0.0.4"]);
         records.put(anew.clone()).unwrap();
-        records.sweep(&recorded, &uids);
+        records.sweep(&recorded, None);
         assert_eq!(records.of("gone").as_deref(), Some(&anew));
         assert_eq!(files(state.path()), ["gone.json"]);
-        records.sweep(&records.current(), &BTreeSet::new());
+        records.sweep(&records.current(), Some(&BTreeSet::new()));
         assert!(records.current().is_empty() && files(state.path()).is_empty());
     }
 }

@@ -5,7 +5,7 @@
 
 use std::net::IpAddr;
 
-use serde::{Deserialize, Serialize};
+use serde::{Deserialize, Deserializer, Serialize};
 
 /// Where the agent listens for the plugin. Source: Istio `cni/pkg/pluginlistener` and
 /// `cni/pkg/constants`, `CNIEventSocketName` below `CNIAgentRunDir`.
@@ -29,8 +29,13 @@ pub struct AddRequest {
     #[serde(rename = "PodUID", default, skip_serializing_if = "Option::is_none")]
     pub pod_uid: Option<String>,
     /// The sandbox's addresses.
-    #[serde(rename = "IPs", default)]
+    #[serde(rename = "IPs", default, deserialize_with = "none_if_null")]
     pub ips: Vec<IpConfig>,
+}
+
+/// Go's JSON of an empty list is `null`.
+fn none_if_null<'de, D: Deserializer<'de>>(deserializer: D) -> Result<Vec<IpConfig>, D::Error> {
+    Ok(Option::deserialize(deserializer)?.unwrap_or_default())
 }
 
 /// One address of a sandbox. What else istio-cni's plugin says of it is not needed.
@@ -72,5 +77,9 @@ mod tests {
         let again: AddRequest =
             serde_json::from_str(&serde_json::to_string(&expected).unwrap()).unwrap();
         assert_eq!(again, expected);
+        let json =
+            r#"{"Netns":"/var/run/netns/cni-1","PodName":"cart","PodNamespace":"shop","IPs":null}"#;
+        let request: AddRequest = serde_json::from_str(json).unwrap();
+        assert_eq!(request, AddRequest { ips: Vec::new(), ..expected });
     }
 }

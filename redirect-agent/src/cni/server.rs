@@ -47,7 +47,7 @@ pub trait Agent: Send + Sync + 'static {
 #[derive(Debug, thiserror::Error)]
 pub enum Refusal {
     /// The source does not know it.
-    #[error("wait for pod {pod}: {why}")]
+    #[error("start pod {pod}: {why}")]
     Unknown {
         /// The pod.
         pod: PodKey,
@@ -69,7 +69,7 @@ pub enum Refusal {
         why: String,
     },
     /// It is not where it should be after all the time there was.
-    #[error("bring pod {pod} into the mesh, or out of it: {why}")]
+    #[error("start pod {pod}: {why}")]
     Late {
         /// The pod.
         pod: PodKey,

@@ -55,16 +55,6 @@ struct Told {
     _held: Option<Held>,
 }
 
-/// How an ADD stands.
-enum Outlook {
-    /// The pod may start.
-    Granted,
-    /// The source does not know it, but this.
-    Unknown(String),
-    /// It is not where it should be, because of this.
-    Waiting(String),
-}
-
 impl Admission {
     pub(super) fn new(
         judge: Judge,
@@ -76,12 +66,13 @@ impl Admission {
         Self { judge, inventory, records, views, timeout }
     }
 
-    async fn look(&self, add: &mut Add) -> Result<Outlook, Refusal> {
+    /// `None`: the pod may start; else why not yet. An error is final.
+    async fn look(&self, add: &mut Add) -> Result<Option<Refusal>, Refusal> {
         let inventory = Arc::clone(&self.inventory.borrow());
         let Some(pod) = pod_of(&inventory, add) else {
             return match add.pod {
                 Some(_) => Err(Refusal::Deleted(add.key.clone())),
-                None => Ok(Outlook::Unknown(unknown(&inventory, add))),
+                None => Ok(Some(unknown(&inventory, add))),
             };
         };
         let enrolled = self.judge.decide(&inventory, pod).enrolled;
@@ -114,19 +105,29 @@ impl Admission {
             Some(view) => view.state() == PodState::Bypassing,
         };
         if is_there {
-            return Ok(Outlook::Granted);
+            return Ok(None);
         }
-        let why = view.and_then(|view| view.problem.clone());
-        Ok(Outlook::Waiting(why.unwrap_or_else(|| "it is not there yet".to_owned())))
+        let awaited =
+            if enrolled { "it is not in the mesh yet" } else { "it has not left the mesh yet" };
+        let why = match view.and_then(|view| view.problem.as_ref()) {
+            Some(problem) => format!("{awaited}: {problem}"),
+            None => awaited.to_owned(),
+        };
+        Ok(Some(Refusal::Late { pod: add.key.clone(), why }))
     }
 
     /// Tells what CNI has told. For a pod that bypasses it only may be of use one day.
     async fn tell(&self, add: &Add, pod: &Pod, enrolled: bool) -> Result<Told, Refusal> {
         let uid = pod.uid.clone();
-        let sandbox = add.sandbox(&uid);
+        let mut sandbox = add.sandbox(&uid);
         let records = Arc::clone(&self.records);
         let told = spawn_blocking(move || {
-            let inode = sandbox.open()?.netns.inode();
+            let found = sandbox.open()?;
+            let inode = found.netns.inode();
+            if sandbox.addresses.is_empty() {
+                // Not every network plugin says them.
+                sandbox.addresses = found.addresses;
+            }
             let held = records.put(sandbox.clone())?;
             anyhow::Ok((sandbox, inode, held))
         });
@@ -158,10 +159,7 @@ impl Agent for Admission {
             inventory.mark_unchanged();
             sandboxes.mark_unchanged();
             views.mark_unchanged();
-            let outlook = self.look(&mut add).await?;
-            if let Outlook::Granted = outlook {
-                return Ok(());
-            }
+            let Some(refusal) = self.look(&mut add).await? else { return Ok(()) };
             if !std::mem::replace(&mut waits, true) {
                 debug!(pod = %add.key, "waits to start");
             }
@@ -169,14 +167,7 @@ impl Agent for Admission {
                 Ok(()) = inventory.changed() => {}
                 Ok(()) = sandboxes.changed() => {}
                 Ok(()) = views.changed() => {}
-                () = sleep_until(deadline) => {
-                    let pod = add.key;
-                    return match outlook {
-                        Outlook::Granted => Ok(()),
-                        Outlook::Unknown(why) => Err(Refusal::Unknown { pod, why }),
-                        Outlook::Waiting(why) => Err(Refusal::Late { pod, why }),
-                    };
-                }
+                () = sleep_until(deadline) => return Err(refusal),
             }
         }
     }
@@ -198,15 +189,15 @@ impl Add {
 /// The pod that is starting. One of its name that is being deleted is a former one, unless its uid
 /// was told.
 fn pod_of<'a>(inventory: &'a Inventory, add: &Add) -> Option<&'a Pod> {
-    let is_it = |pod: &&Pod| match &add.request.pod_uid {
+    let is_it = |pod: &&Pod| match add.request.pod_uid.as_deref() {
+        None | Some("") => !pod.deleting,
         Some(uid) => is_known_as(pod, uid),
-        None => !pod.deleting,
     };
     inventory.pods.get(&add.key).filter(is_it)
 }
 
-/// What is known of a pod that the source has not told of.
-fn unknown(inventory: &Inventory, add: &Add) -> String {
+/// What is known instead of a pod that the source has not told of.
+fn unknown(inventory: &Inventory, add: &Add) -> Refusal {
     let mut why = match inventory.pods.get(&add.key) {
         Some(pod) => {
             format!("the source knows only a former one of its name, with uid {}", pod.uid)
@@ -216,5 +207,5 @@ fn unknown(inventory: &Inventory, add: &Add) -> String {
     for problem in inventory.problems.iter().take(PROBLEMS) {
         why = format!("{why}; {problem}");
     }
-    why
+    Refusal::Unknown { pod: add.key.clone(), why }
 }

@@ -324,9 +324,7 @@ impl<S: Source> Reconciler<S> {
         // As it was after the records: none of them is ahead of its pod.
         let uids = self.uids();
         let swept = spawn_blocking(move || {
-            if let Some(uids) = uids {
-                finder.records().sweep(&recorded, &uids);
-            }
+            finder.records().sweep(&recorded, uids.as_ref());
             let found = netns::in_dir(finder.netns_dir())?;
             let alive = held.iter().map(|pod| &pod.netns).chain(&found).map(Netns::inode).collect();
             dataplane.sweep(&known, &alive)
@@ -515,4 +513,57 @@ fn in_sandboxes<'a>(
 
 fn names(parts: &[Part]) -> Vec<String> {
     parts.iter().map(Part::to_string).collect()
+}
+
+#[cfg(test)]
+mod tests {
+    use k8s_openapi::api::core::v1 as k8s;
+    use serde_json::json;
+
+    use super::*;
+
+    fn pod(name: &str, host_network: bool, ips: &[&str]) -> Pod {
+        let ips: Vec<_> = ips.iter().map(|ip| json!({"ip": ip})).collect();
+        let pod: k8s::Pod = serde_json::from_value(json!({
+            "metadata": {"name": name, "namespace": "shop", "uid": name},
+            "spec": {"hostNetwork": host_network},
+            "status": {"podIPs": ips},
+        }))
+        .unwrap();
+        Pod::try_from(&pod).unwrap()
+    }
+
+    #[test]
+    fn what_cni_told_is_ahead_of_the_status_and_an_address_is_one_pods() {
+        let sandbox = |uid: &str, ips: [&str; 2]| {
+            let addresses = ips.map(|ip| ip.parse().unwrap()).to_vec();
+            let netns = format!("/run/netns/{uid}").into();
+            (uid.to_owned(), Arc::new(Sandbox { uid: uid.to_owned(), netns, addresses }))
+        };
+        let sandboxes = Arc::new(BTreeMap::from([
+            sandbox("starting", ["10.0.0.1", "fd00::1"]),
+            sandbox("anew", ["10.0.0.2", "fd00::2"]),
+        ]));
+        let pods = [
+            pod("starting", false, &[]),
+            pod("anew", false, &["10.0.0.9", "fd00::9"]),
+            pod("former", false, &["10.0.0.1", "fd00::8"]),
+            pod("found", false, &["10.0.0.7", "fd00::7"]),
+            pod("node", true, &["10.0.0.2", "fd00::6"]),
+        ];
+        let known: Vec<(String, bool, String)> = in_sandboxes(pods.iter(), &sandboxes)
+            .map(|(pod, sandbox)| {
+                let ips: Vec<String> = pod.ips.iter().map(ToString::to_string).collect();
+                (pod.uid, sandbox.is_some(), ips.join(" "))
+            })
+            .collect();
+        let expected = [
+            ("starting", true, "10.0.0.1 fd00::1"),
+            ("anew", true, "10.0.0.2 fd00::2"),
+            ("former", false, "fd00::8"),
+            ("found", false, "10.0.0.7 fd00::7"),
+            ("node", false, "10.0.0.2 fd00::6"),
+        ];
+        assert_eq!(known, expected.map(|(uid, told, ips)| (uid.to_owned(), told, ips.to_owned())));
+    }
 }

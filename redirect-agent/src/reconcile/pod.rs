@@ -227,7 +227,8 @@ impl<S: Source> PodTask<S> {
             self.tried = true;
             self.show();
             match self.wait(Instant::now() + pause).await {
-                Woken::Wanted => {}
+                // Much may be possible now, and whoever waits for it does not wait for long.
+                Woken::Wanted => retry = RETRY_FIRST,
                 Woken::Stopped => return,
                 Woken::Proxy => self.standing.served = false,
                 woken @ (Woken::Network | Woken::Time) => {
@@ -488,7 +489,9 @@ impl<S: Source> PodTask<S> {
     async fn let_go(&mut self) {
         (self.netns, self.network) = (None, None);
         self.shared.zds.delete(&self.pod.uid).await;
-        let stale = self.standing.published || self.standing.stale;
+        // Where its start waits for us, it is about to be true again.
+        let starts = self.shared.settings.finder.records().is_held(&self.pod.uid);
+        let stale = (self.standing.published || self.standing.stale) && !starts;
         self.standing = Standing { mentioned: true, stale, ..Standing::default() };
     }
 
