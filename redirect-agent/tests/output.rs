@@ -164,6 +164,8 @@ fn run_has_the_defaults_that_the_documents_name() {
     assert_eq!(run.state_dir, Path::new("/var/lib/redirect-agent"));
     assert_eq!(run.control.control_socket, Path::new("/run/redirect-agent/control.sock"));
     assert_eq!(run.zds_socket, Path::new("/var/run/ztunnel/ztunnel.sock"));
+    assert_eq!(run.cni_socket, Path::new("/var/run/istio-cni/pluginevent.sock"));
+    assert_eq!(run.cni_timeout, Duration::from_secs(25));
     assert_eq!(run.excluded_namespaces, ["kube-system"]);
     assert_eq!(run.proxy_grace, Duration::from_secs(3));
     assert_eq!(run.drain, Duration::from_secs(5));
