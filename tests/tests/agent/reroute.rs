@@ -2,7 +2,8 @@
 //! pod's own.
 
 use std::fs;
-use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr};
+use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr, UdpSocket};
+use std::process::Command;
 use std::time::Duration;
 
 use anyhow::{Context as _, Result, ensure};
@@ -12,11 +13,12 @@ use redirect_tests::both_families;
 use redirect_tests::footprint::{assert_unchanged, footprint};
 use redirect_tests::hbone::{Direction, Over};
 use redirect_tests::netns::{Family, Netns};
-use redirect_tests::process::wait_for;
+use redirect_tests::process::{succeed, wait_for};
 use redirect_tests::topology::{Pod, wait_for_link};
 use serde_json::json;
 
 use crate::cluster::{Cluster, Manifest, Node, PORT, SOON, converse, echo, now};
+use crate::drift::{detach, index};
 use crate::load::Load;
 
 both_families! {
@@ -33,6 +35,9 @@ both_families! {
     syn_cookies_lead_guests_to_the_proxy,
     pods_of_a_node_have_the_same_bridge,
     pods_own_interfaces_are_refused,
+    udp_of_guests_is_forwarded_as_it_was,
+    what_is_removed_of_a_virtual_interface_is_put_back,
+    cleanup_leaves_nothing_of_a_virtual_interface,
 }
 
 const ANNOTATION: &str = "istio.io/reroute-virtual-interfaces";
@@ -277,7 +282,10 @@ fn strict_reverse_path_filter_lets_guests_through(family: Family) -> Result<()> 
         }
         assert_rerouted(node, nested, server, client, family)?.bulk(1 << 20)?;
     }
-    Ok(())
+    // Nothing of this is forwarded.
+    server.netns.set_sysctl("net/ipv4/ip_forward", "0")?;
+    server.netns.set_sysctl("net/ipv6/conf/all/forwarding", "0")?;
+    assert_rerouted(node, nested, server, client, family)?.bulk(1 << 20)
 }
 
 fn guests_calls_are_selected_as_the_pods_own(family: Family) -> Result<()> {
@@ -553,4 +561,80 @@ fn pods_own_interfaces_are_refused(family: Family) -> Result<()> {
         node.assert_inbound(client, server, family)?;
     }
     Ok(())
+}
+
+fn udp_of_guests_is_forwarded_as_it_was(family: Family) -> Result<()> {
+    let (cluster, nested) = &one_guest(&[])?;
+    let Cluster { node, server, client, .. } = cluster;
+    reroute(node, server, "veth1")?;
+    for port in [53, 4000] {
+        let bind = |port| {
+            let socket = UdpSocket::bind(SocketAddr::new(family.any(), port))?;
+            socket.set_read_timeout(Some(SOON))?;
+            Ok(socket)
+        };
+        let answers = client.netns.run(|| bind(port))?;
+        let asks = nested.netns.run(|| bind(0))?;
+        asks.send_to(b"ask", client.addr(family, port))?;
+        let mut buffer = [0; 16];
+        let (len, peer) = answers.recv_from(&mut buffer)?;
+        assert_eq!((&buffer[..len], peer.ip()), (&b"ask"[..], nested.ip(family)), "port {port}");
+        answers.send_to(b"answer", peer)?;
+        let (len, peer) = asks.recv_from(&mut buffer)?;
+        assert_eq!((&buffer[..len], peer), (&b"answer"[..], client.addr(family, port)));
+    }
+    Ok(())
+}
+
+fn what_is_removed_of_a_virtual_interface_is_put_back(family: Family) -> Result<()> {
+    let (cluster, nested) = &one_guest(&["--verify-interval", "300ms"])?;
+    let Cluster { node, server, client, .. } = cluster;
+    let _apps = (echo(server)?, echo(client)?);
+    reroute(node, server, "veth1")?;
+    let before = footprint(&server.netns)?;
+    let flag = if family == Family::V4 { "-4" } else { "-6" };
+    let rule = |priority| {
+        let args = [flag, "rule", "del", "priority", priority, "iif", "veth1"];
+        server.netns.output("ip", &args).map(drop)
+    };
+    let pin = node.links(server)?.join(format!("tcx_{}", index(server, "veth1")?));
+    let entries = || {
+        let map = node.bpffs().join("virtual_ifs");
+        let mut key = u32::try_from(server.netns.inode()?)?.to_ne_bytes().to_vec();
+        key.extend(index(server, "veth1")?.parse::<u32>()?.to_ne_bytes());
+        let mut command = Command::new("bpftool");
+        command.args(["map", "delete", "pinned"]).arg(map).args(["key", "hex"]);
+        succeed(command.args(key.iter().map(|byte| format!("{byte:02x}")))).map(drop)
+    };
+    let removals: [(&str, &dyn Fn() -> Result<()>); 4] = [
+        ("the rule that redirects", &|| rule("15002")),
+        ("the rule that holds back", &|| rule("15001")),
+        ("the program", &|| detach(&pin)),
+        ("the entry", &entries),
+    ];
+    for (what, remove) in removals {
+        remove().with_context(|| format!("remove {what}"))?;
+        wait_for(what, SOON, || {
+            let complete = node.pod(server)?.and_then(|p| p.kernel).is_some_and(|k| k.complete);
+            Ok((complete && footprint(&server.netns)? == before).then_some(()))
+        })?;
+        assert_rerouted(node, nested, server, client, family)
+            .with_context(|| format!("after {what} was put back"))?;
+    }
+    Ok(())
+}
+
+fn cleanup_leaves_nothing_of_a_virtual_interface(family: Family) -> Result<()> {
+    let (mut cluster, nested) = one_guest(&[])?;
+    let _apps = (echo(&cluster.server)?, echo(&cluster.client)?);
+    let before = footprint(&cluster.server.netns)?;
+    reroute(&cluster.node, &cluster.server, "veth1")?;
+    cluster.node.stop_agent()?;
+    let Cluster { node, server, client, .. } = &cluster;
+    assert_rerouted(node, &nested, server, client, family)?;
+    let (success, said) = node.cleanup()?;
+    assert!(success, "{said}");
+    assert_unchanged(&server.netns, &before)?;
+    assert!(!node.bpffs().exists(), "pins are left");
+    node.assert_direct(&nested, client, family)
 }
