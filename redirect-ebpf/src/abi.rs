@@ -338,11 +338,14 @@ pub enum Counter {
     KubeletProbe = 16,
     /// Connections to the pod from where probes are configured to come from.
     ProbeSource = 17,
+    /// Connections that the proxy opened to the application by a port of the client's that another
+    /// connection has; refused.
+    RefusedPortTaken = 18,
 }
 
 impl Counter {
     /// Every counter with its name, as `status` and the metrics show it.
-    pub const ALL: [(Counter, &'static str); 18] = [
+    pub const ALL: [(Counter, &'static str); 19] = [
         (Counter::RedirectedOutbound, "redirected_outbound"),
         (Counter::RedirectedInbound, "redirected_inbound"),
         (Counter::Hbone, "hbone"),
@@ -361,6 +364,7 @@ impl Counter {
         (Counter::DroppedDnsAnswer, "dropped_dns_answer"),
         (Counter::KubeletProbe, "kubelet_probe"),
         (Counter::ProbeSource, "probe_source"),
+        (Counter::RefusedPortTaken, "refused_port_taken"),
     ];
 }
 
