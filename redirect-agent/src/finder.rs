@@ -25,13 +25,6 @@ use crate::{
 const FRESH: Duration = Duration::from_millis(500);
 /// Where the processes are.
 const PROC: &str = "/proc";
-/// On the API server's copy of a static pod; nobody but a kubelet may create it.
-/// Source: Kubernetes `staging/src/k8s.io/api/core/v1/annotation_key_constants.go`,
-/// `MirrorPodAnnotationKey`.
-const ANNOTATION_MIRROR: &str = "kubernetes.io/config.mirror";
-/// The uid that kubelet itself knows a static pod by. Source: Kubernetes
-/// `pkg/kubelet/types/pod_update.go`, `ConfigHashAnnotationKey`.
-const ANNOTATION_HASH: &str = "kubernetes.io/config.hash";
 
 /// Looks for the network namespaces of pods.
 #[derive(Debug)]
@@ -86,7 +79,7 @@ impl Finder {
                  a container, the agent needs hostPID)",
                 pod.key,
                 named.display(),
-                pod.uid
+                pod.kubelet_uid()
             ),
         }
     }
@@ -120,7 +113,7 @@ impl Finder {
     /// The `/proc/PID/ns/net` of the pod's processes, that of the youngest first.
     fn namespaces_of(&self, pod: &Pod) -> Result<Vec<PathBuf>> {
         let processes = self.processes()?;
-        let pids = uids(pod).into_iter().filter_map(|uid| processes.0.get(uid)).flatten().rev();
+        let pids = processes.0.get(pod.kubelet_uid()).into_iter().flatten().rev();
         Ok(pids.map(|pid| PathBuf::from(format!("{PROC}/{pid}/ns/net"))).collect())
     }
 
@@ -196,16 +189,6 @@ pub fn hosts() -> Result<BTreeSet<u32>> {
     let own = Netns::open(Path::new("/proc/self/ns/net"))?.inode();
     let first = Netns::open(Path::new("/proc/1/ns/net")).map(|netns| netns.inode());
     Ok([own].into_iter().chain(first.ok()).collect())
-}
-
-/// What the pod's cgroup may be named after.
-fn uids(pod: &Pod) -> Vec<&str> {
-    let hash = pod
-        .annotations
-        .get(ANNOTATION_HASH)
-        .filter(|_| pod.annotations.contains_key(ANNOTATION_MIRROR))
-        .map(String::as_str);
-    [Some(pod.uid.as_str()), hash].into_iter().flatten().collect()
 }
 
 /// The uid of the pod that a process belongs to, from its `/proc/PID/cgroup`: one line for each

@@ -62,8 +62,17 @@ pub struct Settings {
     pub verify_interval: Duration,
 }
 
-/// A pod and what is decided for it; `None` when the pod is gone.
-type Wanted = Option<(Pod, Decision)>;
+/// What is wanted of a pod; `None` when it is gone.
+type Wanted = Option<Target>;
+
+/// A pod and what is decided for it.
+#[derive(Clone, Debug, PartialEq, Eq)]
+struct Target {
+    pod: Pod,
+    decision: Decision,
+    /// The pod is a static one, and its object was deleted: it may run on, or be gone, too.
+    mirror_is_gone: bool,
+}
 
 /// What the pods' tasks share.
 struct Shared<S> {
@@ -125,7 +134,10 @@ pub struct Reconciler<S> {
 
 /// A pod's task.
 struct Running {
+    /// What kubelet knows the pod by.
     uid: String,
+    /// Whether the pod is a static one.
+    mirror: bool,
     wanted: watch::Sender<Wanted>,
     handle: JoinHandle<()>,
 }
@@ -210,8 +222,11 @@ impl<S: Source> Reconciler<S> {
         let inventory = Arc::clone(&self.inventory.borrow_and_update());
         let overrides = self.overrides.current();
         let now = SystemTime::now();
-        let stays = |key: &PodKey, task: &mut Running| {
-            inventory.pods.get(key).is_some_and(|pod| pod.uid == task.uid)
+        let stays = |key: &PodKey, task: &mut Running| match inventory.pods.get(key) {
+            Some(pod) => pod.kubelet_uid() == task.uid && !task.handle.is_finished(),
+            None => {
+                task.mirror && self.shared.source.gone_is_deleted() && !task.handle.is_finished()
+            }
         };
         for (key, task) in self.tasks.extract_if(.., |key, task| !stays(key, task)) {
             task.wanted.send_replace(None);
@@ -219,15 +234,26 @@ impl<S: Source> Reconciler<S> {
             self.leaving.insert(key, task.handle);
         }
         self.leaving.retain(|_, handle| !handle.is_finished());
+        let target = |pod: Pod, mirror_is_gone| {
+            let decision = self.decide(&inventory, &overrides, &pod, now);
+            Some(Target { pod, decision, mirror_is_gone })
+        };
+        let tell = |task: &Running, wanted: Wanted| {
+            task.wanted.send_if_modified(|old| {
+                let modified = *old != wanted;
+                *old = wanted;
+                modified
+            });
+        };
+        for (_, task) in self.tasks.iter().filter(|(key, _)| !inventory.pods.contains_key(key)) {
+            let last = task.wanted.borrow().clone();
+            tell(task, last.and_then(|last| target(last.pod, true)));
+        }
         let mut new = Vec::new();
         for (key, pod) in &inventory.pods {
-            let wanted = Some((pod.clone(), self.decide(&inventory, &overrides, pod, now)));
+            let wanted = target(pod.clone(), false);
             if let Some(task) = self.tasks.get(key) {
-                task.wanted.send_if_modified(|old| {
-                    let modified = *old != wanted;
-                    *old = wanted;
-                    modified
-                });
+                tell(task, wanted);
             } else {
                 let (sender, receiver) = watch::channel(wanted);
                 let shared = Arc::clone(&self.shared);
@@ -239,7 +265,8 @@ impl<S: Source> Reconciler<S> {
     }
 
     fn start(&mut self, task: PodTask<S>, wanted: watch::Sender<Wanted>) {
-        let (key, uid) = (task.key().clone(), task.uid().to_owned());
+        let (key, uid) = (task.key().clone(), task.pod().kubelet_uid().to_owned());
+        let mirror = task.pod().is_mirror();
         let former = self.leaving.remove(&key);
         let handle = self.tracker.spawn(async move {
             if let Some(former) = former {
@@ -248,7 +275,7 @@ impl<S: Source> Reconciler<S> {
             }
             task.run().await;
         });
-        self.tasks.insert(key, Running { uid, wanted, handle });
+        self.tasks.insert(key, Running { uid, mirror, wanted, handle });
     }
 
     fn decide(

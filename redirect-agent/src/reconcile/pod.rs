@@ -11,7 +11,7 @@ use tokio::{
 use tracing::{debug, info, warn};
 
 use super::{
-    Shared, View, Wanted,
+    Shared, Target, View, Wanted,
     plan::{Standing, Step, Wish, next},
 };
 use crate::{
@@ -117,8 +117,8 @@ impl<S: Source> PodTask<S> {
         &self.key
     }
 
-    pub(super) fn uid(&self) -> &str {
-        &self.pod.uid
+    pub(super) fn pod(&self) -> &Pod {
+        &self.pod
     }
 
     /// Takes over what a former agent has set up, and makes the pod known to the ZDS server, which
@@ -182,7 +182,7 @@ impl<S: Source> PodTask<S> {
         let mut verify = Instant::now() + verify_interval;
         loop {
             self.wanted.mark_unchanged();
-            if self.settle_wish().is_none() {
+            if self.settle_wish().is_none() || self.is_gone_with_its_mirror().await {
                 self.bury().await;
                 return;
             }
@@ -333,7 +333,7 @@ impl<S: Source> PodTask<S> {
             }
             Step::Drain => return self.drain().await,
             Step::Withdraw => {
-                self.shared.zds.delete(&self.pod.uid).await;
+                self.shared.zds.delete(self.pod.kubelet_uid()).await;
                 self.standing.offered = false;
                 self.standing.served = false;
             }
@@ -476,7 +476,7 @@ impl<S: Source> PodTask<S> {
     /// The proxy lets go of it, and what the kernel has for it stays.
     async fn let_go(&mut self) {
         (self.netns, self.network) = (None, None);
-        self.shared.zds.delete(&self.pod.uid).await;
+        self.shared.zds.delete(self.pod.kubelet_uid()).await;
         let stale = self.standing.published || self.standing.stale;
         self.standing = Standing { mentioned: true, stale, ..Standing::default() };
     }
@@ -532,9 +532,19 @@ impl<S: Source> PodTask<S> {
         }
     }
 
+    fn mirror_is_gone(&self) -> bool {
+        self.wanted.borrow().as_ref().is_some_and(|target| target.mirror_is_gone)
+    }
+
+    /// A static pod in the mesh whose mirror was deleted stays as long as it runs: kubelet makes a new
+    /// mirror of it.
+    async fn is_gone_with_its_mirror(&self) -> bool {
+        self.mirror_is_gone() && !(self.standing.captured && self.netns_stands().await)
+    }
+
     fn wish(&self) -> Option<Wish> {
         let wanted = self.wanted.borrow();
-        let (_, decision) = wanted.as_ref()?;
+        let decision = wanted.as_ref()?.decision;
         Some(if decision.enrolled { Wish::Enrolled } else { Wish::Bypass })
     }
 
@@ -543,7 +553,7 @@ impl<S: Source> PodTask<S> {
         self.wanted
             .borrow()
             .as_ref()
-            .map_or("it is gone", |(_, decision)| decision.reason.explain())
+            .map_or("it is gone", |target| target.decision.reason.explain())
     }
 
     fn record(&self, kind: EventKind, message: String) {
@@ -551,13 +561,17 @@ impl<S: Source> PodTask<S> {
     }
 
     fn decision_code(&self) -> u32 {
-        self.wanted.borrow().as_ref().map_or(0, |(_, decision)| decision.reason.code())
+        self.wanted.borrow().as_ref().map_or(0, |target| target.decision.reason.code())
     }
 
     /// Takes over what the source now says of the pod.
     fn settle_wish(&mut self) -> Option<Wish> {
         let wanted = self.wanted.borrow().clone();
-        let (pod, decision) = wanted?;
+        let Target { mut pod, decision, .. } = wanted?;
+        if pod.is_mirror() && pod.ips.is_empty() {
+            // Kubelet has yet to say so of a new mirror; the sandbox is the same.
+            pod.ips.clone_from(&self.pod.ips);
+        }
         if self.reason != Some(decision.reason) || pod.ips != self.pod.ips {
             // Its rows change.
             self.standing.prepared &= !decision.enrolled;
@@ -572,7 +586,7 @@ impl<S: Source> PodTask<S> {
             self.enrolling = Some(Instant::now());
         }
         let published = |pod: &Pod| pod.annotations.get(ANNOTATION_REDIRECTION).cloned();
-        if published(&pod) != published(&self.pod) {
+        if published(&pod) != published(&self.pod) || pod.uid != self.pod.uid {
             // It was us, or somebody else: saying it again costs nothing where it is right.
             self.standing.published = false;
             self.standing.mentioned = true;
@@ -632,20 +646,24 @@ impl<S: Source> PodTask<S> {
         blocking(move || f(&dataplane, &pod)).await.with_context(|| format!("set up pod {key}"))
     }
 
-    fn told_of_annotations(&self) -> Option<String> {
+    fn told_of_mirror_or_annotations(&self) -> Option<String> {
+        if self.mirror_is_gone() {
+            return Some("its mirror pod was deleted; it stays as it is while it runs".to_owned());
+        }
         (!self.misread.is_empty()).then(|| self.misread.join("; "))
     }
 
     /// Updates what `status` shows.
     fn show(&self) {
-        let Some((_, decision)) = self.wanted.borrow().clone() else { return };
+        let wanted = self.wanted.borrow().clone();
+        let Some(Target { decision, .. }) = wanted else { return };
         let view = View {
             pod: self.pod.clone(),
             decision,
             standing: self.standing,
             traffic: self.traffic(),
             netns: self.netns.clone(),
-            problem: self.problem.clone().or_else(|| self.told_of_annotations()),
+            problem: self.problem.clone().or_else(|| self.told_of_mirror_or_annotations()),
             failing: self.failing,
             tried: self.tried,
         };
@@ -671,7 +689,7 @@ fn no_address(pod: &PodKey) -> String {
 
 fn workload(pod: &Pod) -> Workload {
     Workload {
-        uid: pod.uid.clone(),
+        uid: pod.kubelet_uid().to_owned(),
         namespace: pod.key.namespace.clone(),
         name: pod.key.name.clone(),
         service_account: pod.service_account.clone(),
