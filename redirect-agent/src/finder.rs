@@ -27,13 +27,6 @@ use crate::{
 const FRESH: Duration = Duration::from_millis(500);
 /// Where the processes are.
 const PROC: &str = "/proc";
-/// On the API server's copy of a static pod; nobody but a kubelet may create it.
-/// Source: Kubernetes `staging/src/k8s.io/api/core/v1/annotation_key_constants.go`,
-/// `MirrorPodAnnotationKey`.
-const ANNOTATION_MIRROR: &str = "kubernetes.io/config.mirror";
-/// The uid that kubelet itself knows a static pod by. Source: Kubernetes
-/// `pkg/kubelet/types/pod_update.go`, `ConfigHashAnnotationKey`.
-const ANNOTATION_HASH: &str = "kubernetes.io/config.hash";
 
 /// Looks for the network namespaces of pods.
 #[derive(Debug)]
@@ -71,7 +64,7 @@ impl Finder {
     /// When none is found, or none of those that are found carries the pod's addresses.
     pub fn find(&self, pod: &Pod) -> Result<PodNetns> {
         let mut refused = None;
-        match self.records.of(&pod.uid).map(|sandbox| sandbox.open()) {
+        match self.records.of(pod.kubelet_uid()).map(|sandbox| sandbox.open()) {
             Some(Ok(found)) => return Ok(found),
             Some(Err(e)) => refused = Some(e),
             None => {}
@@ -100,7 +93,7 @@ impl Finder {
                  a container, the agent needs hostPID)",
                 pod.key,
                 named.display(),
-                pod.uid
+                pod.kubelet_uid()
             ),
         }
     }
@@ -135,7 +128,7 @@ impl Finder {
 
     /// What is where CNI has told that the pod's network namespace is.
     fn told(&self, pod: &Pod) -> Option<Netns> {
-        Netns::open(&self.records.of(&pod.uid)?.netns).ok()
+        Netns::open(&self.records.of(pod.kubelet_uid())?.netns).ok()
     }
 
     fn named(&self, pod: &PodKey) -> PathBuf {
@@ -145,7 +138,7 @@ impl Finder {
     /// The `/proc/PID/ns/net` of the pod's processes, that of the youngest first.
     fn namespaces_of(&self, pod: &Pod) -> Result<Vec<PathBuf>> {
         let processes = self.processes()?;
-        let pids = uids(pod).into_iter().filter_map(|uid| processes.0.get(uid)).flatten().rev();
+        let pids = processes.0.get(pod.kubelet_uid()).into_iter().flatten().rev();
         Ok(pids.map(|pid| PathBuf::from(format!("{PROC}/{pid}/ns/net"))).collect())
     }
 
@@ -224,21 +217,6 @@ pub fn hosts() -> Result<BTreeSet<u32>> {
     let own = Netns::open(Path::new("/proc/self/ns/net"))?.inode();
     let first = Netns::open(Path::new("/proc/1/ns/net")).map(|netns| netns.inode());
     Ok([own].into_iter().chain(first.ok()).collect())
-}
-
-/// Whether kubelet knows the pod by this uid.
-pub fn is_known_as(pod: &Pod, uid: &str) -> bool {
-    uids(pod).contains(&uid)
-}
-
-/// What kubelet knows the pod by.
-fn uids(pod: &Pod) -> Vec<&str> {
-    let hash = pod
-        .annotations
-        .get(ANNOTATION_HASH)
-        .filter(|_| pod.annotations.contains_key(ANNOTATION_MIRROR))
-        .map(String::as_str);
-    [Some(pod.uid.as_str()), hash].into_iter().flatten().collect()
 }
 
 /// The uid of the pod that a process belongs to, from its `/proc/PID/cgroup`: one line for each

@@ -23,6 +23,12 @@ pub const DATAPLANE_MODE_AMBIENT: &str = "ambient";
 pub const DATAPLANE_MODE_NONE: &str = "none";
 /// The annotation that the sidecar injector leaves on a pod. Source: Istio `annotation.SidecarStatus`.
 pub const ANNOTATION_SIDECAR_STATUS: &str = "sidecar.istio.io/status";
+/// On the API server's copy of a static pod, its mirror. Source: Kubernetes
+/// `staging/src/k8s.io/api/core/v1/annotation_key_constants.go`, `MirrorPodAnnotationKey`.
+const ANNOTATION_MIRROR: &str = "kubernetes.io/config.mirror";
+/// The uid that kubelet itself knows a static pod by. Source: Kubernetes
+/// `pkg/kubelet/types/pod_update.go`, `ConfigHashAnnotationKey`.
+const ANNOTATION_HASH: &str = "kubernetes.io/config.hash";
 /// The namespace that is excluded unless the operator says otherwise.
 pub const DEFAULT_EXCLUDED_NAMESPACE: &str = "kube-system";
 
@@ -168,7 +174,7 @@ impl Phase {
 pub struct Pod {
     /// Namespace and name.
     pub key: PodKey,
-    /// `metadata.uid`, never empty: the pod's name on the ZDS connection.
+    /// `metadata.uid`, never empty.
     pub uid: String,
     /// `spec.serviceAccountName`, `default` when the pod names none.
     pub service_account: String,
@@ -186,6 +192,26 @@ pub struct Pod {
     pub ips: Vec<IpAddr>,
     /// `metadata.deletionTimestamp` is set: the pod is on its way out, but may well still run.
     pub deleting: bool,
+}
+
+impl Pod {
+    /// The uid that kubelet knows the pod by, and so the node: in the names of cgroups, and on the ZDS
+    /// connection. That of a static pod is not its object's, which is made anew when somebody deletes
+    /// it, while the pod runs on.
+    pub fn kubelet_uid(&self) -> &str {
+        self.static_uid().unwrap_or(&self.uid)
+    }
+
+    /// Whether the object is the mirror of a static pod.
+    pub fn is_mirror(&self) -> bool {
+        self.static_uid().is_some()
+    }
+
+    fn static_uid(&self) -> Option<&str> {
+        let mirror = self.annotations.contains_key(ANNOTATION_MIRROR);
+        let uid = self.annotations.get(ANNOTATION_HASH).filter(|uid| mirror && !uid.is_empty());
+        uid.map(String::as_str)
+    }
 }
 
 /// What is wrong with a pod object that cannot become a [`Pod`].
@@ -628,6 +654,23 @@ mod tests {
         assert_eq!((pod.phase, pod.deleting, pod.host_network), (Phase::Running, true, false));
         let ips: Vec<IpAddr> = vec!["10.0.0.2".parse().unwrap(), "fd00::2".parse().unwrap()];
         assert_eq!(pod.ips, ips);
+    }
+
+    #[test]
+    fn a_static_pod_goes_by_the_uid_that_kubelet_knows() {
+        let pod = |annotations: &[(&str, &str)]| {
+            let annotations: BTreeMap<_, _> = annotations.iter().copied().collect();
+            let metadata =
+                serde_json::json!({"name": "etcd", "uid": "u-1", "annotations": annotations});
+            parse(serde_json::json!({"metadata": metadata})).unwrap()
+        };
+        let (mirror, hash) = ((ANNOTATION_MIRROR, "abc"), (ANNOTATION_HASH, "abc"));
+        let static_pod = pod(&[mirror, hash]);
+        assert_eq!((static_pod.kubelet_uid(), static_pod.is_mirror()), ("abc", true));
+        for annotations in [&[][..], &[mirror], &[hash], &[mirror, (ANNOTATION_HASH, "")]] {
+            let other = pod(annotations);
+            assert_eq!((other.kubelet_uid(), other.is_mirror()), ("u-1", false));
+        }
     }
 
     #[test]

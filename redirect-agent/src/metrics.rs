@@ -72,9 +72,9 @@ pub struct Metrics {
     watch_errors: Family<ResourceLabels, Counter>,
 }
 
-/// The kernel's counters as they were last read, by pod and name. A pod's go with the pod, and a
+/// The kernel's counters as they were last read, by pod id and name. A pod's go with the pod, and a
 /// metric must not fall.
-type Seen = BTreeMap<(String, String), u64>;
+type Seen = BTreeMap<(Option<u32>, String), u64>;
 
 impl fmt::Debug for Metrics {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
@@ -207,7 +207,7 @@ impl Metrics {
             let (state, reason) = (pod.state.as_str(), pod.reason.as_str());
             self.pods.get_or_create(&PodLabels { state, reason }).inc();
             for (verdict, &now) in &pod.counters {
-                let key = (pod.uid.clone(), verdict.clone());
+                let key = (pod.netns, verdict.clone());
                 let old = before.get(&key).copied().unwrap_or_default();
                 // A pod that left the mesh and came back counts from 0.
                 let new = now.checked_sub(old).unwrap_or(now);
@@ -246,7 +246,7 @@ mod tests {
             message: None,
             overridden: None,
             traffic: None,
-            netns: None,
+            netns: uid.strip_prefix("u-").and_then(|number| number.parse().ok()),
             kernel: None,
             counters: BTreeMap::from([("redirected_outbound".to_owned(), redirected)]),
         }

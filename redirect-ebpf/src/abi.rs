@@ -373,11 +373,14 @@ pub enum Counter {
     /// TCP that came in on a virtual interface and was dropped because it is a fragment or has IPv6
     /// extension headers.
     DroppedVirtualUnreadable = 18,
+    /// Connections that the proxy opened to the application by a port of the client's that another
+    /// connection has; refused.
+    RefusedPortTaken = 19,
 }
 
 impl Counter {
     /// Every counter with its name, as `status` and the metrics show it.
-    pub const ALL: [(Counter, &'static str); 19] = [
+    pub const ALL: [(Counter, &'static str); 20] = [
         (Counter::RedirectedOutbound, "redirected_outbound"),
         (Counter::RedirectedInbound, "redirected_inbound"),
         (Counter::Hbone, "hbone"),
@@ -397,6 +400,7 @@ impl Counter {
         (Counter::KubeletProbe, "kubelet_probe"),
         (Counter::ProbeSource, "probe_source"),
         (Counter::DroppedVirtualUnreadable, "dropped_virtual_unreadable"),
+        (Counter::RefusedPortTaken, "refused_port_taken"),
     ];
 }
 

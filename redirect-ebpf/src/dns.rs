@@ -425,6 +425,10 @@ mod tests {
             panic!("DNS asks for no application")
         }
 
+        fn is_open(&self, _: &Segment) -> bool {
+            false
+        }
+
         fn proxy(&self, _: PodId, kind: u32, _: &Segment) -> Proxy {
             assert_eq!(kind, LISTENER_OUTBOUND);
             self.without_dns.unwrap_or(Proxy::Listens)

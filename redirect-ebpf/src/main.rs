@@ -533,6 +533,14 @@ impl Env for Tc<'_> {
     }
 
     #[inline(always)]
+    fn is_open(&self, segment: &Segment) -> bool {
+        set_hint(Some(Hint::new(segment.receiver_flow(), HINT_QUESTION)));
+        let open = sockets::open(self.ctx.as_ptr(), segment);
+        set_hint(None);
+        open
+    }
+
+    #[inline(always)]
     fn proxy(&self, pod_id: PodId, kind: u32, segment: &Segment) -> Proxy {
         sockets::proxy(self.ctx, &ListenerKey { pod_id, kind }, segment.dst.is_v4())
     }

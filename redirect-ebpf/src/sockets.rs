@@ -30,34 +30,46 @@ use crate::{
     packet::{self, tail},
 };
 
+/// No socket's state.
+const NO_SOCKET: u32 = 0;
+/// Source: Linux `include/net/tcp_states.h`.
+const TCP_TIME_WAIT: u32 = 6;
 const TCP_LISTEN: u32 = 10;
+const TCP_NEW_SYN_RECV: u32 = 12;
 
 /// Whether the kernel finds a socket for this segment. It runs `sk_lookup` too: the caller sets
 /// the hint first, so that only the application's own listeners and connections are found.
 #[inline(always)]
 pub fn any(ctx: *mut c_void, segment: &Segment) -> bool {
-    find(ctx, segment, |_| true)
+    state(ctx, segment) != NO_SOCKET
 }
 
 /// The same, for a socket that is no listener.
 #[inline(always)]
 pub fn has_connection(ctx: *mut c_void, segment: &Segment) -> bool {
-    find(ctx, segment, |state| state != TCP_LISTEN)
+    !matches!(state(ctx, segment), NO_SOCKET | TCP_LISTEN)
+}
+
+/// Whether that is of an open connection. One that is about to open is the segment's own, maybe, sent
+/// again; a TIME_WAIT makes room.
+#[inline(always)]
+pub fn open(ctx: *mut c_void, segment: &Segment) -> bool {
+    !matches!(state(ctx, segment), NO_SOCKET | TCP_LISTEN | TCP_TIME_WAIT | TCP_NEW_SYN_RECV)
 }
 
 #[inline(always)]
-fn find(ctx: *mut c_void, segment: &Segment, counts: impl Fn(u32) -> bool) -> bool {
+fn state(ctx: *mut c_void, segment: &Segment) -> u32 {
     let Segment { src, dst, src_port, dst_port, .. } = segment;
     let (mut tuple, len) = tuple(src, *src_port, dst, *dst_port);
     // SAFETY: the tuple is initialized for `len` bytes; the reference is released.
     unsafe {
         let sk = bpf_skc_lookup_tcp(ctx, &raw mut tuple, len, BPF_F_CURRENT_NETNS as u64, 0);
         if sk.is_null() {
-            return false;
+            return NO_SOCKET;
         }
-        let found = counts((*sk).state);
+        let state = (*sk).state;
         bpf_sk_release(sk.cast());
-        found
+        state
     }
 }
 

@@ -80,6 +80,8 @@ pub trait Env: Pods {
     /// proxy's own ports it is the proxy's, and counts: a hint would let outsiders reach its
     /// outbound listener.
     fn application_listens(&self, segment: &Segment) -> bool;
+    /// Whether a connection is open here that has this segment's very addresses and ports.
+    fn is_open(&self, segment: &Segment) -> bool;
     /// Whether the proxy listens in this pod, on one of `LISTENER_*`.
     fn proxy(&self, pod_id: PodId, kind: u32, segment: &Segment) -> Proxy;
 }
@@ -141,6 +143,16 @@ pub fn with_mesh_mark(mark: u32, mesh: u32) -> u32 {
 #[inline(always)]
 pub fn on_lo(mark: u32, segment: Option<&Segment>, env: &impl Env) -> Ingress {
     if mesh_mark(mark) == MARK_PROXY {
+        // It calls from the client's address, by a port that it has chosen without knowing the
+        // client's own. The socket that has it would answer the client, and the proxy wait in vain.
+        if let Some(segment) = segment
+            && segment.opens
+            && let Some(pod) = enrolled(env.pod(&segment.dst))
+            && env.is_open(segment)
+        {
+            let count = Some((pod.pod_id, Counter::RefusedPortTaken));
+            return Ingress { fate: Fate::Reset, count, ..Ingress::NEXT };
+        }
         // Every packet, not only the SYN: under SYN cookies the ACK looks for the listener.
         // The accepted socket takes the mark, and so its replies come back here, also while the pod
         // leaves the mesh.
@@ -487,6 +499,7 @@ mod tests {
     #[derive(Debug, PartialEq, Eq)]
     enum Asked {
         Application,
+        Open,
         Proxy(PodId, u32),
     }
 
@@ -505,6 +518,7 @@ mod tests {
         /// Whether a guest's connection waits in a SYN cookie.
         cookie: bool,
         application_listens: bool,
+        is_open: bool,
         proxy: Proxy,
         asked: RefCell<Vec<Asked>>,
     }
@@ -530,6 +544,7 @@ mod tests {
                 connection: None,
                 cookie: false,
                 application_listens,
+                is_open: false,
                 proxy,
                 asked: RefCell::default(),
             }
@@ -573,6 +588,11 @@ mod tests {
         fn application_listens(&self, _: &Segment) -> bool {
             self.asked.borrow_mut().push(Asked::Application);
             self.application_listens
+        }
+
+        fn is_open(&self, _: &Segment) -> bool {
+            self.asked.borrow_mut().push(Asked::Open);
+            self.is_open
         }
 
         fn proxy(&self, pod_id: PodId, kind: u32, _: &Segment) -> Proxy {
@@ -632,9 +652,31 @@ mod tests {
                             count: None,
                         };
                         assert_eq!(on_lo(mark, Some(&segment), &node), expected);
-                        node.assert_asked(&[]);
+                        node.assert_asked(if segment.opens { &[Asked::Open] } else { &[] });
                     }
                 }
+            }
+        }
+    }
+
+    #[test]
+    fn the_proxy_calls_by_a_port_that_another_connection_has() {
+        for a in both_families() {
+            let node = || Node { is_open: true, ..Node::new(&a, true, Proxy::Listens) };
+            for (pod_id, own) in [(OWN, a.own), (PREPARING, a.preparing)] {
+                let count = Some((pod_id, Counter::RefusedPortTaken));
+                let refused = Ingress { fate: Fate::Reset, count, ..Ingress::NEXT };
+                let ingress = on_lo(MARK_PROXY, Some(&syn(a.stranger, own)), &node());
+                assert_eq!(ingress, refused);
+            }
+            for (scenario, segment) in [
+                ("a connection that is open", data(a.stranger, a.own)),
+                ("to a pod that bypasses", syn(a.stranger, a.bypassing)),
+            ] {
+                let node = node();
+                let ingress = on_lo(MARK_PROXY, Some(&segment), &node);
+                assert_eq!(ingress.fate, Fate::Next, "{scenario}");
+                node.assert_asked(&[]);
             }
         }
     }

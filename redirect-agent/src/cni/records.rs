@@ -23,7 +23,7 @@ const DIR: &str = "sandboxes";
 /// A pod's sandbox, as CNI has told of it.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Sandbox {
-    /// The uid of the pod's API object.
+    /// The uid that kubelet knows the pod by.
     pub uid: String,
     /// Path of its network namespace.
     pub netns: PathBuf,

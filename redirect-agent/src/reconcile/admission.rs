@@ -19,7 +19,6 @@ use crate::{
         request::AddRequest,
         server::{Agent, Refusal},
     },
-    finder::is_known_as,
     membership::{Pod, PodKey, can_be_a_pods},
     output::PodState,
     source::Inventory,
@@ -81,11 +80,15 @@ impl Admission {
         }
         let told = match add.pod.take() {
             // Where nothing had to be told, the wish may have changed since.
-            Some(told) if told.uid == pod.uid && (told.sandbox.is_some() || !enrolled) => told,
+            Some(told)
+                if told.uid == pod.kubelet_uid() && (told.sandbox.is_some() || !enrolled) =>
+            {
+                told
+            }
             _ => self.tell(add, pod, enrolled).await?,
         };
         let told = add.pod.insert(told);
-        let recorded = self.records.of(&pod.uid);
+        let recorded = self.records.of(pod.kubelet_uid());
         if let Some((sandbox, _)) = &told.sandbox
             && recorded.as_deref() != Some(sandbox)
         {
@@ -93,7 +96,7 @@ impl Admission {
         }
 
         let views = self.views.lock();
-        let view = views.get(&add.key).filter(|view| view.pod.uid == pod.uid);
+        let view = views.get(&add.key).filter(|view| view.pod.kubelet_uid() == pod.kubelet_uid());
         let inode = view.and_then(|view| view.netns.as_ref()).map(|netns| netns.netns.inode());
         let is_there = match view {
             None => !enrolled,
@@ -118,7 +121,7 @@ impl Admission {
 
     /// Tells what CNI has told. For a pod that bypasses it only may be of use one day.
     async fn tell(&self, add: &Add, pod: &Pod, enrolled: bool) -> Result<Told, Refusal> {
-        let uid = pod.uid.clone();
+        let uid = pod.kubelet_uid().to_owned();
         let mut sandbox = add.sandbox(&uid);
         let records = Arc::clone(&self.records);
         let told = spawn_blocking(move || {
@@ -191,7 +194,7 @@ impl Add {
 fn pod_of<'a>(inventory: &'a Inventory, add: &Add) -> Option<&'a Pod> {
     let is_it = |pod: &&Pod| match add.request.pod_uid.as_deref() {
         None | Some("") => !pod.deleting,
-        Some(uid) => is_known_as(pod, uid),
+        Some(uid) => pod.kubelet_uid() == uid,
     };
     inventory.pods.get(&add.key).filter(is_it)
 }

@@ -73,6 +73,8 @@ struct Target {
     /// What CNI has told of its sandbox.
     sandbox: Option<Arc<Sandbox>>,
     decision: Decision,
+    /// The pod is a static one, and its object was deleted: it may run on, or be gone, too.
+    mirror_is_gone: bool,
 }
 
 /// `None` when the pod is gone.
@@ -172,7 +174,10 @@ pub struct Reconciler<S> {
 
 /// A pod's task.
 struct Running {
+    /// What kubelet knows the pod by.
     uid: String,
+    /// Whether the pod is a static one.
+    mirror: bool,
     wanted: watch::Sender<Wanted>,
     handle: JoinHandle<()>,
 }
@@ -270,8 +275,11 @@ impl<S: Source> Reconciler<S> {
     fn update(&mut self) -> Vec<(PodTask<S>, watch::Sender<Wanted>)> {
         let inventory = Arc::clone(&self.inventory.borrow_and_update());
         let sandboxes = self.shared.settings.finder.records().current();
-        let stays = |key: &PodKey, task: &mut Running| {
-            inventory.pods.get(key).is_some_and(|pod| pod.uid == task.uid)
+        let stays = |key: &PodKey, task: &mut Running| match inventory.pods.get(key) {
+            Some(pod) => pod.kubelet_uid() == task.uid && !task.handle.is_finished(),
+            None => {
+                task.mirror && self.shared.source.gone_is_deleted() && !task.handle.is_finished()
+            }
         };
         for (key, task) in self.tasks.extract_if(.., |key, task| !stays(key, task)) {
             task.wanted.send_replace(None);
@@ -279,17 +287,28 @@ impl<S: Source> Reconciler<S> {
             self.leaving.insert(key, task.handle);
         }
         self.leaving.retain(|_, handle| !handle.is_finished());
+        let target = |pod: Pod, sandbox, mirror_is_gone| {
+            let decision = self.judge.decide(&inventory, &pod);
+            Target { pod, sandbox, decision, mirror_is_gone }
+        };
+        let tell = |task: &Running, wanted: Wanted| {
+            task.wanted.send_if_modified(|old| {
+                let modified = *old != wanted;
+                *old = wanted;
+                modified
+            });
+        };
+        for (_, task) in self.tasks.iter().filter(|(key, _)| !inventory.pods.contains_key(key)) {
+            let last = task.wanted.borrow().clone();
+            tell(task, last.map(|last| target(last.pod, last.sandbox, true)));
+        }
         let mut new = Vec::new();
         for (pod, sandbox) in in_sandboxes(inventory.pods.values(), &sandboxes) {
-            let (key, decision) = (pod.key.clone(), self.judge.decide(&inventory, &pod));
-            let target = Target { pod, sandbox, decision };
+            let key = pod.key.clone();
+            let target = target(pod, sandbox, false);
             let wanted = Some(target.clone());
             if let Some(task) = self.tasks.get(&key) {
-                task.wanted.send_if_modified(|old| {
-                    let modified = *old != wanted;
-                    *old = wanted;
-                    modified
-                });
+                tell(task, wanted);
             } else {
                 let (sender, receiver) = watch::channel(wanted);
                 let shared = Arc::clone(&self.shared);
@@ -301,7 +320,8 @@ impl<S: Source> Reconciler<S> {
     }
 
     fn start(&mut self, task: PodTask<S>, wanted: watch::Sender<Wanted>) {
-        let (key, uid) = (task.key().clone(), task.uid().to_owned());
+        let (key, uid) = (task.key().clone(), task.pod().kubelet_uid().to_owned());
+        let mirror = task.pod().is_mirror();
         let former = self.leaving.remove(&key);
         let handle = self.tracker.spawn(async move {
             if let Some(former) = former {
@@ -310,7 +330,7 @@ impl<S: Source> Reconciler<S> {
             }
             task.run().await;
         });
-        self.tasks.insert(key, Running { uid, wanted, handle });
+        self.tasks.insert(key, Running { uid, mirror, wanted, handle });
     }
 
     /// Sweeps what is left of namespaces that are dead, and rows of addresses that nobody has.
@@ -335,9 +355,14 @@ impl<S: Source> Reconciler<S> {
         }
     }
 
-    /// The uids that the source knows; `None` while a pod that it knows no more is on its way out.
+    /// The uids that kubelet knows the pods by; `None` while a pod that the source knows no more is on
+    /// its way out.
     fn uids(&self) -> Option<BTreeSet<String>> {
-        let uids = || self.inventory.borrow().pods.values().map(|pod| pod.uid.clone()).collect();
+        let uids = || {
+            let inventory = self.inventory.borrow();
+            let known = inventory.pods.values().map(|pod| pod.kubelet_uid().to_owned());
+            known.chain(self.tasks.values().map(|task| task.uid.clone())).collect()
+        };
         self.leaving.is_empty().then(uids)
     }
 
@@ -501,7 +526,7 @@ fn in_sandboxes<'a>(
     let given: BTreeSet<IpAddr> =
         sandboxes.values().flat_map(|sandbox| sandbox.addresses.iter().copied()).collect();
     pods.map(move |pod| {
-        let (mut pod, sandbox) = (pod.clone(), sandboxes.get(&pod.uid).cloned());
+        let (mut pod, sandbox) = (pod.clone(), sandboxes.get(pod.kubelet_uid()).cloned());
         match &sandbox {
             Some(sandbox) => pod.ips.clone_from(&sandbox.addresses),
             None if pod.host_network => {}

@@ -121,8 +121,8 @@ impl<S: Source> PodTask<S> {
         &self.key
     }
 
-    pub(super) fn uid(&self) -> &str {
-        &self.pod.uid
+    pub(super) fn pod(&self) -> &Pod {
+        &self.pod
     }
 
     /// Takes over what a former agent has set up, and makes the pod known to the ZDS server, which
@@ -186,7 +186,7 @@ impl<S: Source> PodTask<S> {
         let mut verify = Instant::now() + verify_interval;
         loop {
             self.wanted.mark_unchanged();
-            if self.settle_wish().await.is_none() {
+            if self.settle_wish().await.is_none() || self.is_gone_with_its_mirror().await {
                 self.bury().await;
                 return;
             }
@@ -298,7 +298,7 @@ impl<S: Source> PodTask<S> {
             Step::Capture => {
                 let netns = self.open_netns().await?;
                 let traffic = self.traffic();
-                let unused = self.shared.settings.finder.records().is_held(&self.pod.uid);
+                let unused = self.shared.settings.finder.records().is_held(self.pod.kubelet_uid());
                 let capture = move |d: &Dataplane, pod: &PodNetns| match unused {
                     true => d.capture_unused(pod, &traffic),
                     false => d.capture(pod, &traffic),
@@ -343,7 +343,7 @@ impl<S: Source> PodTask<S> {
             }
             Step::Drain => return self.drain().await,
             Step::Withdraw => {
-                self.shared.zds.delete(&self.pod.uid).await;
+                self.shared.zds.delete(self.pod.kubelet_uid()).await;
                 self.standing.offered = false;
                 self.standing.served = false;
             }
@@ -488,9 +488,9 @@ impl<S: Source> PodTask<S> {
     /// The proxy lets go of it, and what the kernel has for it stays.
     async fn let_go(&mut self) {
         (self.netns, self.network) = (None, None);
-        self.shared.zds.delete(&self.pod.uid).await;
+        self.shared.zds.delete(self.pod.kubelet_uid()).await;
         // Where its start waits for us, it is about to be true again.
-        let starts = self.shared.settings.finder.records().is_held(&self.pod.uid);
+        let starts = self.shared.settings.finder.records().is_held(self.pod.kubelet_uid());
         let stale = (self.standing.published || self.standing.stale) && !starts;
         self.standing = Standing { mentioned: true, stale, ..Standing::default() };
     }
@@ -546,6 +546,16 @@ impl<S: Source> PodTask<S> {
         }
     }
 
+    fn mirror_is_gone(&self) -> bool {
+        self.wanted.borrow().as_ref().is_some_and(|target| target.mirror_is_gone)
+    }
+
+    /// A static pod in the mesh whose mirror was deleted stays as long as it runs: kubelet makes a new
+    /// mirror of it.
+    async fn is_gone_with_its_mirror(&self) -> bool {
+        self.mirror_is_gone() && !(self.standing.captured && self.netns_stands().await)
+    }
+
     fn wish(&self) -> Option<Wish> {
         let wanted = self.wanted.borrow();
         let decision = wanted.as_ref()?.decision;
@@ -571,12 +581,16 @@ impl<S: Source> PodTask<S> {
     /// Takes over what the source now says of the pod.
     async fn settle_wish(&mut self) -> Option<Wish> {
         let wanted = self.wanted.borrow().clone();
-        let Target { pod, sandbox, decision } = wanted?;
+        let Target { mut pod, sandbox, decision, .. } = wanted?;
         let told = sandbox.is_some() && sandbox != self.sandbox;
         self.sandbox = sandbox;
         if told && (self.netns.is_none() || !self.netns_stands().await) {
             // What is known to be true was so of a former one.
             self.lose_netns().await;
+        }
+        if pod.is_mirror() && pod.ips.is_empty() {
+            // Kubelet has yet to say so of a new mirror; the sandbox is the same.
+            pod.ips.clone_from(&self.pod.ips);
         }
         if self.reason != Some(decision.reason) || pod.ips != self.pod.ips {
             // Its rows change.
@@ -592,7 +606,7 @@ impl<S: Source> PodTask<S> {
             self.enrolling = Some(Instant::now());
         }
         let published = |pod: &Pod| pod.annotations.get(ANNOTATION_REDIRECTION).cloned();
-        if published(&pod) != published(&self.pod) {
+        if published(&pod) != published(&self.pod) || pod.uid != self.pod.uid {
             // It was us, or somebody else: saying it again costs nothing where it is right.
             self.standing.published = false;
             self.standing.mentioned = true;
@@ -659,20 +673,24 @@ impl<S: Source> PodTask<S> {
         blocking(move || f(&dataplane, &pod)).await.with_context(|| format!("set up pod {key}"))
     }
 
-    fn told_of_annotations(&self) -> Option<String> {
+    fn told_of_mirror_or_annotations(&self) -> Option<String> {
+        if self.mirror_is_gone() {
+            return Some("its mirror pod was deleted; it stays as it is while it runs".to_owned());
+        }
         (!self.misread.is_empty()).then(|| self.misread.join("; "))
     }
 
     /// Updates what `status` shows.
     fn show(&self) {
-        let Some(Target { decision, .. }) = self.wanted.borrow().clone() else { return };
+        let wanted = self.wanted.borrow().clone();
+        let Some(Target { decision, .. }) = wanted else { return };
         let view = View {
             pod: self.pod.clone(),
             decision,
             standing: self.standing,
             traffic: self.traffic(),
             netns: self.netns.clone(),
-            problem: self.problem.clone().or_else(|| self.told_of_annotations()),
+            problem: self.problem.clone().or_else(|| self.told_of_mirror_or_annotations()),
             failing: self.failing,
             tried: self.tried,
         };
@@ -698,7 +716,7 @@ fn no_address(pod: &PodKey) -> String {
 
 fn workload(pod: &Pod) -> Workload {
     Workload {
-        uid: pod.uid.clone(),
+        uid: pod.kubelet_uid().to_owned(),
         namespace: pod.key.namespace.clone(),
         name: pod.key.name.clone(),
         service_account: pod.service_account.clone(),

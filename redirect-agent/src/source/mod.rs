@@ -163,7 +163,9 @@ pub fn without_conflicts(
     problems: &mut Vec<Problem>,
 ) -> BTreeMap<PodKey, Pod> {
     let unchanged = |pod: &Pod| {
-        previous.get(&pod.key).is_some_and(|old| old.uid == pod.uid && old.ips == pod.ips)
+        previous
+            .get(&pod.key)
+            .is_some_and(|old| old.kubelet_uid() == pod.kubelet_uid() && old.ips == pod.ips)
     };
     let (incumbents, newcomers): (Vec<Pod>, Vec<Pod>) =
         candidates.into_values().partition(unchanged);
@@ -175,7 +177,8 @@ pub fn without_conflicts(
             Err(conflict) => {
                 let old = previous
                     .get(&pod.key)
-                    .filter(|old| old.uid == pod.uid && claims.claim(old).is_ok());
+                    .filter(|old| old.kubelet_uid() == pod.kubelet_uid())
+                    .filter(|old| claims.claim(old).is_ok());
                 problems.push(Problem {
                     object: format!("pod {}", pod.key),
                     message: format!(
@@ -207,8 +210,9 @@ struct Claims {
 impl Claims {
     /// Records what `pod` has, or nothing when another pod has some of it.
     fn claim(&mut self, pod: &Pod) -> Result<(), String> {
-        if let Some(other) = self.uids.get(&pod.uid) {
-            return Err(format!("its uid {} is that of pod {other}, too", pod.uid));
+        let uid = pod.kubelet_uid();
+        if let Some(other) = self.uids.get(uid) {
+            return Err(format!("its uid {uid} is that of pod {other}, too"));
         }
         let ips: &[IpAddr] =
             if pod.host_network || pod.phase.is_finished() { &[] } else { &pod.ips };
@@ -217,7 +221,7 @@ impl Claims {
                 return Err(format!("its address {ip} is that of pod {other}, too"));
             }
         }
-        self.uids.insert(pod.uid.clone(), pod.key.clone());
+        self.uids.insert(uid.to_owned(), pod.key.clone());
         self.addresses.extend(ips.iter().map(|ip| (*ip, pod.key.clone())));
         Ok(())
     }

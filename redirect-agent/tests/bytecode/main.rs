@@ -10,7 +10,7 @@ mod packet;
 mod sys;
 mod world;
 
-use std::{fs::File, os::fd::AsFd as _, thread};
+use std::{fs::File, os::fd::AsFd as _, process::Command, thread};
 
 use anyhow::{Context as _, Result, ensure};
 use fastrand::Rng;
@@ -31,7 +31,7 @@ use redirect_ebpf::{
 use crate::{
     kernel::{Kernel, RanTcx, Tcx},
     packet::{Packet, choose},
-    world::{Since, World, own_id},
+    world::{Connection, Since, World, own_id},
 };
 
 const TC_ACT_UNSPEC: u32 = u32::MAX;
@@ -56,6 +56,15 @@ fn the_bytecode_and_verdict_rs_give_the_same_verdict_for_generated_packets() -> 
         let neighbour = world::Listener::open("[::]:0".parse()?, false, MARK_PROXY)?;
         // The listeners of the other pods are in namespaces of their own, this one here.
         unshare(CloneFlags::CLONE_NEWNET).context("make a network namespace")?;
+        // For connections; their routes lead nowhere else.
+        for command in [
+            "link set lo up",
+            "route add local default dev lo",
+            "-6 route add local default dev lo",
+        ] {
+            let status = Command::new("ip").args(command.split(' ')).status().context("run ip")?;
+            ensure!(status.success(), "ip {command}: {status}");
+        }
         kernel.attach_lookup(&File::open("/proc/thread-self/ns/net")?)?;
         let mut seen = Seen::default();
         for number in 0..WORLDS {
@@ -135,6 +144,7 @@ struct Seen {
     drop: usize,
     reset: usize,
     unwritable_reset: usize,
+    port_taken: usize,
     hint_from_proxy: usize,
     hint_from_pod: usize,
     hint_no_listener: usize,
@@ -170,6 +180,7 @@ impl Seen {
             ("drop", self.drop),
             ("reset", self.reset),
             ("reset of what cannot be rewritten", self.unwritable_reset),
+            ("reset by a port that is taken", self.port_taken),
             ("hint from proxy", self.hint_from_proxy),
             ("hint from the pod", self.hint_from_pod),
             ("hint no listener", self.hint_no_listener),
@@ -279,8 +290,12 @@ impl Checks<'_> {
         let packet = Packet::random(rng);
         let mark = mark(rng);
         self.kernel.maps.set_hint(stale_hint(rng))?;
+        self.world.open = None;
         if let Some(segment) = &packet.segment {
             self.note_kubelets(rng, segment.receiver_flow())?;
+            if rng.u8(..8) == 0 {
+                self.world.open = Connection::open(segment.receiver_flow());
+            }
         }
         let Some(ran) = self.kernel.run_tcx(at, &packet.bytes, mark)? else {
             seen.too_short_for_the_kernel += 1;
@@ -330,6 +345,8 @@ impl Checks<'_> {
                 }
                 Fate::Reset => {
                     seen.reset += 1;
+                    let taken = matches!(count, Some((_, Counter::RefusedPortTaken)));
+                    seen.port_taken += usize::from(taken);
                     packet.check_reset(&ran.packet)?;
                 }
                 _ => same("packet", &packet.bytes, &ran.packet)?,
@@ -428,6 +445,7 @@ impl Checks<'_> {
     }
 
     fn lookup(&mut self, rng: &mut Rng, seen: &mut Seen) -> Result<()> {
+        self.world.open = None;
         let v4 = rng.bool();
         let (remote, local) = world::addresses(rng, v4);
         let flow =

@@ -12,6 +12,7 @@ use std::{
 
 use anyhow::{Context as _, Result};
 use fastrand::Rng;
+use nix::sys::socket::{setsockopt, sockopt::TcpRepair};
 use redirect_ebpf::{
     abi::{
         Addr, DECISION_BYPASS, DECISION_ENROLLED, DnsFlow, DnsKey, Flow, LISTENER_HBONE,
@@ -166,6 +167,34 @@ impl Listener {
     }
 }
 
+/// An open connection.
+#[derive(Debug)]
+pub struct Connection {
+    pub flow: Flow,
+    _socket: Socket,
+}
+
+impl Connection {
+    /// Opens one without a packet, and without anybody at the other end; `None` where the kernel lets
+    /// nobody connect so.
+    pub fn open(flow: Flow) -> Option<Self> {
+        let local = SocketAddr::new(flow.local.to_ip(), flow.local_port);
+        let remote = SocketAddr::new(flow.remote.to_ip(), flow.remote_port);
+        let open = || {
+            let socket = Socket::new(Domain::for_address(local), Type::STREAM, None)?;
+            match local.is_ipv4() {
+                true => socket.set_freebind_v4(true)?,
+                false => socket.set_freebind_v6(true)?,
+            }
+            setsockopt(&socket, TcpRepair, &1)?;
+            socket.bind(&local.into())?;
+            socket.connect(&remote.into())?;
+            std::io::Result::Ok(socket)
+        };
+        open().ok().map(|socket| Self { flow, _socket: socket })
+    }
+}
+
 /// Since when a proxy does not listen.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Since {
@@ -203,6 +232,8 @@ pub struct World {
     pub probe_source: Option<Addr>,
     /// The connection of kubelet's that is noted, if it is recent.
     pub kubelets: Option<Flow>,
+    /// The connection that is open in the namespace.
+    pub open: Option<Connection>,
     /// Every socket that listens in the namespace.
     pub sockets: Vec<Listener>,
     /// Every UDP socket in it.
@@ -246,6 +277,7 @@ impl World {
             excluded_outbound: (excluded_port, excluded_peer),
             probe_source,
             kubelets: None,
+            open: None,
             sockets,
             udp,
             state: RefCell::default(),
@@ -294,7 +326,11 @@ impl Pods for World {
 
 impl Env for World {
     fn application_listens(&self, segment: &Segment) -> bool {
-        self.listener(&segment.dst, segment.dst_port).is_some()
+        self.is_open(segment) || self.listener(&segment.dst, segment.dst_port).is_some()
+    }
+
+    fn is_open(&self, segment: &Segment) -> bool {
+        self.open.as_ref().is_some_and(|open| open.flow == segment.receiver_flow())
     }
 
     fn proxy(&self, pod_id: PodId, kind: u32, segment: &Segment) -> Proxy {

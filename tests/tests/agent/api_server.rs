@@ -11,6 +11,7 @@ use redirect_tests::hbone::Direction;
 use redirect_tests::netns::Family;
 use redirect_tests::process::wait_for;
 use redirect_tests::topology::Pod;
+use serde_json::json;
 
 use crate::cluster::{Cluster, Manifest, PORT, SOON, echo, now};
 use crate::load::Load;
@@ -20,6 +21,7 @@ both_families! {
     api_server_is_away_for_a_while_and_traffic_is_not_affected,
     pod_that_is_deleted_by_force_does_not_go_on_in_plaintext,
     refused_patch_is_told_and_traffic_is_not_affected,
+    static_pod_stays_in_the_mesh_while_its_mirror_is_made_anew,
 }
 
 const REDIRECTION: &str = "ambient.istio.io/redirection";
@@ -251,4 +253,54 @@ fn refused_patch_is_told_and_traffic_is_not_affected(family: Family) -> Result<(
         managed.wait_for_redirection(server, Some("enabled"))
     })?;
     Ok(())
+}
+
+/// Kubelet's copy of a static pod for the API server. Whoever deletes it does not end the pod.
+fn mirror(pod: &Pod, uid: &str) -> Manifest {
+    let annotation = |mirror: Manifest, name| {
+        mirror.with("/metadata/annotations", name, json!("0123456789abcdef0123456789abcdef"))
+    };
+    let mirror = Manifest::of(pod).mode("ambient").uid(uid);
+    annotation(annotation(mirror, "kubernetes.io/config.mirror"), "kubernetes.io/config.hash")
+}
+
+fn static_pod_stays_in_the_mesh_while_its_mirror_is_made_anew(family: Family) -> Result<()> {
+    let managed = &mut Managed::start()?;
+    let pod = managed.cluster.topology.add_pod(0, "shop", "static")?;
+    let Managed { cluster: Cluster { node, client, .. }, api } = &managed;
+    let apps = (echo(&pod)?, echo(client)?);
+    // The proxy's view of it.
+    node.write(&Manifest::of(&pod))?;
+    managed.put(&mirror(&pod, "mirror-1"));
+    managed.wait_for_redirection(&pod, Some("enabled"))?;
+
+    Load::between(client, &pod, &[family]).keeping_old().during(|| {
+        for uid in ["mirror-2", "mirror-3"] {
+            api.delete(Kind::Pod, "shop", "static");
+            let without = node.wait_for_pod("to have no mirror", &pod, |p| p.message.is_some())?;
+            assert_eq!(without.state, PodState::Enrolled);
+            node.assert_outbound(&pod, client, family)?;
+            node.assert_inbound(client, &pod, family)?;
+
+            // Kubelet tells its addresses only afterwards.
+            let fresh = mirror(&pod, uid).with("", "status", json!({"phase": "Pending"}));
+            api.put(Kind::Pod, fresh.object());
+            managed.wait_for_redirection(&pod, Some("enabled"))?;
+            node.assert_outbound(&pod, client, family)?;
+            managed.put(&mirror(&pod, uid));
+            let with = node.wait_for_pod("to be told of", &pod, |p| p.uid == uid)?;
+            assert_eq!((with.state, with.message), (PodState::Enrolled, None));
+            node.assert_outbound(&pod, client, family)?;
+            node.assert_inbound(client, &pod, family)?;
+        }
+        Ok(())
+    })?;
+
+    // The pod itself is gone, and its mirror with it.
+    api.delete(Kind::Pod, "shop", "static");
+    drop((apps, pod));
+    wait_for("the pod to be gone", SOON, || {
+        let pods = node.status()?.pods;
+        Ok((!pods.iter().any(|p| p.name == "static")).then_some(()))
+    })
 }

@@ -1,26 +1,29 @@
 //! A connection with the very addresses and ports of another one, which is in TIME_WAIT or open.
 
 use std::fs;
+use std::io::ErrorKind;
 use std::net::{SocketAddr, TcpListener};
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::thread;
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use anyhow::{Context as _, Result, anyhow, bail};
-use redirect_tests::app::{App, Behaviour, Call, Outcome};
+use redirect_tests::app::{App, Behaviour, Call, Conversation, Outcome};
 use redirect_tests::both_families;
 use redirect_tests::netns::{Family, Netns};
 use redirect_tests::plain_proxy::{PlainProxy, Policy, Relayed, Via};
 use redirect_tests::process::{Attached, wait_for};
 use redirect_tests::topology::Pod;
 
-use crate::{PORT, Pair};
+use crate::{PORT, Pair, echo};
 
 both_families! {
     ports_of_a_direct_connection_in_time_wait_lead_to_the_proxy,
     ports_of_the_proxys_connection_in_time_wait_lead_to_the_proxy,
     calls_with_one_port_are_direct_and_then_redirected_and_never_lost,
     application_that_begins_to_listen_is_not_reached_past_the_proxy,
+    proxy_that_takes_the_port_of_a_direct_connection_is_refused_at_once,
+    proxy_that_takes_the_port_of_a_redirected_connection_is_refused_at_once,
 }
 
 /// The port that the client calls from.
@@ -160,7 +163,15 @@ fn application_that_begins_to_listen_is_not_reached_past_the_proxy(family: Famil
             server.netns.run(|| {
                 let mut reached = Vec::new();
                 while !done.load(Ordering::Relaxed) {
-                    let listener = TcpListener::bind(SocketAddr::new(family.any(), PORT))?;
+                    let listener = match TcpListener::bind(SocketAddr::new(family.any(), PORT)) {
+                        Ok(listener) => listener,
+                        // What is left of the one before goes in a moment.
+                        Err(e) if e.kind() == ErrorKind::AddrInUse => {
+                            thread::yield_now();
+                            continue;
+                        }
+                        Err(e) => return Err(e.into()),
+                    };
                     listener.set_nonblocking(true)?;
                     // As long as a handshake takes.
                     thread::sleep(Duration::from_micros(100));
@@ -182,4 +193,64 @@ fn application_that_begins_to_listen_is_not_reached_past_the_proxy(family: Famil
     assert!(refused > 0 && !proxy.relayed_via(Via::Inbound).is_empty(), "{refused} refused");
     assert_eq!(reached, []);
     Ok(())
+}
+
+/// The proxy chooses a port for its connection to the application, which comes from the client's
+/// address. That may be one that the client itself uses, because nothing in the pod is bound to it.
+fn proxy_that_takes_the_port_of_a_direct_connection_is_refused_at_once(
+    family: Family,
+) -> Result<()> {
+    let pair = Pair::new()?;
+    let Pair { client, server, topology } = &pair;
+    let _app = echo(server, family)?;
+    let (from, to) = (client.addr(family, CLIENT_PORT), server.addr(family, PORT));
+    let direct = Call::to(to).from(from).open(&client.netns)?;
+    assert_eq!(direct.answer().saw_peer, from);
+    let proxy = PlainProxy::start(&server.netns)?;
+    let _attached = Attached::new(topology, server)?;
+
+    assert_refused_while_open(family, &pair, &proxy, direct)
+}
+
+fn proxy_that_takes_the_port_of_a_redirected_connection_is_refused_at_once(
+    family: Family,
+) -> Result<()> {
+    let pair = Pair::new()?;
+    let Pair { client, server, topology } = &pair;
+    let _app = echo(server, family)?;
+    let proxy = PlainProxy::start(&server.netns)?;
+    let _attached = Attached::new(topology, server)?;
+    let (from, to) = (client.addr(family, CLIENT_PORT), server.addr(family, PORT));
+    let redirected = Call::to(to).from(from).open(&client.netns)?;
+    assert_ne!(redirected.answer().saw_peer, from);
+
+    assert_refused_while_open(family, &pair, &proxy, redirected)
+}
+
+/// The proxy has only the port of `open` to choose.
+fn assert_refused_while_open(
+    family: Family,
+    Pair { client, server, .. }: &Pair,
+    proxy: &PlainProxy,
+    mut open: Conversation,
+) -> Result<()> {
+    let to = server.addr(family, PORT);
+    let only = format!("{CLIENT_PORT} {CLIENT_PORT}");
+    server.netns.set_sysctl("net/ipv4/ip_local_port_range", &only)?;
+    let before = proxy.relayed_via(Via::Inbound).len();
+
+    let called = Instant::now();
+    let outcome = Call::to(to).make(&client.netns)?;
+    assert_eq!(outcome, Outcome::Closed { bytes: 0 });
+    assert!(called.elapsed() < Duration::from_millis(900), "after {:?}", called.elapsed());
+    assert_eq!(proxy.relayed_via(Via::Inbound).len(), before + 1);
+
+    open.exchange(b"still there?")?;
+    drop(open);
+    wait_for("the port to be free", Duration::from_secs(5), || {
+        match Call::to(to).make(&client.netns)? {
+            Outcome::Answered(answer) => Ok(Some(assert_eq!(answer.saw_peer.port(), CLIENT_PORT))),
+            _ => Ok(None),
+        }
+    })
 }
