@@ -67,6 +67,7 @@ pub struct Metrics {
     failures: Counter,
     zds_connections: Gauge,
     kubelet_followed: Gauge,
+    istio_cni_pods: Gauge,
     cni_requests: Family<CniLabels, Counter>,
     watch_errors: Family<ResourceLabels, Counter>,
 }
@@ -92,6 +93,7 @@ impl Default for Metrics {
         let failures = Counter::default();
         let zds_connections = Gauge::default();
         let kubelet_followed = Gauge::default();
+        let istio_cni_pods = Gauge::default();
         let cni_requests = Family::default();
         let watch_errors = Family::default();
         let version = Info::new(vec![("version", env!("CARGO_PKG_VERSION"))]);
@@ -129,6 +131,11 @@ impl Default for Metrics {
             kubelet_followed.clone(),
         );
         registry.register(
+            "istio_cni_pods",
+            "Pods that are left alone because istio-cni redirects them",
+            istio_cni_pods.clone(),
+        );
+        registry.register(
             "cni_requests",
             "Requests of the CNI plugin, by operation and result",
             cni_requests.clone(),
@@ -148,6 +155,7 @@ impl Default for Metrics {
             failures,
             zds_connections,
             kubelet_followed,
+            istio_cni_pods,
             cni_requests,
             watch_errors,
         }
@@ -202,6 +210,11 @@ impl Metrics {
                 seen.insert(key, now);
             }
         }
+    }
+
+    /// So many pods are left alone because istio-cni redirects them.
+    pub fn left_alone(&self, pods: usize) {
+        self.istio_cni_pods.set(i64::try_from(pods).unwrap_or(i64::MAX));
     }
 
     /// All metrics, in OpenMetrics' text format.

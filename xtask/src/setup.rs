@@ -24,6 +24,8 @@ const PACKAGES: &[(&str, &str)] = &[
     ("dig", "bind9-dnsutils"),
     ("curl", "curl"),
     ("musl-gcc", "musl-tools"),
+    ("iptables-nft", "iptables"),
+    ("nft", "nftables"),
 ];
 
 /// Links the kernel programs; redirect-agent/build.rs finds it in [`tools_dir`].

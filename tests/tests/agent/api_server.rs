@@ -26,8 +26,8 @@ const REDIRECTION: &str = "ambient.istio.io/redirection";
 const AT_ONCE: f64 = 1.0;
 
 /// A cluster whose pods are known by an API server.
-struct Managed {
-    cluster: Cluster,
+pub struct Managed {
+    pub cluster: Cluster,
     api: ApiServer,
 }
 
@@ -39,7 +39,8 @@ impl Managed {
         Ok(managed)
     }
 
-    fn without_agent() -> Result<Self> {
+    /// Neither the agent nor a proxy runs.
+    pub fn without_agent() -> Result<Self> {
         let mut cluster = Cluster::without_agent(&[])?;
         let api = ApiServer::start()?;
         let kubeconfig = cluster.topology.dir().path().join("kubeconfig");
@@ -53,7 +54,8 @@ impl Managed {
         Ok(managed)
     }
 
-    fn put(&self, pod: &Manifest) {
+    /// Makes a pod, or edits it.
+    pub fn put(&self, pod: &Manifest) {
         let mut object = pod.object();
         let (namespace, name) = (text(&object, "namespace"), text(&object, "name"));
         if let Some(published) = self.api.annotation(&namespace, &name, REDIRECTION) {
@@ -63,7 +65,8 @@ impl Managed {
         self.api.put(Kind::Pod, object);
     }
 
-    fn redirection(&self, pod: &Pod) -> Option<String> {
+    /// What the pod's peers are told.
+    pub fn redirection(&self, pod: &Pod) -> Option<String> {
         self.api.annotation(&pod.namespace, &pod.name, REDIRECTION)
     }
 
@@ -74,7 +77,8 @@ impl Managed {
         .with_context(|| format!("status: {:#?}", self.cluster.node.status()))
     }
 
-    fn wait_for_event(&self, pod: &Pod, reason: &str) -> Result<String> {
+    /// Waits for an Event, and gives what it says.
+    pub fn wait_for_event(&self, pod: &Pod, reason: &str) -> Result<String> {
         wait_for(&format!("event {reason} of {pod}"), SOON, || {
             let events = self.api.all(Kind::Event);
             let event = events
@@ -84,7 +88,8 @@ impl Managed {
         })
     }
 
-    fn patches(&self) -> usize {
+    /// How often the agent has written to a pod's status.
+    pub fn patches(&self) -> usize {
         self.api.requests_of("patch", "pods/status").len()
     }
 }

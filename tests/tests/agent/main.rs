@@ -19,6 +19,7 @@ mod probes;
 mod processes;
 mod proxies;
 mod restart;
+mod takeover;
 mod toggles;
 mod traffic;
 mod untouched;
