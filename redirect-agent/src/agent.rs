@@ -219,6 +219,7 @@ impl<S: Source> health::Agent for Agent<S> {
         let pods = self.observer.pods(&self.overrides.current()).await?;
         let follows_kubelet = self.probes.in_force().kubelet.is_some();
         self.metrics.update(&pods, self.observer.zds().proxies.len(), follows_kubelet);
+        self.metrics.left_alone(self.observer.left_alone());
         self.metrics.encode().context("write the metrics")
     }
 }

@@ -332,6 +332,10 @@ pub struct RunArgs {
     /// How often the kernel is compared with what should be there, and repaired.
     #[arg(long, value_name = "TIME", default_value = "1m", value_parser = interval)]
     pub verify_interval: Duration,
+    /// Take over pods that istio-cni redirects; without it they are left alone. istio-cni must not run
+    /// on this node any more.
+    #[arg(long)]
+    pub take_over: bool,
     /// Where to serve /healthz, /readyz and /metrics over HTTP: ADDRESS:PORT, or `off`.
     #[arg(long, value_name = "ADDRESS", default_value = "[::]:15014")]
     pub health_address: health::Address,

@@ -130,6 +130,7 @@ async fn run(args: RunArgs) -> Result<()> {
             finder: Arc::new(Finder::new(records, args.netns_dir)),
             drain: args.drain,
             verify_interval: args.verify_interval,
+            take_over: args.take_over,
         },
         dataplane: dataplane::Options {
             bpffs_dir: args.bpffs.bpffs_dir,

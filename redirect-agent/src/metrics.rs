@@ -67,6 +67,7 @@ pub struct Metrics {
     failures: Counter,
     zds_connections: Gauge,
     kubelet_followed: Gauge,
+    istio_cni_pods: Gauge,
     cni_requests: Family<CniLabels, Counter>,
     cni_duration: Family<CniLabels, Histogram>,
     watch_errors: Family<ResourceLabels, Counter>,
@@ -93,6 +94,7 @@ impl Default for Metrics {
         let failures = Counter::default();
         let zds_connections = Gauge::default();
         let kubelet_followed = Gauge::default();
+        let istio_cni_pods = Gauge::default();
         let cni_requests = Family::default();
         // 10 ms to 40 s, too.
         let cni_duration = Family::<CniLabels, Histogram>::new_with_constructor(|| {
@@ -134,6 +136,11 @@ impl Default for Metrics {
             kubelet_followed.clone(),
         );
         registry.register(
+            "istio_cni_pods",
+            "Pods that are left alone because istio-cni redirects them",
+            istio_cni_pods.clone(),
+        );
+        registry.register(
             "cni_requests",
             "Requests of the CNI plugin, by operation and result",
             cni_requests.clone(),
@@ -159,6 +166,7 @@ impl Default for Metrics {
             failures,
             zds_connections,
             kubelet_followed,
+            istio_cni_pods,
             cni_requests,
             cni_duration,
             watch_errors,
@@ -216,6 +224,11 @@ impl Metrics {
                 seen.insert(key, now);
             }
         }
+    }
+
+    /// So many pods are left alone because istio-cni redirects them.
+    pub fn left_alone(&self, pods: usize) {
+        self.istio_cni_pods.set(i64::try_from(pods).unwrap_or(i64::MAX));
     }
 
     /// All metrics, in OpenMetrics' text format.

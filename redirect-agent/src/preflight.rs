@@ -10,6 +10,7 @@ use std::{
 use anyhow::{Result, bail};
 use aya::{
     maps::MapType,
+    programs::{ProgramError, loaded_programs},
     sys::{SyscallError, is_map_supported},
 };
 use caps::{CapSet, Capability};
@@ -187,6 +188,7 @@ pub fn check(options: &Options) -> Report {
     checks.push(memlock());
     checks.extend(other_redirectors(&options.cni.conf));
     checks.push(cni_plugin(&options.cni));
+    checks.push(calico());
     Report::new(release, checks)
 }
 
@@ -454,8 +456,8 @@ fn other_redirectors(cni_conf_dir: &Path) -> Vec<Check> {
         Some(file) => Check::no(
             istio,
             format!(
-                "{dir}/{file} names it: never both on one pod; uninstall istio-cni, or keep its \
-                 pods out of the mesh here"
+                "{dir}/{file} names it: never both on one pod; uninstall istio-cni, and take its pods \
+                 over (run --take-over)"
             ),
         ),
         None => Check::yes(istio, format!("nothing in {dir} names it")),
@@ -483,6 +485,26 @@ fn cni_plugin(dirs: &install::Dirs) -> Check {
                 "{error:#}; pods start before they are in the mesh: `run --install-cni` brings it"
             ),
         ),
+    };
+    check.optional()
+}
+
+/// Calico's eBPF dataplane replaces a service's address when the application connects, so that the proxy
+/// never sees it. Source: Calico `felix/bpf-gpl`,
+/// `calico_connect_v4`.
+fn calico() -> Check {
+    let name = "no connect-time load balancing of Calico's";
+    let names: Result<Vec<String>, ProgramError> = loaded_programs()
+        .map(|program| Ok(program?.name_as_str().unwrap_or_default().to_owned()))
+        .collect();
+    let check = match names {
+        Ok(names) if names.iter().any(|name| name.starts_with("calico_connect")) => Check::no(
+            name,
+            "its programs are loaded: set bpfConnectTimeLoadBalancing=Disabled and \
+             bpfHostNetworkedNATWithoutCTLB=Enabled",
+        ),
+        Ok(_) => Check::yes(name, "no program of it is loaded"),
+        Err(error) => Check::cannot_tell(name, format!("list BPF programs: {error}")),
     };
     check.optional()
 }

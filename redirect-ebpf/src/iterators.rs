@@ -167,8 +167,7 @@ fn mark_connection(ctx: *mut IterTcp, choose: impl Fn(u8, Option<u32>) -> Option
     {
         return 0;
     }
-    // SAFETY: the pointer is to a live map value; it is one word.
-    let noted = WAYS.get_ptr(&flow).map(|way| unsafe { *way });
+    let noted = noted(&flow).or_else(|| noted(&translated(flow)));
     let mark = match choose(common.state(), noted) {
         Some(WAY_REDIRECTED) => MARK_REDIRECTED,
         Some(_) => MARK_DIRECT,
@@ -176,6 +175,22 @@ fn mark_connection(ctx: *mut IterTcp, choose: impl Fn(u8, Option<u32>) -> Option
     };
     sk.set(SO_MARK, with_mesh_mark(old, mark));
     0
+}
+
+/// As the proxy sees a connection that istio-cni's rules have redirected: they translate the
+/// destination to its port on loopback.
+#[inline(always)]
+fn translated(flow: Flow) -> Flow {
+    let localhost = if flow.local.is_v4() { Addr::v4([127, 0, 0, 1]) } else { LOCALHOST_V6 };
+    Flow { remote: localhost, remote_port: PORT_OUTBOUND, ..flow }
+}
+
+const LOCALHOST_V6: Addr = Addr { octets: [0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 1] };
+
+#[inline(always)]
+fn noted(flow: &Flow) -> Option<u32> {
+    // SAFETY: the pointer is to a live map value; it is one word.
+    WAYS.get_ptr(flow).map(|way| unsafe { *way })
 }
 
 /// What every TCP socket starts with, also one that is half open or in TIME_WAIT.

@@ -24,6 +24,8 @@ const PACKAGES: &[(&str, &str)] = &[
     ("dig", "bind9-dnsutils"),
     ("curl", "curl"),
     ("musl-gcc", "musl-tools"),
+    ("iptables-nft", "iptables"),
+    ("nft", "nftables"),
     // Not in PATH, but where Debian has the programs of CNI.
     ("/usr/lib/cni/bridge", "containernetworking-plugins"),
 ];

@@ -10,7 +10,9 @@
 //! 4. [`Dataplane::remove`]: the pod is as it was found.
 
 mod inbound;
+mod istio_cni;
 mod links;
+mod nftables;
 pub mod probe;
 mod reroute;
 mod routes;
@@ -59,7 +61,11 @@ use self::{
     reroute::VirtualInterfaces,
     routes::{LOOPBACK_IFINDEX, OutboundState, Routing},
 };
-pub use self::{sockets::offsets as sock_offsets, watch::Watch};
+pub use self::{
+    istio_cni::{Displaced, IstioCni},
+    sockets::offsets as sock_offsets,
+    watch::Watch,
+};
 use crate::{netns::Netns, traffic::Traffic};
 
 /// The kernel programs, compiled by the build script.
@@ -536,6 +542,7 @@ impl Dataplane {
         pod.netns.run(|| {
             let routing = Routing::open()?;
             routing.delete_all()?;
+            Self::forget_istio_cni()?;
             links.detach()?;
             match saved {
                 Some(saved) => sysctl::restore(&saved),

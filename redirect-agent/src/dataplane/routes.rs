@@ -36,6 +36,10 @@ const PRIORITY_EXCLUDE: u32 = 15000;
 const PRIORITY_CAPTURE: u32 = 15001;
 /// The rule for redirected connections that stay so, whatever is captured.
 const PRIORITY_KEEP: u32 = 15002;
+/// istio-cni's table for what comes back from the application, and the mark that leads to it, which
+/// happens to be ours. Source: Istio `cni/pkg/config`, `RouteTableInbound`, `InpodTProxyMark`.
+const TABLE_ISTIO_CNI: u32 = 100;
+const MARK_ISTIO_CNI: u32 = 0x111;
 /// Above those of the routes for sockets that are bound to no interface, which so take the latter.
 const BOUND_METRIC: u32 = 4096;
 /// Every interface's index of `lo`. Source: Linux `include/net/flow.h`, `LOOPBACK_IFINDEX`.
@@ -549,6 +553,41 @@ impl Routing {
         })
     }
 
+    /// Whether istio-cni's rule is there, in either family.
+    pub(super) fn has_istio_cni(&self) -> Result<bool> {
+        self.runtime.block_on(async {
+            for family in [IpVersion::V4, IpVersion::V6] {
+                if self.rules(family).await?.iter().any(is_istio_cnis) {
+                    return Ok(true);
+                }
+            }
+            Ok(false)
+        })
+    }
+
+    /// Removes istio-cni's route and, last, its rule, in both families.
+    pub(super) fn delete_istio_cni(&self) -> Result<()> {
+        self.runtime.block_on(async {
+            for family in [IpVersion::V4, IpVersion::V6] {
+                for route in self.routes_of(family, &[TABLE_ISTIO_CNI]).await? {
+                    let default = route.header.destination_prefix_length == 0;
+                    let to_lo = route.attributes.contains(&RouteAttribute::Oif(LOOPBACK_IFINDEX));
+                    if route.header.kind == RouteType::Local && default && to_lo {
+                        done(self.handle.route().del(route).execute().await)
+                            .context("delete istio-cni's route")?;
+                    }
+                }
+            }
+            for family in [IpVersion::V4, IpVersion::V6] {
+                for rule in self.rules(family).await?.into_iter().filter(is_istio_cnis) {
+                    done(self.handle.rule().del(rule).execute().await)
+                        .context("delete istio-cni's rule")?;
+                }
+            }
+            Ok(())
+        })
+    }
+
     /// Removes rules of our priorities that are none of ours, such as those of an older agent.
     fn delete_foreign_rules(&self) -> Result<()> {
         self.runtime.block_on(async {
@@ -685,6 +724,10 @@ impl Routing {
     }
 
     async fn routes(&self, family: IpVersion) -> Result<Vec<RouteMessage>> {
+        self.routes_of(family, &[TABLE, TABLE_KEEP]).await
+    }
+
+    async fn routes_of(&self, family: IpVersion, tables: &[u32]) -> Result<Vec<RouteMessage>> {
         let filter = match family {
             IpVersion::V4 => RouteMessageBuilder::<Ipv4Addr>::new().build(),
             IpVersion::V6 => RouteMessageBuilder::<Ipv6Addr>::new().build(),
@@ -699,10 +742,22 @@ impl Routing {
             .into_iter()
             .collect();
         let mut routes = absent_family(routes).context("list routes")?;
-        let ours = [TABLE, TABLE_KEEP].map(RouteAttribute::Table);
-        routes.retain(|route| route.attributes.iter().any(|a| ours.contains(a)));
+        let within =
+            |a: &RouteAttribute| matches!(a, RouteAttribute::Table(t) if tables.contains(t));
+        routes.retain(|route| route.attributes.iter().any(within));
         Ok(routes)
     }
+}
+
+/// Whether a rule is istio-cni's.
+fn is_istio_cnis(rule: &RuleMessage) -> bool {
+    [
+        RuleAttribute::Table(TABLE_ISTIO_CNI),
+        RuleAttribute::FwMark(MARK_ISTIO_CNI),
+        RuleAttribute::FwMask(MARK_MASK),
+    ]
+    .iter()
+    .all(|attribute| rule.attributes.contains(attribute))
 }
 
 /// All addresses of the family of `address`.

@@ -78,6 +78,36 @@ pub(super) fn dns_listens() -> Result<bool> {
     Ok(false)
 }
 
+/// How many TCP connections, in either family, the pod's namespace has whose local port is one of
+/// `ports`, those in TIME_WAIT excepted.
+pub(super) fn accepted_at(ports: &[u16]) -> Result<usize> {
+    let mut connections = 0;
+    for path in ["/proc/thread-self/net/tcp", "/proc/thread-self/net/tcp6"] {
+        match fs::read_to_string(path) {
+            // A kernel without IPv6 has no such table.
+            Err(e) if e.kind() == io::ErrorKind::NotFound => {}
+            table => {
+                let table = table.with_context(|| format!("read {path}"))?;
+                connections +=
+                    ports.iter().map(|port| connections_at(&table, *port)).sum::<usize>();
+            }
+        }
+    }
+    Ok(connections)
+}
+
+/// Source: Linux `net/ipv4/tcp_ipv4.c`, `get_tcp4_sock`; `include/net/tcp_states.h`.
+fn connections_at(table: &str, port: u16) -> usize {
+    const NONE: [&str; 3] = ["06", "07", "0A"];
+    let end = format!(":{port:04X}");
+    let is_one = |line: &&str| {
+        let mut fields = line.split_whitespace().skip(1);
+        let local = fields.next().is_some_and(|local| local.ends_with(&end));
+        local && fields.nth(1).is_some_and(|state| !NONE.contains(&state))
+    };
+    table.lines().skip(1).filter(is_one).count()
+}
+
 /// Whether a socket of the table has this local port. Source: Linux `net/ipv4/udp.c`,
 /// `udp4_format_sock`.
 fn has_port(table: &str, port: u16) -> bool {
@@ -98,7 +128,25 @@ pub(super) fn iterate(iter: &mut Iter) -> Result<usize> {
 
 #[cfg(test)]
 mod tests {
+    use redirect_ebpf::abi::PORT_OUTBOUND;
+
     use super::*;
+
+    #[test]
+    fn connections_are_told_from_listeners_and_from_those_that_have_ended() {
+        let socket = |local: &str, state: &str| {
+            format!(
+                "  1: {local} 0A00000A:9C40 {state} 00000000:00000000 00:00000000 00000000  0\n"
+            )
+        };
+        let v4 = socket("0100007F:3A99", "01");
+        let v6 = socket("0000000000000000FFFF00000A40000A:3A99", "05");
+        let none = ["06", "07", "0A"].map(|state| socket("0100007F:3A99", state)).concat();
+        let other = socket("0100007F:0035", "01");
+        let table = |sockets: &[&str]| format!("  sl  local_address\n{}", sockets.concat());
+        assert_eq!(connections_at(&table(&[&none, &v4, &other, &v6]), PORT_OUTBOUND), 2);
+        assert_eq!(connections_at(&table(&[&none, &other]), PORT_OUTBOUND), 0);
+    }
 
     #[test]
     fn socket_is_found_by_its_local_port_in_either_table() {

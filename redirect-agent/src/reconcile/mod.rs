@@ -63,6 +63,8 @@ pub struct Settings {
     pub drain: Duration,
     /// How often the kernel is compared with what should be there.
     pub verify_interval: Duration,
+    /// Whether pods that istio-cni redirects are taken over, and not left alone.
+    pub take_over: bool,
 }
 
 /// A pod, and what is decided for it.
@@ -152,7 +154,7 @@ impl View {
             (true, _) if s.captured => PodState::Enrolled,
             (true, true) => PodState::Failed,
             (true, false) => PodState::Enrolling,
-            (false, _) if !s.prepared => PodState::Bypassing,
+            (false, _) if !s.prepared && !s.foreign => PodState::Bypassing,
             (false, true) => PodState::Failed,
             (false, false) => PodState::Leaving,
         }
@@ -434,6 +436,11 @@ impl<S: Source> Observer<S> {
             waiting.len(),
             views.len()
         ))
+    }
+
+    /// How many pods are left alone because istio-cni redirects them.
+    pub fn left_alone(&self) -> usize {
+        self.shared.views().values().filter(|view| view.standing.foreign && view.failing).count()
     }
 
     /// The proxies and the workloads they serve.

@@ -32,6 +32,8 @@ pub(super) struct Standing {
     pub(super) stale: bool,
     /// The map `pods` says why it bypasses.
     pub(super) noted: bool,
+    /// istio-cni's rules are in its namespace.
+    pub(super) foreign: bool,
 }
 
 /// One thing to do for a pod; each is idempotent.
@@ -43,6 +45,8 @@ pub(super) enum Step {
     Serve,
     /// Redirect new connections as the settings say.
     Capture,
+    /// Take istio-cni's rules out of it.
+    Displace,
     /// Tell its peers to speak HBONE to it.
     Publish,
     /// Tell its peers not to.
@@ -64,16 +68,22 @@ pub(super) enum Step {
 /// Into the mesh: nothing is redirected before the proxy listens, and peers use HBONE only when
 /// that is answered. Out of it: the reverse, and the proxy, which cuts a pod's connections when it
 /// loses it, loses it only when they have ended or have had their time.
+///
+/// A pod that istio-cni redirects is served already, and stays so: its peers are not told
+/// otherwise, and ours is all in place before istio-cni's goes.
 pub(super) fn next(wish: Wish, s: &Standing) -> Option<Step> {
     match wish {
-        Wish::Enrolled if s.stale && !s.captured => Some(Step::Retract),
+        Wish::Enrolled if s.stale && !s.captured && !s.foreign => Some(Step::Retract),
         Wish::Enrolled if !s.prepared => Some(Step::Prepare),
         Wish::Enrolled if !s.served => Some(Step::Serve),
         Wish::Enrolled if !s.captured || !s.shaped => Some(Step::Capture),
+        Wish::Enrolled if s.foreign => Some(Step::Displace),
         Wish::Enrolled if !s.published => Some(Step::Publish),
         Wish::Enrolled => None,
+        Wish::Bypass if s.foreign && !s.prepared => Some(Step::Prepare),
         Wish::Bypass if s.mentioned => Some(Step::Retract),
         Wish::Bypass if s.captured => Some(Step::Release),
+        Wish::Bypass if s.foreign => Some(Step::Displace),
         Wish::Bypass if s.redirected => Some(Step::Drain),
         Wish::Bypass if s.offered => Some(Step::Withdraw),
         Wish::Bypass if s.prepared => Some(Step::Remove),
@@ -92,6 +102,7 @@ mod tests {
             Step::Prepare => (s.prepared, s.noted) = (true, false),
             Step::Serve => (s.served, s.offered) = (true, true),
             Step::Capture => (s.captured, s.shaped, s.redirected) = (true, true, true),
+            Step::Displace => (s.foreign, s.redirected) = (false, true),
             Step::Publish => (s.published, s.mentioned) = (true, true),
             Step::Retract => (s.published, s.mentioned, s.stale) = (false, false, false),
             Step::Release => (s.captured, s.shaped) = (false, false),
@@ -107,14 +118,14 @@ mod tests {
         let mut steps = Vec::new();
         while let Some(step) = next(wish, &s) {
             steps.push(step);
-            assert!(steps.len() <= 10, "{wish:?} does not settle: {steps:?}");
+            assert!(steps.len() <= 11, "{wish:?} does not settle: {steps:?}");
             s = done(step, s);
         }
         (steps, s)
     }
 
     fn every_standing() -> impl Iterator<Item = Standing> {
-        (0..=1023u16).map(|bits| {
+        (0..=2047u16).map(|bits| {
             let bit = |n: u8| bits & (1 << n) != 0;
             Standing {
                 prepared: bit(0),
@@ -127,6 +138,7 @@ mod tests {
                 noted: bit(6),
                 stale: bit(5) && bit(9),
                 mentioned: bit(5) || bit(7),
+                foreign: bit(10),
             }
         })
     }
@@ -162,11 +174,33 @@ mod tests {
     }
 
     #[test]
+    fn pod_that_istio_cni_redirects_is_taken_over_when_all_of_ours_is_in_place() {
+        use Step::*;
+        let foreign = Standing {
+            published: true,
+            mentioned: true,
+            stale: true,
+            foreign: true,
+            ..Standing::default()
+        };
+        let (steps, inside) = walk(Wish::Enrolled, foreign);
+        assert_eq!(steps, [Prepare, Serve, Capture, Displace]);
+        assert!(inside.published);
+        let (steps, _) = walk(Wish::Bypass, Standing { offered: true, ..foreign });
+        assert_eq!(steps, [Prepare, Retract, Displace, Drain, Withdraw, Remove, Note]);
+    }
+
+    #[test]
     fn from_wherever_it_was_interrupted_a_pod_gets_to_where_it_should_be() {
         for s in every_standing() {
             let (_, end) = walk(Wish::Enrolled, s);
             assert!(
-                end.prepared && end.served && end.captured && end.shaped && end.published,
+                end.prepared
+                    && end.served
+                    && end.captured
+                    && end.shaped
+                    && end.published
+                    && !end.foreign,
                 "{s:?}"
             );
             let (_, end) = walk(Wish::Bypass, s);
@@ -187,8 +221,10 @@ mod tests {
     fn the_proxy_loses_a_pod_only_when_nothing_is_redirected_to_it() {
         for s in every_standing() {
             match next(Wish::Bypass, &s) {
-                Some(Step::Withdraw) => assert!(!s.captured && !s.redirected, "{s:?}"),
-                Some(Step::Remove) => assert!(!s.offered && !s.captured, "{s:?}"),
+                Some(Step::Withdraw) => {
+                    assert!(!s.captured && !s.redirected && !s.foreign, "{s:?}");
+                }
+                Some(Step::Remove) => assert!(!s.offered && !s.captured && !s.foreign, "{s:?}"),
                 _ => {}
             }
         }

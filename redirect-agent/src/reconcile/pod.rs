@@ -16,7 +16,7 @@ use super::{
 };
 use crate::{
     cni::records::Sandbox,
-    dataplane::{Dataplane, Part, PodNetns, Watch},
+    dataplane::{Dataplane, Displaced, IstioCni, Part, PodNetns, Watch},
     membership::{Pod, PodKey, Reason},
     source::{ANNOTATION_REDIRECTION, Event, EventKind, Redirection, Source},
     traffic::Traffic,
@@ -32,6 +32,15 @@ const RETRY_LONGEST: Duration = Duration::from_secs(30);
 /// After how many failures in a row an Event says so: much of what is missing while a pod starts is
 /// there a moment later.
 const FAILURES_TO_TELL: u32 = 3;
+/// Why a pod that istio-cni redirects is left alone.
+const ISTIO_CNIS: &str = "istio-cni redirects this pod, so it is left alone: never both on one pod; \
+take it over (--take-over), or let istio-cni let go of it";
+const ISTIO_CNIS_LEGACY: &str = "istio-cni may redirect this pod by iptables-legacy, whose rules are not \
+taken over, so it is left alone: start the pod anew";
+const ISTIO_CNI_BESIDE: &str = "istio-cni redirects this pod, too: never both on one pod; uninstall \
+istio-cni and have its rules removed (--take-over)";
+/// What is said of a static pod while it has no mirror.
+const MIRROR_GONE: &str = "its mirror pod was deleted; it stays as it is while it runs";
 /// How often a pod that leaves the mesh is asked whether redirected connections are left.
 const DRAIN_POLL: Duration = Duration::from_millis(100);
 
@@ -52,8 +61,12 @@ pub(super) struct PodTask<S> {
     /// What is wrong with its annotations.
     misread: Vec<String>,
     netns: Option<Arc<PodNetns>>,
-    /// Hears of changes in the namespace while the pod is in the mesh.
+    /// Hears of changes in the namespace while the pod is in the mesh, or should be.
     network: Option<Watch>,
+    /// Whether istio-cni's rules are in the pod beside ours, and stay.
+    beside: bool,
+    /// From when on to look whether connections are left that istio-cni's rules had redirected.
+    displacing: Option<Instant>,
     /// The addresses whose rows of the map `pods` say why the pod bypasses, and the pod id in them.
     noted: Vec<(IpAddr, u32)>,
     problem: Option<String>,
@@ -107,6 +120,8 @@ impl<S: Source> PodTask<S> {
             misread: Vec::new(),
             netns: None,
             network: None,
+            beside: false,
+            displacing: None,
             noted: Vec::new(),
             problem: None,
             failing: false,
@@ -146,11 +161,15 @@ impl<S: Source> PodTask<S> {
         match self.open_netns().await {
             Ok(netns) => {
                 let (prepared, captured) = self
-                    .on_netns(netns, |d, pod| {
+                    .on_netns(Arc::clone(&netns), |d, pod| {
                         let prepared = d.linked_pods()?.contains(&pod.netns.inode());
                         Ok((prepared, d.partly_captured(pod)?))
                     })
                     .await?;
+                // Only a pod in the mesh, or one that once was, can have them.
+                if !prepared && (enrolled || self.standing.stale) {
+                    self.meet_istio_cni(&netns).await?;
+                }
                 // A captured pod may have redirected connections, and the proxy may know it.
                 self.standing.captured = captured;
                 self.standing.redirected = prepared;
@@ -158,7 +177,7 @@ impl<S: Source> PodTask<S> {
                 if !enrolled {
                     self.standing.prepared = prepared;
                 }
-                if enrolled || prepared {
+                if enrolled || prepared || self.standing.foreign {
                     // Also one on its way out: a proxy whose snapshot lacks it would cut what it drains.
                     self.offer().await?;
                 } else {
@@ -270,6 +289,18 @@ impl<S: Source> PodTask<S> {
                     return Ok(false);
                 }
                 let netns = self.open_netns().await?;
+                if let Some(why) = self.meet_istio_cni(&netns).await? {
+                    if self.network.is_none() {
+                        // Tells at once when they vanish.
+                        self.watch_network(&netns);
+                    }
+                    return Err(anyhow!(why));
+                }
+                if self.wish() != Some(Wish::Enrolled) && !self.standing.foreign {
+                    // istio-cni has let go of a pod that is to bypass.
+                    (self.netns, self.network) = (None, None);
+                    return Ok(true);
+                }
                 let (reason, traffic) = (self.decision_code(), self.traffic());
                 let captured = self.on_netns(Arc::clone(&netns), move |d, pod| {
                     d.prepare(pod, reason, &traffic)?;
@@ -283,7 +314,8 @@ impl<S: Source> PodTask<S> {
             }
             Step::Serve => {
                 if !self.offer().await? {
-                    if !self.standing.captured {
+                    // One that istio-cni redirects is served: what is published of it is true.
+                    if !self.standing.captured && !self.standing.foreign {
                         let pending = Some(Redirection::Pending);
                         self.standing.mentioned = true;
                         self.shared.source.publish(&self.pod, pending).await?;
@@ -315,12 +347,37 @@ impl<S: Source> PodTask<S> {
                     self.shared.metrics.enrolled(since.elapsed());
                 }
             }
+            Step::Displace => {
+                let netns = self.open_netns().await?;
+                let displaced = self.on_netns(netns, |d, pod| d.displace_istio_cni(pod)).await?;
+                if displaced == Displaced::Now {
+                    info!(pod = %self.key, "taken over from istio-cni");
+                    let message = "istio-cni's rules are removed, ours are in their place";
+                    self.record(EventKind::TakenOver, message.to_owned());
+                }
+                self.await_displaced(displaced);
+                self.standing.foreign = false;
+                self.standing.redirected = true;
+            }
             Step::Publish => {
                 self.standing.mentioned = true;
                 self.shared.source.publish(&self.pod, Some(Redirection::Enabled)).await?;
                 self.standing.published = true;
             }
             Step::Retract => {
+                if self.standing.stale
+                    && let Ok(netns) = self.open_netns().await
+                    && !self.standing.prepared
+                {
+                    self.meet_istio_cni(&netns).await?;
+                    if self.standing.foreign {
+                        // What is published is true.
+                        return Ok(true);
+                    }
+                    if self.wish() != Some(Wish::Enrolled) {
+                        self.netns = None;
+                    }
+                }
                 let retracted = self.shared.source.publish(&self.pod, None).await;
                 match retracted {
                     // It is about to be true again.
@@ -353,6 +410,7 @@ impl<S: Source> PodTask<S> {
                 self.noted = netns.addresses.iter().map(|ip| (*ip, pod_id)).collect();
                 self.on_netns(netns, |d, pod| d.remove(pod)).await?;
                 self.standing.prepared = false;
+                (self.beside, self.displacing) = (false, None);
                 // Whatever else holds the namespace's descriptor keeps it alive.
                 (self.netns, self.network) = (None, None);
                 info!(pod = %self.key, "un-enrolled");
@@ -361,6 +419,38 @@ impl<S: Source> PodTask<S> {
             Step::Note => self.note().await?,
         }
         Ok(true)
+    }
+
+    /// Looks whether istio-cni redirects the pod, which is not ours yet or to be repaired; if so, and
+    /// it is to be left alone, says why.
+    async fn meet_istio_cni(&mut self, netns: &Arc<PodNetns>) -> Result<Option<&'static str>> {
+        let found = self.on_netns(Arc::clone(netns), |d, pod| {
+            Ok((d.istio_cni(pod)?, d.linked_pods()?.contains(&pod.netns.inode())))
+        });
+        let (found, ours) = found.await?;
+        let why = match found {
+            IstioCni::Absent | IstioCni::Displaced => None,
+            IstioCni::Legacy => Some(ISTIO_CNIS_LEGACY),
+            IstioCni::Present if self.shared.settings.take_over => None,
+            IstioCni::Present => Some(ISTIO_CNIS),
+        };
+        let beside = ours && why.is_some();
+        if beside && !self.beside {
+            warn!(pod = %self.key, "{ISTIO_CNI_BESIDE}");
+        }
+        self.beside = beside;
+        if beside {
+            // They came later, and ours precede them.
+            self.standing.foreign = false;
+            return Ok(None);
+        }
+        self.standing.foreign = found != IstioCni::Absent;
+        Ok(why)
+    }
+
+    fn await_displaced(&mut self, displaced: Displaced) {
+        let wholly = displaced == Displaced::Wholly;
+        self.displacing = (!wholly).then(|| Instant::now() + LOOK);
     }
 
     /// Makes the pod known to the proxy; `false`: none is connected.
@@ -419,6 +509,10 @@ impl<S: Source> PodTask<S> {
     /// everything is still there.
     async fn verify(&mut self, kernel: bool) -> Result<()> {
         let Some(netns) = self.netns.clone() else { return Ok(()) };
+        if self.displacing.is_some_and(|from| from <= Instant::now()) {
+            let displaced = self.on_netns(Arc::clone(&netns), |d, pod| d.displace_istio_cni(pod));
+            self.await_displaced(displaced.await?);
+        }
         if !self.netns_stands().await {
             self.lose_netns().await;
             return self.find_netns().await.map(drop);
@@ -432,6 +526,9 @@ impl<S: Source> PodTask<S> {
             (self.netns, self.network) = (None, None);
             self.standing.prepared = false;
             return Ok(());
+        }
+        if self.displacing.is_none() {
+            self.meet_istio_cni(&netns).await?;
         }
         let traffic = self.traffic();
         let inspection = self.on_netns(netns, move |d, pod| d.inspect(pod, &traffic)).await?;
@@ -493,6 +590,7 @@ impl<S: Source> PodTask<S> {
         let starts = self.shared.settings.finder.records().is_held(self.pod.kubelet_uid());
         let stale = (self.standing.published || self.standing.stale) && !starts;
         self.standing = Standing { mentioned: true, stale, ..Standing::default() };
+        (self.beside, self.displacing) = (false, None);
     }
 
     /// The pod is gone from the source. If its namespace is still there, and it was not deleted, it
@@ -673,11 +771,12 @@ impl<S: Source> PodTask<S> {
         blocking(move || f(&dataplane, &pod)).await.with_context(|| format!("set up pod {key}"))
     }
 
-    fn told_of_mirror_or_annotations(&self) -> Option<String> {
-        if self.mirror_is_gone() {
-            return Some("its mirror pod was deleted; it stays as it is while it runs".to_owned());
-        }
-        (!self.misread.is_empty()).then(|| self.misread.join("; "))
+    fn told_of_pod(&self) -> Option<String> {
+        let mirror = self.mirror_is_gone().then(|| MIRROR_GONE.to_owned());
+        let beside = self.beside.then(|| ISTIO_CNI_BESIDE.to_owned());
+        let told: Vec<String> =
+            mirror.into_iter().chain(self.misread.iter().cloned()).chain(beside).collect();
+        (!told.is_empty()).then(|| told.join("; "))
     }
 
     /// Updates what `status` shows.
@@ -690,7 +789,7 @@ impl<S: Source> PodTask<S> {
             standing: self.standing,
             traffic: self.traffic(),
             netns: self.netns.clone(),
-            problem: self.problem.clone().or_else(|| self.told_of_mirror_or_annotations()),
+            problem: self.problem.clone().or_else(|| self.told_of_pod()),
             failing: self.failing,
             tried: self.tried,
         };

@@ -116,6 +116,8 @@ pub enum EventKind {
     Unenrolled,
     /// The pod should be in the mesh, or out of it, and is not.
     EnrolmentFailed,
+    /// istio-cni's rules were removed from the pod, and ours are in their place.
+    TakenOver,
     /// What somebody else changed in the pod was put right.
     Repaired,
     /// An annotation of the pod has a value that cannot be used.
@@ -129,6 +131,7 @@ impl EventKind {
             EventKind::Enrolled => "Enrolled",
             EventKind::Unenrolled => "Unenrolled",
             EventKind::EnrolmentFailed => "EnrolmentFailed",
+            EventKind::TakenOver => "TakenOver",
             EventKind::Repaired => "Repaired",
             EventKind::InvalidAnnotation => "InvalidAnnotation",
         }
@@ -136,7 +139,7 @@ impl EventKind {
 
     /// Whether somebody should look at it.
     pub fn is_warning(self) -> bool {
-        !matches!(self, EventKind::Enrolled | EventKind::Unenrolled)
+        !matches!(self, EventKind::Enrolled | EventKind::Unenrolled | EventKind::TakenOver)
     }
 }
 

@@ -80,7 +80,8 @@ impl Managed {
         .with_context(|| format!("status: {:#?}", self.cluster.node.status()))
     }
 
-    fn wait_for_event(&self, pod: &Pod, reason: &str) -> Result<String> {
+    /// Waits for an Event, and gives what it says.
+    pub fn wait_for_event(&self, pod: &Pod, reason: &str) -> Result<String> {
         wait_for(&format!("event {reason} of {pod}"), SOON, || {
             let events = self.api.all(Kind::Event);
             let event = events
@@ -90,7 +91,8 @@ impl Managed {
         })
     }
 
-    fn patches(&self) -> usize {
+    /// How often the agent has written to a pod's status.
+    pub fn patches(&self) -> usize {
         self.api.requests_of("patch", "pods/status").len()
     }
 }

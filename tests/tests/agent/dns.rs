@@ -43,7 +43,7 @@ const PATIENCE: Duration = Duration::from_secs(10);
 /// How long it is looked whether something does not happen.
 const A_WHILE: Duration = Duration::from_millis(500);
 /// A name that the proxy's DNS alone knows.
-const SERVICE: &str = "web.shop.svc.cluster.local.";
+pub const SERVICE: &str = "web.shop.svc.cluster.local.";
 const DNS_CAPTURE: &str = "ambient.istio.io/dns-capture";
 
 /// A pod in the mesh, and on the other node a resolver that its proxy asks.
@@ -152,14 +152,16 @@ impl Dns {
     }
 }
 
-fn service_ip(family: Family) -> IpAddr {
+/// The address of the service that the proxy's DNS knows.
+pub fn service_ip(family: Family) -> IpAddr {
     match family {
         Family::V4 => [10, 96, 0, 80].into(),
         Family::V6 => [0xfd96, 0, 0, 0, 0, 0, 0, 0x80].into(),
     }
 }
 
-fn service() -> serde_json::Value {
+/// The service.
+pub fn service() -> serde_json::Value {
     json!({
         "apiVersion": "v1",
         "kind": "Service",
@@ -172,7 +174,7 @@ fn service() -> serde_json::Value {
 }
 
 /// Asks over UDP; gives the code and the addresses, or `None` when nobody answers.
-fn ask(
+pub fn ask(
     netns: &Netns,
     resolver: IpAddr,
     name: &str,
@@ -186,19 +188,27 @@ fn ask(
 }
 
 /// A socket of the calling thread's namespace.
-fn connected(resolver: IpAddr) -> Result<UdpSocket> {
+pub fn connected(resolver: IpAddr) -> Result<UdpSocket> {
     let any = if resolver.is_ipv4() { Family::V4.any() } else { Family::V6.any() };
     let socket = UdpSocket::bind((any, 0)).context("open a socket")?;
     socket.connect((resolver, dns::PORT)).with_context(|| format!("connect to {resolver}"))?;
     Ok(socket)
 }
 
-fn exchange(socket: &UdpSocket, name: &str, like: IpAddr) -> Result<Option<(String, Vec<IpAddr>)>> {
+/// Asks from this socket.
+pub fn exchange(
+    socket: &UdpSocket,
+    name: &str,
+    like: IpAddr,
+) -> Result<Option<(String, Vec<IpAddr>)>> {
     socket.send(&dns::query(7, name, like)?).context("send a query")?;
     let mut answer = [0; 65535];
-    let len = match socket.recv(&mut answer) {
-        Err(e) if e.kind() == std::io::ErrorKind::WouldBlock => return Ok(None),
-        received => received.context("receive an answer")?,
+    let len = loop {
+        match socket.recv(&mut answer) {
+            Err(e) if e.kind() == std::io::ErrorKind::Interrupted => {}
+            Err(e) if e.kind() == std::io::ErrorKind::WouldBlock => return Ok(None),
+            received => break received.context("receive an answer")?,
+        }
     };
     let (id, code, addresses) = dns::read(&answer[..len])?;
     ensure!(id == 7, "the answer's id is {id}");
@@ -206,7 +216,8 @@ fn exchange(socket: &UdpSocket, name: &str, like: IpAddr) -> Result<Option<(Stri
 }
 
 /// Asks over a connection.
-fn ask_tcp(stream: &mut TcpStream, name: &str, like: IpAddr) -> Result<Vec<IpAddr>> {
+/// Asks over TCP.
+pub fn ask_tcp(stream: &mut TcpStream, name: &str, like: IpAddr) -> Result<Vec<IpAddr>> {
     use std::io::{Read as _, Write as _};
     stream.write_all(&framed(&dns::query(9, name, like)?)).context("send a query")?;
     let mut len = [0; 2];
@@ -216,7 +227,8 @@ fn ask_tcp(stream: &mut TcpStream, name: &str, like: IpAddr) -> Result<Vec<IpAdd
     Ok(dns::read(&answer)?.2)
 }
 
-fn connect(netns: &Netns, resolver: IpAddr) -> Result<TcpStream> {
+/// Connects to a resolver.
+pub fn connect(netns: &Netns, resolver: IpAddr) -> Result<TcpStream> {
     netns.run(|| {
         let to = SocketAddr::new(resolver, dns::PORT);
         let stream = TcpStream::connect_timeout(&to, PATIENCE)

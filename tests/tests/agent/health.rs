@@ -40,7 +40,7 @@ fn agent_tells_its_health_and_what_it_has_counted() -> Result<()> {
 }
 
 /// What is counted may be counted a moment later.
-fn assert_has(address: SocketAddr, line: &str) -> Result<()> {
+pub fn assert_has(address: SocketAddr, line: &str) -> Result<()> {
     let mut last = String::new();
     let found = wait_for(line, SOON, || {
         let (status, text) = get(address, "/metrics")?;

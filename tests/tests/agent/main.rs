@@ -22,6 +22,7 @@ mod processes;
 mod proxies;
 mod reroute;
 mod restart;
+mod takeover;
 mod toggles;
 mod traffic;
 mod untouched;

@@ -188,6 +188,7 @@ fn action(kind: EventKind) -> &'static str {
     match kind {
         EventKind::Enrolled | EventKind::EnrolmentFailed => "Enrol",
         EventKind::Unenrolled => "Unenrol",
+        EventKind::TakenOver => "TakeOver",
         EventKind::Repaired => "Verify",
         EventKind::InvalidAnnotation => "Read",
     }

@@ -1,0 +1,306 @@
+//! What istio-cni leaves in a pod of ambient mode: finding it, and taking its place.
+//!
+//! Source: Istio `cni/pkg/iptables`, `cni/pkg/nftables`. Per family, in the pod:
+//!
+//! - rule 32764, `fwmark 0x111/0xfff` → table 100, `local default dev lo`: whichever way it redirects,
+//!   so this is what tells;
+//! - chains `ISTIO_PRERT` and `ISTIO_OUTPUT` in the tables `nat`, `mangle` and, for DNS, `raw` of iptables,
+//!   which are nf_tables' or, with `iptables-legacy`, the kernel's older ones; or, with native nftables,
+//!   the tables `istio-ambient-nat`, `-mangle` and `-raw`.
+//!
+//! Connections that its rules have redirected are translated (NAT) to the proxy's ports for as long as
+//! they live. When its rules are gone, a table of ours keeps that going ([`KEEPER`]), and the rule stays
+//! as the sign that there is something left to clean up.
+
+use std::{fs, io};
+
+use anyhow::{Context as _, Result};
+use redirect_ebpf::abi::{MARK_REDIRECTED, PORT_INBOUND, PORT_OUTBOUND};
+
+use super::{
+    Dataplane, PodNetns,
+    nftables::{self, Batch, Chain, FAMILY_INET, FAMILY_IPV4, FAMILY_IPV6, Ruleset, TableName},
+    routes::Routing,
+    sockets,
+};
+
+/// Source: Istio `cni/pkg/iptables/iptables.go`, `ChainInpodOutput`, `ChainInpodPrerouting`.
+const CHAINS: [&str; 2] = ["ISTIO_OUTPUT", "ISTIO_PRERT"];
+/// The tables of iptables that it uses.
+const TABLES: [&str; 3] = ["mangle", "nat", "raw"];
+/// Source: Istio `cni/pkg/nftables/nftables.go`, `AmbientNatTable` and the like.
+const NATIVE_TABLES: [&str; 3] = ["istio-ambient-mangle", "istio-ambient-nat", "istio-ambient-raw"];
+/// The table of ours that keeps the translation of open connections going, and its one chain.
+const KEEPER: &str = "redirect-agent-nat";
+const KEEPER_CHAIN: &str = "open-connections";
+/// Which tables of `iptables-legacy` there are.
+const LEGACY_TABLES: [&str; 2] =
+    ["/proc/thread-self/net/ip_tables_names", "/proc/thread-self/net/ip6_tables_names"];
+
+/// What of istio-cni's is in a pod.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum IstioCni {
+    /// Nothing.
+    Absent,
+    /// What can be taken over.
+    Present,
+    /// What is left of a takeover, for connections that it had redirected.
+    Displaced,
+    /// What may be in tables of `iptables-legacy`, which are not taken over.
+    Legacy,
+}
+
+/// How far istio-cni is displaced.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Displaced {
+    /// Its rules are removed just now; connections that they had redirected may be left.
+    Now,
+    /// Its rules were removed before; connections that they had redirected are left.
+    Before,
+    /// Nothing of it is left.
+    Wholly,
+}
+
+impl Dataplane {
+    /// Looks whether istio-cni redirects the pod. Changes nothing, and asks nf_tables, which may load a
+    /// module, only where it does.
+    ///
+    /// # Errors
+    ///
+    /// When it cannot be told.
+    pub fn istio_cni(&self, pod: &PodNetns) -> Result<IstioCni> {
+        pod.netns.run(|| {
+            if !Routing::open()?.has_istio_cni()? {
+                return Ok(IstioCni::Absent);
+            }
+            if has_legacy_tables()? {
+                return Ok(IstioCni::Legacy);
+            }
+            let ruleset = nftables::read()?;
+            let displaced = has_keeper(&ruleset) && removal(&ruleset).is_empty();
+            Ok(if displaced { IstioCni::Displaced } else { IstioCni::Present })
+        })?
+    }
+
+    /// Takes istio-cni's rules out of a pod that is prepared: new connections are redirected as the pod
+    /// is captured, or go direct. Those that are open go on, and what they need stays: to be called again
+    /// until all is [`Displaced::Wholly`].
+    ///
+    /// # Errors
+    ///
+    /// When a system call fails; calling again completes it.
+    pub fn displace_istio_cni(&self, pod: &PodNetns) -> Result<Displaced> {
+        let ruleset = pod.netns.run(nftables::read)??;
+        let removal = removal(&ruleset);
+        if removal.is_empty() {
+            return pod.netns.run(|| clear_up(&ruleset))?;
+        }
+        let displace = || {
+            let mut batch = Batch::default();
+            if !has_keeper(&ruleset) {
+                batch.add_keeper(&keeper(), KEEPER_CHAIN, MARK_REDIRECTED);
+            }
+            removal.enter(&mut batch);
+            batch.commit()
+        };
+        if self.partly_captured(pod)? {
+            // Its open connections were marked before, and new ones are ours whichever rules they meet.
+            pod.netns.run(displace)??;
+        } else {
+            self.switch(pod, "mark_all", |_| displace())?;
+        }
+        Ok(Displaced::Now)
+    }
+
+    /// Takes away what keeps open connections going that istio-cni had redirected, if it is there.
+    ///
+    /// # Errors
+    ///
+    /// When a system call fails.
+    pub(super) fn forget_istio_cni() -> Result<()> {
+        let routing = Routing::open()?;
+        if routing.has_istio_cni()? && has_keeper(&nftables::read()?) {
+            remove_keeper(&routing)?;
+        }
+        Ok(())
+    }
+}
+
+fn keeper() -> TableName {
+    TableName { family: FAMILY_INET, name: KEEPER.to_owned() }
+}
+
+fn has_keeper(ruleset: &Ruleset) -> bool {
+    ruleset.tables.iter().any(|table| table.name == keeper())
+}
+
+/// When no connection is left that needs them, removes the keeper and the sign.
+fn clear_up(ruleset: &Ruleset) -> Result<Displaced> {
+    let routing = Routing::open()?;
+    if !has_keeper(ruleset) {
+        routing.delete_istio_cni()?;
+    } else if sockets::accepted_at(&[PORT_OUTBOUND, PORT_INBOUND])? > 0 {
+        return Ok(Displaced::Before);
+    } else {
+        remove_keeper(&routing)?;
+    }
+    Ok(Displaced::Wholly)
+}
+
+/// The sign goes last: what is left half-way is found again by it.
+fn remove_keeper(routing: &Routing) -> Result<()> {
+    let mut batch = Batch::default();
+    batch.delete_table(&keeper());
+    batch.commit()?;
+    routing.delete_istio_cni()
+}
+
+fn has_legacy_tables() -> Result<bool> {
+    for path in LEGACY_TABLES {
+        match fs::read_to_string(path) {
+            // Without the module there is no such file.
+            Err(e) if e.kind() == io::ErrorKind::NotFound => {}
+            names => {
+                let names = names.with_context(|| format!("read {path}"))?;
+                if names.lines().any(|name| TABLES.contains(&name)) {
+                    return Ok(true);
+                }
+            }
+        }
+    }
+    Ok(false)
+}
+
+/// What has to go of a ruleset.
+#[derive(Debug, Default, PartialEq, Eq)]
+struct Removal<'a> {
+    /// Tables in which there is nothing of anybody else.
+    tables: Vec<&'a TableName>,
+    /// In the others: the rules in its chains, and those that jump there.
+    rules: Vec<&'a nftables::Rule>,
+    /// Its chains in these.
+    chains: Vec<&'a Chain>,
+}
+
+impl Removal<'_> {
+    fn is_empty(&self) -> bool {
+        self.tables.is_empty() && self.rules.is_empty() && self.chains.is_empty()
+    }
+
+    fn enter(&self, batch: &mut Batch) {
+        self.rules.iter().for_each(|rule| batch.delete_rule(rule));
+        self.chains.iter().for_each(|chain| batch.delete_chain(chain));
+        self.tables.iter().for_each(|table| batch.delete_table(table));
+    }
+}
+
+fn removal(ruleset: &Ruleset) -> Removal<'_> {
+    let mut removal = Removal::default();
+    for table in &ruleset.tables {
+        if table.name.family == FAMILY_INET && NATIVE_TABLES.contains(&&*table.name.name) {
+            removal.tables.push(&table.name);
+            continue;
+        }
+        let iptables = matches!(table.name.family, FAMILY_IPV4 | FAMILY_IPV6);
+        if !iptables || !TABLES.contains(&&*table.name.name) {
+            continue;
+        }
+        let chains = || ruleset.chains.iter().filter(|chain| chain.table == table.name);
+        let is_istios = |chain: &str| CHAINS.contains(&chain);
+        if !chains().any(|chain| is_istios(&chain.name)) {
+            continue;
+        }
+        let (istios, others): (Vec<_>, Vec<_>) =
+            ruleset.rules.iter().filter(|rule| rule.table == table.name).partition(|rule| {
+                is_istios(&rule.chain) || rule.jumps_to.as_deref().is_some_and(is_istios)
+            });
+        let only = others.is_empty()
+            && usize::try_from(table.holds).is_ok_and(|holds| holds == chains().count())
+            && chains().all(|chain| is_istios(&chain.name) || (chain.base && chain.accepts));
+        if only {
+            removal.tables.push(&table.name);
+        } else {
+            removal.rules.extend(istios);
+            removal.chains.extend(chains().filter(|chain| is_istios(&chain.name)));
+        }
+    }
+    removal
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    /// What istio-cni makes of iptables' `nat`, in a family.
+    fn nat(family: u8) -> Ruleset {
+        let table = TableName { family, name: "nat".to_owned() };
+        let chain = |name: &str, base| Chain {
+            table: table.clone(),
+            name: name.to_owned(),
+            base,
+            accepts: true,
+        };
+        let rule = |chain: &str, handle, jumps_to: Option<&str>| nftables::Rule {
+            table: table.clone(),
+            chain: chain.to_owned(),
+            handle,
+            jumps_to: jumps_to.map(str::to_owned),
+        };
+        Ruleset {
+            tables: vec![nftables::Table { name: table.clone(), holds: 3 }],
+            chains: vec![chain("OUTPUT", true), chain("INPUT", true), chain("ISTIO_OUTPUT", false)],
+            rules: vec![rule("OUTPUT", 1, Some("ISTIO_OUTPUT")), rule("ISTIO_OUTPUT", 2, None)],
+        }
+    }
+
+    #[test]
+    fn table_goes_whole_only_when_nobody_else_has_anything_in_it() {
+        for family in [FAMILY_IPV4, FAMILY_IPV6] {
+            let istios = nat(family);
+            let whole = removal(&istios);
+            assert_eq!(whole.tables, [&istios.tables[0].name]);
+            assert!(whole.rules.is_empty() && whole.chains.is_empty());
+
+            let others: [fn(&mut Ruleset); 4] = [
+                // A rule, a chain, a policy, a set.
+                |set| {
+                    set.rules.push(nftables::Rule {
+                        handle: 3,
+                        jumps_to: None,
+                        ..set.rules[0].clone()
+                    })
+                },
+                |set| {
+                    set.chains.push(Chain { name: "OTHERS".to_owned(), ..set.chains[2].clone() });
+                    set.tables[0].holds += 1;
+                },
+                |set| set.chains[1].accepts = false,
+                |set| set.tables[0].holds += 1,
+            ];
+            for add in others {
+                let mut shared = nat(family);
+                add(&mut shared);
+                let part = removal(&shared);
+                assert!(part.tables.is_empty(), "{shared:?}");
+                let handles: Vec<u64> = part.rules.iter().map(|rule| rule.handle).collect();
+                assert_eq!(handles, [1, 2], "{shared:?}");
+                assert_eq!(part.chains, [&shared.chains[2]]);
+            }
+        }
+    }
+
+    #[test]
+    fn tables_of_others_are_left_alone() {
+        let mut others = nat(FAMILY_IPV4);
+        others.chains.pop();
+        others.rules.clear();
+        assert!(removal(&others).is_empty());
+        // Not one of iptables'.
+        assert!(removal(&nat(FAMILY_INET)).is_empty());
+        let keeper = Ruleset {
+            tables: vec![nftables::Table { name: keeper(), holds: 1 }],
+            ..Ruleset::default()
+        };
+        assert!(removal(&keeper).is_empty() && has_keeper(&keeper));
+    }
+}

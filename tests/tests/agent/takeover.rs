@@ -1,0 +1,645 @@
+//! Pods that istio-cni redirects: left alone, or taken over with no connection lost.
+
+use std::fs::{self, File};
+use std::io::Write as _;
+use std::net::{Ipv6Addr, TcpListener};
+use std::path::Path;
+use std::process::{Command, Stdio};
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::thread;
+use std::time::Duration;
+
+use anyhow::{Context as _, Result, anyhow, ensure};
+use redirect_agent::membership::Reason;
+use redirect_agent::output::PodState;
+use redirect_agent::zds::{Server, Workload};
+use redirect_tests::app::Conversation;
+use redirect_tests::both_families;
+use redirect_tests::footprint::{Footprint, assert_unchanged, footprint};
+use redirect_tests::hbone::Direction;
+use redirect_tests::netns::{Family, Netns};
+use redirect_tests::process::wait_for;
+use redirect_tests::topology::Pod;
+use serde_json::json;
+use tokio::runtime::Runtime;
+use tokio_util::sync::CancellationToken;
+
+use crate::api_server::Managed;
+use crate::cluster::{Cluster, Manifest, Node, SOON, converse, echo, now};
+use crate::dns;
+use crate::health::assert_has;
+use crate::load::Load;
+
+both_families! {
+    pod_with_rules_of_iptables_nft_is_taken_over_under_load,
+    pod_with_rules_of_native_nftables_is_taken_over_under_load,
+    dns_is_answered_all_the_while,
+    rules_of_others_beside_istio_cnis_stay,
+    rules_of_iptables_legacy_are_left_alone_and_told_of,
+    rules_that_istio_cni_adds_to_a_pod_in_the_mesh_are_removed_or_told_of,
+    cluster_is_told_what_becomes_of_a_pod_and_its_peers_notice_nothing,
+    translated_connections_are_refused_when_their_translation_is_lost,
+    agent_that_dies_in_a_takeover_is_succeeded_by_one_that_completes_it,
+    pod_that_istio_cni_redirects_is_left_alone_until_that_lets_go,
+    pod_that_leaves_the_mesh_with_istio_cnis_rules_is_freed_of_them,
+}
+
+/// How long a client waits for an answer.
+const PATIENCE: Duration = Duration::from_secs(10);
+
+/// By what istio-cni redirects.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Backend {
+    IptablesNft,
+    IptablesLegacy,
+    NativeNftables,
+}
+
+/// What istio-cni gives `iptables-restore`: Istio `cni/pkg/iptables/testdata/default.golden`; in IPv6
+/// with its addresses.
+const IPTABLES: &str = "\
+* mangle
+-N ISTIO_PRERT
+-N ISTIO_OUTPUT
+-A PREROUTING -j ISTIO_PRERT
+-A OUTPUT -j ISTIO_OUTPUT
+-A ISTIO_PRERT -m mark --mark 0x539/0xfff -j CONNMARK --set-xmark 0x111/0xfff
+-A ISTIO_OUTPUT -m connmark --mark 0x111/0xfff -j CONNMARK --restore-mark --nfmask 0xffffffff --ctmask 0xffffffff
+COMMIT
+* nat
+-N ISTIO_PRERT
+-N ISTIO_OUTPUT
+-A OUTPUT -j ISTIO_OUTPUT
+-A PREROUTING -j ISTIO_PRERT
+-A ISTIO_PRERT -s PROBE -p tcp -m tcp -j ACCEPT
+-A ISTIO_OUTPUT -d PROBE -p tcp -m tcp -j ACCEPT
+-A ISTIO_PRERT ! -d LOCALHOST -p tcp ! --dport 15008 -m mark ! --mark 0x539/0xfff -j REDIRECT --to-ports 15006
+-A ISTIO_OUTPUT ! -o lo -p udp -m mark ! --mark 0x539/0xfff -m udp --dport 53 -j REDIRECT --to-port 15053
+-A ISTIO_OUTPUT ! -d LOCALHOST -p tcp --dport 53 -m mark ! --mark 0x539/0xfff -j REDIRECT --to-ports 15053
+-A ISTIO_OUTPUT -p tcp -m mark --mark 0x111/0xfff -j ACCEPT
+-A ISTIO_OUTPUT ! -d LOCALHOST -o lo -j ACCEPT
+-A ISTIO_OUTPUT ! -d LOCALHOST -p tcp -m mark ! --mark 0x539/0xfff -j REDIRECT --to-ports 15001
+COMMIT
+* raw
+-N ISTIO_OUTPUT
+-N ISTIO_PRERT
+-A PREROUTING -j ISTIO_PRERT
+-A OUTPUT -j ISTIO_OUTPUT
+-A ISTIO_OUTPUT -p udp -m mark --mark 0x539/0xfff -m udp --dport 53 -j CT --zone 1
+-A ISTIO_PRERT -p udp -m mark ! --mark 0x539/0xfff -m udp --sport 53 -j CT --zone 1
+COMMIT
+";
+const PROBE_V4: &str = "169.254.7.127";
+const PROBE_V6: &str = "fd16:9254:7127:1337:ffff:ffff:ffff:ffff";
+
+/// What it does with native nftables: Istio `cni/pkg/nftables/testdata/default_ipv6.golden`.
+const NFTABLES: &str = "\
+add table inet istio-ambient-nat
+add chain inet istio-ambient-nat prerouting { type nat hook prerouting priority -100 ; }
+add chain inet istio-ambient-nat output { type nat hook output priority -100 ; }
+add chain inet istio-ambient-nat istio-prerouting
+add chain inet istio-ambient-nat istio-output
+add rule inet istio-ambient-nat output jump istio-output
+add rule inet istio-ambient-nat prerouting jump istio-prerouting
+add rule inet istio-ambient-nat istio-prerouting meta l4proto tcp ip saddr 169.254.7.127 counter accept
+add rule inet istio-ambient-nat istio-prerouting meta l4proto tcp ip6 saddr fd16:9254:7127:1337:ffff:ffff:ffff:ffff counter accept
+add rule inet istio-ambient-nat istio-output meta l4proto tcp ip daddr 169.254.7.127 counter accept
+add rule inet istio-ambient-nat istio-output meta l4proto tcp ip6 daddr fd16:9254:7127:1337:ffff:ffff:ffff:ffff counter accept
+add rule inet istio-ambient-nat istio-prerouting ip daddr != 127.0.0.1/32 tcp dport != 15008 mark and 0xfff != 0x539 counter redirect to :15006
+add rule inet istio-ambient-nat istio-prerouting ip6 daddr != ::1/128 tcp dport != 15008 mark and 0xfff != 0x539 counter redirect to :15006
+add rule inet istio-ambient-nat istio-output oifname != lo mark and 0xfff != 0x539 udp dport 53 counter redirect to :15053
+add rule inet istio-ambient-nat istio-output ip daddr != 127.0.0.1/32 tcp dport 53 mark and 0xfff != 0x539 counter redirect to :15053
+add rule inet istio-ambient-nat istio-output ip6 daddr != ::1/128 tcp dport 53 mark and 0xfff != 0x539 counter redirect to :15053
+add rule inet istio-ambient-nat istio-output meta l4proto tcp mark and 0xfff == 0x111 counter accept
+add rule inet istio-ambient-nat istio-output oifname lo ip daddr != 127.0.0.1/32 counter accept
+add rule inet istio-ambient-nat istio-output oifname lo ip6 daddr != ::1/128 counter accept
+add rule inet istio-ambient-nat istio-output meta l4proto tcp ip daddr != 127.0.0.1/32 mark and 0xfff != 0x539 counter redirect to :15001
+add rule inet istio-ambient-nat istio-output meta l4proto tcp ip6 daddr != ::1/128 mark and 0xfff != 0x539 counter redirect to :15001
+add table inet istio-ambient-mangle
+add chain inet istio-ambient-mangle prerouting { type filter hook prerouting priority -150 ; }
+add chain inet istio-ambient-mangle output { type route hook output priority -150 ; }
+add chain inet istio-ambient-mangle istio-prerouting
+add chain inet istio-ambient-mangle istio-output
+add rule inet istio-ambient-mangle prerouting jump istio-prerouting
+add rule inet istio-ambient-mangle output jump istio-output
+add rule inet istio-ambient-mangle istio-prerouting meta mark & 0xfff == 0x539 counter ct mark set ct mark & 0xfffff000 | 0x111
+add rule inet istio-ambient-mangle istio-output ct mark and 0xfff == 0x111 counter meta mark set ct mark
+add table inet istio-ambient-raw
+add chain inet istio-ambient-raw prerouting { type filter hook prerouting priority -300 ; }
+add chain inet istio-ambient-raw output { type filter hook output priority -300 ; }
+add chain inet istio-ambient-raw istio-prerouting
+add chain inet istio-ambient-raw istio-output
+add rule inet istio-ambient-raw prerouting jump istio-prerouting
+add rule inet istio-ambient-raw output jump istio-output
+add rule inet istio-ambient-raw istio-output udp dport 53 meta mark and 0xfff == 0x539 counter ct zone set 1
+add rule inet istio-ambient-raw istio-prerouting udp sport 53 meta mark and 0xfff != 0x539 counter ct zone set 1
+";
+
+impl Backend {
+    /// What istio-cni does to a pod.
+    fn redirect(self, netns: &Netns) -> Result<()> {
+        match self {
+            Self::IptablesNft => restore(netns, "nft")?,
+            Self::IptablesLegacy => restore(netns, "legacy")?,
+            Self::NativeNftables => feed(netns, &["nft", "-f", "-"], NFTABLES)?,
+        }
+        route_marked(netns, "add")
+    }
+
+    /// What it does to one that it lets go of.
+    fn let_go(self, netns: &Netns) -> Result<()> {
+        feed(netns, &["nft", "-f", "-"], "flush ruleset\n")?;
+        route_marked(netns, "del")
+    }
+}
+
+fn restore(netns: &Netns, variant: &str) -> Result<()> {
+    for (program, localhost, probe) in
+        [("iptables", "127.0.0.1/32", PROBE_V4), ("ip6tables", "::1/128", PROBE_V6)]
+    {
+        let rules = IPTABLES.replace("LOCALHOST", localhost).replace("PROBE", probe);
+        feed(netns, &[&format!("{program}-{variant}-restore"), "--noflush"], &rules)?;
+    }
+    Ok(())
+}
+
+/// The rule and the route of istio-cni.
+fn route_marked(netns: &Netns, verb: &str) -> Result<()> {
+    for family in ["-4", "-6"] {
+        let ip = |args: &str| {
+            let args: Vec<&str> = [family].into_iter().chain(args.split(' ')).collect();
+            netns.output("ip", &args)
+        };
+        ip(&format!("rule {verb} fwmark 0x111/0xfff pref 32764 lookup 100"))?;
+        ip(&format!("route {verb} local default dev lo table 100"))?;
+    }
+    Ok(())
+}
+
+/// Runs a command in a namespace with this as its standard input.
+fn feed(netns: &Netns, command: &[&str], input: &str) -> Result<()> {
+    let (program, args) = command.split_first().context("no command")?;
+    netns.run(|| {
+        let mut child = Command::new(program)
+            .args(args)
+            .stdin(Stdio::piped())
+            .stderr(Stdio::piped())
+            .spawn()
+            .with_context(|| format!("run {program} (cargo xtask setup installs it)"))?;
+        let mut stdin = child.stdin.take().context("write to it")?;
+        stdin.write_all(input.as_bytes()).context("write to it")?;
+        drop(stdin);
+        let output = child.wait_with_output().context("wait for it")?;
+        let said = String::from_utf8_lossy(&output.stderr);
+        ensure!(output.status.success(), "{program} in {}: {said}", netns.path().display());
+        Ok(())
+    })
+}
+
+/// All of nf_tables in a namespace.
+fn ruleset(netns: &Netns) -> Result<String> {
+    netns.output("nft", &["list", "ruleset"])
+}
+
+/// istio-cni's agent, as far as ztunnel sees it.
+struct IstioCni {
+    _runtime: Runtime,
+    shutdown: CancellationToken,
+}
+
+impl IstioCni {
+    /// Tells the proxies of a pod.
+    fn serve(socket: &Path, pod: &Pod) -> Result<Self> {
+        let runtime = Runtime::new().context("start a runtime")?;
+        let server = runtime.block_on(async { Server::bind(socket) }).context("bind ZDS")?;
+        let (handle, shutdown) = (server.handle(), CancellationToken::new());
+        runtime.spawn(server.run(shutdown.clone().cancelled_owned()));
+        let workload = Workload {
+            uid: format!("uid-of-{}-{}", pod.namespace, pod.name),
+            namespace: pod.namespace.clone(),
+            name: pod.name.clone(),
+            service_account: pod.name.clone(),
+        };
+        let netns = Arc::new(File::open(pod.netns.path()).context("open the pod")?.into());
+        runtime.block_on(handle.add(workload, netns)).context("add the pod")?;
+        Ok(Self { _runtime: runtime, shutdown })
+    }
+}
+
+impl Drop for IstioCni {
+    fn drop(&mut self) {
+        self.shutdown.cancel();
+    }
+}
+
+/// The pod `server` is in the mesh by istio-cni, whose agent then goes away; the proxy stays.
+fn migrating(backend: Backend, flags: &[&str], mode: &str) -> Result<(Cluster, Footprint)> {
+    let mut cluster = Cluster::without_agent(flags)?;
+    let fresh = footprint(&cluster.server.netns)?;
+    cluster.node.write(&annotated(&cluster.server, mode))?;
+    redirect(&mut cluster, backend)?;
+    Ok((cluster, fresh))
+}
+
+/// The pod as istio-cni has left it.
+fn annotated(pod: &Pod, mode: &str) -> Manifest {
+    let annotation = "ambient.istio.io/redirection";
+    Manifest::of(pod).mode(mode).with("/metadata/annotations", annotation, json!("enabled"))
+}
+
+fn redirect(cluster: &mut Cluster, backend: Backend) -> Result<()> {
+    let Cluster { node, server, .. } = cluster;
+    let web = node.manifests().join("web.json");
+    fs::write(web, dns::service().to_string()).context("write a service")?;
+    fs::create_dir_all(node.zds_socket().parent().context("no directory")?)?;
+    let istio_cni = IstioCni::serve(&node.zds_socket(), server)?;
+    node.start_proxy()?;
+    backend.redirect(&server.netns)?;
+    drop(istio_cni);
+    Ok(())
+}
+
+/// Whether the agent has ever written that a pod's peers are not to speak HBONE to it, or anything.
+fn published(node: &Node, pod: &Pod) -> Option<String> {
+    let name = format!("{}_{}.json", pod.namespace, pod.name);
+    fs::read_to_string(node.manifests().join(".status").join(name)).ok()
+}
+
+/// Waits until nothing of istio-cni's is left in a pod.
+fn wait_until_clean(pod: &Pod) -> Result<()> {
+    wait_for("nothing of istio-cni's to be left", SOON, || {
+        let rules =
+            pod.netns.output("ip", &["rule"])? + &pod.netns.output("ip", &["-6", "rule"])?;
+        let routes = pod.netns.output("ip", &["route", "show", "table", "all"])?
+            + &pod.netns.output("ip", &["-6", "route", "show", "table", "all"])?;
+        let clean = !rules.contains("32764:") && !routes.contains("table 100 ");
+        Ok((clean && ruleset(&pod.netns)?.is_empty()).then_some(()))
+    })
+    .with_context(|| format!("what is left: {:?}", ruleset(&pod.netns)))
+}
+
+/// Opens connections in both directions and checks that the proxy has them by istio-cni's rules.
+fn open_by_istio_cni(cluster: &Cluster, family: Family) -> Result<[Conversation; 2]> {
+    let Cluster { node, server, client, .. } = cluster;
+    let since = now()?;
+    let outbound = converse(server, client, family)?;
+    let inbound = converse(client, server, family)?;
+    for (conversation, direction) in
+        [(&outbound, Direction::Outbound), (&inbound, Direction::InboundPlaintext)]
+    {
+        let records = node.records_of(conversation, since)?;
+        ensure!(records.iter().any(|r| r.direction == direction), "no {direction:?}: {records:?}");
+    }
+    Ok([outbound, inbound])
+}
+
+fn taken_over_under_load(backend: Backend, family: Family) -> Result<()> {
+    let (mut cluster, fresh) = migrating(backend, &["--take-over"], "ambient")?;
+    let _apps = (echo(&cluster.server)?, echo(&cluster.client)?);
+    let mut open = open_by_istio_cni(&cluster, family)?;
+
+    let Cluster { node, server, client, .. } = &mut cluster;
+    let load = Load::between(client, server, &[family]).keeping_old();
+    let (_, calls) = load.during(|| {
+        node.start_agent()?;
+        node.wait_for_pod("to be taken over", server, |p| {
+            p.state == PodState::Enrolled && p.kernel.as_ref().is_some_and(|k| k.complete)
+        })?;
+        wait_for("istio-cni's rules to go", SOON, || {
+            Ok((!ruleset(&server.netns)?.to_lowercase().contains("istio")).then_some(()))
+        })?;
+        node.assert_outbound(server, client, family)?;
+        node.assert_inbound(client, server, family)
+    })?;
+    assert!(calls > 20, "{calls} calls are no load");
+    assert_ne!(published(node, server).as_deref(), Some("{}"));
+
+    // They live on, by translation, for as long as they like.
+    for conversation in &mut open {
+        conversation.exchange(b"still there?")?;
+    }
+    let kept = ruleset(&server.netns)?;
+    assert!(kept.contains("redirect-agent-nat") && kept.lines().count() < 10, "{kept}");
+    let [outbound, inbound] = open;
+    drop(outbound);
+    let mut inbound = inbound;
+    inbound.exchange(b"still there?")?;
+    assert!(ruleset(&server.netns)?.contains("redirect-agent-nat"));
+    drop(inbound);
+    wait_until_clean(server)?;
+    cluster.assert_redirected(family)?;
+
+    // As a pod that has only ever had ours.
+    let Cluster { node, server, client, .. } = &cluster;
+    let taken_over = footprint(&server.netns)?;
+    node.write(&Manifest::of(server))?;
+    node.wait_for_state(server, PodState::Bypassing)?;
+    assert_unchanged(&server.netns, &fresh)?;
+    node.assert_direct(server, client, family)?;
+    node.assert_direct(client, server, family)?;
+    node.enrol(server)?;
+    assert_unchanged(&server.netns, &taken_over)?;
+    assert_eq!(ruleset(&server.netns)?, "");
+    Ok(())
+}
+
+fn pod_with_rules_of_iptables_nft_is_taken_over_under_load(family: Family) -> Result<()> {
+    taken_over_under_load(Backend::IptablesNft, family)
+}
+
+fn pod_with_rules_of_native_nftables_is_taken_over_under_load(family: Family) -> Result<()> {
+    taken_over_under_load(Backend::NativeNftables, family)
+}
+
+fn dns_is_answered_all_the_while(family: Family) -> Result<()> {
+    let (mut cluster, _) = migrating(Backend::IptablesNft, &["--take-over"], "ambient")?;
+    let Cluster { node, server, .. } = &mut cluster;
+    let (netns, service) = (&server.netns, [dns::service_ip(family)]);
+    // Nobody is there: the proxy answers, or nobody.
+    let resolver = match family {
+        Family::V4 => "203.0.113.1".parse()?,
+        Family::V6 => "2001:db8::1".parse()?,
+    };
+    let done = &AtomicBool::new(false);
+    let asks = |ask: &dyn Fn() -> Result<()>| {
+        let mut asked = 0;
+        while !done.load(Ordering::Relaxed) {
+            ask().with_context(|| format!("after {asked} queries"))?;
+            asked += 1;
+        }
+        Ok::<usize, anyhow::Error>(asked)
+    };
+    let asked = thread::scope(|scope| {
+        let new_sockets = scope.spawn(|| {
+            asks(&|| {
+                let answer = dns::ask(netns, resolver, dns::SERVICE, PATIENCE)?;
+                ensure!(answer.context("no answer")?.1 == service, "another answer");
+                Ok(())
+            })
+        });
+        let connections = scope.spawn(|| {
+            asks(&|| {
+                let mut stream = dns::connect(netns, resolver)?;
+                ensure!(dns::ask_tcp(&mut stream, dns::SERVICE, resolver)? == service);
+                Ok(())
+            })
+        });
+        let one_socket = scope.spawn(|| {
+            let socket = netns.run(|| dns::connected(resolver))?;
+            socket.set_read_timeout(Some(Duration::from_secs(1)))?;
+            asks(&|| {
+                // As resolvers do, it asks once more.
+                let answer = match dns::exchange(&socket, dns::SERVICE, resolver)? {
+                    None => dns::exchange(&socket, dns::SERVICE, resolver)?,
+                    answer => answer,
+                };
+                ensure!(answer.context("no answer")?.1 == service, "another answer");
+                Ok(())
+            })
+        });
+        let taken_over = (|| {
+            node.start_agent()?;
+            node.wait_for_state(server, PodState::Enrolled)?;
+            wait_until_clean(server)
+        })();
+        done.store(true, Ordering::Relaxed);
+        let mut asked = Vec::new();
+        for asking in [new_sockets, connections, one_socket] {
+            asked.push(asking.join().map_err(|_| anyhow!("a client panicked"))??);
+        }
+        taken_over.map(|()| asked)
+    })?;
+    assert!(asked.iter().all(|asked| *asked > 100), "{asked:?} queries are no load");
+    Ok(())
+}
+
+fn rules_of_iptables_legacy_are_left_alone_and_told_of(family: Family) -> Result<()> {
+    let (mut cluster, _) = migrating(Backend::IptablesLegacy, &["--take-over"], "ambient")?;
+    let _apps = (echo(&cluster.server)?, echo(&cluster.client)?);
+    let netns = &cluster.server.netns;
+    let rules = || -> Result<String> {
+        let v4 = netns.output("iptables-legacy-save", &[])?;
+        let all = v4 + &netns.output("ip6tables-legacy-save", &[])?;
+        Ok(all.lines().filter(|line| line.starts_with('-')).collect::<Vec<_>>().join("\n"))
+    };
+    let before = (footprint(netns)?, rules()?);
+    cluster.node.start_agent()?;
+    let told = cluster.node.wait_for_state(&cluster.server, PodState::Failed)?;
+    let message = told.message.context("no reason is told")?;
+    assert!(message.contains("iptables-legacy"), "{message}");
+    cluster.assert_redirected(family)?;
+    assert_unchanged(netns, &before.0)?;
+    assert_eq!(rules()?, before.1);
+    Ok(())
+}
+
+fn rules_that_istio_cni_adds_to_a_pod_in_the_mesh_are_removed_or_told_of(
+    family: Family,
+) -> Result<()> {
+    let mut cluster = Cluster::enrolled(&[])?;
+    let _apps = (echo(&cluster.server)?, echo(&cluster.client)?);
+    let before = footprint(&cluster.server.netns)?;
+    Backend::IptablesNft.redirect(&cluster.server.netns)?;
+    cluster.node.wait_for_pod("to have both told of", &cluster.server, |p| {
+        p.message.as_ref().is_some_and(|m| m.contains("istio-cni redirects this pod, too"))
+    })?;
+    cluster.assert_redirected(family)?;
+
+    cluster.node.stop_agent()?;
+    cluster.node.set_flags(&["--take-over"]);
+    cluster.node.start_agent()?;
+    wait_until_clean(&cluster.server)?;
+    assert_unchanged(&cluster.server.netns, &before)?;
+    Backend::NativeNftables.redirect(&cluster.server.netns)?;
+    cluster.assert_redirected(family)?;
+    wait_until_clean(&cluster.server)?;
+    cluster.assert_redirected(family)?;
+    assert_unchanged(&cluster.server.netns, &before)
+}
+
+fn rules_of_others_beside_istio_cnis_stay(family: Family) -> Result<()> {
+    let (mut cluster, _) = migrating(Backend::IptablesNft, &["--take-over"], "ambient")?;
+    let _apps = (echo(&cluster.server)?, echo(&cluster.client)?);
+    let netns = &cluster.server.netns;
+    for program in ["iptables-nft", "ip6tables-nft"] {
+        let add = |args: &str| netns.output(program, &args.split(' ').collect::<Vec<_>>());
+        add("-t nat -A OUTPUT -p tcp --dport 81 -j REDIRECT --to-ports 8080")?;
+        add("-t mangle -N OTHERS")?;
+        add("-t mangle -A PREROUTING -j OTHERS")?;
+        add("-t filter -A INPUT -p tcp --dport 82 -j DROP")?;
+    }
+    cluster.node.start_agent()?;
+    cluster.node.wait_for_state(&cluster.server, PodState::Enrolled)?;
+    wait_for("istio-cni's rules to go", SOON, || {
+        Ok((!ruleset(netns)?.contains("redirect-agent-nat") && !ruleset(netns)?.contains("ISTIO"))
+            .then_some(()))
+    })?;
+    cluster.assert_redirected(family)?;
+    let left = ruleset(netns)?;
+    for theirs in ["dport 81", "jump OTHERS", "dport 82"] {
+        assert_eq!(left.matches(theirs).count(), 2, "{theirs}: {left}");
+    }
+    // Nothing of others is in this one.
+    assert!(!left.contains("table ip raw"), "{left}");
+    Ok(())
+}
+
+fn cluster_is_told_what_becomes_of_a_pod_and_its_peers_notice_nothing(
+    family: Family,
+) -> Result<()> {
+    let mut managed = Managed::without_agent()?;
+    managed.put(&annotated(&managed.cluster.server, "ambient"));
+    redirect(&mut managed.cluster, Backend::NativeNftables)?;
+    let _apps = (echo(&managed.cluster.server)?, echo(&managed.cluster.client)?);
+    // Free a moment ago, and nothing else here takes ports of this host.
+    let address = TcpListener::bind((Ipv6Addr::LOCALHOST, 0))?.local_addr()?;
+    managed.cluster.node.serve_health(address);
+    managed.cluster.node.start_agent()?;
+    let told = managed.wait_for_event(&managed.cluster.server, "EnrolmentFailed")?;
+    assert!(told.contains("istio-cni redirects this pod"), "{told}");
+    assert_has(address, "redirect_istio_cni_pods 1")?;
+
+    managed.cluster.node.stop_agent()?;
+    managed.cluster.node.set_flags(&["--take-over"]);
+    managed.cluster.node.kill_proxy()?;
+    managed.cluster.node.start_agent()?;
+    let Cluster { node, server, .. } = &managed.cluster;
+    node.wait_for_pod("to wait for a proxy", server, |p| {
+        p.message.as_ref().is_some_and(|m| m.contains("no proxy is connected"))
+    })?;
+    assert!(ruleset(&server.netns)?.contains("istio-ambient-nat"));
+    managed.cluster.node.start_proxy()?;
+    managed.wait_for_event(&managed.cluster.server, "TakenOver")?;
+    wait_until_clean(&managed.cluster.server)?;
+    assert_has(address, "redirect_istio_cni_pods 0")?;
+    managed.cluster.assert_redirected(family)?;
+    assert_eq!(managed.redirection(&managed.cluster.server).as_deref(), Some("enabled"));
+    assert_eq!(managed.patches(), 0);
+    Ok(())
+}
+
+fn translated_connections_are_refused_when_their_translation_is_lost(family: Family) -> Result<()> {
+    let (mut cluster, _) = migrating(Backend::IptablesNft, &["--take-over"], "ambient")?;
+    let (_server, app) = (echo(&cluster.server)?, echo(&cluster.client)?);
+    let [mut outbound, mut inbound] = open_by_istio_cni(&cluster, family)?;
+    cluster.node.start_agent()?;
+    cluster.node.wait_for_state(&cluster.server, PodState::Enrolled)?;
+    let netns = &cluster.server.netns;
+    wait_for("istio-cni's rules to go", SOON, || {
+        Ok((!ruleset(netns)?.contains("ISTIO")).then_some(()))
+    })?;
+    outbound.exchange(b"still there?")?;
+    inbound.exchange(b"still there?")?;
+
+    // What the table is for, and that nothing of a connection goes on without the proxy.
+    let accepted = app.accepted().len();
+    netns.output("nft", &["delete", "table", "inet", "redirect-agent-nat"])?;
+    ensure!(outbound.exchange(b"in plaintext?").is_err(), "it goes on without translation");
+    ensure!(inbound.exchange(b"in plaintext?").is_err(), "it goes on without translation");
+    assert_eq!(app.accepted().len(), accepted);
+    cluster.assert_redirected(family)
+}
+
+fn agent_that_dies_in_a_takeover_is_succeeded_by_one_that_completes_it(
+    family: Family,
+) -> Result<()> {
+    let (mut cluster, fresh) = migrating(Backend::IptablesNft, &["--take-over"], "ambient")?;
+    let _apps = (echo(&cluster.server)?, echo(&cluster.client)?);
+    let mut open = open_by_istio_cni(&cluster, family)?;
+    for _ in 0..4 {
+        // Wherever it is by then.
+        let mut agent = cluster.node.spawn_agent()?;
+        for conversation in &mut open {
+            conversation.exchange(b"still there?")?;
+        }
+        cluster.assert_redirected(family)?;
+        agent.kill()?;
+        cluster.assert_redirected(family)?;
+    }
+    cluster.node.start_agent()?;
+    cluster.node.wait_for_state(&cluster.server, PodState::Enrolled)?;
+    cluster.node.stop_agent()?;
+    // The flag is for those that are not taken over yet.
+    cluster.node.set_flags(&[]);
+    cluster.node.start_agent()?;
+    for mut conversation in open {
+        conversation.exchange(b"still there?")?;
+    }
+    wait_until_clean(&cluster.server)?;
+    cluster.assert_redirected(family)?;
+    cluster.node.stop_agent()?;
+    let (cleaned, said) = cluster.node.cleanup()?;
+    ensure!(cleaned, "{said}");
+    assert_unchanged(&cluster.server.netns, &fresh)
+}
+
+fn pod_that_istio_cni_redirects_is_left_alone_until_that_lets_go(family: Family) -> Result<()> {
+    let (mut cluster, fresh) = migrating(Backend::IptablesNft, &[], "ambient")?;
+    let _apps = (echo(&cluster.server)?, echo(&cluster.client)?);
+    let mut open = open_by_istio_cni(&cluster, family)?;
+    let netns = &cluster.server.netns;
+    let before = (footprint(netns)?, ruleset(netns)?);
+    cluster.node.start_agent()?;
+    let Cluster { node, server, .. } = &cluster;
+    let told = node.wait_for_state(server, PodState::Failed)?;
+    let message = told.message.context("no reason is told")?;
+    assert!(message.contains("istio-cni redirects this pod"), "{message}");
+    assert!(message.contains("--take-over"), "{message}");
+    assert_eq!(published(node, server), None);
+    assert_unchanged(netns, &before.0)?;
+    // But for the counters.
+    assert_eq!(ruleset(netns)?.lines().count(), before.1.lines().count());
+    assert!(!node.links(server)?.exists());
+    // The proxy goes on serving it.
+    for conversation in &mut open {
+        conversation.exchange(b"still there?")?;
+    }
+    cluster.assert_redirected(family)?;
+    drop(open);
+
+    // Its label goes: it is for istio-cni to let go of it.
+    let Cluster { node, server, .. } = &cluster;
+    node.write(&Manifest::of(server))?;
+    node.wait_for_pod("to be unlabelled", server, |p| {
+        p.reason == Reason::NotLabelled && p.state == PodState::Failed
+    })?;
+    cluster.assert_redirected(family)?;
+    let Cluster { node, server, .. } = &cluster;
+    node.write(&Manifest::of(server).mode("ambient"))?;
+    node.wait_for_state(server, PodState::Failed)?;
+
+    Backend::IptablesNft.let_go(netns)?;
+    node.wait_until_enrolled(server)?;
+    cluster.assert_redirected(family)?;
+    let Cluster { node, server, .. } = &cluster;
+    node.write(&Manifest::of(server))?;
+    node.wait_for_state(server, PodState::Bypassing)?;
+    assert_unchanged(netns, &fresh)
+}
+
+fn pod_that_leaves_the_mesh_with_istio_cnis_rules_is_freed_of_them(family: Family) -> Result<()> {
+    let (mut cluster, fresh) =
+        migrating(Backend::NativeNftables, &["--take-over", "--drain", "60s"], "none")?;
+    let _apps = (echo(&cluster.server)?, echo(&cluster.client)?);
+    let mut open = open_by_istio_cni(&cluster, family)?;
+    let Cluster { node, server, client, .. } = &mut cluster;
+    let load = Load::between(client, server, &[family]);
+    let (_, calls) = load.during(|| {
+        node.start_agent()?;
+        wait_for("istio-cni's rules to go", SOON, || {
+            Ok((!ruleset(&server.netns)?.contains("istio")).then_some(()))
+        })?;
+        node.assert_direct(server, client, family)?;
+        node.assert_direct(client, server, family)
+    })?;
+    assert!(calls > 10, "{calls} calls are no load");
+    for conversation in &mut open {
+        conversation.exchange(b"still there?")?;
+    }
+    drop(open);
+    node.wait_for_state(server, PodState::Bypassing)?;
+    wait_until_clean(server)?;
+    assert_unchanged(&server.netns, &fresh)?;
+    cluster.assert_direct(family)
+}
