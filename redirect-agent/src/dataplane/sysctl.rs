@@ -57,12 +57,13 @@ pub(super) fn check() -> Result<Vec<(&'static str, bool)>> {
         .collect()
 }
 
-fn path(name: &str) -> String {
-    format!("/proc/sys/{name}")
-}
+/// Where they are. Whose they are depends on who looks, and not on which of these it is looked at.
+const PROC_SYS: &str = "/proc/sys";
+/// The same, writable: a container's own is read-only unless it is privileged.
+const NODES_PROC_SYS: &str = "/proc/1/root/proc/sys";
 
 fn get(name: &str) -> Result<i32> {
-    match fs::read_to_string(path(name)) {
+    match fs::read_to_string(format!("{PROC_SYS}/{name}")) {
         Ok(text) => {
             text.trim().parse().with_context(|| format!("parse sysctl {name}: {:?}", text.trim()))
         }
@@ -72,12 +73,17 @@ fn get(name: &str) -> Result<i32> {
 }
 
 fn put(name: &str, value: i32) -> Result<()> {
-    match fs::write(path(name), value.to_string()) {
+    let write = |dir: &str| fs::write(format!("{dir}/{name}"), value.to_string());
+    let written = match write(PROC_SYS) {
+        Err(e) if e.kind() == io::ErrorKind::ReadOnlyFilesystem => write(NODES_PROC_SYS),
+        written => written,
+    };
+    match written {
         Ok(()) => Ok(()),
         // IPv6 is off.
         Err(e) if e.kind() == io::ErrorKind::NotFound && name.contains("ipv6") => Ok(()),
         Err(e) => Err(e).with_context(|| {
-            format!("write sysctl {name} (is /proc/sys mounted read-only in this container?)")
+            format!("write sysctl {name} (a container needs hostPID and CAP_SYS_PTRACE for it)")
         }),
     }
 }
