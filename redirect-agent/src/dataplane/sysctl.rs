@@ -22,6 +22,11 @@ pub(super) const SYSCTLS: [(&str, i32); 5] = [
     ("net/ipv4/tcp_migrate_req", 1),
 ];
 
+/// Where sysctls are: here and there those of the network namespace of the thread that looks.
+const PROC_SYS: &str = "/proc/sys";
+/// The same, writable: a container's own is read-only unless it is privileged.
+const NODES_PROC_SYS: &str = "/proc/1/root/proc/sys";
+
 /// The present values.
 pub(super) fn read() -> Result<SavedSysctls> {
     let mut saved = SavedSysctls { values: [SYSCTL_ABSENT; 5] };
@@ -56,11 +61,6 @@ pub(super) fn check() -> Result<Vec<(&'static str, bool)>> {
         })
         .collect()
 }
-
-/// Where they are. Whose they are depends on who looks, and not on which of these it is looked at.
-const PROC_SYS: &str = "/proc/sys";
-/// The same, writable: a container's own is read-only unless it is privileged.
-const NODES_PROC_SYS: &str = "/proc/1/root/proc/sys";
 
 fn get(name: &str) -> Result<i32> {
     match fs::read_to_string(format!("{PROC_SYS}/{name}")) {

@@ -19,8 +19,8 @@ RUST_LOG: {{ . | quote }}
 {{ end -}}
 EXCLUDE_NAMESPACES: {{ .Values.excludeNamespaces | join "," | quote }}
 AMBIENT_DNS_CAPTURE: {{ .Values.ambient.dnsCapture | quote }}
-{{- with .Values.ambient.enablementSelectors }}
+{{- if not (kindIs "invalid" .Values.ambient.enablementSelectors) }}
 AMBIENT_ENABLEMENT_SELECTOR: |
-  {{- toYaml . | nindent 2 }}
+  {{- toYaml .Values.ambient.enablementSelectors | nindent 2 }}
 {{- end }}
 {{- end }}
