@@ -13,6 +13,11 @@ use tracing::{error, info};
 
 use crate::{
     cli::SourceSpec,
+    cni::{
+        entry::Entry,
+        install::{self, Installer},
+        server::{self as cni, Door},
+    },
     control::{self, Answer},
     dataplane::{self, Dataplane},
     health::{self, Condition},
@@ -21,7 +26,7 @@ use crate::{
     output::Status,
     overrides::{Change, Store},
     probes::{self, Probes},
-    reconcile::{Observer, Reconciler, Settings},
+    reconcile::{Admission, Observer, Reconciler, Settings},
     source::{Source, dir, kube},
     zds,
 };
@@ -48,6 +53,12 @@ pub struct Options {
     pub control_socket: PathBuf,
     /// Where proxies connect.
     pub zds_socket: PathBuf,
+    /// Where the CNI plugin asks.
+    pub cni_socket: PathBuf,
+    /// How long it waits at most.
+    pub cni_timeout: Duration,
+    /// Where to install the CNI plugin, and with which entry, if at all.
+    pub install_cni: Option<(install::Dirs, Entry)>,
     /// What is taken for kubelet's probes.
     pub probes: probes::Settings,
     /// Where health and metrics are served.
@@ -62,15 +73,21 @@ pub struct Options {
 /// When it cannot start, or one of its parts fails.
 pub async fn run(options: Options, shutdown: CancellationToken) -> Result<()> {
     let control = control::Server::bind(&options.control_socket)?;
+    let cni = cni::Server::bind(&options.cni_socket)?;
     let dataplane = Arc::new(Dataplane::open(&options.dataplane)?);
-    let ground = Ground {
+    let mut ground = Ground {
         control,
         overrides: Arc::new(Store::open(&options.state_dir)?),
         probes: Probes::open(Arc::clone(&dataplane), options.probes.clone()).await?,
         dataplane,
         zds: zds::Server::bind(&options.zds_socket)?,
         metrics: Metrics::default(),
+        door: Arc::new(Door::new(options.settings.membership.excluded_namespaces.clone())),
+        parts: JoinSet::new(),
     };
+    // From now on, so that the plugin is told to try again and does not find nobody.
+    let (door, metrics) = (Arc::clone(&ground.door), ground.metrics.clone());
+    ground.parts.spawn(cni.run(door, metrics, shutdown.clone()));
     let (node, membership) = (&options.node, &options.settings.membership);
     match &options.source {
         SourceSpec::Dir(path) => {
@@ -98,17 +115,18 @@ struct Ground {
     probes: Probes,
     zds: zds::Server,
     metrics: Metrics,
+    door: Arc<Door<Admission>>,
+    parts: JoinSet<Result<()>>,
 }
 
 /// Runs on what is known of the pods, which `following` keeps current.
 async fn serve<S: Source>(
     options: Options,
-    Ground { control, overrides, dataplane, probes, zds, metrics }: Ground,
+    Ground { control, overrides, dataplane, probes, zds, metrics, door, mut parts }: Ground,
     source: S,
     following: impl Future<Output = Result<()>> + Send + 'static,
     shutdown: CancellationToken,
 ) -> Result<()> {
-    let mut parts: JoinSet<Result<()>> = JoinSet::new();
     if options.dataplane.log {
         let mut log = dataplane.logger()?;
         let mut tick = interval(LOG_INTERVAL);
@@ -132,13 +150,21 @@ async fn serve<S: Source>(
     );
     parts.spawn(probes.clone().run(shutdown.clone()));
     let observer = reconciler.observer();
-    let agent = Arc::new(Agent { options, overrides, observer, probes, metrics });
+    // Whoever is asked by the plugin is there already.
+    let cni_plugin = options.install_cni.clone().map(|(dirs, entry)| {
+        let installer = Installer::new(dirs, entry);
+        let missing = installer.missing();
+        parts.spawn(installer.run(shutdown.clone()));
+        missing
+    });
+    let agent = Arc::new(Agent { options, overrides, observer, probes, metrics, cni_plugin });
     if let health::Address::At(address) = agent.options.health {
         let server = health::Server::bind(address).await?;
         parts.spawn(server.run(Arc::clone(&agent), shutdown.clone()));
     }
     // A proxy stops whatever its snapshot does not name: every pod must be known first.
     reconciler.adopt().await;
+    door.open(reconciler.admission(agent.options.cni_timeout));
     info!(
         version = env!("CARGO_PKG_VERSION"),
         node = agent.options.node,
@@ -177,11 +203,16 @@ struct Agent<S> {
     observer: Observer<S>,
     probes: Probes,
     metrics: Metrics,
+    /// What is missing of it, if it is to be installed.
+    cni_plugin: Option<install::Missing>,
 }
 
 impl<S: Source> health::Agent for Agent<S> {
     fn conditions(&self) -> Vec<Condition> {
-        vec![Condition { name: "pods", missing: self.observer.unreconciled() }]
+        let pods = Condition { name: "pods", missing: self.observer.unreconciled() };
+        let plugin = self.cni_plugin.iter();
+        let plugin = plugin.map(|plugin| Condition { name: "cni plugin", missing: plugin.get() });
+        [pods].into_iter().chain(plugin).collect()
     }
 
     async fn metrics(&self) -> Result<String> {

@@ -7,6 +7,7 @@ use clap_complete::Shell;
 use ipnet::IpNet;
 
 use crate::{
+    cni::{self, entry::DaemonSet, install},
     control::DEFAULT_SOCKET,
     dataplane,
     enablement::Selectors,
@@ -64,7 +65,8 @@ pub enum Command {
     Status(StatusArgs),
     /// Says whether this node can run the agent.
     Check(CheckArgs),
-    /// Puts every pod of this node back and removes all that the agent keeps in the kernel.
+    /// Puts every pod of this node back and removes all that the agent keeps in the kernel, and its CNI
+    /// plugin.
     Cleanup(CleanupArgs),
     /// Prints completions for a shell.
     Completions(CompletionsArgs),
@@ -117,6 +119,23 @@ pub struct ControlSocket {
     /// The agent's control socket.
     #[arg(long, value_name = "PATH", default_value = DEFAULT_SOCKET)]
     pub control_socket: PathBuf,
+}
+
+/// Where the node has its CNI.
+#[derive(Clone, Debug, Args)]
+pub struct CniDirs {
+    /// Directory of the node's CNI configuration.
+    #[arg(long, value_name = "DIR", default_value = "/etc/cni/net.d")]
+    pub cni_conf_dir: PathBuf,
+    /// Directory of the node's CNI plugins.
+    #[arg(long, value_name = "DIR", default_value = "/opt/cni/bin")]
+    pub cni_bin_dir: PathBuf,
+}
+
+impl From<CniDirs> for install::Dirs {
+    fn from(dirs: CniDirs) -> Self {
+        install::Dirs { conf: dirs.cni_conf_dir, bin: dirs.cni_bin_dir }
+    }
 }
 
 /// How long something lasts.
@@ -272,7 +291,7 @@ pub struct RunArgs {
     /// See [`BpffsDir`].
     #[command(flatten)]
     pub bpffs: BpffsDir,
-    /// Directory for what the agent has to remember: the overrides.
+    /// Directory for what the agent has to remember: the overrides, and where pods are.
     #[arg(long, value_name = "DIR", default_value = "/var/lib/redirect-agent")]
     pub state_dir: PathBuf,
     /// See [`ControlSocket`].
@@ -281,6 +300,13 @@ pub struct RunArgs {
     /// Where the proxy connects to hear of pods (ZDS).
     #[arg(long, value_name = "PATH", default_value = "/var/run/ztunnel/ztunnel.sock")]
     pub zds_socket: PathBuf,
+    /// Where the CNI plugin, ours or istio-cni's, asks whether a pod may start.
+    #[arg(long, value_name = "PATH", default_value = cni::request::DEFAULT_SOCKET)]
+    pub cni_socket: PathBuf,
+    /// How long the CNI plugin waits at most until a pod is in the mesh; then the pod's start fails,
+    /// and kubelet tries again.
+    #[arg(long, value_name = "TIME", default_value = "25s", value_parser = interval)]
+    pub cni_timeout: Duration,
     /// Namespaces whose pods are never in the mesh, separated by commas.
     #[arg(
         long,
@@ -317,6 +343,17 @@ pub struct RunArgs {
     /// Where to serve /healthz, /readyz and /metrics over HTTP: ADDRESS:PORT, or `off`.
     #[arg(long, value_name = "ADDRESS", default_value = "[::]:15014")]
     pub health_address: health::Address,
+    /// Install the CNI plugin, which holds a pod's start until the pod is in the mesh, or out of it, and
+    /// keep it installed.
+    #[arg(long)]
+    pub install_cni: bool,
+    /// See [`CniDirs`].
+    #[command(flatten)]
+    pub cni: CniDirs,
+    /// The DaemonSet that runs the agent: its pods start without the agent, and an agent that ends
+    /// because it was deleted puts everything back.
+    #[arg(long, value_name = "NAMESPACE/NAME", env = "DAEMONSET", hide_env_values = true)]
+    pub daemonset: Option<DaemonSet>,
     /// Log every decision of the eBPF programs; costs time on every connection.
     #[arg(long)]
     pub ebpf_log: bool,
@@ -486,9 +523,9 @@ pub struct CheckArgs {
     /// How to print it.
     #[arg(short, long, value_name = "FORMAT", default_value = "table")]
     pub output: Format,
-    /// Directory of the node's CNI configuration.
-    #[arg(long, value_name = "DIR", default_value = "/etc/cni/net.d")]
-    pub cni_conf_dir: PathBuf,
+    /// See [`CniDirs`].
+    #[command(flatten)]
+    pub cni: CniDirs,
     /// See [`BpffsDir`].
     #[command(flatten)]
     pub bpffs: BpffsDir,
@@ -505,9 +542,12 @@ pub struct CleanupArgs {
     /// Directory where the network namespaces of pods are.
     #[arg(long, value_name = "DIR", default_value = "/var/run/netns")]
     pub netns_dir: PathBuf,
-    /// Directory with what the agent remembers; the overrides go, too.
+    /// Directory with what the agent remembers; the overrides and records go, too.
     #[arg(long, value_name = "DIR", default_value = "/var/lib/redirect-agent")]
     pub state_dir: PathBuf,
+    /// See [`CniDirs`].
+    #[command(flatten)]
+    pub cni: CniDirs,
     /// See [`BpffsDir`].
     #[command(flatten)]
     pub bpffs: BpffsDir,

@@ -2,14 +2,19 @@
 
 use std::{
     io::{self, Write as _},
-    path::Path,
+    path::{Path, PathBuf},
     sync::Arc,
+    time::Duration,
 };
 
 use anyhow::{Context as _, Result, bail};
 use nix::unistd::gethostname;
-use tokio::signal::unix::{SignalKind, signal};
+use tokio::{
+    signal::unix::{SignalKind, signal},
+    time::{sleep, timeout},
+};
 use tokio_util::sync::CancellationToken;
+use tracing::{info, warn};
 
 use crate::{
     agent,
@@ -17,17 +22,28 @@ use crate::{
         AttachArgs, AutoArgs, CheckArgs, CleanupArgs, Command, DetachArgs, For, PauseArgs,
         ResumeArgs, RunArgs, StatusArgs,
     },
+    cni::{
+        entry::Entry,
+        install,
+        records::{self, Records},
+    },
     control::{Answer, Client, OverrideRequest, PauseRequest},
     dataplane::{self, DEFAULT_PROXY_GRACE, Dataplane, PodNetns},
     finder::{self, Finder},
     membership,
     netns::Netns,
-    output,
+    output::{self, PodState, PodStatus},
     overrides::{self, Mode, Target},
     preflight,
     reconcile::Settings,
+    source::kube,
     traffic::{self, Traffic},
 };
+
+/// How long an agent that is uninstalled lets pods leave the mesh in order; kubelet kills it 30 s after
+/// it has told it to end.
+const LEAVING: Duration = Duration::from_secs(10);
+const LEAVING_LOOK: Duration = Duration::from_millis(100);
 
 /// Carries out a command.
 ///
@@ -65,7 +81,7 @@ pub async fn execute(command: Command) -> Result<()> {
 async fn run(args: RunArgs) -> Result<()> {
     preflight::require(&preflight::Options {
         bpffs_dir: args.bpffs.bpffs_dir.clone(),
-        cni_conf_dir: "/etc/cni/net.d".into(),
+        cni: args.cni.clone().into(),
     })?;
     let node = match args.node_name {
         Some(node) => node,
@@ -75,6 +91,28 @@ async fn run(args: RunArgs) -> Result<()> {
             .ok()
             .context("use the host's name: it is not UTF-8; give --node-name")?,
     };
+    let records = Arc::new(Records::open(&args.state_dir)?);
+    let entry = Entry {
+        socket: std::path::absolute(&args.cni_socket).context("use --cni-socket")?,
+        exclude_namespaces: args.excluded_namespaces.clone(),
+        daemon_set: args.daemonset.clone(),
+        ..Entry::for_an_agent_that_waits(args.cni_timeout)
+    };
+    let owner = match args.daemonset {
+        Some(daemon_set) => {
+            let config = kube::config(args.kubeconfig.as_deref()).await?;
+            Some(Arc::new(kube::Owner::new(config, daemon_set)?))
+        }
+        None => None,
+    };
+    let dirs = install::Dirs::from(args.cni);
+    let state = NodeState {
+        netns_dir: args.netns_dir.clone(),
+        state_dir: args.state_dir.clone(),
+        bpffs_dir: args.bpffs.bpffs_dir.clone(),
+        cni: dirs.clone(),
+    };
+    let control_socket = args.control.control_socket.clone();
     let options = agent::Options {
         source: args.source,
         kubeconfig: args.kubeconfig,
@@ -89,7 +127,7 @@ async fn run(args: RunArgs) -> Result<()> {
                 sidecar_annotations: args.sidecar_annotations,
                 dns_capture: args.traffic.dns_capture,
             },
-            finder: Arc::new(Finder::new(args.netns_dir)),
+            finder: Arc::new(Finder::new(records, args.netns_dir)),
             drain: args.drain,
             verify_interval: args.verify_interval,
         },
@@ -101,21 +139,102 @@ async fn run(args: RunArgs) -> Result<()> {
         state_dir: args.state_dir,
         control_socket: args.control.control_socket,
         zds_socket: args.zds_socket,
+        cni_socket: args.cni_socket,
+        cni_timeout: args.cni_timeout,
+        install_cni: args.install_cni.then_some((dirs, entry)),
         probes: args.probes.settings(),
         health: args.health_address,
     };
     let shutdown = CancellationToken::new();
     let mut terminate = signal(SignalKind::terminate()).context("listen for SIGTERM")?;
     let mut interrupt = signal(SignalKind::interrupt()).context("listen for SIGINT")?;
+    if let Some(owner) = owner.clone() {
+        let shutdown = shutdown.clone();
+        tokio::spawn(async move { shutdown.run_until_cancelled(owner.look()).await });
+    }
     let stop = shutdown.clone();
-    tokio::spawn(async move {
-        tokio::select! {
-            _ = terminate.recv() => {}
-            _ = interrupt.recv() => {}
+    let ending = tokio::spawn(async move {
+        let terminated = tokio::select! {
+            _ = terminate.recv() => true,
+            _ = interrupt.recv() => false,
+            () = stop.cancelled() => false,
+        };
+        let for_good = match owner {
+            Some(owner) if terminated => owner.is_deleted().await,
+            _ => false,
+        };
+        if for_good {
+            info!("the agent is uninstalled: every pod leaves the mesh");
+            leave(&Client::new(control_socket)).await;
         }
         stop.cancel();
+        for_good
     });
-    agent::run(options, shutdown).await
+    let ended = agent::run(options, shutdown.clone()).await;
+    shutdown.cancel();
+    if ending.await.context("wait for the end")? {
+        state.put_back()?;
+    }
+    ended
+}
+
+/// Lets every pod leave the mesh in order, so that its peers hear of it. That may take a while, or not
+/// be possible: what is still there after it is put back all the same.
+async fn leave(agent: &Client) {
+    let leaving = async {
+        agent.pause(&PauseRequest { for_seconds: None }).await?;
+        let stays = |pod: &PodStatus| pod.state != PodState::Bypassing;
+        while agent.status().await?.pods.iter().any(stays) {
+            sleep(LEAVING_LOOK).await;
+        }
+        Ok(())
+    };
+    let left = timeout(LEAVING, leaving).await.unwrap_or_else(|_| bail!("not within {LEAVING:?}"));
+    if let Err(error) = left {
+        warn!("let every pod leave the mesh in order: {error:#}; they are put back without");
+    }
+}
+
+/// Where a node has something of the agent.
+struct NodeState {
+    netns_dir: PathBuf,
+    state_dir: PathBuf,
+    bpffs_dir: PathBuf,
+    cni: install::Dirs,
+}
+
+impl NodeState {
+    /// Puts the node back to how it was before the agent, which must not run any more.
+    fn put_back(&self) -> Result<()> {
+        // First of all: with the entry there, and nobody to ask, no pod can start.
+        for done in install::remove(&self.cni)? {
+            print(format!("{done}\n").as_bytes())?;
+        }
+        if self.bpffs_dir.exists() {
+            let dataplane = open(&self.bpffs_dir)?;
+            let linked = dataplane.linked_pods()?;
+            let records = Records::open(&self.state_dir)?;
+            for netns in finder::alive(&self.netns_dir, &records, &linked)? {
+                let path = netns.path().to_owned();
+                restore(&dataplane, netns)?;
+                print(format!("restored {}\n", path.display()).as_bytes())?;
+            }
+            dataplane.sweep(&[].into(), &[].into())?;
+            let left = dataplane.linked_pods()?;
+            if !left.is_empty() {
+                let inodes: Vec<String> = left.iter().map(ToString::to_string).collect();
+                bail!(
+                    "cannot find the network namespaces with inode numbers {} in {} or of any process; give --netns-dir, or `redirect-agent detach --netns PATH`",
+                    inodes.join(", "),
+                    self.netns_dir.display()
+                );
+            }
+            dataplane.unpin_if_unused()?;
+        }
+        records::remove_state(&self.state_dir)?;
+        overrides::remove_state(&self.state_dir)?;
+        print(b"nothing of redirect-agent is left on this node\n")
+    }
 }
 
 fn attach(args: &AttachArgs) -> Result<()> {
@@ -188,7 +307,7 @@ async fn status(args: StatusArgs) -> Result<()> {
 fn check(args: &CheckArgs) -> Result<()> {
     let report = preflight::check(&preflight::Options {
         bpffs_dir: args.bpffs.bpffs_dir.clone(),
-        cni_conf_dir: args.cni_conf_dir.clone(),
+        cni: args.cni.clone().into(),
     });
     print(report.print(args.output)?.as_bytes())?;
     if report.ok { Ok(()) } else { bail!("{}", report.verdict()) }
@@ -202,28 +321,13 @@ async fn cleanup(args: &CleanupArgs) -> Result<()> {
             args.control.control_socket.display()
         );
     }
-    if args.bpffs.bpffs_dir.exists() {
-        let dataplane = open(&args.bpffs.bpffs_dir)?;
-        let linked = dataplane.linked_pods()?;
-        for netns in finder::alive(&args.netns_dir, &linked)? {
-            let path = netns.path().to_owned();
-            restore(&dataplane, netns)?;
-            print(format!("restored {}\n", path.display()).as_bytes())?;
-        }
-        dataplane.sweep(&[].into(), &[].into())?;
-        let left = dataplane.linked_pods()?;
-        if !left.is_empty() {
-            let inodes: Vec<String> = left.iter().map(ToString::to_string).collect();
-            bail!(
-                "cannot find the network namespaces with inode numbers {} in {} or of any process; give --netns-dir, or `redirect-agent detach --netns PATH`",
-                inodes.join(", "),
-                args.netns_dir.display()
-            );
-        }
-        dataplane.unpin_if_unused()?;
-    }
-    overrides::remove_state(&args.state_dir)?;
-    print(b"nothing of redirect-agent is left on this node\n")
+    let state = NodeState {
+        netns_dir: args.netns_dir.clone(),
+        state_dir: args.state_dir.clone(),
+        bpffs_dir: args.bpffs.bpffs_dir.clone(),
+        cni: args.cni.clone().into(),
+    };
+    state.put_back()
 }
 
 /// Writes to standard output; a reader that has gone away is no error.

@@ -11,8 +11,7 @@
 //! What went wrong is `{"error":"…"}` with a status from 400 up.
 
 use std::{
-    fs, io,
-    os::unix::fs::{DirBuilderExt as _, FileTypeExt as _, PermissionsExt as _},
+    io,
     path::{Path, PathBuf},
     sync::Arc,
     time::{Duration, SystemTime},
@@ -21,25 +20,22 @@ use std::{
 use anyhow::{Context as _, bail};
 use axum::{
     Json, Router,
-    extract::{ConnectInfo, Request, State, connect_info::Connected, rejection::JsonRejection},
+    extract::{Request, State, rejection::JsonRejection},
     http::{Method, StatusCode, header},
-    middleware::{self, Next},
     response::{IntoResponse, Response},
     routing::{get, post},
-    serve::IncomingStream,
 };
 use http_body_util::{BodyExt as _, Full};
 use hyper::body::Bytes;
 use hyper_util::rt::TokioIo;
-use nix::unistd::geteuid;
 use serde::{Deserialize, Serialize, de::DeserializeOwned};
-use tokio::net::{UnixListener, UnixStream};
+use tokio::net::UnixStream;
 use tokio_util::sync::CancellationToken;
-use tracing::warn;
 
 use crate::{
     output::Status,
     overrides::{Change, Mode, Moment, Override, Pause, Target},
+    root_socket::{self, RootSocket},
 };
 
 /// Where the agent listens unless the operator says otherwise.
@@ -100,39 +96,17 @@ struct ErrorBody {
 
 /// The control socket, open.
 #[derive(Debug)]
-pub struct Server {
-    listener: UnixListener,
-    path: SocketFile,
-}
-
-/// The socket's file; it goes when this does.
-#[derive(Debug)]
-struct SocketFile(PathBuf);
-
-impl Drop for SocketFile {
-    fn drop(&mut self) {
-        if let Err(error) = fs::remove_file(&self.0) {
-            warn!("remove the control socket {}: {error}", self.0.display());
-        }
-    }
-}
+pub struct Server(RootSocket);
 
 impl Server {
-    /// Listens at `path`. A directory that is not there is made, for root alone; a socket that a
-    /// former agent left behind is taken over.
+    /// Listens at `path`, for root alone.
     ///
     /// # Errors
     ///
-    /// When another agent listens there, when others could put their own socket in its place, or
-    /// when the path cannot be used.
+    /// As for [`RootSocket::bind`].
     pub fn bind(path: &Path) -> anyhow::Result<Server> {
-        let name = || format!("listen on the control socket {}", path.display());
-        make_directory(path).with_context(name)?;
-        remove_stale(path).with_context(name)?;
-        let listener = UnixListener::bind(path).with_context(name)?;
-        let file = SocketFile(path.to_owned());
-        fs::set_permissions(path, fs::Permissions::from_mode(0o600)).with_context(name)?;
-        Ok(Server { listener, path: file })
+        let name = root_socket::Name { what: "control socket", flag: "--control-socket" };
+        RootSocket::bind(path, name).map(Server)
     }
 
     /// Serves `agent` until `shutdown`; requests that are under way are answered.
@@ -145,59 +119,7 @@ impl Server {
         agent: Arc<A>,
         shutdown: CancellationToken,
     ) -> anyhow::Result<()> {
-        let Server { listener, path } = self;
-        axum::serve(listener, router(agent).into_make_service_with_connect_info::<Peer>())
-            .with_graceful_shutdown(shutdown.cancelled_owned())
-            .await
-            .with_context(|| format!("serve the control socket {}", path.0.display()))
-    }
-}
-
-fn make_directory(socket: &Path) -> anyhow::Result<()> {
-    let dir = match socket.parent() {
-        None => bail!("it is not the path of a file"),
-        Some(dir) if dir.as_os_str().is_empty() => Path::new("."),
-        Some(dir) => dir,
-    };
-    fs::DirBuilder::new().recursive(true).mode(0o700).create(dir)?;
-    let mode = fs::metadata(dir)?.permissions().mode();
-    if mode & 0o022 != 0 {
-        bail!(
-            "others may write to the directory {} (mode {:o}) and could put their own socket \
-             there: `chmod 0700` it, or name another one with --control-socket",
-            dir.display(),
-            mode & 0o7777
-        );
-    }
-    Ok(())
-}
-
-fn remove_stale(path: &Path) -> anyhow::Result<()> {
-    match fs::symlink_metadata(path) {
-        Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(()),
-        Err(error) => return Err(error.into()),
-        Ok(metadata) if !metadata.file_type().is_socket() => {
-            bail!("there is something else of that name: remove it, or use --control-socket");
-        }
-        Ok(_) => {}
-    }
-    if std::os::unix::net::UnixStream::connect(path).is_ok() {
-        bail!("another agent listens there: stop it first, or use --control-socket");
-    }
-    fs::remove_file(path)?;
-    Ok(())
-}
-
-/// Who is at the other end of a connection.
-#[derive(Clone, Debug)]
-struct Peer {
-    /// `None`: the kernel did not say.
-    uid: Option<u32>,
-}
-
-impl Connected<IncomingStream<'_, UnixListener>> for Peer {
-    fn connect_info(stream: IncomingStream<'_, UnixListener>) -> Peer {
-        Peer { uid: stream.io().peer_cred().ok().map(|cred| cred.uid()) }
+        self.0.serve(router(agent), only_root, shutdown).await
     }
 }
 
@@ -221,23 +143,13 @@ fn router<A: Agent>(agent: Arc<A>) -> Router {
             )
         })
         .with_state(agent)
-        .layer(middleware::from_fn(root_only))
 }
 
-/// The socket's mode lets only root connect; this holds even where somebody changed it.
-async fn root_only(ConnectInfo(peer): ConnectInfo<Peer>, request: Request, next: Next) -> Response {
-    if !may_control(peer.uid, geteuid().as_raw()) {
-        return failure(
-            StatusCode::FORBIDDEN,
-            "only root may control the agent: run the command as root".to_owned(),
-        );
-    }
-    next.run(request).await
-}
-
-/// Root, and the user that the agent itself runs as.
-fn may_control(peer: Option<u32>, own: u32) -> bool {
-    peer.is_some_and(|uid| uid == 0 || uid == own)
+fn only_root() -> Response {
+    failure(
+        StatusCode::FORBIDDEN,
+        "only root may control the agent: run the command as root".to_owned(),
+    )
 }
 
 fn failure(code: StatusCode, error: String) -> Response {
@@ -391,7 +303,8 @@ impl Client {
     }
 }
 
-async fn exchange(
+/// One request on a connection, and the answer to it.
+pub(crate) async fn exchange(
     stream: UnixStream,
     method: Method,
     uri: &str,
@@ -419,19 +332,5 @@ async fn exchange(
             connection?;
             answer.await
         }
-    }
-}
-
-#[cfg(test)]
-mod tests {
-    use super::may_control;
-
-    #[test]
-    fn only_root_and_the_agents_own_user_may_control_it() {
-        assert!(may_control(Some(0), 0));
-        assert!(may_control(Some(0), 1000));
-        assert!(may_control(Some(1000), 1000));
-        assert!(!may_control(Some(1000), 0));
-        assert!(!may_control(None, 0));
     }
 }

@@ -1,8 +1,9 @@
 //! Finding the network namespace of a running pod.
 //!
-//! It is looked for where somebody has put it under the pod's name, and else by the pod's processes:
-//! kubelet keeps those in a cgroup that is named after the pod. Either way it is the pod's only if it
-//! carries the pod's addresses, and never if it is the node's own.
+//! It is where CNI has told the agent that it is, or where somebody has put it under the pod's name,
+//! and else it is looked for by the pod's processes: kubelet keeps those in a cgroup that is named
+//! after the pod. Either way it is the pod's only if it carries the pod's addresses, and never if it
+//! is the node's own.
 
 use std::{
     collections::{BTreeMap, BTreeSet},
@@ -16,6 +17,7 @@ use anyhow::{Context as _, Result, bail};
 use tracing::debug;
 
 use crate::{
+    cni::records::Records,
     dataplane::PodNetns,
     membership::{Pod, PodKey},
     netns::{Netns, in_dir},
@@ -36,6 +38,7 @@ const ANNOTATION_HASH: &str = "kubernetes.io/config.hash";
 /// Looks for the network namespaces of pods.
 #[derive(Debug)]
 pub struct Finder {
+    records: Arc<Records>,
     netns_dir: PathBuf,
     seen: Mutex<Option<(Instant, Arc<Processes>)>>,
 }
@@ -45,9 +48,15 @@ pub struct Finder {
 struct Processes(BTreeMap<String, Vec<u32>>);
 
 impl Finder {
-    /// Looks in `netns_dir`, for `<namespace>_<name>`, before it looks at processes.
-    pub fn new(netns_dir: PathBuf) -> Self {
-        Self { netns_dir, seen: Mutex::default() }
+    /// Looks into `records`, and in `netns_dir` for `<namespace>_<name>`, before it looks at
+    /// processes.
+    pub fn new(records: Arc<Records>, netns_dir: PathBuf) -> Self {
+        Self { records, netns_dir, seen: Mutex::default() }
+    }
+
+    /// What CNI has told.
+    pub fn records(&self) -> &Arc<Records> {
+        &self.records
     }
 
     /// The directory where namespaces are as `<namespace>_<name>`.
@@ -61,13 +70,18 @@ impl Finder {
     ///
     /// When none is found, or none of those that are found carries the pod's addresses.
     pub fn find(&self, pod: &Pod) -> Result<PodNetns> {
+        let mut refused = None;
+        match self.records.of(&pod.uid).map(|sandbox| sandbox.open()) {
+            Some(Ok(found)) => return Ok(found),
+            Some(Err(e)) => refused = Some(e),
+            None => {}
+        }
         let named = self.named(&pod.key);
         if named.exists() {
             return PodNetns::new(Netns::open(&named)?, &pod.ips);
         }
         let hosts = hosts()?;
         let mut tried = BTreeSet::new();
-        let mut refused = None;
         for path in self.namespaces_of(pod)? {
             // The process may have ended, or be about to.
             let Ok(netns) = Netns::open(&path) else { continue };
@@ -94,6 +108,9 @@ impl Finder {
     /// The inode number of the pod's network namespace, whatever addresses that has; `None` when
     /// none is found.
     pub fn inode(&self, pod: &Pod) -> Option<u32> {
+        if let Some(netns) = self.told(pod) {
+            return Some(netns.inode());
+        }
         let named = self.named(&pod.key);
         if named.exists() {
             return Netns::open(&named).ok().map(|netns| netns.inode());
@@ -103,6 +120,9 @@ impl Finder {
 
     /// Whether `netns` still is the pod's network namespace.
     pub fn stands(&self, pod: &Pod, netns: &Netns) -> bool {
+        if let Some(told) = self.told(pod) {
+            return told.inode() == netns.inode();
+        }
         let is_it = |path: &Path| Netns::open(path).is_ok_and(|n| n.inode() == netns.inode());
         let named = self.named(&pod.key);
         if named.exists() {
@@ -111,6 +131,11 @@ impl Finder {
         // By the process that it was found by, or else by another one of the pod.
         (netns.path().starts_with(PROC) && is_it(netns.path()))
             || self.namespaces_of(pod).is_ok_and(|paths| paths.iter().any(|path| is_it(path)))
+    }
+
+    /// What is where CNI has told that the pod's network namespace is.
+    fn told(&self, pod: &Pod) -> Option<Netns> {
+        Netns::open(&self.records.of(&pod.uid)?.netns).ok()
     }
 
     fn named(&self, pod: &PodKey) -> PathBuf {
@@ -155,15 +180,18 @@ impl Processes {
     }
 }
 
-/// The network namespaces of `inodes` that are in `netns_dir`, or that a process is in.
+/// The network namespaces of `inodes` that are in `netns_dir` or in `records`, or that a process is
+/// in.
 ///
 /// # Errors
 ///
 /// When the directories cannot be read.
-pub fn alive(netns_dir: &Path, inodes: &BTreeSet<u32>) -> Result<Vec<Netns>> {
+pub fn alive(netns_dir: &Path, records: &Records, inodes: &BTreeSet<u32>) -> Result<Vec<Netns>> {
     let mut found = in_dir(netns_dir)?;
-    found.retain(|netns| inodes.contains(&netns.inode()));
-    let mut seen: BTreeSet<u32> = found.iter().map(Netns::inode).collect();
+    let recorded = records.current();
+    found.extend(recorded.values().filter_map(|sandbox| Netns::open(&sandbox.netns).ok()));
+    let mut seen = BTreeSet::new();
+    found.retain(|netns| inodes.contains(&netns.inode()) && seen.insert(netns.inode()));
     for pid in pids(Path::new(PROC))? {
         let path = PathBuf::from(format!("{PROC}/{pid}/ns/net"));
         // Reading where it leads is cheaper than opening it.
@@ -198,7 +226,12 @@ pub fn hosts() -> Result<BTreeSet<u32>> {
     Ok([own].into_iter().chain(first.ok()).collect())
 }
 
-/// What the pod's cgroup may be named after.
+/// Whether kubelet knows the pod by this uid.
+pub fn is_known_as(pod: &Pod, uid: &str) -> bool {
+    uids(pod).contains(&uid)
+}
+
+/// What kubelet knows the pod by.
 fn uids(pod: &Pod) -> Vec<&str> {
     let hash = pod
         .annotations

@@ -18,6 +18,7 @@ pub mod overrides;
 pub mod preflight;
 pub mod probes;
 pub mod reconcile;
+pub mod root_socket;
 pub mod source;
 pub mod traffic;
 pub mod zds;

@@ -8,6 +8,7 @@ use std::{
 use clap::Parser as _;
 use redirect_agent::{
     cli::{Cli, Command, LogFormat},
+    cni::plugin,
     commands,
 };
 use tracing_subscriber::EnvFilter;
@@ -16,8 +17,13 @@ use tracing_subscriber::EnvFilter;
 /// source, once; kube says it each time.
 const LOG: &str = "info,kube_client::client::builder=off,kube_runtime::watcher=off";
 
+fn main() -> ExitCode {
+    // The same program is the CNI plugin, by another name.
+    if plugin::is_called() { plugin::main() } else { agent() }
+}
+
 #[tokio::main]
-async fn main() -> ExitCode {
+async fn agent() -> ExitCode {
     let cli = Cli::parse();
     let json = matches!(&cli.command, Command::Run(args) if args.log_format == LogFormat::Json);
     let filter = EnvFilter::try_from_default_env().unwrap_or_else(|_| EnvFilter::new(LOG));

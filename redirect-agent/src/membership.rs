@@ -267,9 +267,11 @@ fn addresses(status: &k8s::PodStatus) -> Result<Vec<IpAddr>, PodError> {
     Ok(addresses)
 }
 
+/// Whether a pod in the mesh can have this address.
+///
 /// The kernel side leaves loopback, link-local IPv6 and multicast alone, so a pod that claimed such
 /// an address would be enrolled in name only.
-fn can_be_a_pods(address: IpAddr) -> bool {
+pub fn can_be_a_pods(address: IpAddr) -> bool {
     match address {
         IpAddr::V4(a) => {
             !(a.is_loopback() || a.is_unspecified() || a.is_multicast() || a == Ipv4Addr::BROADCAST)

@@ -68,6 +68,7 @@ pub struct Metrics {
     zds_connections: Gauge,
     kubelet_followed: Gauge,
     cni_requests: Family<CniLabels, Counter>,
+    cni_duration: Family<CniLabels, Histogram>,
     watch_errors: Family<ResourceLabels, Counter>,
 }
 
@@ -93,6 +94,10 @@ impl Default for Metrics {
         let zds_connections = Gauge::default();
         let kubelet_followed = Gauge::default();
         let cni_requests = Family::default();
+        // 10 ms to 40 s, too.
+        let cni_duration = Family::<CniLabels, Histogram>::new_with_constructor(|| {
+            Histogram::new(exponential_buckets(0.01, 2.0, 13))
+        });
         let watch_errors = Family::default();
         let version = Info::new(vec![("version", env!("CARGO_PKG_VERSION"))]);
         registry.register("build", "The agent's version", version);
@@ -133,6 +138,12 @@ impl Default for Metrics {
             "Requests of the CNI plugin, by operation and result",
             cni_requests.clone(),
         );
+        registry.register_with_unit(
+            "cni_request_duration",
+            "How long the CNI plugin waited for the answer, by operation and result",
+            Unit::Seconds,
+            cni_duration.clone(),
+        );
         registry.register(
             "watch_errors",
             "Errors of the watches on the API server, by resource",
@@ -149,6 +160,7 @@ impl Default for Metrics {
             zds_connections,
             kubelet_followed,
             cni_requests,
+            cni_duration,
             watch_errors,
         }
     }
@@ -170,10 +182,12 @@ impl Metrics {
         self.failures.inc();
     }
 
-    /// The CNI plugin asked for `operation` (`add`, `del`, `check`), and got it or did not.
-    pub fn cni_request(&self, operation: &'static str, granted: bool) {
+    /// The CNI plugin asked for `operation` (`add`), and got it or did not, after so long.
+    pub fn cni_request(&self, operation: &'static str, granted: bool, took: Duration) {
         let result = if granted { "success" } else { "failure" };
-        self.cni_requests.get_or_create(&CniLabels { operation, result }).inc();
+        let labels = CniLabels { operation, result };
+        self.cni_requests.get_or_create(&labels).inc();
+        self.cni_duration.get_or_create(&labels).observe(took.as_secs_f64());
     }
 
     /// The watch of a resource (`pods`, `namespaces`) failed and is started again.
@@ -265,14 +279,18 @@ mod tests {
     fn what_happens_is_counted_under_its_kind() {
         let metrics = Metrics::default();
         metrics.drifted("rule");
-        metrics.cni_request("add", true);
-        metrics.cni_request("add", false);
+        metrics.cni_request("add", true, Duration::from_millis(40));
+        metrics.cni_request("add", false, Duration::from_secs(25));
         metrics.watch_error("pods");
         metrics.enrolled(Duration::from_millis(300));
         metrics.failed();
         assert_has(&metrics, r#"redirect_drift_total{kind="rule"} 1"#);
         assert_has(&metrics, r#"redirect_cni_requests_total{operation="add",result="success"} 1"#);
         assert_has(&metrics, r#"redirect_cni_requests_total{operation="add",result="failure"} 1"#);
+        assert_has(
+            &metrics,
+            r#"redirect_cni_request_duration_seconds_count{operation="add",result="failure"} 1"#,
+        );
         assert_has(&metrics, r#"redirect_watch_errors_total{resource="pods"} 1"#);
         assert_has(&metrics, "redirect_enrolment_duration_seconds_count 1");
         assert_has(&metrics, "redirect_reconcile_failures_total 1");

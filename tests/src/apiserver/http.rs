@@ -63,6 +63,7 @@ async fn answer(State(shared): State<Arc<Shared>>, request: HttpRequest) -> Resp
     let (parts, body) = request.into_parts();
     let query = parts.uri.query().unwrap_or_default().to_owned();
     let asked = match axum::body::to_bytes(body, LONGEST_BODY).await {
+        _ if shared.knows_nobody.load(Ordering::Relaxed) => Err(Status::unauthorized()),
         Ok(body) => take_apart(parts.uri.path(), &query, &parts.headers, &body),
         Err(error) => Err(Status::bad_request(error.to_string())),
     };
@@ -116,10 +117,12 @@ fn take_apart(path: &str, query: &str, headers: &HeaderMap, body: &[u8]) -> Resu
         _ => return Err(Status::not_acceptable()),
     };
     let unknown = || Status::not_found("the server could not find the requested resource");
-    let (core, rest) = if let Some(rest) = path.strip_prefix("/api/v1/") {
-        (true, rest)
+    let (group, rest) = if let Some(rest) = path.strip_prefix("/api/v1/") {
+        ("", rest)
     } else if let Some(rest) = path.strip_prefix("/apis/events.k8s.io/v1/") {
-        (false, rest)
+        ("events.k8s.io", rest)
+    } else if let Some(rest) = path.strip_prefix("/apis/apps/v1/") {
+        ("apps", rest)
     } else {
         return Err(unknown());
     };
@@ -129,12 +132,9 @@ fn take_apart(path: &str, query: &str, headers: &HeaderMap, body: &[u8]) -> Resu
         [plural, rest @ ..] => ("", *plural, rest),
         [] => return Err(unknown()),
     };
-    let kind = match (core, plural) {
-        (true, "pods") => Kind::Pod,
-        (true, "namespaces") => Kind::Namespace,
-        (false, "events") => Kind::Event,
-        _ => return Err(unknown()),
-    };
+    let kinds = [Kind::Pod, Kind::Namespace, Kind::Event, Kind::DaemonSet];
+    let is_meant = |kind: &Kind| (kind.group(), kind.plural()) == (group, plural);
+    let kind = kinds.into_iter().find(is_meant).ok_or_else(unknown)?;
     let (name, subresource) = match rest {
         [] => ("", ""),
         [name] => (*name, ""),
@@ -187,6 +187,7 @@ fn carry_out(shared: &Arc<Shared>, verb: &str, asked: &Asked) -> Result<Response
     match (verb, asked.kind, asked.subresource.as_str()) {
         ("list", Kind::Pod | Kind::Namespace, "") => list(shared, asked),
         ("watch", Kind::Pod | Kind::Namespace, "") => watch_changes(shared, asked),
+        ("get", Kind::DaemonSet, "") => get(shared, asked),
         ("patch", Kind::Pod, "status") => patch_pod_status(shared, asked),
         ("create", Kind::Event, "") => create_event(shared, asked),
         ("patch", Kind::Event, "") => patch_event(shared, asked),
@@ -212,6 +213,14 @@ fn shown(object: &Value, metadata: bool) -> Value {
     } else {
         object.clone()
     }
+}
+
+fn get(shared: &Shared, asked: &Asked) -> Result<Response, Status> {
+    let store = shared.store();
+    let found = store.get(asked.kind, &asked.namespace, &asked.name);
+    let what = || format!("{}.{} {:?}", asked.kind.plural(), asked.kind.group(), asked.name);
+    let object = found.ok_or_else(|| Status::not_found(&what()))?;
+    Ok(Json(shown(object, asked.metadata)).into_response())
 }
 
 /// Pages are of the state when the first was asked for; a token names its version and where to go on.

@@ -55,6 +55,8 @@ struct Shared {
     loses_answers: AtomicBool,
     /// A uid that does not match is a conflict; else it is invalid.
     uid_conflicts: AtomicBool,
+    /// No token is valid any more.
+    knows_nobody: AtomicBool,
     delay_ms: AtomicU64,
 }
 
@@ -70,7 +72,7 @@ pub enum Cut {
 /// A request that was made.
 #[derive(Clone, Debug)]
 pub struct Request {
-    /// `list`, `watch`, `create` or `patch`.
+    /// `get`, `list`, `watch`, `create` or `patch`.
     pub verb: &'static str,
     /// `pods`, `pods/status`, ….
     pub resource: String,
@@ -97,6 +99,7 @@ impl ApiServer {
             ends_at_once: AtomicBool::new(false),
             loses_answers: AtomicBool::new(false),
             uid_conflicts: AtomicBool::new(true),
+            knows_nobody: AtomicBool::new(false),
             delay_ms: AtomicU64::new(0),
         });
         let mut server =
@@ -241,6 +244,11 @@ impl ApiServer {
     /// Whether a uid that does not match is a conflict (409), or invalid (422).
     pub fn uid_conflicts(&self, on: bool) {
         self.shared.uid_conflicts.store(on, Ordering::Relaxed);
+    }
+
+    /// Knows no token any more: the service account is gone.
+    pub fn forget_tokens(&self) {
+        self.shared.knows_nobody.store(true, Ordering::Relaxed);
     }
 
     /// Takes this time for each answer.

@@ -15,6 +15,8 @@ pub enum Kind {
     Pod,
     /// `events.k8s.io/v1`.
     Event,
+    /// `apps/v1`.
+    DaemonSet,
 }
 
 impl Kind {
@@ -24,16 +26,25 @@ impl Kind {
             Kind::Namespace => "namespaces",
             Kind::Pod => "pods",
             Kind::Event => "events",
+            Kind::DaemonSet => "daemonsets",
         }
     }
 
     /// The API group, empty for the core.
     pub fn group(self) -> &'static str {
-        if self == Kind::Event { "events.k8s.io" } else { "" }
+        match self {
+            Kind::Namespace | Kind::Pod => "",
+            Kind::Event => "events.k8s.io",
+            Kind::DaemonSet => "apps",
+        }
     }
 
     pub(super) fn api_version(self) -> &'static str {
-        if self == Kind::Event { "events.k8s.io/v1" } else { "v1" }
+        match self {
+            Kind::Namespace | Kind::Pod => "v1",
+            Kind::Event => "events.k8s.io/v1",
+            Kind::DaemonSet => "apps/v1",
+        }
     }
 
     pub(super) fn name(self) -> &'static str {
@@ -41,6 +52,7 @@ impl Kind {
             Kind::Namespace => "Namespace",
             Kind::Pod => "Pod",
             Kind::Event => "Event",
+            Kind::DaemonSet => "DaemonSet",
         }
     }
 
@@ -62,6 +74,7 @@ impl Kind {
                 "status.nominatedNodeName",
             ],
             Kind::Event => &["metadata.name", "metadata.namespace", "reason"],
+            Kind::DaemonSet => &["metadata.name", "metadata.namespace"],
         }
     }
 }

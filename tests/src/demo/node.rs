@@ -56,6 +56,7 @@ impl Node {
         agent.arg("--state-dir").arg(dir.join("state"));
         agent.arg("--control-socket").arg(&control_socket);
         agent.arg("--zds-socket").arg(&zds_socket);
+        agent.arg("--cni-socket").arg(dir.join("cni.sock"));
         let log = dir.join("agent.log");
         let agent = Process::spawn(&format!("the agent of {name}"), &mut agent, log)?;
 

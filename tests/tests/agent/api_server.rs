@@ -26,9 +26,9 @@ const REDIRECTION: &str = "ambient.istio.io/redirection";
 const AT_ONCE: f64 = 1.0;
 
 /// A cluster whose pods are known by an API server.
-struct Managed {
-    cluster: Cluster,
-    api: ApiServer,
+pub struct Managed {
+    pub cluster: Cluster,
+    pub api: ApiServer,
 }
 
 impl Managed {
@@ -39,7 +39,8 @@ impl Managed {
         Ok(managed)
     }
 
-    fn without_agent() -> Result<Self> {
+    /// Neither an agent nor a proxy runs.
+    pub fn without_agent() -> Result<Self> {
         let mut cluster = Cluster::without_agent(&[])?;
         let api = ApiServer::start()?;
         let kubeconfig = cluster.topology.dir().path().join("kubeconfig");
@@ -53,7 +54,8 @@ impl Managed {
         Ok(managed)
     }
 
-    fn put(&self, pod: &Manifest) {
+    /// Creates or edits a pod; what is published of it stays.
+    pub fn put(&self, pod: &Manifest) {
         let mut object = pod.object();
         let (namespace, name) = (text(&object, "namespace"), text(&object, "name"));
         if let Some(published) = self.api.annotation(&namespace, &name, REDIRECTION) {
@@ -63,11 +65,13 @@ impl Managed {
         self.api.put(Kind::Pod, object);
     }
 
-    fn redirection(&self, pod: &Pod) -> Option<String> {
+    /// What the pod's annotation says.
+    pub fn redirection(&self, pod: &Pod) -> Option<String> {
         self.api.annotation(&pod.namespace, &pod.name, REDIRECTION)
     }
 
-    fn wait_for_redirection(&self, pod: &Pod, value: Option<&str>) -> Result<()> {
+    /// Waits until it says this.
+    pub fn wait_for_redirection(&self, pod: &Pod, value: Option<&str>) -> Result<()> {
         wait_for(&format!("{REDIRECTION}={value:?} on {pod}"), SOON, || {
             Ok((self.redirection(pod).as_deref() == value).then_some(()))
         })

@@ -177,6 +177,12 @@ impl Node {
             .arg(self.state_dir())
             .arg("--zds-socket")
             .arg(self.zds_socket())
+            .arg("--cni-socket")
+            .arg(self.cni_socket())
+            .arg("--cni-conf-dir")
+            .arg(self.cni_conf_dir())
+            .arg("--cni-bin-dir")
+            .arg(self.cni_bin_dir())
             .args(["--excluded-namespaces", "kube-system,excluded"])
             .args(["--health-address", &self.health])
             .args(&self.flags);
@@ -213,6 +219,11 @@ impl Node {
         proxy.wait_for_log("snapshot complete", SOON)?;
         self.proxies.push(proxy);
         Ok(())
+    }
+
+    /// What the agent has logged so far.
+    pub fn agent_log(&self) -> Result<String> {
+        self.agent.as_ref().context("no agent runs")?.log()
     }
 
     fn next_log(&mut self, what: &str) -> PathBuf {
@@ -274,6 +285,10 @@ impl Node {
             .arg(self.state_dir())
             .arg("--bpffs-dir")
             .arg(&self.bpffs)
+            .arg("--cni-conf-dir")
+            .arg(self.cni_conf_dir())
+            .arg("--cni-bin-dir")
+            .arg(self.cni_bin_dir())
             .output()
             .context("run cleanup")?;
         let said = [output.stdout, output.stderr].concat();
@@ -316,12 +331,18 @@ impl Node {
 
     /// Waits until a pod is in the mesh, its peers know, and nothing is missing.
     pub fn wait_until_enrolled(&self, pod: &Pod) -> Result<()> {
-        self.wait_for_pod("to be enrolled", pod, |p| {
-            p.state == PodState::Enrolled && p.kernel.as_ref().is_some_and(|k| k.complete)
-        })?;
+        self.wait_until_complete(pod)?;
         wait_for(&format!("{pod} to be published"), SOON, || {
             Ok(self.is_published(pod).then_some(()))
         })
+    }
+
+    /// Waits until a pod is in the mesh and nothing is missing.
+    pub fn wait_until_complete(&self, pod: &Pod) -> Result<()> {
+        let complete = |p: &PodStatus| {
+            p.state == PodState::Enrolled && p.kernel.as_ref().is_some_and(|k| k.complete)
+        };
+        self.wait_for_pod("to be enrolled", pod, complete).map(drop)
     }
 
     /// Whether the pod's peers are told to speak HBONE to it.
@@ -448,6 +469,20 @@ impl Node {
         self.dir.join("run/zds.sock")
     }
 
+    pub fn cni_socket(&self) -> PathBuf {
+        self.dir.join("cni/pluginevent.sock")
+    }
+
+    /// Where the node's CNI configuration is, if it has any.
+    pub fn cni_conf_dir(&self) -> PathBuf {
+        self.dir.join("net.d")
+    }
+
+    /// Where its CNI plugins are.
+    pub fn cni_bin_dir(&self) -> PathBuf {
+        self.dir.join("cni-bin")
+    }
+
     fn control_socket(&self) -> PathBuf {
         self.dir.join("control/control.sock")
     }
@@ -513,6 +548,24 @@ impl Manifest {
             "status": {"phase": "Running", "podIPs": [{"ip": pod.v4}, {"ip": pod.v6}]},
         });
         Self { file: format!("{}_{}.json", pod.namespace, pod.name), object }
+    }
+
+    /// A pod of a node whose sandbox is being made: it has no address yet.
+    pub fn starting(namespace: &str, name: &str, node: usize) -> Self {
+        let object = json!({
+            "apiVersion": "v1",
+            "kind": "Pod",
+            "metadata": {
+                "name": name,
+                "namespace": namespace,
+                "uid": format!("uid-of-{namespace}-{name}"),
+                "labels": {"app": name},
+                "annotations": {},
+            },
+            "spec": {"nodeName": format!("node{node}"), "serviceAccountName": name},
+            "status": {"phase": "Pending"},
+        });
+        Self { file: format!("{namespace}_{name}.json"), object }
     }
 
     /// A namespace.

@@ -6,6 +6,7 @@ mod api_server;
 mod bad_input;
 mod cgroup;
 mod cluster;
+mod cmdadd;
 mod commands;
 mod dns;
 mod drift;

@@ -73,6 +73,9 @@ pub fn run_args(objects: &Objects) -> Result<RunArgs> {
     let container = objects.container()?;
     ensure!(container.command.is_none(), "the image knows its program");
     let mut arguments = container.args.unwrap_or_default();
+    for argument in &mut arguments {
+        *argument = argument.replace("$(POD_NAMESPACE)", NAMESPACE);
+    }
     let definition = Cli::command();
     let run = definition.find_subcommand("run").context("no command run")?;
     let flag_of = |variable: &str| {
@@ -86,18 +89,14 @@ pub fn run_args(objects: &Objects) -> Result<RunArgs> {
         }
     }
     for variable in container.env.unwrap_or_default() {
-        let known = flag_of(&variable.name).is_some() || variable.value.is_some();
-        ensure!(known || is_used(&arguments, &variable.name), "nobody reads {}", variable.name);
+        let known = flag_of(&variable.name).is_some() || variable.name == "POD_NAMESPACE";
+        ensure!(known || variable.value.is_some(), "nobody reads {}", variable.name);
     }
     let cli = Cli::try_parse_from(["redirect-agent".to_owned()].into_iter().chain(arguments))?;
     match cli.command {
         AgentCommand::Run(args) => Ok(*args),
         other => bail!("the container does not run the agent, but {other:?}"),
     }
-}
-
-fn is_used(arguments: &[String], variable: &str) -> bool {
-    arguments.iter().any(|argument| argument.contains(&format!("$({variable})")))
 }
 
 #[test]
@@ -109,6 +108,11 @@ fn arguments_and_environment_are_those_of_the_agent() -> Result<()> {
     assert_eq!(args.excluded_namespaces, plain.excluded_namespaces);
     assert_eq!(args.traffic.dns_capture, plain.traffic.dns_capture);
     assert_eq!(args.enablement_selectors, None);
+    assert!(args.install_cni);
+    let daemon_set: DaemonSet = Objects::committed()?.one()?;
+    let name = daemon_set.metadata.name.context("no name")?;
+    let own = args.daemonset.map(|own| own.to_string());
+    assert_eq!(own, Some(format!("{NAMESPACE}/{name}")));
     run_args(&Objects::of_chart(&["--values", EVERYTHING])?)?;
     Ok(())
 }
@@ -151,9 +155,9 @@ fn every_directory_of_the_agent_is_the_nodes() -> Result<()> {
         args.state_dir,
         args.control.control_socket,
         args.zds_socket,
-        redirect_agent::cni::request::DEFAULT_SOCKET.into(),
-        "/etc/cni/net.d".into(),
-        "/opt/cni/bin".into(),
+        args.cni_socket,
+        args.cni.cni_conf_dir,
+        args.cni.cni_bin_dir,
     ];
     let mounts = objects.container()?.volume_mounts.context("no mounts")?;
     let mut used = BTreeSet::new();
@@ -207,10 +211,21 @@ fn rights_go_to_the_agents_account_alone() -> Result<()> {
     let role: ClusterRole = objects.one()?;
     let binding: ClusterRoleBinding = objects.one()?;
     assert_eq!(Some(binding.role_ref.name), role.metadata.name);
-    let subjects = binding.subjects.context("no subjects")?;
-    assert_eq!(subjects.len(), 1);
-    assert_eq!((subjects[0].kind.as_str(), subjects[0].name.as_str()), ("ServiceAccount", &*name));
-    assert_eq!(subjects[0].namespace.as_deref(), Some(NAMESPACE));
+    let own_role: Role = objects.one()?;
+    let own_binding: RoleBinding = objects.one()?;
+    assert_eq!(Some(own_binding.role_ref.name), own_role.metadata.name);
+    for subjects in [binding.subjects, own_binding.subjects] {
+        let subjects = subjects.context("no subjects")?;
+        assert_eq!(subjects.len(), 1);
+        assert_eq!(subjects[0].kind, "ServiceAccount");
+        assert_eq!(subjects[0].name, name);
+        assert_eq!(subjects[0].namespace.as_deref(), Some(NAMESPACE));
+    }
+    // Of DaemonSets its own, and nothing else.
+    let daemon_set: DaemonSet = objects.one()?;
+    let rules = own_role.rules.context("no rules")?;
+    assert_eq!(rules.len(), 1);
+    assert_eq!(rules[0].resource_names, daemon_set.metadata.name.map(|name| vec![name]));
     Ok(())
 }
 

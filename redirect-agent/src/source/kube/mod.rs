@@ -5,6 +5,7 @@
 //! stays. So a lost API server changes nothing for any pod, and what was missed is caught up.
 
 mod events;
+mod owner;
 mod state;
 mod watch;
 
@@ -16,6 +17,7 @@ use std::{
     time::Duration,
 };
 
+pub use self::owner::Owner;
 pub use kube::Config;
 
 use anyhow::{Context as _, Result, anyhow, bail, ensure};
@@ -77,7 +79,7 @@ const QUEUE: usize = 256;
 
 /// What the agent's service account may have to be granted.
 const ROLE: &str = "the agent's role needs: list, watch on pods and namespaces; patch on pods/status; \
-                    create, patch on events in events.k8s.io";
+                    create, patch on events in events.k8s.io; get on its own DaemonSet in apps";
 
 /// A cluster; its [`KubeWatcher`] keeps it current.
 pub struct KubeSource {

@@ -1,0 +1,220 @@
+//! A pod's start: CNI's ADD is answered when the pod is where it should be.
+
+use std::{sync::Arc, time::Duration};
+
+use tokio::{
+    sync::watch,
+    task::spawn_blocking,
+    time::{Instant, sleep_until},
+};
+use tracing::debug;
+
+use super::{
+    Judge, Views,
+    plan::{Wish, next},
+};
+use crate::{
+    cni::{
+        records::{Held, Records, Sandbox},
+        request::AddRequest,
+        server::{Agent, Refusal},
+    },
+    finder::is_known_as,
+    membership::{Pod, PodKey, can_be_a_pods},
+    output::PodState,
+    source::Inventory,
+};
+
+/// How many of the source's problems are told; those of the API server come first.
+const PROBLEMS: usize = 3;
+
+/// Waits until pods are where they should be, and takes no step of its own: it tells what CNI told,
+/// and looks at what the pods' tasks show.
+pub struct Admission {
+    judge: Judge,
+    inventory: watch::Receiver<Arc<Inventory>>,
+    records: Arc<Records>,
+    views: Arc<Views>,
+    timeout: Duration,
+}
+
+/// One ADD, as it waits.
+struct Add {
+    key: PodKey,
+    request: AddRequest,
+    /// The pod that it is for, once the source knows it.
+    pod: Option<Told>,
+}
+
+/// What was told of the ADD's pod.
+struct Told {
+    uid: String,
+    /// The sandbox, with the inode number of its network namespace; `None` if nothing had to be told.
+    sandbox: Option<(Sandbox, u32)>,
+    /// Nothing runs in the sandbox before the ADD is answered.
+    _held: Option<Held>,
+}
+
+/// How an ADD stands.
+enum Outlook {
+    /// The pod may start.
+    Granted,
+    /// The source does not know it, but this.
+    Unknown(String),
+    /// It is not where it should be, because of this.
+    Waiting(String),
+}
+
+impl Admission {
+    pub(super) fn new(
+        judge: Judge,
+        inventory: watch::Receiver<Arc<Inventory>>,
+        records: Arc<Records>,
+        views: Arc<Views>,
+        timeout: Duration,
+    ) -> Self {
+        Self { judge, inventory, records, views, timeout }
+    }
+
+    async fn look(&self, add: &mut Add) -> Result<Outlook, Refusal> {
+        let inventory = Arc::clone(&self.inventory.borrow());
+        let Some(pod) = pod_of(&inventory, add) else {
+            return match add.pod {
+                Some(_) => Err(Refusal::Deleted(add.key.clone())),
+                None => Ok(Outlook::Unknown(unknown(&inventory, add))),
+            };
+        };
+        let enrolled = self.judge.decide(&inventory, pod).enrolled;
+        if enrolled && pod.deleting {
+            return Err(Refusal::Deleted(add.key.clone()));
+        }
+        let told = match add.pod.take() {
+            // Where nothing had to be told, the wish may have changed since.
+            Some(told) if told.uid == pod.uid && (told.sandbox.is_some() || !enrolled) => told,
+            _ => self.tell(add, pod, enrolled).await?,
+        };
+        let told = add.pod.insert(told);
+        let recorded = self.records.of(&pod.uid);
+        if let Some((sandbox, _)) = &told.sandbox
+            && recorded.as_deref() != Some(sandbox)
+        {
+            return Err(Refusal::Superseded(add.key.clone()));
+        }
+
+        let views = self.views.lock();
+        let view = views.get(&add.key).filter(|view| view.pod.uid == pod.uid);
+        let inode = view.and_then(|view| view.netns.as_ref()).map(|netns| netns.netns.inode());
+        let is_there = match view {
+            None => !enrolled,
+            Some(view) if view.decision.enrolled != enrolled => false,
+            Some(view) if enrolled => {
+                inode == told.sandbox.as_ref().map(|(_, inode)| *inode)
+                    && next(Wish::Enrolled, &view.standing).is_none()
+            }
+            Some(view) => view.state() == PodState::Bypassing,
+        };
+        if is_there {
+            return Ok(Outlook::Granted);
+        }
+        let why = view.and_then(|view| view.problem.clone());
+        Ok(Outlook::Waiting(why.unwrap_or_else(|| "it is not there yet".to_owned())))
+    }
+
+    /// Tells what CNI has told. For a pod that bypasses it only may be of use one day.
+    async fn tell(&self, add: &Add, pod: &Pod, enrolled: bool) -> Result<Told, Refusal> {
+        let uid = pod.uid.clone();
+        let sandbox = add.sandbox(&uid);
+        let records = Arc::clone(&self.records);
+        let told = spawn_blocking(move || {
+            let inode = sandbox.open()?.netns.inode();
+            let held = records.put(sandbox.clone())?;
+            anyhow::Ok((sandbox, inode, held))
+        });
+        let told = told.await.map_err(anyhow::Error::from).flatten();
+        match told {
+            Ok((sandbox, inode, held)) => {
+                Ok(Told { uid, sandbox: Some((sandbox, inode)), _held: Some(held) })
+            }
+            Err(e) if enrolled => {
+                Err(Refusal::Unusable { pod: add.key.clone(), why: format!("{e:#}") })
+            }
+            Err(e) => {
+                debug!(pod = %add.key, "no record: {e:#}");
+                Ok(Told { uid, sandbox: None, _held: None })
+            }
+        }
+    }
+}
+
+impl Agent for Admission {
+    async fn add(&self, key: PodKey, request: AddRequest) -> Result<(), Refusal> {
+        let mut add = Add { key, request, pod: None };
+        let deadline = Instant::now() + self.timeout;
+        let mut inventory = self.inventory.clone();
+        let mut sandboxes = self.records.subscribe();
+        let mut views = self.views.changed.subscribe();
+        let mut waits = false;
+        loop {
+            inventory.mark_unchanged();
+            sandboxes.mark_unchanged();
+            views.mark_unchanged();
+            let outlook = self.look(&mut add).await?;
+            if let Outlook::Granted = outlook {
+                return Ok(());
+            }
+            if !std::mem::replace(&mut waits, true) {
+                debug!(pod = %add.key, "waits to start");
+            }
+            tokio::select! {
+                Ok(()) = inventory.changed() => {}
+                Ok(()) = sandboxes.changed() => {}
+                Ok(()) = views.changed() => {}
+                () = sleep_until(deadline) => {
+                    let pod = add.key;
+                    return match outlook {
+                        Outlook::Granted => Ok(()),
+                        Outlook::Unknown(why) => Err(Refusal::Unknown { pod, why }),
+                        Outlook::Waiting(why) => Err(Refusal::Late { pod, why }),
+                    };
+                }
+            }
+        }
+    }
+}
+
+impl Add {
+    fn sandbox(&self, uid: &str) -> Sandbox {
+        let mut addresses = Vec::new();
+        for config in &self.request.ips {
+            let ip = config.address.ip.to_canonical();
+            if can_be_a_pods(ip) && !addresses.contains(&ip) {
+                addresses.push(ip);
+            }
+        }
+        Sandbox { uid: uid.to_owned(), netns: self.request.netns.clone().into(), addresses }
+    }
+}
+
+/// The pod that is starting. One of its name that is being deleted is a former one, unless its uid
+/// was told.
+fn pod_of<'a>(inventory: &'a Inventory, add: &Add) -> Option<&'a Pod> {
+    let is_it = |pod: &&Pod| match &add.request.pod_uid {
+        Some(uid) => is_known_as(pod, uid),
+        None => !pod.deleting,
+    };
+    inventory.pods.get(&add.key).filter(is_it)
+}
+
+/// What is known of a pod that the source has not told of.
+fn unknown(inventory: &Inventory, add: &Add) -> String {
+    let mut why = match inventory.pods.get(&add.key) {
+        Some(pod) => {
+            format!("the source knows only a former one of its name, with uid {}", pod.uid)
+        }
+        None => "the source does not know it".to_owned(),
+    };
+    for problem in inventory.problems.iter().take(PROBLEMS) {
+        why = format!("{why}; {problem}");
+    }
+    why
+}

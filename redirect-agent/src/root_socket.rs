@@ -1,0 +1,171 @@
+//! HTTP on a Unix socket that only root can use.
+
+use std::{
+    fs, io,
+    os::unix::fs::{DirBuilderExt as _, FileTypeExt as _, PermissionsExt as _},
+    path::{Path, PathBuf},
+};
+
+use anyhow::{Context as _, Result, bail};
+use axum::{
+    Router,
+    extract::{ConnectInfo, Request, State, connect_info::Connected},
+    middleware::{self, Next},
+    response::Response,
+    serve::IncomingStream,
+};
+use nix::unistd::geteuid;
+use tokio::net::UnixListener;
+use tokio_util::sync::CancellationToken;
+use tracing::warn;
+
+/// What a socket is called, for messages.
+#[derive(Clone, Copy, Debug)]
+pub struct Name {
+    /// In words: `control socket`.
+    pub what: &'static str,
+    /// The flag that names another place.
+    pub flag: &'static str,
+}
+
+/// A socket that is open, for root alone.
+#[derive(Debug)]
+pub struct RootSocket {
+    listener: UnixListener,
+    file: SocketFile,
+}
+
+/// The socket's file; it goes when this does.
+#[derive(Debug)]
+struct SocketFile {
+    path: PathBuf,
+    name: Name,
+}
+
+impl Drop for SocketFile {
+    fn drop(&mut self) {
+        if let Err(error) = fs::remove_file(&self.path) {
+            warn!("remove the {} {}: {error}", self.name.what, self.path.display());
+        }
+    }
+}
+
+impl RootSocket {
+    /// Listens at `path`. A directory that is not there is made, for root alone; a socket that a
+    /// former agent left behind is taken over.
+    ///
+    /// # Errors
+    ///
+    /// When another agent listens there, when others could put their own socket in its place, or
+    /// when the path cannot be used.
+    pub fn bind(path: &Path, name: Name) -> Result<Self> {
+        let context = || format!("listen on the {} {}", name.what, path.display());
+        make_directory(path, name).with_context(context)?;
+        remove_stale(path, name).with_context(context)?;
+        let listener = UnixListener::bind(path).with_context(context)?;
+        let file = SocketFile { path: path.to_owned(), name };
+        fs::set_permissions(path, fs::Permissions::from_mode(0o600)).with_context(context)?;
+        Ok(Self { listener, file })
+    }
+
+    /// Serves `router` until `shutdown`; requests that are under way are answered. Who is not root
+    /// gets what `refuse` makes.
+    ///
+    /// # Errors
+    ///
+    /// When the socket fails.
+    pub async fn serve(
+        self,
+        router: Router,
+        refuse: fn() -> Response,
+        shutdown: CancellationToken,
+    ) -> Result<()> {
+        let Self { listener, file } = self;
+        let router = router.layer(middleware::from_fn_with_state(refuse, root_only));
+        axum::serve(listener, router.into_make_service_with_connect_info::<Peer>())
+            .with_graceful_shutdown(shutdown.cancelled_owned())
+            .await
+            .with_context(|| format!("serve the {} {}", file.name.what, file.path.display()))
+    }
+}
+
+fn make_directory(socket: &Path, name: Name) -> Result<()> {
+    let dir = match socket.parent() {
+        None => bail!("it is not the path of a file"),
+        Some(dir) if dir.as_os_str().is_empty() => Path::new("."),
+        Some(dir) => dir,
+    };
+    fs::DirBuilder::new().recursive(true).mode(0o700).create(dir)?;
+    let mode = fs::metadata(dir)?.permissions().mode();
+    if mode & 0o022 != 0 {
+        bail!(
+            "others may write to the directory {} (mode {:o}) and could put their own socket \
+             there: `chmod 0700` it, or name another one with {}",
+            dir.display(),
+            mode & 0o7777,
+            name.flag
+        );
+    }
+    Ok(())
+}
+
+fn remove_stale(path: &Path, name: Name) -> Result<()> {
+    match fs::symlink_metadata(path) {
+        Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(()),
+        Err(error) => return Err(error.into()),
+        Ok(metadata) if !metadata.file_type().is_socket() => {
+            bail!("there is something else of that name: remove it, or use {}", name.flag);
+        }
+        Ok(_) => {}
+    }
+    if std::os::unix::net::UnixStream::connect(path).is_ok() {
+        bail!("another agent listens there: stop it first, or use {}", name.flag);
+    }
+    fs::remove_file(path)?;
+    Ok(())
+}
+
+/// Who is at the other end of a connection.
+#[derive(Clone, Debug)]
+struct Peer {
+    /// `None`: the kernel did not say.
+    uid: Option<u32>,
+}
+
+impl Connected<IncomingStream<'_, UnixListener>> for Peer {
+    fn connect_info(stream: IncomingStream<'_, UnixListener>) -> Peer {
+        Peer { uid: stream.io().peer_cred().ok().map(|cred| cred.uid()) }
+    }
+}
+
+/// The socket's mode lets only root connect; this holds even where somebody changed it.
+async fn root_only(
+    State(refuse): State<fn() -> Response>,
+    ConnectInfo(peer): ConnectInfo<Peer>,
+    request: Request,
+    next: Next,
+) -> Response {
+    if !may_use(peer.uid, geteuid().as_raw()) {
+        return refuse();
+    }
+    next.run(request).await
+}
+
+/// Root, and the user that the agent itself runs as.
+fn may_use(peer: Option<u32>, own: u32) -> bool {
+    peer.is_some_and(|uid| uid == 0 || uid == own)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::may_use;
+
+    #[test]
+    fn only_root_and_the_agents_own_user_may_use_it() {
+        assert!(may_use(Some(0), 0));
+        assert!(may_use(Some(0), 1000));
+        assert!(may_use(Some(1000), 1000));
+        assert!(!may_use(Some(1000), 0));
+        assert!(!may_use(None, 0));
+    }
+}
