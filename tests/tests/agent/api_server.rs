@@ -78,7 +78,8 @@ impl Managed {
         .with_context(|| format!("status: {:#?}", self.cluster.node.status()))
     }
 
-    fn wait_for_event(&self, pod: &Pod, reason: &str) -> Result<String> {
+    /// Waits until there is such an Event of a pod, and gives what it says.
+    pub fn wait_for_event(&self, pod: &Pod, reason: &str) -> Result<String> {
         wait_for(&format!("event {reason} of {pod}"), SOON, || {
             let events = self.api.all(Kind::Event);
             let event = events

@@ -126,6 +126,16 @@ impl Node {
     /// Starts the agent and waits until it answers.
     pub fn start_agent(&mut self) -> Result<()> {
         let agent = self.spawn_agent()?;
+        self.wait_for_agent(agent)
+    }
+
+    /// The same, by this command.
+    pub fn start_agent_by(&mut self, command: Command) -> Result<()> {
+        let agent = self.spawn_agent_by(command)?;
+        self.wait_for_agent(agent)
+    }
+
+    fn wait_for_agent(&mut self, agent: Process) -> Result<()> {
         self.agent = Some(agent);
         wait_for("the agent to answer", SOON, || match self.status() {
             Ok(_) => Ok(Some(())),
@@ -190,8 +200,28 @@ impl Node {
             Some(kubeconfig) => command.arg("--kubeconfig").arg(kubeconfig),
             None => command.arg(format!("--source=dir:{}", self.manifests.display())),
         };
+        self.spawn_agent_by(command)
+    }
+
+    /// The same, by this command.
+    pub fn spawn_agent_by(&mut self, mut command: Command) -> Result<Process> {
         let log = self.next_log("agent");
         Process::spawn(&format!("agent of {}", self.name), &mut command, log)
+    }
+
+    /// What stands for the node's directory at `path`, of those that the agent's container has.
+    pub fn host_dir(&self, topology: &Topology, path: &str) -> Result<PathBuf> {
+        Ok(match path {
+            "/sys/fs/bpf" => topology.bpffs().to_owned(),
+            "/var/run/netns" => self.netns_dir.clone(),
+            "/var/run/ztunnel" => self.dir.join("run"),
+            "/var/run/istio-cni" => self.dir.join("cni"),
+            "/etc/cni/net.d" => self.cni_conf_dir(),
+            "/opt/cni/bin" => self.cni_bin_dir(),
+            "/var/lib/redirect-agent" => self.state_dir(),
+            "/run/redirect-agent" => self.dir.join("control"),
+            other => bail!("{other} is not expected to be mounted"),
+        })
     }
 
     /// Starts a proxy and waits until it has taken over what the agent knows.
@@ -466,7 +496,7 @@ impl Node {
     }
 
     pub fn zds_socket(&self) -> PathBuf {
-        self.dir.join("run/zds.sock")
+        self.dir.join("run/ztunnel.sock")
     }
 
     pub fn cni_socket(&self) -> PathBuf {

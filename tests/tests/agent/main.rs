@@ -8,6 +8,7 @@ mod cgroup;
 mod cluster;
 mod cmdadd;
 mod commands;
+mod container;
 mod dns;
 mod drift;
 mod health;

@@ -43,13 +43,15 @@ fn values_reach_the_agent() -> Result<()> {
     let pod = objects.pod()?;
     assert!(pod.affinity.is_some());
     assert_eq!(pod.termination_grace_period_seconds, Some(120));
-    let paths: Vec<String> =
-        pod.volumes.unwrap_or_default().into_iter().filter_map(|v| Some(v.host_path?.path)).collect();
-    for path in [
-        "/var/lib/rancher/k3s/data/cni",
-        "/var/lib/rancher/k3s/agent/etc/cni/net.d",
-        "/run/netns",
-    ] {
+    let paths: Vec<String> = pod
+        .volumes
+        .unwrap_or_default()
+        .into_iter()
+        .filter_map(|v| Some(v.host_path?.path))
+        .collect();
+    for path in
+        ["/var/lib/rancher/k3s/data/cni", "/var/lib/rancher/k3s/agent/etc/cni/net.d", "/run/netns"]
+    {
         assert!(paths.iter().any(|p| p == path), "{path} is not in {paths:?}");
     }
     let daemon_set: DaemonSet = objects.one()?;

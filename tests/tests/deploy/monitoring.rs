@@ -19,7 +19,7 @@ fn metrics() -> Result<String> {
     metrics.enrolled(Duration::from_secs(1));
     metrics.drifted("rule");
     metrics.failed();
-    metrics.cni_request("add", true);
+    metrics.cni_request("add", true, Duration::from_secs(1));
     metrics.watch_error("pods");
     let states = [PodState::Enrolled, PodState::Failed, PodState::Bypassing];
     let pods: Vec<PodStatus> = states.into_iter().map(pod).collect();
@@ -84,7 +84,10 @@ fn what_is_asked_for_is_what_the_agent_says() -> Result<()> {
         for (label, values) in selectors(&expression) {
             for value in values.split('|') {
                 let prefix = format!("{label}=\"{}", value.trim_end_matches(".*"));
-                assert!(said.contains(&prefix), "{expression} asks for {prefix}, but there is\n{said}");
+                assert!(
+                    said.contains(&prefix),
+                    "{expression} asks for {prefix}, but there is\n{said}"
+                );
             }
         }
     }
