@@ -3,6 +3,7 @@
 use std::{fs, io};
 
 use anyhow::{Context as _, Result};
+use nix::mount::{MsFlags, mount};
 use redirect_ebpf::abi::{SYSCTL_ABSENT, SavedSysctls};
 
 /// What each sysctl is set to, in the order of [`SavedSysctls::values`].
@@ -22,10 +23,8 @@ pub(super) const SYSCTLS: [(&str, i32); 5] = [
     ("net/ipv4/tcp_migrate_req", 1),
 ];
 
-/// Where sysctls are: here and there those of the network namespace of the thread that looks.
+/// Where sysctls are: those of the network namespace of the thread that looks.
 const PROC_SYS: &str = "/proc/sys";
-/// The same, writable: a container's own is read-only unless it is privileged.
-const NODES_PROC_SYS: &str = "/proc/1/root/proc/sys";
 
 /// The present values.
 pub(super) fn read() -> Result<SavedSysctls> {
@@ -73,17 +72,30 @@ fn get(name: &str) -> Result<i32> {
 }
 
 fn put(name: &str, value: i32) -> Result<()> {
-    let write = |dir: &str| fs::write(format!("{dir}/{name}"), value.to_string());
-    let written = match write(PROC_SYS) {
-        Err(e) if e.kind() == io::ErrorKind::ReadOnlyFilesystem => write(NODES_PROC_SYS),
+    let write = || fs::write(format!("{PROC_SYS}/{name}"), value.to_string());
+    let written = match write() {
+        Err(e) if e.kind() == io::ErrorKind::ReadOnlyFilesystem => {
+            make_writable()?;
+            write()
+        }
         written => written,
     };
     match written {
         Ok(()) => Ok(()),
         // IPv6 is off.
         Err(e) if e.kind() == io::ErrorKind::NotFound && name.contains("ipv6") => Ok(()),
-        Err(e) => Err(e).with_context(|| {
-            format!("write sysctl {name} (a container needs hostPID and CAP_SYS_PTRACE for it)")
-        }),
+        Err(e) => Err(e).with_context(|| format!("write sysctl {name}")),
     }
+}
+
+/// Mounts `/proc/sys` writable, in our mount namespace: runtimes mount it read-only in containers
+/// that are not privileged.
+fn make_writable() -> Result<()> {
+    let flags = MsFlags::MS_REMOUNT
+        | MsFlags::MS_BIND
+        | MsFlags::MS_NOSUID
+        | MsFlags::MS_NODEV
+        | MsFlags::MS_NOEXEC;
+    mount(None::<&str>, PROC_SYS, None::<&str>, flags, None::<&str>)
+        .context("mount /proc/sys writable; mount it so for this container")
 }

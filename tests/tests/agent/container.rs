@@ -18,7 +18,7 @@ use redirect_tests::apiserver::{ApiServer, Kind};
 use redirect_tests::both_families;
 use redirect_tests::footprint::{assert_unchanged, footprint};
 use redirect_tests::manifests::{NAME, NAMESPACE, Objects};
-use redirect_tests::netns::Family;
+use redirect_tests::netns::{Family, TestDir};
 use redirect_tests::process::{Process, binary, wait_for};
 use serde_json::json;
 
@@ -33,6 +33,8 @@ both_families! {
 
 const AGENTS_UID: &str = "0a9f3a52-98a8-4d5c-9b2e-7c1f0f7d2a00";
 const PODS_UID: &str = "6f0f3a52-98a8-4d5c-9b2e-7c1f0f7d2a22";
+/// Where a pod finds its service account.
+const ACCOUNT: &str = "/var/run/secrets/kubernetes.io/serviceaccount";
 /// Somebody who is not root: the application's processes are theirs, and the node's CNI directories.
 const SOMEBODY: u32 = 1234;
 
@@ -43,9 +45,9 @@ mount -t tmpfs -o mode=755 image "$ROOT" && cd "$ROOT"
 mkdir -p proc sys usr run var && ln -s ../run var/run
 ln -s usr/bin bin && ln -s usr/lib lib && ln -s usr/lib64 lib64
 mount --rbind /usr usr
-touch redirect-agent kubeconfig
+touch redirect-agent
 mount --bind "$PROGRAM" redirect-agent
-mount --bind "$KUBECONFIG" kubeconfig
+mkdir -p ".$ACCOUNT" && mount --bind -o ro "$CREDENTIALS" ".$ACCOUNT"
 mount -t proc proc proc
 mount --bind proc/sys proc/sys && mount -o remount,bind,ro proc/sys
 mount -t sysfs -o ro sysfs sys
@@ -54,7 +56,7 @@ const ENTER: &str = r#"
 mount -o remount,bind,ro .
 pivot_root . . && umount -l .
 exec setpriv --bounding-set="-all$CAPABILITIES" --inh-caps=-all \
-    env -i KUBECONFIG=/kubeconfig NODE_NAME=node0 RUST_LOG=debug,h2=warn $ENVIRONMENT /redirect-agent "$@"
+    env -i KUBECONFIG="$ACCOUNT/kubeconfig" NODE_NAME=node0 RUST_LOG=info $ENVIRONMENT /redirect-agent "$@"
 "#;
 
 /// What is needed to run a container of the DaemonSet on the first node.
@@ -62,14 +64,15 @@ struct Container {
     /// As a runtime would make it.
     cgroup: Cgroup,
     script: PathBuf,
-    kubeconfig: PathBuf,
+    /// What stands for the service account's directory.
+    credentials: PathBuf,
     root: PathBuf,
     environment: Vec<(String, String)>,
     manifest: Manifested,
 }
 
 impl Container {
-    fn new(cluster: &Cluster, kubeconfig: PathBuf) -> Result<Self> {
+    fn new(cluster: &Cluster, api: &ApiServer) -> Result<Self> {
         let objects = Objects::committed()?;
         let manifest = objects.container()?;
         let context = manifest.security_context.as_ref().context("no security context")?;
@@ -92,7 +95,7 @@ impl Container {
         Ok(Self {
             cgroup: Cgroup::new(&any_hierarchy()?, &format!("kubepods/pod{AGENTS_UID}/agent"))?,
             script,
-            kubeconfig,
+            credentials: credentials(dir, api)?,
             root: dir.subdir("root")?,
             environment: objects.environment()?,
             manifest,
@@ -128,11 +131,27 @@ impl Container {
         command
             .env("ROOT", &self.root)
             .env("PROGRAM", binary("redirect-agent")?)
-            .env("KUBECONFIG", &self.kubeconfig)
+            .env("ACCOUNT", ACCOUNT)
+            .env("CREDENTIALS", &self.credentials)
             .env("CAPABILITIES", capabilities)
             .env("ENVIRONMENT", environment.join(" "));
         Ok(command)
     }
+}
+
+/// How to reach the API server. As in a pod, its CA is known: the image has none.
+fn credentials(dir: &TestDir, api: &ApiServer) -> Result<PathBuf> {
+    let account = dir.subdir("account")?;
+    let kubeconfig = account.join("kubeconfig");
+    api.write_kubeconfig(&kubeconfig)?;
+    let ca = rcgen::generate_simple_self_signed(["ca".to_owned()]).context("make a CA")?;
+    fs::write(account.join("ca.crt"), ca.cert.pem()).context("write the CA")?;
+    let with_ca = fs::read_to_string(&kubeconfig)?.replace(
+        "cluster: {server:",
+        &format!("cluster: {{certificate-authority: {ACCOUNT}/ca.crt, server:"),
+    );
+    fs::write(&kubeconfig, with_ca).context("write a kubeconfig")?;
+    Ok(account)
 }
 
 /// A cluster on an API server that the first node reaches, with one pod whose processes are
@@ -150,8 +169,6 @@ impl Setting {
         let mut cluster = Cluster::without_agent(&[])?;
         cluster.node.hide_netns()?;
         let api = cluster.topology.node(0).run(ApiServer::start)?;
-        let kubeconfig = cluster.topology.dir().path().join("kubeconfig");
-        api.write_kubeconfig(&kubeconfig)?;
         api.put(Kind::Namespace, Manifest::of_namespace("shop").object());
         let daemon_set = json!({
             "apiVersion": "apps/v1", "kind": "DaemonSet",
@@ -159,7 +176,7 @@ impl Setting {
         });
         api.put(Kind::DaemonSet, daemon_set);
         cni_of_somebody(&cluster.node.cni_conf_dir(), &cluster.node.cni_bin_dir())?;
-        let container = Container::new(&cluster, kubeconfig)?;
+        let container = Container::new(&cluster, &api)?;
 
         let cgroup = Cgroup::new(&any_hierarchy()?, &format!("kubepods/pod{PODS_UID}/container"))?;
         let mut command = cgroup.shell(
@@ -216,7 +233,7 @@ fn agent_does_all_of_its_work_with_what_the_daemon_set_gives_it(family: Family) 
 
     let Cluster { node, server, client, .. } = &setting.managed.cluster;
     let apps = (echo(server)?, echo(client)?, serve_http(server)?);
-    setting.managed.cluster.assert_redirected(family)?;
+    setting.managed.cluster.assert_redirected(family).context("once enrolled")?;
     setting.managed.wait_for_event(server, "Enrolled")?;
     answers_where_it_is_asked(&setting)?;
     assert_is_installed(&setting)?;
@@ -229,14 +246,14 @@ fn agent_does_all_of_its_work_with_what_the_daemon_set_gives_it(family: Family) 
     server.netns.set_sysctl("net/ipv4/tcp_fwmark_accept", "0")?;
     setting.managed.wait_for_event(server, "Repaired")?;
     node.wait_until_complete(server)?;
-    setting.managed.cluster.assert_redirected(family)?;
+    setting.managed.cluster.assert_redirected(family).context("after the repair")?;
 
     // The next container takes over.
     setting.managed.cluster.node.stop_agent()?;
-    setting.managed.cluster.assert_redirected(family)?;
+    setting.managed.cluster.assert_redirected(family).context("without an agent")?;
     setting.start_agent()?;
     setting.is_enrolled()?;
-    setting.managed.cluster.assert_redirected(family)?;
+    setting.managed.cluster.assert_redirected(family).context("with the next agent")?;
 
     // The label is removed.
     setting.managed.put(&setting.pod());
@@ -325,30 +342,33 @@ fn assert_asks_for_what_it_may(api: &ApiServer) -> Result<()> {
     Ok(())
 }
 
-/// Without any one of them something is not done.
+/// What the agent says when it lacks a capability.
+const LACKING: [(&str, &str); 6] = [
+    ("SYS_ADMIN", "this node cannot run redirect-agent"),
+    ("NET_ADMIN", "this node cannot run redirect-agent"),
+    ("SYS_PTRACE", "find the network namespace of pod shop/server"),
+    ("DAC_OVERRIDE", "the CNI plugin is not installed"),
+    ("CHOWN", "the CNI plugin is not installed"),
+    ("FOWNER", "the CNI plugin is not installed"),
+];
+
+/// With all of them it does its work, as the other scenario shows; here without one at a time.
 #[test]
 fn each_capability_is_needed() -> Result<()> {
     let setting = &mut Setting::new()?;
+    assert_eq!(setting.container.capabilities()?, LACKING.map(|(capability, _)| capability));
     setting.managed.put(&setting.pod().mode("ambient"));
-    setting.managed.cluster.node.start_proxy()?;
-    for capability in setting.container.capabilities()? {
-        let command = setting.container.command(&setting.managed.cluster, Some(&capability))?;
+    for (capability, complaint) in LACKING {
+        let command = setting.container.command(&setting.managed.cluster, Some(capability))?;
         let node = &mut setting.managed.cluster.node;
+        // The one before may have installed the plugin.
+        cni_of_somebody(&node.cni_conf_dir(), &node.cni_bin_dir())?;
         let mut agent = node.spawn_agent_by(command)?;
-        let lacking = wait_for(&format!("trouble without {capability}"), SOON, || {
-            if !agent.is_running()? {
-                return Ok(Some(agent.log()?));
-            }
-            let log = agent.log()?;
-            let trouble =
-                |what: &str| log.lines().find(|line| line.contains(what)).map(str::to_owned);
-            Ok(trouble("the CNI plugin is not installed:").or_else(|| trouble("cannot reconcile")))
+        let complains = wait_for(&format!("{complaint:?} without {capability}"), SOON, || {
+            Ok(agent.log()?.contains(complaint).then_some(()))
         });
-        let lacking = lacking.with_context(|| agent.log().unwrap_or_default())?;
-        println!("without {capability}: {}", lacking.lines().last().unwrap_or_default());
-        if agent.is_running()? {
-            agent.terminate(SOON)?;
-        }
+        complains.with_context(|| agent.log().unwrap_or_default())?;
+        agent.terminate(SOON)?;
     }
     Ok(())
 }
