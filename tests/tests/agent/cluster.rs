@@ -145,6 +145,7 @@ impl Node {
                 Ok(None)
             }
         })
+        .with_context(|| self.agent_log().unwrap_or_default())
     }
 
     /// Lets the next agent learn of pods from an API server; the proxies go on with the manifests.
@@ -268,8 +269,9 @@ impl Node {
 
     /// Stops the agent as its supervisor would.
     pub fn stop_agent(&mut self) -> Result<()> {
-        let status = self.agent.take().context("no agent runs")?.terminate(SOON)?;
-        ensure!(status.success(), "the agent ended with {status}");
+        let mut agent = self.agent.take().context("no agent runs")?;
+        let status = agent.terminate(SOON)?;
+        ensure!(status.success(), "the agent ended with {status}:\n{}", agent.log()?);
         Ok(())
     }
 
