@@ -265,7 +265,7 @@ pub const WAY_DIRECT: u32 = 1;
 pub const WAY_REDIRECTED: u32 = 2;
 
 /// The one entry, per CPU, of the map `hint`: the flow whose packet is on its way up the stack on
-/// this CPU and that `sk_lookup` is to leave alone.
+/// this CPU, and what tcx knows of it.
 #[repr(C)]
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Pod, Zeroable)]
 pub struct Hint {
@@ -279,12 +279,13 @@ pub struct Hint {
 pub const HINT_NONE: u32 = 0;
 /// [`Hint::kind`]: the proxy delivers to the application.
 pub const HINT_FROM_PROXY: u32 = 1;
-/// [`Hint::kind`]: nobody in the pod listens on that port; the kernel answers with RST.
-pub const HINT_NO_LISTENER: u32 = 2;
-
+/// [`Hint::kind`]: tcx itself asks the kernel for a socket, and what it finds gets no packet.
+pub const HINT_QUESTION: u32 = 2;
 /// [`Hint::kind`]: the pod opens a connection to somebody else. Said besides by the interface, `lo`,
 /// unless the pod's socket is bound to another one.
 pub const HINT_FROM_POD: u32 = 3;
+/// [`Hint::kind`]: tcx has found nobody in the pod who listens on that port; it is refused.
+pub const HINT_NO_LISTENER: u32 = 4;
 
 /// Key of the map `counters`; the value is a `u64`, per CPU.
 #[repr(C)]

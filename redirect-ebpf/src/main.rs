@@ -25,7 +25,7 @@ use aya_ebpf::{
 use aya_log_ebpf::info;
 use redirect_ebpf::{
     abi::{
-        Addr, Counter, CounterKey, DnsFlow, DnsKey, EVERY_POD, Flow, HINT_NO_LISTENER, HINT_NONE,
+        Addr, Counter, CounterKey, DnsFlow, DnsKey, EVERY_POD, Flow, HINT_NONE, HINT_QUESTION,
         Hint, INBOUND_BYPASS, ListenerKey, MARK_PROXY, MARK_REDIRECTED, PORT_PROXY_DNS, PodEntry,
         PodId, PodPeer, PodPort, WAY_DIRECT, WAY_REDIRECTED,
     },
@@ -441,7 +441,7 @@ impl Pods for Tc<'_> {
 impl Env for Tc<'_> {
     #[inline(always)]
     fn application_listens(&self, segment: &Segment) -> bool {
-        set_hint(Some(Hint { flow: segment.receiver_flow(), kind: HINT_NO_LISTENER }));
+        set_hint(Some(Hint { flow: segment.receiver_flow(), kind: HINT_QUESTION }));
         let found = sockets::any(self.ctx.as_ptr(), segment);
         set_hint(None);
         found

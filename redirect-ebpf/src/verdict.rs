@@ -5,9 +5,9 @@
 
 use crate::abi::{
     Addr, Counter, DECISION_ENROLLED, Flow, HINT_FROM_POD, HINT_FROM_PROXY, HINT_NO_LISTENER,
-    HINT_NONE, Hint, LISTENER_HBONE, LISTENER_INBOUND, LISTENER_OUTBOUND, MARK_DIRECT, MARK_MASK,
-    MARK_PROXY, MARK_REDIRECTED, POD_BYPASS_INBOUND, POD_CAPTURE, POD_INBOUND_RULES, PORT_HBONE,
-    PORT_INBOUND, PORT_OUTBOUND, PodEntry, PodId,
+    HINT_NONE, HINT_QUESTION, Hint, LISTENER_HBONE, LISTENER_INBOUND, LISTENER_OUTBOUND,
+    MARK_DIRECT, MARK_MASK, MARK_PROXY, MARK_REDIRECTED, POD_BYPASS_INBOUND, POD_CAPTURE,
+    POD_INBOUND_RULES, PORT_HBONE, PORT_INBOUND, PORT_OUTBOUND, PodEntry, PodId,
 };
 use crate::dns;
 
@@ -180,9 +180,10 @@ pub fn on_interface(ip: bool, segment: Option<&Segment>, env: &impl Env) -> Ingr
     let captured = captures(&pod);
     let hbone = segment.dst_port == PORT_HBONE;
     if captured && !hbone && !env.application_listens(segment) {
-        // The proxy would accept first and find out later; the kernel refuses at once.
+        // The proxy would accept first and find out later; `sk_lookup` refuses at once. It does not
+        // leave that to the kernel: somebody may listen by then, and would be reached past the proxy.
         let hint = Some(Hint { flow: segment.receiver_flow(), kind: HINT_NO_LISTENER });
-        return Ingress { hint, count: Some((pod.pod_id, Counter::NoListener)), ..next };
+        return Ingress { hint, ..next };
     }
     let kind = if hbone { LISTENER_HBONE } else { LISTENER_INBOUND };
     // Also asked while nothing is captured: that may begin before `sk_lookup` runs for this very
@@ -228,6 +229,9 @@ pub enum Steer {
     Refuse(PodId, Counter),
 }
 
+/// No pod's id.
+const NOBODY: PodId = PodId::MAX;
+
 /// `sk_lookup` in an enrolled pod's network namespace.
 ///
 /// No packet is parsed here: whatever is not known to be something else goes to the proxy.
@@ -240,27 +244,30 @@ pub fn steer(lookup: &Lookup, env: &impl Pods) -> Steer {
     if !tcp {
         return dns::steer(lookup, env);
     }
-    let local = env.pod(&flow.local);
-    let remote = env.pod(&flow.remote);
     let hint = if hint.flow == *flow { hint.kind } else { HINT_NONE };
+    let local = env.pod(&flow.local);
+    // Not an Option: the compiler would carry along what a `None` does not have, and the verifier
+    // objects to that.
+    let caller = env.pod(&flow.remote).map_or(NOBODY, |pod| pod.pod_id);
+    let calls_itself = same_pod(local, caller);
     // Another pod of this node, called by ours, looks like ours, called by that one. But what ours
     // sends comes in on `lo`, and where it is bound to an interface and seems to come in on that, tcx
     // has said so. Of the proxy's packets on `lo`, too.
-    if (hint == HINT_FROM_POD || (*on_lo && hint == HINT_NONE))
-        && let Some(pod) = remote
-        && !same_pod(local, pod.pod_id)
+    if (hint == HINT_FROM_POD || (*on_lo && hint == HINT_NONE)) && caller != NOBODY && !calls_itself
     {
-        return Steer::Redirect { pod_id: pod.pod_id, kind: LISTENER_OUTBOUND };
+        return Steer::Redirect { pod_id: caller, kind: LISTENER_OUTBOUND };
     }
     let Some(pod) = local else { return Steer::Refuse(0, Counter::RefusedUnknownAddress) };
     if enrolled(local).is_none() || !captures(&pod) {
         return Steer::Pass(None);
     }
-    if hint == HINT_NO_LISTENER {
-        // Never counted here: tcx has counted it, or it is tcx's own question that runs this.
+    if hint == HINT_QUESTION {
         return Steer::Pass(None);
     }
-    if same_pod(remote, pod.pod_id) {
+    if hint == HINT_NO_LISTENER {
+        return Steer::Refuse(pod.pod_id, Counter::NoListener);
+    }
+    if calls_itself {
         return Steer::Pass(Some((pod.pod_id, Counter::Local)));
     }
     if flow.local_port == PORT_HBONE {
@@ -602,7 +609,7 @@ mod tests {
                     fate: Fate::Next,
                     mark: Some(MARK_DIRECT),
                     hint: Some(hint),
-                    count: Some((OWN, Counter::NoListener)),
+                    count: None,
                 };
                 assert_eq!(on_interface(true, Some(&syn(a.stranger, a.own)), &node), expected);
                 node.assert_asked(&[Asked::Application]);
@@ -884,7 +891,7 @@ mod tests {
     #[test]
     fn a_hint_is_for_one_flow_only() {
         for a in both_families() {
-            for kind in [HINT_FROM_PROXY, HINT_NO_LISTENER] {
+            for kind in [HINT_FROM_PROXY, HINT_QUESTION, HINT_NO_LISTENER] {
                 let good = lookup(a.own, a.stranger, OUTSIDE, kind);
                 assert_ne!(steer(&good, &Node::new(&a, true, Proxy::Listens)), INBOUND);
                 let f = good.flow;
@@ -903,17 +910,33 @@ mod tests {
     }
 
     #[test]
-    fn nobody_listens_and_the_kernel_answers() {
+    fn where_nobody_listened_nobody_who_listens_by_now_is_reached() {
         for a in both_families() {
-            let asked = |remote| lookup(a.own, remote, OUTSIDE, HINT_NO_LISTENER);
+            let called = |remote| lookup(a.own, remote, OUTSIDE, HINT_NO_LISTENER);
             let rows = [
-                ("a stranger", asked(a.stranger)),
-                ("a pod of this node", asked(a.neighbour)),
-                ("who pretends to be the pod", asked(a.own)),
-                ("HBONE", to_port(asked(a.stranger), PORT_HBONE)),
+                ("by a stranger", called(a.stranger)),
+                ("by a pod of this node", called(a.neighbour)),
+                ("by who pretends to be the pod", called(a.own)),
+                ("with HBONE", to_port(called(a.stranger), PORT_HBONE)),
             ]
-            .map(|(scenario, lookup)| (scenario, lookup, UNTOUCHED));
+            .map(|(scenario, lookup)| (scenario, lookup, Steer::Refuse(OWN, Counter::NoListener)));
             assert_steered(&a, &rows);
+        }
+    }
+
+    #[test]
+    fn what_tcx_asks_the_kernel_answers_and_nobody_counts() {
+        for a in both_families() {
+            for interface in [LO, OUTSIDE] {
+                let asked = |local, remote| lookup(local, remote, interface, HINT_QUESTION);
+                let rows = [
+                    ("about a stranger's call", asked(a.own, a.stranger)),
+                    ("about a neighbour's", asked(a.own, a.neighbour)),
+                    ("about HBONE", to_port(asked(a.own, a.stranger), PORT_HBONE)),
+                ]
+                .map(|(scenario, lookup)| (scenario, lookup, UNTOUCHED));
+                assert_steered(&a, &rows);
+            }
         }
     }
 

@@ -2,6 +2,7 @@
 
 use std::fs;
 use std::io::Write as _;
+use std::net::{IpAddr, Ipv4Addr, Ipv6Addr};
 use std::path::{Path, PathBuf};
 use std::process::{Command, Stdio};
 use std::sync::atomic::{AtomicU32, Ordering};
@@ -34,58 +35,49 @@ pub struct Failure {
     pub message: String,
 }
 
-/// A pod's sandbox: a network namespace, empty before ADD.
+/// A pod's sandbox.
 #[derive(Debug)]
 pub struct Sandbox {
-    /// The pod's namespace.
-    pub namespace: String,
-    /// The pod's name.
-    pub name: String,
-    /// The pod's uid.
-    pub uid: String,
+    /// The pod: its addresses are those that ADD has given it.
+    pub pod: Pod,
+    /// What each plugin has answered to ADD, in their order.
+    pub results: Vec<Value>,
     id: String,
-    /// The network namespace.
-    pub netns: Netns,
-    /// What ADD has answered.
-    pub result: Option<Value>,
+    uid: String,
 }
 
 impl Sandbox {
-    /// The sandbox of a pod, whose network namespace is somewhere in `dir`.
-    pub fn new(dir: &Path, namespace: &str, name: &str) -> Result<Self> {
+    /// The sandbox of a pod on a node, with an empty network namespace that is somewhere in `dir`.
+    pub fn new(dir: &Path, node: usize, namespace: &str, name: &str) -> Result<Self> {
         static NEXT: AtomicU32 = AtomicU32::new(0);
-        let id = format!("{}{:04}", std::process::id(), NEXT.fetch_add(1, Ordering::Relaxed));
-        let netns = Netns::new(dir, &format!("cni-{id}"))?;
-        Ok(Self {
+        let id = format!("{}-{}", std::process::id(), NEXT.fetch_add(1, Ordering::Relaxed));
+        let pod = Pod {
             namespace: namespace.to_owned(),
             name: name.to_owned(),
-            uid: format!("uid-of-{namespace}-{name}"),
-            id,
-            netns,
-            result: None,
-        })
+            node,
+            v4: Ipv4Addr::UNSPECIFIED,
+            v6: Ipv6Addr::UNSPECIFIED,
+            host_interface: String::new(),
+            netns: Netns::new(dir, &format!("cni-{id}"))?,
+        };
+        let uid = format!("uid-of-{namespace}-{name}");
+        Ok(Self { pod, results: Vec::new(), id, uid })
     }
 
-    /// The pod in it, with the addresses that ADD has given it.
-    pub fn into_pod(self, node: usize) -> Result<Pod> {
-        let result = self.result.context("the sandbox has no network")?;
-        let ips = result["ips"].as_array().context("no addresses in the result")?;
-        let find = |v6: bool| {
-            let mut addresses =
-                ips.iter().filter_map(|ip| ip["address"].as_str()?.split('/').next());
-            let found = addresses.find(|address| address.contains(':') == v6);
-            found.with_context(|| format!("one family is missing: {result}"))
-        };
-        let (v4, v6) = (find(false)?.parse()?, find(true)?.parse()?);
-        Ok(Pod {
-            namespace: self.namespace,
-            name: self.name,
-            node,
-            v4,
-            v6,
-            host_interface: String::new(),
-            netns: self.netns,
-        })
+    fn result(&self) -> Value {
+        self.results.last().cloned().unwrap_or_default()
+    }
+
+    fn take_addresses(&mut self) -> Result<()> {
+        let result = self.result();
+        for ip in result["ips"].as_array().context("no addresses in the result")? {
+            let address = ip["address"].as_str().and_then(|address| address.split('/').next());
+            match address.context("an address is missing")?.parse()? {
+                IpAddr::V4(v4) => self.pod.v4 = v4,
+                IpAddr::V6(v6) => self.pod.v6 = v6,
+            }
+        }
+        Ok(())
     }
 }
 
@@ -124,38 +116,38 @@ impl<'a> Runtime<'a> {
     /// ADD: gives the sandbox a network. Where a plugin fails, all that was done is undone.
     pub fn add(&self, sandbox: &mut Sandbox) -> Result<Result<(), Failure>> {
         let (_, list) = self.network()?;
-        let mut result = Value::Null;
         for plugin in plugins(&list)? {
-            match self.execute("ADD", &list, plugin, sandbox, &result)? {
-                Ok(answer) => result = serde_json::from_str(&answer).context("read a result")?,
+            match self.execute("ADD", &list, plugin, sandbox)? {
+                Ok(answer) => {
+                    sandbox.results.push(serde_json::from_str(&answer).context("read a result")?);
+                }
                 Err(failure) => {
                     self.del(sandbox)?;
                     return Ok(Err(failure));
                 }
             }
         }
-        sandbox.result = Some(result);
+        sandbox.take_addresses()?;
         Ok(Ok(()))
     }
 
     /// DEL: takes the sandbox's network away again.
     pub fn del(&self, sandbox: &mut Sandbox) -> Result<()> {
         let (_, list) = self.network()?;
-        let result = sandbox.result.take().unwrap_or_default();
         for plugin in plugins(&list)?.iter().rev() {
-            if let Err(failure) = self.execute("DEL", &list, plugin, sandbox, &result)? {
+            if let Err(failure) = self.execute("DEL", &list, plugin, sandbox)? {
                 bail!("DEL: {failure:?}");
             }
         }
+        sandbox.results.clear();
         Ok(())
     }
 
     /// CHECK
     pub fn check(&self, sandbox: &Sandbox) -> Result<Result<(), Failure>> {
         let (_, list) = self.network()?;
-        let result = sandbox.result.clone().unwrap_or_default();
         for plugin in plugins(&list)? {
-            if let Err(failure) = self.execute("CHECK", &list, plugin, sandbox, &result)? {
+            if let Err(failure) = self.execute("CHECK", &list, plugin, sandbox)? {
                 return Ok(Err(failure));
             }
         }
@@ -169,14 +161,13 @@ impl<'a> Runtime<'a> {
         list: &Value,
         plugin: &Value,
         sandbox: &Sandbox,
-        previous: &Value,
     ) -> Result<Result<String, Failure>> {
         let name = plugin["type"].as_str().context("a plugin has no type")?;
         let mut conf = plugin.clone();
         conf["name"] = list["name"].clone();
         conf["cniVersion"] = list["cniVersion"].clone();
-        if !previous.is_null() {
-            conf["prevResult"] = previous.clone();
+        if !sandbox.results.is_empty() {
+            conf["prevResult"] = sandbox.result();
         }
         let program = [self.bin_dir.as_path(), Path::new(PLUGINS)]
             .into_iter()
@@ -186,7 +177,8 @@ impl<'a> Runtime<'a> {
             let message = format!("failed to find plugin {name:?}");
             return Ok(Err(Failure { plugin: name.to_owned(), code: 0, message }));
         };
-        let Sandbox { namespace, name: pod, uid, id, netns, .. } = sandbox;
+        let Sandbox { id, uid, pod, .. } = sandbox;
+        let (namespace, pod, netns) = (&pod.namespace, &pod.name, &pod.netns);
         let mut call = Command::new(program);
         call.env_clear()
             .env("PATH", std::env::var_os("PATH").unwrap_or_default())

@@ -20,6 +20,9 @@ pub enum Invalid {
     /// It is no JSON, or not of the form that CNI asks for.
     #[error("{0}")]
     Json(#[from] serde_json::Error),
+    /// It is JSON, but no object.
+    #[error("it is no object")]
+    NoObject,
     /// A field that has to be there is not, or is empty.
     #[error("there is no {0}")]
     Missing(&'static str),
@@ -80,9 +83,15 @@ struct Type {
     name: String,
 }
 
+/// Reads an object: serde would take an array for one, too.
+fn object<'a, T: Deserialize<'a>>(text: &'a str) -> Result<T, Invalid> {
+    let object = serde_json::from_str(text)?;
+    if text.trim_start().starts_with('{') { Ok(object) } else { Err(Invalid::NoObject) }
+}
+
 impl Head {
     fn read(text: &str) -> Result<Self, Invalid> {
-        let head: Head = serde_json::from_str(text)?;
+        let head: Head = object(text)?;
         if head.name.is_empty() {
             return Err(Invalid::Missing("name"));
         }
@@ -104,7 +113,7 @@ impl Head {
 }
 
 fn plugin_name(text: &str) -> Result<String, Invalid> {
-    let Type { name } = serde_json::from_str(text)?;
+    let Type { name } = object(text)?;
     if name.is_empty() {
         return Err(Invalid::Missing("type of a plugin"));
     }
@@ -151,7 +160,7 @@ impl Single<'_> {
 impl<'a> List<'a> {
     fn read(text: &'a str) -> Result<Self, Invalid> {
         let head = Head::read(text)?;
-        let Plugins { plugins } = serde_json::from_str(text)?;
+        let Plugins { plugins } = object(text)?;
         let plugins = plugins.unwrap_or_default();
         if plugins.is_empty() {
             return Err(Invalid::Missing("plugin"));
@@ -362,6 +371,9 @@ mod tests {
             ("a.conflist", r#"{"name":"n","plugins":{}}"#),
             ("a.conflist", r#"{"name":"n","plugins":[]}"#),
             ("a.conflist", r#"{"name":"n","plugins":["ptp"]}"#),
+            ("a.conflist", r#"{"name":"n","plugins":[["ptp"]]}"#),
+            ("a.conflist", r#"["n","1.0.0",[]]"#),
+            ("a.conf", r#"["ptp"]"#),
             ("a.conflist", r#"{"name":"n","plugins":[{}]}"#),
             ("a.conflist", r#"{"name":"n","plugins":[{"type":""}]}"#),
             ("a.conflist", r#"{"name":"n","plugins":[{"type":1}]}"#),

@@ -247,9 +247,13 @@ fn text(input: &[u8]) -> Result<&str, Failure> {
         .map_err(|error| Failure::new(code::DECODE, format!("read the configuration: {error}")))
 }
 
+/// Reads an object: serde would take an array for one, too.
 fn decode<'a, T: Deserialize<'a>>(what: &str, text: &'a str) -> Result<T, Failure> {
-    serde_json::from_str(text)
-        .map_err(|error| Failure::new(code::DECODE, format!("read the {what}: {error}")))
+    match serde_json::from_str(text) {
+        Ok(object) if text.trim_start().starts_with('{') => Ok(object),
+        Ok(_) => Err(Failure::new(code::DECODE, format!("read the {what}: it is no object"))),
+        Err(error) => Err(Failure::new(code::DECODE, format!("read the {what}: {error}"))),
+    }
 }
 
 fn carry_out(
@@ -514,6 +518,8 @@ mod tests {
             ("", code::DECODE),
             ("[]", code::DECODE),
             (&after("[]"), code::DECODE),
+            (&after("[null,null]"), code::DECODE),
+            (r#"["1.0.0",{}]"#, code::DECODE),
             (&after(r#"{"ips":[{"address":"10.0.0.2"}]}"#), code::DECODE),
             (&after("{").replace("}}", "}"), code::DECODE),
             (&after("null"), code::INVALID_CONFIGURATION),

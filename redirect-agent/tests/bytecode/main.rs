@@ -20,8 +20,9 @@ use nix::{
 };
 use redirect_ebpf::{
     abi::{
-        Addr, Counter, Flow, HINT_FROM_POD, HINT_FROM_PROXY, HINT_NO_LISTENER, HINT_NONE, Hint,
-        LISTENER_OUTBOUND, MARK_DIRECT, MARK_PROXY, MARK_REDIRECTED, PORT_PROXY_DNS, PodId,
+        Addr, Counter, Flow, HINT_FROM_POD, HINT_FROM_PROXY, HINT_NO_LISTENER, HINT_NONE,
+        HINT_QUESTION, Hint, LISTENER_OUTBOUND, MARK_DIRECT, MARK_PROXY, MARK_REDIRECTED,
+        PORT_PROXY_DNS, PodId,
     },
     dns::{self, Dns, Message},
     verdict::{self, Fate, Ingress, Lookup, Segment, Steer, with_mesh_mark},
@@ -499,7 +500,7 @@ fn stale_hint(rng: &mut Rng) -> Hint {
     let v4 = rng.bool();
     let (local, remote) = world::addresses(rng, v4);
     let flow = Flow { local, remote, local_port: world::port(rng), remote_port: world::port(rng) };
-    Hint { flow, kind: rng.u32(..4) }
+    Hint { flow, kind: rng.u32(..6) }
 }
 
 /// A hint for this very flow, mostly; or for one that differs in one place.
@@ -514,6 +515,9 @@ fn lookup_hint(rng: &mut Rng, mut flow: Flow) -> Hint {
     }
     Hint {
         flow,
-        kind: choose(rng, &[HINT_NONE, HINT_FROM_PROXY, HINT_NO_LISTENER, HINT_FROM_POD, 4]),
+        kind: choose(
+            rng,
+            &[HINT_NONE, HINT_FROM_PROXY, HINT_QUESTION, HINT_NO_LISTENER, HINT_FROM_POD, 5],
+        ),
     }
 }

@@ -52,7 +52,8 @@ fn assert_has(address: SocketAddr, line: &str) -> Result<()> {
     found.with_context(|| format!("in\n{last}"))
 }
 
-fn get(address: SocketAddr, path: &str) -> Result<(u16, String)> {
+/// The status of an answer, and its body.
+pub fn get(address: SocketAddr, path: &str) -> Result<(u16, String)> {
     let mut stream = TcpStream::connect(address).context("connect to the agent")?;
     write!(stream, "GET {path} HTTP/1.0\r\n\r\n")?;
     let mut answer = String::new();

@@ -7,6 +7,7 @@ mod bad_input;
 mod cgroup;
 mod cluster;
 mod cmdadd;
+mod cni;
 mod commands;
 mod container;
 mod dns;

@@ -9,6 +9,7 @@ mod load;
 mod no_proxy;
 mod raw_packets;
 mod restart;
+mod same_ports;
 
 use std::net::{IpAddr, SocketAddr};
 
