@@ -267,12 +267,13 @@ impl Node {
         self.agent.take().context("no agent runs")?.kill()
     }
 
-    /// Stops the agent as its supervisor would.
-    pub fn stop_agent(&mut self) -> Result<()> {
+    /// Stops the agent as its supervisor would; what it has logged.
+    pub fn stop_agent(&mut self) -> Result<String> {
         let mut agent = self.agent.take().context("no agent runs")?;
         let status = agent.terminate(SOON)?;
-        ensure!(status.success(), "the agent ended with {status}:\n{}", agent.log()?);
-        Ok(())
+        let log = agent.log()?;
+        ensure!(status.success(), "the agent ended with {status}:\n{log}");
+        Ok(log)
     }
 
     /// The oldest running proxy, which is not looked after any more.

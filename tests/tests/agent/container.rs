@@ -8,7 +8,8 @@ use std::io::{Read as _, Write as _};
 use std::net::{SocketAddr, TcpStream};
 use std::os::unix::fs::chown;
 use std::path::{Path, PathBuf};
-use std::process::Command;
+use std::process::{self, Command};
+use std::sync::atomic::{AtomicU32, Ordering};
 
 use anyhow::{Context as _, Result, ensure};
 use k8s_openapi::api::core::v1::Container as Manifested;
@@ -32,7 +33,6 @@ both_families! {
 }
 
 const AGENTS_UID: &str = "0a9f3a52-98a8-4d5c-9b2e-7c1f0f7d2a00";
-const PODS_UID: &str = "6f0f3a52-98a8-4d5c-9b2e-7c1f0f7d2a22";
 /// Where a pod finds its service account.
 const ACCOUNT: &str = "/var/run/secrets/kubernetes.io/serviceaccount";
 /// Somebody who is not root: the application's processes are theirs, and the node's CNI directories.
@@ -162,10 +162,15 @@ struct Setting {
     _process: Process,
     _cgroup: Cgroup,
     container: Container,
+    /// The pod's. Its processes must not be taken for those of another test.
+    uid: String,
 }
 
 impl Setting {
     fn new() -> Result<Self> {
+        static NEXT: AtomicU32 = AtomicU32::new(0);
+        let (process, number) = (process::id(), NEXT.fetch_add(1, Ordering::Relaxed));
+        let uid = format!("6f0f3a52-98a8-4d5c-{number:04x}-{process:012x}");
         let mut cluster = Cluster::without_agent(&[])?;
         cluster.node.hide_netns()?;
         let api = cluster.topology.node(0).run(ApiServer::start)?;
@@ -178,7 +183,7 @@ impl Setting {
         cni_of_somebody(&cluster.node.cni_conf_dir(), &cluster.node.cni_bin_dir())?;
         let container = Container::new(&cluster, &api)?;
 
-        let cgroup = Cgroup::new(&any_hierarchy()?, &format!("kubepods/pod{PODS_UID}/container"))?;
+        let cgroup = Cgroup::new(&any_hierarchy()?, &format!("kubepods/pod{uid}/container"))?;
         let mut command = cgroup.shell(
             Some(&cluster.server.netns),
             &format!(
@@ -190,11 +195,11 @@ impl Setting {
         let mut process = Process::spawn("the pod's container", &mut command, log)?;
         process.wait_for_log("inside", SOON)?;
         let managed = Managed { cluster, api };
-        Ok(Self { managed, _process: process, _cgroup: cgroup, container })
+        Ok(Self { managed, _process: process, _cgroup: cgroup, container, uid })
     }
 
     fn pod(&self) -> Manifest {
-        Manifest::of(&self.managed.cluster.server).uid(PODS_UID)
+        Manifest::of(&self.managed.cluster.server).uid(&self.uid)
     }
 
     fn start_agent(&mut self) -> Result<()> {
@@ -262,15 +267,15 @@ fn agent_does_all_of_its_work_with_what_the_daemon_set_gives_it(family: Family) 
     setting.managed.wait_for_redirection(server, None)?;
     setting.managed.cluster.assert_direct(family)?;
     drop(apps);
-    assert_unchanged(&server.netns, &before)?;
+    assert_unchanged(&server.netns, &before).context("after the label was removed")?;
 
     // Uninstalled: the node is as it was.
     setting.managed.put(&setting.pod().mode("ambient"));
     setting.is_enrolled()?;
     setting.managed.api.delete(Kind::DaemonSet, NAMESPACE, NAME);
-    setting.managed.cluster.node.stop_agent()?;
+    let log = setting.managed.cluster.node.stop_agent()?;
     let Cluster { node, server, .. } = &setting.managed.cluster;
-    assert_unchanged(&server.netns, &before)?;
+    assert_unchanged(&server.netns, &before).context(log)?;
     let network = fs::read_to_string(node.cni_conf_dir().join("10-net.conflist"))?;
     ensure!(!network.contains("redirect-cni"), "{network}");
     ensure!(!node.cni_bin_dir().join("redirect-cni").exists(), "the plugin is left");
