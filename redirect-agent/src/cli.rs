@@ -313,7 +313,9 @@ pub struct RunArgs {
         value_name = "NAMESPACE,…",
         value_delimiter = ',',
         default_value = DEFAULT_EXCLUDED_NAMESPACE,
-        value_parser = namespace
+        value_parser = namespace,
+        env = "EXCLUDE_NAMESPACES",
+        hide_env_values = true
     )]
     pub excluded_namespaces: Vec<String>,
     /// Read the sidecar's annotations for traffic, where ours are absent and mean the same.
@@ -321,7 +323,13 @@ pub struct RunArgs {
     pub sidecar_annotations: bool,
     /// What puts pods into the mesh in place of the label istio.io/dataplane-mode: istio-cni's
     /// ambient.enablementSelectors, as YAML or as @FILE.
-    #[arg(long, value_name = "YAML|@FILE", value_parser = selectors)]
+    #[arg(
+        long,
+        value_name = "YAML|@FILE",
+        value_parser = selectors,
+        env = "AMBIENT_ENABLEMENT_SELECTOR",
+        hide_env_values = true
+    )]
     pub enablement_selectors: Option<Selectors>,
     /// For how long new connections wait for a proxy that has stopped listening.
     #[arg(long, value_name = "TIME", default_value = "3s", value_parser = humantime::parse_duration)]

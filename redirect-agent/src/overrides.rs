@@ -379,7 +379,8 @@ impl Store {
     }
 }
 
-/// Removes what is kept in `state_dir`, and the directory when nothing else is in it.
+/// Removes what is kept in `state_dir`, and the directory when nothing else is in it and it is not
+/// mounted into a container.
 ///
 /// # Errors
 ///
@@ -396,7 +397,10 @@ pub fn remove_state(state_dir: &Path) -> anyhow::Result<()> {
         Err(error)
             if !matches!(
                 error.kind(),
-                io::ErrorKind::NotFound | io::ErrorKind::DirectoryNotEmpty
+                io::ErrorKind::NotFound
+                    | io::ErrorKind::DirectoryNotEmpty
+                    | io::ErrorKind::ReadOnlyFilesystem
+                    | io::ErrorKind::ResourceBusy
             ) =>
         {
             Err(error).with_context(|| format!("remove {}", state_dir.display()))

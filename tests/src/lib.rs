@@ -7,6 +7,7 @@ pub mod demo;
 pub mod dns;
 pub mod footprint;
 pub mod hbone;
+pub mod manifests;
 pub mod netns;
 pub mod plain_proxy;
 pub mod process;

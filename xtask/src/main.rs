@@ -1,10 +1,12 @@
-//! The repository's own commands: `cargo xtask setup`, `test`, `demo`, `check`.
+//! The repository's own commands: `cargo xtask setup`, `test`, `demo`, `check`, `manifests`, `dist`.
 //!
 //! Progress goes to stderr; stdout carries only what a command is asked to print.
 
 mod check;
 mod demo;
+mod dist;
 mod leftovers;
+mod manifests;
 mod process;
 mod rust_src;
 mod setup;
@@ -44,6 +46,14 @@ enum Command {
     },
     /// Run what needs no root: formatting, lints, and the rules for dependencies
     Check,
+    /// Write deploy/redirect-agent.yaml anew, from the Helm chart
+    Manifests,
+    /// Build the static binary and the image, into target/dist
+    Dist {
+        /// Build it twice, and compare
+        #[arg(long)]
+        check: bool,
+    },
 }
 
 fn main() -> ExitCode {
@@ -52,6 +62,8 @@ fn main() -> ExitCode {
         Command::Test { package, harness } => test::run_all(&package, &harness),
         Command::Demo { arguments } => demo::become_demo(&arguments),
         Command::Check => check::run_all(),
+        Command::Manifests => manifests::write(),
+        Command::Dist { check } => dist::make(check),
     };
     match outcome {
         Ok(()) => ExitCode::SUCCESS,

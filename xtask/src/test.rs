@@ -11,7 +11,7 @@ use anyhow::{Context as _, Result, bail};
 
 use crate::{
     leftovers::{self, Snapshot},
-    process::{become_root, cargo, path, run},
+    process::{become_root, cargo, run},
     setup,
 };
 
@@ -63,7 +63,8 @@ fn run_tests(packages: &[String], harness: &[OsString]) -> Result<(bool, Summary
     let mut child = cargo_test(packages)
         .arg("--")
         .args(harness)
-        .env("PATH", path()?)
+        // kubectl and helm, of the versions that we know.
+        .env("PATH", setup::path_with_tools()?)
         .stdout(Stdio::piped())
         .spawn()
         .context("start cargo test")?;

@@ -3,6 +3,7 @@
 use std::{fs, io};
 
 use anyhow::{Context as _, Result};
+use nix::mount::{MsFlags, mount};
 use redirect_ebpf::abi::{SYSCTL_ABSENT, SavedSysctls};
 
 /// What each sysctl is set to, in the order of [`SavedSysctls::values`].
@@ -21,6 +22,9 @@ pub(super) const SYSCTLS: [(&str, i32); 5] = [
     ("net/ipv6/fwmark_reflect", 1),
     ("net/ipv4/tcp_migrate_req", 1),
 ];
+
+/// Where sysctls are: those of the network namespace of the thread that looks.
+const PROC_SYS: &str = "/proc/sys";
 
 /// The present values.
 pub(super) fn read() -> Result<SavedSysctls> {
@@ -57,12 +61,8 @@ pub(super) fn check() -> Result<Vec<(&'static str, bool)>> {
         .collect()
 }
 
-fn path(name: &str) -> String {
-    format!("/proc/sys/{name}")
-}
-
 fn get(name: &str) -> Result<i32> {
-    match fs::read_to_string(path(name)) {
+    match fs::read_to_string(format!("{PROC_SYS}/{name}")) {
         Ok(text) => {
             text.trim().parse().with_context(|| format!("parse sysctl {name}: {:?}", text.trim()))
         }
@@ -72,12 +72,30 @@ fn get(name: &str) -> Result<i32> {
 }
 
 fn put(name: &str, value: i32) -> Result<()> {
-    match fs::write(path(name), value.to_string()) {
+    let write = || fs::write(format!("{PROC_SYS}/{name}"), value.to_string());
+    let written = match write() {
+        Err(e) if e.kind() == io::ErrorKind::ReadOnlyFilesystem => {
+            make_writable()?;
+            write()
+        }
+        written => written,
+    };
+    match written {
         Ok(()) => Ok(()),
         // IPv6 is off.
         Err(e) if e.kind() == io::ErrorKind::NotFound && name.contains("ipv6") => Ok(()),
-        Err(e) => Err(e).with_context(|| {
-            format!("write sysctl {name} (is /proc/sys mounted read-only in this container?)")
-        }),
+        Err(e) => Err(e).with_context(|| format!("write sysctl {name}")),
     }
+}
+
+/// Mounts `/proc/sys` writable, in our mount namespace: runtimes mount it read-only in containers
+/// that are not privileged.
+fn make_writable() -> Result<()> {
+    let flags = MsFlags::MS_REMOUNT
+        | MsFlags::MS_BIND
+        | MsFlags::MS_NOSUID
+        | MsFlags::MS_NODEV
+        | MsFlags::MS_NOEXEC;
+    mount(None::<&str>, PROC_SYS, None::<&str>, flags, None::<&str>)
+        .context("mount /proc/sys writable; mount it so for this container")
 }

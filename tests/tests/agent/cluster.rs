@@ -126,6 +126,16 @@ impl Node {
     /// Starts the agent and waits until it answers.
     pub fn start_agent(&mut self) -> Result<()> {
         let agent = self.spawn_agent()?;
+        self.wait_for_agent(agent)
+    }
+
+    /// The same, by this command.
+    pub fn start_agent_by(&mut self, command: Command) -> Result<()> {
+        let agent = self.spawn_agent_by(command)?;
+        self.wait_for_agent(agent)
+    }
+
+    fn wait_for_agent(&mut self, agent: Process) -> Result<()> {
         self.agent = Some(agent);
         wait_for("the agent to answer", SOON, || match self.status() {
             Ok(_) => Ok(Some(())),
@@ -135,6 +145,7 @@ impl Node {
                 Ok(None)
             }
         })
+        .with_context(|| self.agent_log().unwrap_or_default())
     }
 
     /// Lets the next agent learn of pods from an API server; the proxies go on with the manifests.
@@ -190,8 +201,28 @@ impl Node {
             Some(kubeconfig) => command.arg("--kubeconfig").arg(kubeconfig),
             None => command.arg(format!("--source=dir:{}", self.manifests.display())),
         };
+        self.spawn_agent_by(command)
+    }
+
+    /// The same, by this command.
+    pub fn spawn_agent_by(&mut self, mut command: Command) -> Result<Process> {
         let log = self.next_log("agent");
         Process::spawn(&format!("agent of {}", self.name), &mut command, log)
+    }
+
+    /// What stands for the node's directory at `path`, of those that the agent's container has.
+    pub fn host_dir(&self, topology: &Topology, path: &str) -> Result<PathBuf> {
+        Ok(match path {
+            "/sys/fs/bpf" => topology.bpffs().to_owned(),
+            "/var/run/netns" => self.netns_dir.clone(),
+            "/var/run/ztunnel" => self.dir.join("run"),
+            "/var/run/istio-cni" => self.dir.join("cni"),
+            "/etc/cni/net.d" => self.cni_conf_dir(),
+            "/opt/cni/bin" => self.cni_bin_dir(),
+            "/var/lib/redirect-agent" => self.state_dir(),
+            "/run/redirect-agent" => self.dir.join("control"),
+            other => bail!("{other} is not expected to be mounted"),
+        })
     }
 
     /// Starts a proxy and waits until it has taken over what the agent knows.
@@ -236,11 +267,13 @@ impl Node {
         self.agent.take().context("no agent runs")?.kill()
     }
 
-    /// Stops the agent as its supervisor would.
-    pub fn stop_agent(&mut self) -> Result<()> {
-        let status = self.agent.take().context("no agent runs")?.terminate(SOON)?;
-        ensure!(status.success(), "the agent ended with {status}");
-        Ok(())
+    /// Stops the agent as its supervisor would; what it has logged.
+    pub fn stop_agent(&mut self) -> Result<String> {
+        let mut agent = self.agent.take().context("no agent runs")?;
+        let status = agent.terminate(SOON)?;
+        let log = agent.log()?;
+        ensure!(status.success(), "the agent ended with {status}:\n{log}");
+        Ok(log)
     }
 
     /// The oldest running proxy, which is not looked after any more.
@@ -466,7 +499,7 @@ impl Node {
     }
 
     pub fn zds_socket(&self) -> PathBuf {
-        self.dir.join("run/zds.sock")
+        self.dir.join("run/ztunnel.sock")
     }
 
     pub fn cni_socket(&self) -> PathBuf {

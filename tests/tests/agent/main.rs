@@ -9,6 +9,7 @@ mod cluster;
 mod cmdadd;
 mod cni;
 mod commands;
+mod container;
 mod dns;
 mod drift;
 mod health;

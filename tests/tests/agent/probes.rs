@@ -36,14 +36,14 @@ const STRICT: &str = "apiVersion: security.istio.io/v1\n\
 const HTTP: u16 = 8081;
 
 /// A process that is called as kubelet is.
-struct Kubelet {
+pub struct Kubelet {
     // Dropped first: a cgroup that has a process cannot be removed.
     process: Process,
     cgroup: Option<Cgroup>,
 }
 
 impl Kubelet {
-    fn start(cluster: &Cluster, cgroup: &str) -> Result<Self> {
+    pub fn start(cluster: &Cluster, cgroup: &str) -> Result<Self> {
         let cgroup = Cgroup::new(&unified()?, cgroup)?;
         let dir = cgroup.dir().to_owned();
         let process = Self::run(cluster, Some(cluster.topology.node(0)), &dir)?;
@@ -64,7 +64,7 @@ impl Kubelet {
         Ok(process)
     }
 
-    fn cgroup(&self) -> Result<&Path> {
+    pub fn cgroup(&self) -> Result<&Path> {
         Ok(self.cgroup.as_ref().context("no cgroup of its own")?.dir())
     }
 }
@@ -106,7 +106,7 @@ impl Probe {
 
 /// A server of HTTP/1.1 and HTTP/2 that tells its clients their address, once it has read all that
 /// they sent: curl takes an earlier answer for an error.
-fn serve_http(pod: &Pod) -> Result<Running> {
+pub fn serve_http(pod: &Pod) -> Result<Running> {
     pod.netns.spawn(|| async {
         let app = Router::new().fallback(any(
             |ConnectInfo(peer): ConnectInfo<SocketAddr>, _all: Bytes| async move {
@@ -137,7 +137,7 @@ fn wait_until(cluster: &Cluster, what: &str, is: impl Fn(&InForce) -> bool) -> R
     found.with_context(|| format!("probes: {:#?}", cluster.node.status().map(|s| s.probes)))
 }
 
-fn wait_until_followed(cluster: &Cluster, kubelet: &Kubelet) -> Result<()> {
+pub fn wait_until_followed(cluster: &Cluster, kubelet: &Kubelet) -> Result<()> {
     wait_until(cluster, "kubelet to be followed", |probes| {
         probes.kubelet.as_ref().is_some_and(|found| found.pid == kubelet.process.pid())
     })?;
@@ -149,7 +149,7 @@ fn node_ip(cluster: &Cluster, family: Family) -> String {
     cluster.topology.node_ip(0, family).to_string()
 }
 
-fn assert_reaches(cluster: &Cluster, cgroup: &Path, family: Family) -> Result<()> {
+pub fn assert_reaches(cluster: &Cluster, cgroup: &Path, family: Family) -> Result<()> {
     for probe in [Probe::Tcp, Probe::Http, Probe::Grpc] {
         let saw = probe.send(cluster, cgroup, family)?;
         let ip = node_ip(cluster, family);
@@ -166,7 +166,7 @@ fn assert_refused(cluster: &Cluster, cgroup: &Path, family: Family) -> Result<()
     Ok(())
 }
 
-fn counted(cluster: &Cluster, name: &str) -> Result<u64> {
+pub fn counted(cluster: &Cluster, name: &str) -> Result<u64> {
     let pod = cluster.node.pod(&cluster.server)?.context("no such pod")?;
     Ok(pod.counters.get(name).copied().unwrap_or_default())
 }

@@ -145,7 +145,7 @@ fn what_was_said_outlives_the_agent() -> Result<()> {
         if crash {
             node.kill_agent()?
         } else {
-            node.stop_agent()?
+            node.stop_agent()?;
         }
         node.start_agent()?;
         let status = node.wait_for_state(server, PodState::Enrolled)?;

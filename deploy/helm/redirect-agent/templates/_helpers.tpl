@@ -1,0 +1,26 @@
+{{- define "redirect-agent.labels" -}}
+app.kubernetes.io/name: redirect-agent
+app.kubernetes.io/part-of: istio
+app.kubernetes.io/version: {{ .Chart.AppVersion | quote }}
+{{- end }}
+
+{{- define "redirect-agent.image" -}}
+{{- if contains "/" .Values.image -}}
+{{ .Values.image }}
+{{- else -}}
+{{- with .Values.hub | default .Values.global.hub }}{{ . }}/{{ end -}}
+{{ .Values.image }}:{{ .Values.tag | default .Values.global.tag | default .Chart.AppVersion }}
+{{- end -}}
+{{- end }}
+
+{{- define "redirect-agent.config" -}}
+{{- with .Values.logging.level | default .Values.global.logging.level -}}
+RUST_LOG: {{ . | quote }}
+{{ end -}}
+EXCLUDE_NAMESPACES: {{ .Values.excludeNamespaces | join "," | quote }}
+AMBIENT_DNS_CAPTURE: {{ .Values.ambient.dnsCapture | quote }}
+{{- if not (kindIs "invalid" .Values.ambient.enablementSelectors) }}
+AMBIENT_ENABLEMENT_SELECTOR: |
+  {{- toYaml .Values.ambient.enablementSelectors | nindent 2 }}
+{{- end }}
+{{- end }}
