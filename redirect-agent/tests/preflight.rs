@@ -3,6 +3,7 @@
 use std::{fs, path::PathBuf};
 
 use redirect_agent::{
+    cni::install::Dirs,
     output::Format,
     preflight::{self, Answer, Options},
 };
@@ -10,7 +11,7 @@ use redirect_agent::{
 fn options() -> Options {
     Options {
         bpffs_dir: PathBuf::from("/sys/fs/bpf/redirect-preflight-test"),
-        cni_conf_dir: PathBuf::from("/nonexistent"),
+        cni: Dirs { conf: "/nonexistent".into(), bin: "/nonexistent".into() },
     }
 }
 
