@@ -11,7 +11,7 @@ use redirect_agent::{
 fn options() -> Options {
     Options {
         bpffs_dir: PathBuf::from("/sys/fs/bpf/redirect-preflight-test"),
-        cni: Dirs { conf: PathBuf::from("/nonexistent"), bin: PathBuf::from("/nonexistent") },
+        cni: Dirs { conf: "/nonexistent".into(), bin: "/nonexistent".into() },
     }
 }
 

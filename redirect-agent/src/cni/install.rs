@@ -287,7 +287,7 @@ impl Installer {
             return Ok(());
         }
         let mut own = File::open("/proc/self/exe").context("open this program")?;
-        let there = File::open(&path).ok().filter(|file| is_program(file));
+        let there = File::open(&path).ok().filter(is_program);
         if !there.is_some_and(|there| same_content(&own, there).unwrap_or(false)) {
             own = File::open("/proc/self/exe").context("open this program")?;
             let context = || format!("copy the CNI plugin to {}", path.display());

@@ -10,7 +10,7 @@ use std::process::Command;
 use std::thread;
 use std::time::{Duration, Instant};
 
-use anyhow::{Context as _, Result, anyhow, ensure};
+use anyhow::{Context as _, Result, anyhow, bail, ensure};
 use redirect_agent::output::PodState;
 use redirect_tests::apiserver::Kind;
 use redirect_tests::both_families;
@@ -215,7 +215,7 @@ impl Site {
 fn first_connection_of_a_pod_is_redirected_behind_a_bridge(family: Family) -> Result<()> {
     let site = Site::bridged(&[])?.start()?;
     let mut sandbox = site.start_redirected("cart", family)?;
-    let [.., portmap, ours] = sandbox.results.as_slice() else { panic!("{:?}", sandbox.results) };
+    let [.., portmap, ours] = sandbox.results.as_slice() else { bail!("{:?}", sandbox.results) };
     assert_eq!(portmap, ours);
     assert_eq!(site.runtime().check(&sandbox)?, Ok(()));
 
@@ -236,7 +236,7 @@ fn first_connection_of_a_pod_is_redirected_behind_ptp_with_an_older_version_and_
     let before = site.files()?;
     let mut site = site.start()?;
     let sandbox = site.start_redirected("cart", family)?;
-    let [ptp, ours] = sandbox.results.as_slice() else { panic!("{:?}", sandbox.results) };
+    let [ptp, ours] = sandbox.results.as_slice() else { bail!("{:?}", sandbox.results) };
     assert_eq!(ptp, ours);
     assert_eq!(ours["cniVersion"], "0.3.1");
 
@@ -280,7 +280,7 @@ fn no_pod_starts_without_the_agent_but_those_that_it_needs(family: Family) -> Re
         };
         let mut sandbox = site.sandbox("shop", "cart")?;
         let before = remains(&sandbox)?;
-        let failure = site.runtime().add(&mut sandbox)?.unwrap_err();
+        let failure = site.runtime().add(&mut sandbox)?.err().context("the pod started")?;
         assert_eq!((failure.plugin.as_str(), failure.code), (OURS, TRY_AGAIN), "{failure:?}");
         assert!(
             failure.message.contains("did not let pod shop/cart start within 1 s"),
@@ -320,7 +320,7 @@ fn no_pod_starts_without_the_proxy(family: Family) -> Result<()> {
     let mut site = Site::bridged(&["--cni-timeout", "1s"])?;
     site.start_agent()?;
     let mut sandbox = site.sandbox("shop", "cart")?;
-    let failure = site.runtime().add(&mut sandbox)?.unwrap_err();
+    let failure = site.runtime().add(&mut sandbox)?.err().context("the pod started")?;
     assert_eq!((failure.plugin.as_str(), failure.code), (OURS, TRY_AGAIN), "{failure:?}");
     assert!(failure.message.contains("shop/cart"), "{failure:?}");
     drop(sandbox);
@@ -329,7 +329,7 @@ fn no_pod_starts_without_the_proxy(family: Family) -> Result<()> {
 
     // One that the cluster does not know is no pod.
     let mut stranger = Sandbox::new(&site.cluster().topology.netns_dir(), 0, "shop", "stranger")?;
-    let failure = site.runtime().add(&mut stranger)?.unwrap_err();
+    let failure = site.runtime().add(&mut stranger)?.err().context("the pod started")?;
     assert_eq!((failure.plugin.as_str(), failure.code), (OURS, REFUSED), "{failure:?}");
     assert!(failure.message.contains("shop/stranger"), "{failure:?}");
     Ok(())
