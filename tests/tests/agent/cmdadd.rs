@@ -22,6 +22,7 @@ use serde_json::{Value, json};
 
 use crate::api_server::Managed;
 use crate::cluster::{Cluster, Manifest, Node, SOON, echo};
+use crate::health::{assert_has, free_address};
 
 both_families! {
     pod_is_redirected_from_its_first_connection_and_the_next_agent_adopts_it_by_the_record,
@@ -537,7 +538,11 @@ fn agent_is_stopped_while_a_pod_starts_and_the_plugin_is_told_to_try_again() -> 
 
 #[test]
 fn socket_is_for_root_alone_and_what_makes_no_sense_is_refused() -> Result<()> {
-    let mut managed = running(IMPATIENT)?;
+    let mut managed = managed(IMPATIENT)?;
+    let health = free_address()?;
+    managed.cluster.node.serve_health(health);
+    managed.cluster.node.start_agent()?;
+    managed.cluster.node.start_proxy()?;
     let cart = new_pod(&mut managed, "cart", "ambient")?;
     let node = &managed.cluster.node;
     let socket = node.cni_socket();
@@ -571,13 +576,16 @@ fn socket_is_for_root_alone_and_what_makes_no_sense_is_refused() -> Result<()> {
     ] {
         let (status, why) = ask(&socket, what, &body)?;
         assert!(
-            status == expected && !why.is_empty() || status == 405,
+            status == expected && (status == 405 || !why.is_empty()),
             "{what} {body}: {status} {why}"
         );
     }
     assert_unchanged(&cart.netns, &untouched)?;
     assert_eq!(records(node)?, Vec::<String>::new());
-    assert_granted(node, &request(&cart))
+    assert_granted(node, &request(&cart))?;
+    // Neither of the two that are no such request counts.
+    assert_has(health, r#"redirect_cni_requests_total{operation="add",result="success"} 1"#)?;
+    assert_has(health, r#"redirect_cni_requests_total{operation="add",result="failure"} 14"#)
 }
 
 #[test]

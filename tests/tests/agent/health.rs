@@ -12,8 +12,7 @@ use crate::cluster::{Cluster, SOON, echo};
 #[test]
 fn agent_tells_its_health_and_what_it_has_counted() -> Result<()> {
     let mut cluster = Cluster::without_agent(&["--verify-interval", "300ms"])?;
-    // Free a moment ago, and nothing else here takes ports of this host.
-    let address = TcpListener::bind((Ipv6Addr::LOCALHOST, 0))?.local_addr()?;
+    let address = free_address()?;
     cluster.node.serve_health(address);
     cluster.node.start_agent()?;
     assert_eq!(get(address, "/healthz")?, (200, "ok\n".to_owned()));
@@ -37,6 +36,11 @@ fn agent_tells_its_health_and_what_it_has_counted() -> Result<()> {
 
     cluster.server.netns.output("ip", &["-4", "rule", "del", "priority", "15001"])?;
     assert_has(address, "redirect_drift_total{kind=\"rule\"} 1")
+}
+
+/// Free a moment ago, and nothing else here takes ports of this host.
+pub fn free_address() -> Result<SocketAddr> {
+    Ok(TcpListener::bind((Ipv6Addr::LOCALHOST, 0))?.local_addr()?)
 }
 
 /// What is counted may be counted a moment later.
