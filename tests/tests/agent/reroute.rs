@@ -118,6 +118,17 @@ fn as_gateway(pod: &Pod, interface: &str) -> Result<()> {
     ))
 }
 
+/// Waits until the kernel has taken up an interface's IPv6 addresses, now that the pod forwards.
+fn wait_for_addresses(pod: &Pod, interface: &str) -> Result<()> {
+    wait_for(&format!("the IPv6 addresses of {interface}"), SOON, || {
+        let routes = pod.netns.output("ip", &["-6", "route", "show", "table", "local"])?;
+        let on = format!(" dev {interface} ");
+        let has = |what: &str| routes.lines().any(|r| r.starts_with(what) && r.contains(&on));
+        let all = ["local fd44::1 ", "local fe80:", "anycast fd44:: ", "anycast fe80:: "];
+        Ok(all.into_iter().all(has).then_some(()))
+    })
+}
+
 fn gateway(family: Family) -> IpAddr {
     match family {
         Family::V4 => Ipv4Addr::new(10, 44, 0, 1).into(),
@@ -131,6 +142,7 @@ fn one_guest(flags: &[&str]) -> Result<(Cluster, Pod)> {
     let nested = guest(&cluster, "nested", 2)?;
     behind_veth(&cluster.server, &nested, "veth1")?;
     forward(&cluster)?;
+    wait_for_addresses(&cluster.server, "veth1")?;
     Ok((cluster, nested))
 }
 
@@ -203,6 +215,7 @@ fn nested_container_calls_as_the_pod_and_keeps_its_identity(family: Family) -> R
     let nested = guest(&cluster, "nested", 2)?;
     behind_veth(&cluster.server, &nested, "veth1")?;
     forward(&cluster)?;
+    wait_for_addresses(&cluster.server, "veth1")?;
     cluster.node.start_agent()?;
     cluster.node.start_proxy()?;
     let Cluster { node, server, client, .. } = &cluster;
@@ -247,6 +260,7 @@ fn guests_behind_a_bridge_reach_others_by_the_proxy_and_each_other_without(
     let (one, two) = (guest(cluster, "one", 2)?, guest(cluster, "two", 3)?);
     behind_bridge(&cluster.server, &[&one, &two])?;
     forward(cluster)?;
+    wait_for_addresses(&cluster.server, "br1")?;
     let Cluster { node, server, client, .. } = cluster;
     let _apps = (echo(server)?, echo(client)?, echo(&one)?, echo(&two)?);
     let before = footprint(&server.netns)?;
