@@ -12,8 +12,7 @@ use crate::cluster::{Cluster, SOON, echo};
 #[test]
 fn agent_tells_its_health_and_what_it_has_counted() -> Result<()> {
     let mut cluster = Cluster::without_agent(&["--verify-interval", "300ms"])?;
-    // Free a moment ago, and nothing else here takes ports of this host.
-    let address = TcpListener::bind((Ipv6Addr::LOCALHOST, 0))?.local_addr()?;
+    let address = free_address()?;
     cluster.node.serve_health(address);
     cluster.node.start_agent()?;
     assert_eq!(get(address, "/healthz")?, (200, "ok\n".to_owned()));
@@ -39,6 +38,11 @@ fn agent_tells_its_health_and_what_it_has_counted() -> Result<()> {
     assert_has(address, "redirect_drift_total{kind=\"rule\"} 1")
 }
 
+/// A port of this host that was free a moment ago; nothing else here takes one.
+pub fn free_address() -> Result<SocketAddr> {
+    Ok(TcpListener::bind((Ipv6Addr::LOCALHOST, 0))?.local_addr()?)
+}
+
 /// What is counted may be counted a moment later.
 fn assert_has(address: SocketAddr, line: &str) -> Result<()> {
     let mut last = String::new();
@@ -52,7 +56,7 @@ fn assert_has(address: SocketAddr, line: &str) -> Result<()> {
     found.with_context(|| format!("in\n{last}"))
 }
 
-fn get(address: SocketAddr, path: &str) -> Result<(u16, String)> {
+pub fn get(address: SocketAddr, path: &str) -> Result<(u16, String)> {
     let mut stream = TcpStream::connect(address).context("connect to the agent")?;
     write!(stream, "GET {path} HTTP/1.0\r\n\r\n")?;
     let mut answer = String::new();
