@@ -1,12 +1,13 @@
 //! The running agent: puts its parts together, and answers the control API.
 
 use std::{
+    fmt::Write as _,
     path::PathBuf,
-    sync::Arc,
+    sync::{Arc, Mutex, OnceLock, PoisonError},
     time::{Duration, SystemTime},
 };
 
-use anyhow::{Context as _, Result};
+use anyhow::{Context as _, Result, bail};
 use tokio::{task::JoinSet, time::interval};
 use tokio_util::sync::CancellationToken;
 use tracing::{error, info};
@@ -27,7 +28,7 @@ use crate::{
     overrides::{Change, Store},
     probes::{self, Probes},
     reconcile::{Admission, Observer, Reconciler, Settings},
-    source::{Source, dir, kube},
+    source::{Problem, Source, dir, kube},
     zds,
 };
 
@@ -88,22 +89,56 @@ pub async fn run(options: Options, shutdown: CancellationToken) -> Result<()> {
     // From now on, so that the plugin is told to try again and does not find nobody.
     let (door, metrics) = (Arc::clone(&ground.door), ground.metrics.clone());
     ground.parts.spawn(cni.run(door, metrics, shutdown.clone()));
-    let (node, membership) = (&options.node, &options.settings.membership);
-    match &options.source {
+    let (node, stop) = (options.node.clone(), shutdown.clone());
+    match options.source.clone() {
         SourceSpec::Dir(path) => {
-            let (source, watcher) = dir::open(path, node).await?;
-            serve(options, ground, source, watcher.run(shutdown.clone()), shutdown).await
+            let waiting = Waiting::for_source(format!("dir:{}", path.display()));
+            let opening = async move {
+                let (source, watcher) = dir::open(path, node).await?;
+                Ok((source, watcher.run(stop)))
+            };
+            serve(options, ground, waiting, opening, shutdown).await
         }
         SourceSpec::Kube => {
             let config = kube::config(options.kubeconfig.as_deref()).await?;
-            let opening = kube::open(config, node, membership, &ground.metrics);
-            let Some(opened) = shutdown.run_until_cancelled(opening).await else {
-                info!("stopped before the cluster was known; pods stay as they are");
-                return Ok(());
+            let waiting = Waiting::for_source(format!("kube:{}", config.cluster_url));
+            let (membership, metrics) =
+                (options.settings.membership.clone(), ground.metrics.clone());
+            let told = Arc::clone(&waiting);
+            let opening = async move {
+                let tell = |problems: &[Problem]| told.tell(problems);
+                let (source, watcher) =
+                    kube::open(config, &node, &membership, &metrics, tell).await?;
+                Ok((source, watcher.run(stop)))
             };
-            let (source, watcher) = opened?;
-            serve(options, ground, source, watcher.run(shutdown.clone()), shutdown).await
+            serve(options, ground, waiting, opening, shutdown).await
         }
+    }
+}
+
+/// What the agent waits for until it knows the pods.
+struct Waiting {
+    source: String,
+    problems: Mutex<Vec<Problem>>,
+}
+
+impl Waiting {
+    fn for_source(source: String) -> Arc<Self> {
+        Arc::new(Self { source, problems: Mutex::default() })
+    }
+
+    /// Takes over what stands in the way.
+    fn tell(&self, problems: &[Problem]) {
+        *self.problems.lock().unwrap_or_else(PoisonError::into_inner) = problems.to_vec();
+    }
+
+    /// That, in a line.
+    fn explain(&self) -> String {
+        let mut line = format!("waiting for {}", self.source);
+        for problem in &*self.problems.lock().unwrap_or_else(PoisonError::into_inner) {
+            let _infallible = write!(line, "; {problem}");
+        }
+        line
     }
 }
 
@@ -119,12 +154,13 @@ struct Ground {
     parts: JoinSet<Result<()>>,
 }
 
-/// Runs on what is known of the pods, which `following` keeps current.
+/// Runs on what is known of the pods: `opening` gives the source once that is so, and what keeps it
+/// current. Meanwhile it answers already.
 async fn serve<S: Source>(
     options: Options,
     Ground { control, overrides, dataplane, probes, zds, metrics, door, mut parts }: Ground,
-    source: S,
-    following: impl Future<Output = Result<()>> + Send + 'static,
+    waiting: Arc<Waiting>,
+    opening: impl Future<Output = Result<(S, impl Future<Output = Result<()>> + Send + 'static)>>,
     shutdown: CancellationToken,
 ) -> Result<()> {
     if options.dataplane.log {
@@ -139,17 +175,7 @@ async fn serve<S: Source>(
         });
     }
 
-    let settings = options.settings.clone();
-    let mut reconciler = Reconciler::new(
-        settings,
-        source,
-        Arc::clone(&overrides),
-        dataplane,
-        zds.handle(),
-        metrics.clone(),
-    );
     parts.spawn(probes.clone().run(shutdown.clone()));
-    let observer = reconciler.observer();
     // Whoever is asked by the plugin is there already.
     let cni_plugin = options.install_cni.clone().map(|(dirs, entry)| {
         let installer = Installer::new(dirs, entry);
@@ -157,32 +183,42 @@ async fn serve<S: Source>(
         parts.spawn(installer.run(shutdown.clone()));
         missing
     });
-    let agent = Arc::new(Agent { options, overrides, observer, probes, metrics, cni_plugin });
+    let observer = OnceLock::new();
+    let agent =
+        Arc::new(Agent { options, overrides, observer, waiting, probes, metrics, cni_plugin });
     if let health::Address::At(address) = agent.options.health {
         let server = health::Server::bind(address).await?;
         parts.spawn(server.run(Arc::clone(&agent), shutdown.clone()));
     }
-    // A proxy stops whatever its snapshot does not name: every pod must be known first.
-    reconciler.adopt().await;
-    door.open(reconciler.admission(agent.options.cni_timeout));
-    info!(
-        version = env!("CARGO_PKG_VERSION"),
-        node = agent.options.node,
-        source = agent.observer.source(),
-        "running"
-    );
-    parts.spawn(following);
     parts.spawn(control.run(Arc::clone(&agent), shutdown.clone()));
-    let stop = shutdown.clone();
-    parts.spawn(async move {
-        zds.run(stop.cancelled_owned()).await;
-        Ok(())
-    });
-    let stop = shutdown.clone();
-    parts.spawn(async move {
-        reconciler.run(stop).await;
-        Ok(())
-    });
+    match shutdown.run_until_cancelled(opening).await {
+        Some(Ok((source, following))) => {
+            let mut reconciler = Reconciler::new(
+                agent.options.settings.clone(),
+                source,
+                Arc::clone(&agent.overrides),
+                dataplane,
+                zds.handle(),
+                agent.metrics.clone(),
+            );
+            // A proxy stops whatever its snapshot does not name: every pod must be known first.
+            reconciler.adopt().await;
+            door.open(reconciler.admission(agent.options.cni_timeout));
+            let observer = agent.observer.get_or_init(|| reconciler.observer());
+            info!(
+                version = env!("CARGO_PKG_VERSION"),
+                node = agent.options.node,
+                source = observer.source(),
+                "running"
+            );
+            run_parts(&mut parts, following, zds, reconciler, &shutdown);
+        }
+        Some(Err(e)) => {
+            shutdown.cancel();
+            return Err(e);
+        }
+        None => info!("stopped before the pods were known"),
+    }
 
     let mut result = Ok(());
     while let Some(ended) = parts.join_next().await {
@@ -197,10 +233,33 @@ async fn serve<S: Source>(
     result
 }
 
+/// Starts what needs to know the pods.
+fn run_parts<S: Source>(
+    parts: &mut JoinSet<Result<()>>,
+    following: impl Future<Output = Result<()>> + Send + 'static,
+    zds: zds::Server,
+    reconciler: Reconciler<S>,
+    shutdown: &CancellationToken,
+) {
+    parts.spawn(following);
+    let stop = shutdown.clone();
+    parts.spawn(async move {
+        zds.run(stop.cancelled_owned()).await;
+        Ok(())
+    });
+    let stop = shutdown.clone();
+    parts.spawn(async move {
+        reconciler.run(stop).await;
+        Ok(())
+    });
+}
+
 struct Agent<S> {
     options: Options,
     overrides: Arc<Store>,
-    observer: Observer<S>,
+    /// Set once the pods are known.
+    observer: OnceLock<Observer<S>>,
+    waiting: Arc<Waiting>,
     probes: Probes,
     metrics: Metrics,
     /// What is missing of it, if it is to be installed.
@@ -209,17 +268,26 @@ struct Agent<S> {
 
 impl<S: Source> health::Agent for Agent<S> {
     fn conditions(&self) -> Vec<Condition> {
-        let pods = Condition { name: "pods", missing: self.observer.unreconciled() };
+        let missing = match self.observer.get() {
+            Some(observer) => observer.unreconciled(),
+            None => Some(self.waiting.explain()),
+        };
+        let pods = Condition { name: "pods", missing };
         let plugin = self.cni_plugin.iter();
         let plugin = plugin.map(|plugin| Condition { name: "cni plugin", missing: plugin.get() });
         [pods].into_iter().chain(plugin).collect()
     }
 
     async fn metrics(&self) -> Result<String> {
-        let pods = self.observer.pods(&self.overrides.current()).await?;
+        let (pods, proxies) = match self.observer.get() {
+            Some(observer) => {
+                (observer.pods(&self.overrides.current()).await?, observer.zds().proxies.len())
+            }
+            None => (Vec::new(), 0),
+        };
         let follows_kubelet = self.probes.in_force().kubelet.is_some();
-        self.metrics.update(&pods, self.observer.zds().proxies.len(), follows_kubelet);
-        self.metrics.left_alone(self.observer.left_alone());
+        self.metrics.update(&pods, proxies, follows_kubelet);
+        self.metrics.left_alone(self.observer.get().map_or(0, Observer::left_alone));
         self.metrics.encode().context("write the metrics")
     }
 }
@@ -227,23 +295,37 @@ impl<S: Source> health::Agent for Agent<S> {
 impl<S: Source> control::Agent for Agent<S> {
     async fn status(&self) -> Result<Status> {
         let overrides = self.overrides.current();
-        let proxies = self.observer.zds().proxies.len();
-        Ok(Status {
+        let unknown = Status {
             node: self.options.node.clone(),
             version: env!("CARGO_PKG_VERSION").to_owned(),
-            source: self.observer.source(),
-            proxies: u32::try_from(proxies).unwrap_or(u32::MAX),
+            source: self.waiting.source.clone(),
+            waiting: None,
+            proxies: 0,
             pause: overrides.pause(SystemTime::now()),
             probes: self.probes.in_force(),
-            problems: self.observer.inventory().problems.clone(),
-            pods: self.observer.pods(&overrides).await?,
+            problems: Vec::new(),
+            pods: Vec::new(),
+        };
+        let Some(observer) = self.observer.get() else {
+            return Ok(Status { waiting: Some(self.waiting.explain()), ..unknown });
+        };
+        let proxies = observer.zds().proxies.len();
+        Ok(Status {
+            source: observer.source(),
+            proxies: u32::try_from(proxies).unwrap_or(u32::MAX),
+            problems: observer.inventory().problems.clone(),
+            pods: observer.pods(&overrides).await?,
+            ..unknown
         })
     }
 
     async fn change(&self, change: Change) -> Result<Answer> {
+        let Some(observer) = self.observer.get() else {
+            bail!("it does not know the pods yet: {}", self.waiting.explain());
+        };
         let now = SystemTime::now();
         let changed = self.overrides.change(change.clone(), now)?;
-        let inventory = self.observer.inventory();
+        let inventory = observer.inventory();
         let decided = inventory.pods.values().map(|pod| {
             let namespace = inventory.namespaces.get(&pod.key.namespace);
             (&pod.key, decide(namespace, pod, &self.options.settings.membership))

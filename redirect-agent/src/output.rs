@@ -34,6 +34,9 @@ pub struct Status {
     pub version: String,
     /// Where pods and namespaces come from: `dir:/etc/manifests`.
     pub source: String,
+    /// What the agent waits for before it knows the pods; until then it shows none.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub waiting: Option<String>,
     /// How many proxies are connected on the ZDS socket.
     pub proxies: u32,
     /// Set while the whole node bypasses.
@@ -155,6 +158,9 @@ pub fn status(status: &Status, format: Format) -> anyhow::Result<String> {
         }
     )?;
     writeln!(out, "{}", printable(&status.probes.to_string()))?;
+    if let Some(waiting) = &status.waiting {
+        writeln!(out, "{}; what is in the kernel stays in force", printable(waiting))?;
+    }
     if let Some(pause) = status.pause {
         writeln!(
             out,

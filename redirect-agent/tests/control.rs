@@ -37,6 +37,7 @@ impl Agent for Overridden {
             node: "n1".to_owned(),
             version: "0.0.0".to_owned(),
             source: "dir:/manifests".to_owned(),
+            waiting: None,
             proxies: 0,
             pause: self.store.current().pause(SystemTime::now()),
             probes: InForce::default(),

@@ -58,6 +58,7 @@ fn everything() -> Status {
         node: "n1".to_owned(),
         version: "0.1.0".to_owned(),
         source: "dir:/etc/manifests".to_owned(),
+        waiting: None,
         proxies: 1,
         pause: Some(Pause { until }),
         probes: InForce {
@@ -136,6 +137,10 @@ fn status_of_an_empty_node_has_its_columns_all_the_same() {
          probes: of kubelet, process 812 in cgroup /system.slice/kubelet.service\n\
          NAMESPACE   NAME   STATE   REASON   OVERRIDE   IPS   KERNEL   COUNTERS\n"
     );
+    let waiting = Some("waiting for kube:https://api/: pods: refused".to_owned());
+    let text = output::status(&Status { waiting, ..empty }, Format::Table).unwrap();
+    let line = "waiting for kube:https://api/: pods: refused; what is in the kernel stays in force";
+    assert_eq!(text.lines().nth(2), Some(line));
 }
 
 #[test]

@@ -14,6 +14,7 @@ use redirect_tests::topology::Pod;
 use serde_json::json;
 
 use crate::cluster::{Cluster, Manifest, PORT, SOON, echo, now};
+use crate::health::{free_address, get};
 use crate::load::Load;
 
 both_families! {
@@ -305,4 +306,40 @@ fn static_pod_stays_in_the_mesh_while_its_mirror_is_made_anew(family: Family) ->
         let pods = node.status()?.pods;
         Ok((!pods.iter().any(|p| p.name == "static")).then_some(()))
     })
+}
+
+#[test]
+fn agent_that_waits_for_the_api_server_says_so() -> Result<()> {
+    let mut managed = Managed::without_agent()?;
+    let address = free_address()?;
+    managed.cluster.node.serve_health(address);
+    managed.api.go_away()?;
+    let url = managed.api.url();
+    let node = &mut managed.cluster.node;
+    let mut agent = node.spawn_agent()?;
+
+    let waiting = wait_for("the reason in status", SOON, || {
+        ensure!(agent.is_running()?, "the agent has ended:\n{}", agent.log()?);
+        let waiting = node.status().ok().and_then(|status| status.waiting);
+        Ok(waiting.filter(|waiting| waiting.contains("pods of the API server")))
+    })?;
+    assert!(waiting.starts_with(&format!("waiting for kube:{url}")), "{waiting}");
+    assert_eq!(get(address, "/healthz")?, (200, "ok\n".to_owned()));
+    let (code, text) = get(address, "/readyz")?;
+    assert!(code == 503 && text.contains(&url), "{code} {text}");
+    assert_eq!(get(address, "/metrics")?.0, 200);
+    let refused = node.tell("pause", &[]).err().context("it was paused")?;
+    assert!(format!("{refused:#}").contains(&waiting), "{refused:#}");
+
+    managed.api.come_back()?;
+    let node = &managed.cluster.node;
+    let status = wait_for("the pods in status", SOON, || {
+        Ok(node.status().ok().filter(|status| status.waiting.is_none()))
+    })?;
+    assert_eq!(status.pods.len(), 1);
+    wait_for("the agent to be ready", SOON, || {
+        Ok((get(address, "/readyz")? == (200, "[+] pods\n".to_owned())).then_some(()))
+    })?;
+    node.tell("pause", &[])?;
+    Ok(())
 }

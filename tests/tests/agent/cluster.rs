@@ -123,7 +123,7 @@ impl Node {
         })
     }
 
-    /// Starts the agent and waits until it answers.
+    /// Starts the agent and waits until it answers, and knows the pods.
     pub fn start_agent(&mut self) -> Result<()> {
         let agent = self.spawn_agent()?;
         self.wait_for_agent(agent)
@@ -138,8 +138,8 @@ impl Node {
     fn wait_for_agent(&mut self, agent: Process) -> Result<()> {
         self.agent = Some(agent);
         wait_for("the agent to answer", SOON, || match self.status() {
-            Ok(_) => Ok(Some(())),
-            Err(_) => {
+            Ok(status) if status.waiting.is_none() => Ok(Some(())),
+            _ => {
                 let agent = self.agent.as_mut().context("no agent")?;
                 ensure!(agent.is_running()?, "the agent has ended:\n{}", agent.log()?);
                 Ok(None)

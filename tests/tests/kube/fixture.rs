@@ -42,7 +42,7 @@ impl Fixture {
     pub async fn follow(server: ApiServer, membership: &Config) -> Fixture {
         let config = config_of(&server).await;
         let (source, watcher) =
-            timeout(SOON, kube::open(config, NODE, membership, &Metrics::default()))
+            timeout(SOON, kube::open(config, NODE, membership, &Metrics::default(), |_| ()))
                 .await
                 .unwrap()
                 .unwrap();

@@ -64,7 +64,7 @@ async fn api_server_that_is_away_at_the_start_is_waited_for() {
     server.go_away().unwrap();
     let membership = Config::default();
     let metrics = Metrics::default();
-    let opening = kube::open(config, NODE, &membership, &metrics);
+    let opening = kube::open(config, NODE, &membership, &metrics, |_| ());
     tokio::pin!(opening);
     assert!(timeout(Duration::from_secs(1), &mut opening).await.is_err(), "it was not there");
     server.come_back().unwrap();
@@ -257,7 +257,7 @@ async fn server_that_does_not_speak_tls_is_a_trouble_and_waited_for() {
     config.cluster_url = server.url().replace("http:", "https:").parse().unwrap();
     let membership = Config::default();
     let metrics = Metrics::default();
-    let opening = kube::open(config, NODE, &membership, &metrics);
+    let opening = kube::open(config, NODE, &membership, &metrics, |_| ());
     let waited = timeout(Duration::from_secs(2), opening).await;
     assert!(
         waited.is_err(),
@@ -281,8 +281,10 @@ async fn node_name_and_kubeconfig_that_cannot_be_used_are_refused_by_name() {
     let config = config_of(&server).await;
     let membership = Config::default();
     for node in ["", "n1,spec.nodeName=n2", "N1"] {
-        let error =
-            kube::open(config.clone(), node, &membership, &Metrics::default()).await.err().unwrap();
+        let error = kube::open(config.clone(), node, &membership, &Metrics::default(), |_| ())
+            .await
+            .err()
+            .unwrap();
         assert!(format!("{error:#}").contains("--node-name"), "{error:#}");
     }
     let error = kube::config(Some("/nonexistent/kubeconfig".as_ref())).await.unwrap_err();

@@ -44,7 +44,7 @@ use self::{
     events::{Intake, Scribe},
     state::State,
 };
-use super::{ANNOTATION_REDIRECTION, Event, Inventory, Redirection, Source, report};
+use super::{ANNOTATION_REDIRECTION, Event, Inventory, Problem, Redirection, Source, report};
 use crate::{
     membership::{self, Pod, is_dns_subdomain},
     metrics::Metrics,
@@ -156,7 +156,8 @@ pub async fn config(path: Option<&Path>) -> Result<Config> {
 }
 
 /// Follows the API server for the pods of the node `node`, and waits, for ever if need be, until
-/// all of them, and the namespaces, have been listed once.
+/// all of them, and the namespaces, have been listed once. Whenever that changes, `tell` is told what
+/// stands in the way.
 ///
 /// # Errors
 ///
@@ -167,6 +168,7 @@ pub async fn open(
     node: &str,
     membership: &membership::Config,
     metrics: &Metrics,
+    tell: impl Fn(&[Problem]),
 ) -> Result<(KubeSource, KubeWatcher)> {
     ensure!(
         is_dns_subdomain(node),
@@ -210,6 +212,7 @@ pub async fn open(
         if take(&mut state, update) {
             let now = state.inventory().problems;
             report(&problems, &now);
+            tell(&now);
             problems = now;
         }
     }
