@@ -21,6 +21,7 @@ mod pods;
 mod probes;
 mod processes;
 mod proxies;
+mod resources;
 mod restart;
 mod toggles;
 mod traffic;
