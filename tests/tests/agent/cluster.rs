@@ -145,7 +145,6 @@ impl Node {
                 Ok(None)
             }
         })
-        .with_context(|| self.agent_log().unwrap_or_default())
     }
 
     /// Lets the next agent learn of pods from an API server; the proxies go on with the manifests.
@@ -250,6 +249,11 @@ impl Node {
         proxy.wait_for_log("snapshot complete", SOON)?;
         self.proxies.push(proxy);
         Ok(())
+    }
+
+    /// The agent's process.
+    pub fn agent_pid(&self) -> Result<u32> {
+        Ok(self.agent.as_ref().context("no agent runs")?.pid())
     }
 
     /// What the agent has logged so far.

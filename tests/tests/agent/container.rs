@@ -289,7 +289,7 @@ fn answers_where_it_is_asked(setting: &Setting) -> Result<()> {
     let ports = manifest.ports.as_ref().context("no ports")?;
     let port = u16::try_from(ports[0].container_port).context("no port")?;
     let probes = [&manifest.startup_probe, &manifest.liveness_probe, &manifest.readiness_probe];
-    let paths = probes.map(|probe| Some(probe.as_ref()?.http_get.as_ref()?.path.clone()?));
+    let paths = probes.map(|probe| probe.as_ref()?.http_get.as_ref()?.path.clone());
     let cluster = &setting.managed.cluster;
     for family in [Family::V4, Family::V6] {
         let node = SocketAddr::new(cluster.topology.node_ip(0, family), port);

@@ -22,6 +22,7 @@ mod probes;
 mod processes;
 mod proxies;
 mod reroute;
+mod resources;
 mod restart;
 mod takeover;
 mod toggles;
