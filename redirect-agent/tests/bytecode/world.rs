@@ -360,9 +360,8 @@ impl VirtualEnv for World {
         pod_id == own_id() && (port == Some(flow.remote_port) || peer == Some(flow.remote))
     }
 
-    fn has_connection(&self, _: &Segment) -> bool {
-        // All sockets of this world listen.
-        false
+    fn has_connection(&self, segment: &Segment) -> bool {
+        self.is_open(segment)
     }
 
     fn completes_cookie(&self, _: PodId) -> bool {
