@@ -614,6 +614,16 @@ impl Dataplane {
         })?
     }
 
+    /// Whether `lo` of the namespace is down, as when the runtime takes it apart: there is no route by
+    /// it then, nor can one be added.
+    ///
+    /// # Errors
+    ///
+    /// When a system call fails.
+    pub fn lo_is_down(&self, pod: &PodNetns) -> Result<bool> {
+        Ok(!pod.netns.run(|| Routing::open()?.has_lo())??)
+    }
+
     /// Whether somebody listens where the proxy's DNS should, in either family.
     ///
     /// # Errors
