@@ -97,6 +97,11 @@ impl PodLinks {
         Ok(true)
     }
 
+    /// Whether there are pins, and of links that are dead.
+    pub(super) fn are_left(&self) -> Result<bool> {
+        Ok(!self.pins()?.is_empty() && self.are_dead()?)
+    }
+
     /// Removes the links of interfaces that are gone.
     pub(super) fn prune_tcx(&self) -> Result<()> {
         for pin in self.pins()?.iter().filter(|pin| **pin != self.lookup_pin()) {

@@ -408,8 +408,13 @@ impl Dataplane {
     pub fn prepare(&self, pod: &PodNetns, reason: u32, traffic: &Traffic) -> Result<()> {
         let mut locked = self.lock()?;
         let kernel = &mut *locked;
-        // Before anything that has to be undone: by its directory a pod is found again.
         let links = PodLinks::new(&self.dir, pod.id());
+        // The kernel gives a new namespace the number of one that is gone. Links that somebody has
+        // detached look the same; then our sysctls are still there.
+        if links.are_left()? && !pod.netns.run(sysctl::look_set)?? {
+            kernel.forget(&links, pod.id())?;
+        }
+        // Before anything that has to be undone: by its directory a pod is found again.
         links.create_dir()?;
         // Before the rows that tell the programs to look into them.
         let inbound = inbound::flags(traffic);
@@ -607,6 +612,16 @@ impl Dataplane {
             }
             Ok(found)
         })?
+    }
+
+    /// Whether `lo` of the namespace is down, as when the runtime takes it apart: there is no route by
+    /// it then, nor can one be added.
+    ///
+    /// # Errors
+    ///
+    /// When a system call fails.
+    pub fn lo_is_down(&self, pod: &PodNetns) -> Result<bool> {
+        Ok(!pod.netns.run(|| Routing::open()?.has_lo())??)
     }
 
     /// Whether somebody listens where the proxy's DNS should, in either family.

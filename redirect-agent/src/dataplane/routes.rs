@@ -430,6 +430,15 @@ impl Routing {
         })
     }
 
+    /// Whether `lo` is up.
+    pub(super) fn has_lo(&self) -> Result<bool> {
+        self.runtime.block_on(async {
+            let mut lo = self.handle.link().get().match_index(LOOPBACK_IFINDEX).execute();
+            let lo = lo.try_next().await.context("look at lo")?;
+            Ok(lo.is_some_and(|lo| lo.header.flags.contains(LinkFlags::Up)))
+        })
+    }
+
     /// The addresses of global scope, those of `lo` and of virtual interfaces excepted, in the order of
     /// their interfaces.
     pub(super) fn addresses(&self, virtual_interfaces: &[String]) -> Result<Vec<IpAddr>> {

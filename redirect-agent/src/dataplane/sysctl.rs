@@ -61,6 +61,13 @@ pub(super) fn check() -> Result<Vec<(&'static str, bool)>> {
         .collect()
 }
 
+/// Whether they look as if an enrolled pod's: nobody else sets `tcp_fwmark_accept`, and a new
+/// namespace inherits it from nobody.
+pub(super) fn look_set() -> Result<bool> {
+    let [(name, wanted), ..] = SYSCTLS;
+    Ok(get(name)? == wanted)
+}
+
 fn get(name: &str) -> Result<i32> {
     match fs::read_to_string(format!("{PROC_SYS}/{name}")) {
         Ok(text) => {

@@ -531,8 +531,16 @@ impl<S: Source> PodTask<S> {
             self.meet_istio_cni(&netns).await?;
         }
         let traffic = self.traffic();
-        let inspection = self.on_netns(netns, move |d, pod| d.inspect(pod, &traffic)).await?;
-        if !inspection.missing.is_empty() {
+        let inspect = move |d: &Dataplane, pod: &PodNetns| {
+            let inspection = d.inspect(pod, &traffic)?;
+            // The runtime takes `lo` down before it takes the namespace away.
+            let apart = !inspection.missing.is_empty() && d.lo_is_down(pod)?;
+            Ok((inspection, apart))
+        };
+        let (inspection, apart) = self.on_netns(netns, inspect).await?;
+        if apart {
+            debug!(pod = %self.key, "lo is down: nothing can be put back");
+        } else if !inspection.missing.is_empty() {
             for part in &inspection.missing {
                 self.shared.metrics.drifted(part.kind.as_str());
             }

@@ -2,6 +2,7 @@
 
 use std::io::{Read as _, Write as _};
 use std::net::{Ipv6Addr, SocketAddr, TcpListener, TcpStream};
+use std::time::Duration;
 
 use anyhow::{Context as _, Result};
 use redirect_tests::netns::Family;
@@ -36,6 +37,39 @@ fn agent_tells_its_health_and_what_it_has_counted() -> Result<()> {
 
     cluster.server.netns.output("ip", &["-4", "rule", "del", "priority", "15001"])?;
     assert_has(address, "redirect_drift_total{kind=\"rule\"} 1")
+}
+
+/// A runtime takes `lo` down, and a while later the namespace away.
+#[test]
+fn namespace_that_is_taken_apart_has_not_drifted() -> Result<()> {
+    let mut cluster = Cluster::without_agent(&["--verify-interval", "100ms"])?;
+    let address = free_address()?;
+    cluster.node.serve_health(address);
+    cluster.node.start_agent()?;
+    cluster.node.start_proxy()?;
+    let Cluster { node, server, .. } = &cluster;
+    node.enrol(server)?;
+    let complete = |wanted: bool| {
+        wait_for("what the kernel has for the pod to change", SOON, || {
+            let kernel = node.pod(server)?.and_then(|p| p.kernel);
+            Ok(kernel.is_some_and(|k| k.complete == wanted).then_some(()))
+        })
+    };
+
+    server.netns.ip("link set lo down")?;
+    complete(false)?;
+    // Some rounds of the timer.
+    let drifted = wait_for("drift", Duration::from_secs(1), || {
+        let metrics = get(address, "/metrics")?.1;
+        Ok(metrics.contains("redirect_drift_total{").then_some(metrics))
+    });
+    assert!(drifted.is_err(), "{drifted:?}");
+    assert_has(address, "redirect_reconcile_failures_total 0")?;
+
+    // It was something else: all is put back.
+    server.netns.ip("link set lo up")?;
+    complete(true)?;
+    assert_has(address, "redirect_drift_total{kind=\"route\"} 1")
 }
 
 /// Free a moment ago, and nothing else here takes ports of this host.

@@ -1,6 +1,8 @@
 //! Entering and leaving the mesh under live connections.
 
+use std::fs;
 use std::net::SocketAddr;
+use std::process::Command;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::thread;
 use std::time::Duration;
@@ -11,7 +13,7 @@ use redirect_tests::both_families;
 use redirect_tests::footprint::{assert_unchanged, footprint, programs};
 use redirect_tests::netns::Family;
 use redirect_tests::plain_proxy::{PlainProxy, Via};
-use redirect_tests::process::{Attached, wait_for};
+use redirect_tests::process::{Attached, succeed, wait_for};
 use redirect_tests::topology::Pod;
 
 use crate::{PORT, Pair, assert_direct, assert_relayed, echo};
@@ -22,6 +24,7 @@ both_families! {
     new_calls_succeed_during_enrolment,
     attaching_twice_is_harmless,
     detaching_restores_everything,
+    namespace_with_the_number_of_a_dead_one_starts_afresh,
 }
 
 /// Says something on a connection, over and over, while `f` runs; what `f` gives, and how often it
@@ -175,4 +178,45 @@ fn detaching_restores_everything(family: Family) -> Result<()> {
         let left = [programs(&client.netns)?, programs(&server.netns)?].concat();
         Ok(left.is_empty().then_some(()))
     })
+}
+
+/// The kernel gives a new namespace the number of one that is gone, and by that number a pod is known.
+/// When it does so is its own matter: here the dead one's traces are given the new one's number.
+fn namespace_with_the_number_of_a_dead_one_starts_afresh(family: Family) -> Result<()> {
+    let Pair { mut topology, client, server } = Pair::new()?;
+    let next = topology.add_pod(1, "default", "next")?;
+    let attached = Attached::new(&topology, &server)?;
+    let bpffs = attached.bpffs().to_owned();
+    let links = |inode: u64| bpffs.join("links").join(inode.to_string());
+    let (dead, traces) = (links(server.netns.inode()?), links(next.netns.inode()?));
+    // It dies with all that is in it.
+    std::mem::forget(attached);
+    drop(server);
+    fs::rename(&dead, &traces).context("rename the pins")?;
+    wait_for("its link to be dead", Duration::from_secs(10), || {
+        let mut bpftool = Command::new("bpftool");
+        bpftool.args(["-j", "link", "show", "pinned"]).arg(traces.join("lookup"));
+        let shown = String::from_utf8(succeed(&mut bpftool)?.stdout)?;
+        Ok(shown.contains("\"netns_ino\":0").then_some(()))
+    })?;
+    // All sysctls were 1.
+    let mut bpftool = Command::new("bpftool");
+    bpftool.args(["map", "update", "pinned"]).arg(bpffs.join("saved_sysctls"));
+    let number = u32::try_from(next.netns.inode()?)?.to_ne_bytes();
+    bpftool.arg("key").args(number.map(|byte| byte.to_string()));
+    bpftool
+        .arg("value")
+        .args([1_i32; 5].iter().flat_map(|v| v.to_ne_bytes().map(|b| b.to_string())));
+    succeed(&mut bpftool)?;
+    let before = footprint(&next.netns)?;
+
+    let (_app, proxy) = (echo(&next, family)?, PlainProxy::start(&next.netns)?);
+    let attached = Attached::new(&topology, &next)?;
+    let to = next.addr(family, PORT);
+    let call = Call::to(to).open(&client.netns)?;
+    assert_eq!(call.answer().by, "next");
+    assert_relayed(&proxy, Via::Inbound, &call, to)?;
+    drop(call);
+    attached.detach()?;
+    assert_unchanged(&next.netns, &before)
 }
