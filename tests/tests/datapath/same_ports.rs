@@ -124,8 +124,14 @@ fn calls_with_one_port_are_direct_and_then_redirected_and_never_lost(family: Fam
             let mut last = false;
             while !last {
                 last = done.load(Ordering::Relaxed);
-                let call = Call::to(to).from(from).until_closed();
-                outcomes.push(call.make(&client.netns)?);
+                // The client's own end of the call before goes in a moment.
+                let outcome = wait_for("the client's port", Duration::from_secs(5), || {
+                    match Call::to(to).from(from).until_closed().make(&client.netns) {
+                        Err(e) if is_taken(&e) => Ok(None),
+                        outcome => outcome.map(Some),
+                    }
+                });
+                outcomes.push(outcome?);
             }
             Ok(outcomes)
         });
@@ -147,6 +153,12 @@ fn calls_with_one_port_are_direct_and_then_redirected_and_never_lost(family: Fam
     assert_eq!(proxy.relayed_via(Via::Inbound).len(), redirected);
     drop(attached);
     Ok(())
+}
+
+/// Whether a call was not made, because a socket of the client has its ports.
+fn is_taken(error: &anyhow::Error) -> bool {
+    let error = error.downcast_ref::<std::io::Error>();
+    error.is_some_and(|error| error.kind() == ErrorKind::AddrNotAvailable)
 }
 
 /// Whether somebody listens is asked once, before the kernel looks for a listener itself: whoever
