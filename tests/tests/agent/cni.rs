@@ -12,7 +12,7 @@ use std::time::{Duration, Instant};
 
 use anyhow::{Context as _, Result, anyhow, bail, ensure};
 use redirect_agent::output::PodState;
-use redirect_tests::apiserver::Kind;
+use redirect_tests::apiserver::{ApiServer, Kind};
 use redirect_tests::both_families;
 use redirect_tests::cni::{Failure, Runtime, Sandbox, plugins};
 use redirect_tests::footprint::programs;
@@ -452,6 +452,31 @@ fn uninstallation_is_told_in_several_ways() -> Result<()> {
         site.managed.cluster.node.stop_agent()?;
         assert_eq!(site.files()?, found, "{way}");
     }
+    Ok(())
+}
+
+/// An API server that starts refuses everybody until it has read its roles.
+#[test]
+fn refused_for_a_moment_and_everything_stays() -> Result<()> {
+    let mut site = Site::bridged(&[])?;
+    site.start_agent()?;
+    let installed = site.files()?;
+    let asked = |api: &ApiServer, code: u16| {
+        wait_for(&format!("the agent to be told {code}"), SOON, || {
+            let asked = api.requests_of("get", "daemonsets");
+            Ok(asked.iter().any(|request| request.code == code).then_some(()))
+        })
+    };
+    let managed = &mut site.managed;
+    asked(&managed.api, 200)?;
+    managed.api.forbid("get", "daemonsets");
+    let (api, node) = (&managed.api, &mut managed.cluster.node);
+    thread::scope(|scope| {
+        let starting = scope.spawn(|| asked(api, 403).map(|()| api.allow_all()));
+        node.stop_agent()?;
+        starting.join().map_err(|_| anyhow!("a thread panicked"))?
+    })?;
+    assert_eq!(site.files()?, installed);
     Ok(())
 }
 

@@ -8,7 +8,7 @@ use std::{
 use anyhow::Result;
 use k8s_openapi::api::apps::v1 as k8s;
 use kube::{Api, Error};
-use tokio::time::{sleep, timeout};
+use tokio::time::{Instant, sleep, timeout};
 use tracing::{info, warn};
 
 use super::{Config, client, explain};
@@ -18,6 +18,9 @@ use crate::cni::entry::DaemonSet;
 const TIMEOUT: Duration = Duration::from_secs(2);
 const ATTEMPTS: u32 = 3;
 const PAUSE: Duration = Duration::from_millis(500);
+/// How long the API server has to refuse the agent. One that starts refuses everybody until it has
+/// read its roles, which takes a second or two.
+const REFUSED: Duration = Duration::from_secs(5);
 /// How long to wait between questions while all is well.
 const LONG_PAUSE: Duration = Duration::from_secs(30);
 /// Requests per time.
@@ -36,6 +39,7 @@ pub struct Owner {
 enum Fate {
     Lives,
     Deleted,
+    Refused,
 }
 
 impl Owner {
@@ -71,9 +75,16 @@ impl Owner {
     /// Whether the DaemonSet is gone or going, and with it the agent for good. An upgrade, a node that
     /// restarts and an API server that is away are no reason to think so.
     pub async fn is_deleted(&self) -> bool {
-        for attempt in 1..=ATTEMPTS {
+        let (mut failures, mut refused) = (0, None);
+        while failures < ATTEMPTS {
             match self.ask().await {
                 Ok(Fate::Deleted) => return true,
+                Ok(Fate::Refused) => {
+                    let since = *refused.get_or_insert_with(Instant::now);
+                    if since.elapsed() >= REFUSED {
+                        return true;
+                    }
+                }
                 Ok(Fate::Lives) => {
                     info!(
                         "DaemonSet {} is there: everything stays for the next agent",
@@ -81,11 +92,12 @@ impl Owner {
                     );
                     return false;
                 }
-                Err(why) => warn!("{why}"),
+                Err(why) => {
+                    warn!("{why}");
+                    failures += 1;
+                }
             }
-            if attempt < ATTEMPTS {
-                sleep(PAUSE).await;
-            }
+            sleep(PAUSE).await;
         }
         warn!(
             "everything stays as it is; if the agent is gone for good, run `redirect-agent cleanup` here"
@@ -101,12 +113,12 @@ impl Owner {
             Ok(Ok(_)) => Fate::Deleted,
             // The service account is gone. Source: Istio `cni/pkg/nodeagent/server.go`,
             // `ShouldStopCleanup`.
-            Ok(Err(Error::Api(status))) if status.code == 401 => Fate::Deleted,
+            Ok(Err(Error::Api(status))) if status.code == 401 => Fate::Refused,
             // Its role is gone, and was there before: an uninstallation deletes both.
             Ok(Err(Error::Api(status)))
                 if status.code == 403 && self.answered.load(Ordering::Relaxed) =>
             {
-                Fate::Deleted
+                Fate::Refused
             }
             Ok(Err(error)) => {
                 return Err(format!("get DaemonSet {daemon_set}: {}", explain(&error)));
