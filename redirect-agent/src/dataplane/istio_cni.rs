@@ -12,13 +12,11 @@
 //! they live. When its rules are gone, a table of ours keeps that going ([`KEEPER`]), and the rule stays
 //! as the sign that there is something left to clean up.
 
-use std::{fs, io};
-
-use anyhow::{Context as _, Result};
+use anyhow::{Result, bail};
 use redirect_ebpf::abi::{MARK_REDIRECTED, PORT_INBOUND, PORT_OUTBOUND};
 
 use super::{
-    Dataplane, PodNetns,
+    Dataplane, PodNetns, iptables_legacy,
     nftables::{self, Batch, Chain, FAMILY_INET, FAMILY_IPV4, FAMILY_IPV6, Ruleset, TableName},
     routes::Routing,
     sockets,
@@ -26,16 +24,14 @@ use super::{
 
 /// Source: Istio `cni/pkg/iptables/iptables.go`, `ChainInpodOutput`, `ChainInpodPrerouting`.
 const CHAINS: [&str; 2] = ["ISTIO_OUTPUT", "ISTIO_PRERT"];
-/// The tables of iptables that it uses.
-const TABLES: [&str; 3] = ["mangle", "nat", "raw"];
+/// The tables of iptables that it uses. The first to go is the one that redirects: without the others
+/// a redirected connection would be stuck.
+const TABLES: [&str; 3] = ["nat", "mangle", "raw"];
 /// Source: Istio `cni/pkg/nftables/nftables.go`, `AmbientNatTable` and the like.
 const NATIVE_TABLES: [&str; 3] = ["istio-ambient-mangle", "istio-ambient-nat", "istio-ambient-raw"];
 /// The table of ours that keeps the translation of open connections going, and its one chain.
 const KEEPER: &str = "redirect-agent-nat";
 const KEEPER_CHAIN: &str = "open-connections";
-/// Which tables of `iptables-legacy` there are.
-const LEGACY_TABLES: [&str; 2] =
-    ["/proc/thread-self/net/ip_tables_names", "/proc/thread-self/net/ip6_tables_names"];
 
 /// What of istio-cni's is in a pod.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -46,8 +42,8 @@ pub enum IstioCni {
     Present,
     /// What is left of a takeover, for connections that it had redirected.
     Displaced,
-    /// What may be in tables of `iptables-legacy`, which are not taken over.
-    Legacy,
+    /// What is in a table of `iptables-legacy` together with rules of others, and is not taken over.
+    Shared,
 }
 
 /// How far istio-cni is displaced.
@@ -73,11 +69,12 @@ impl Dataplane {
             if !Routing::open()?.has_istio_cni()? {
                 return Ok(IstioCni::Absent);
             }
-            if has_legacy_tables()? {
-                return Ok(IstioCni::Legacy);
+            let legacy = read_legacy()?;
+            if legacy.iter().any(|table| is_shared(&table.chains)) {
+                return Ok(IstioCni::Shared);
             }
             let ruleset = nftables::read()?;
-            let displaced = has_keeper(&ruleset) && removal(&ruleset).is_empty();
+            let displaced = has_keeper(&ruleset) && removal(&ruleset, &legacy).is_empty();
             Ok(if displaced { IstioCni::Displaced } else { IstioCni::Present })
         })?
     }
@@ -91,7 +88,8 @@ impl Dataplane {
     /// When a system call fails; calling again completes it.
     pub fn displace_istio_cni(&self, pod: &PodNetns) -> Result<Displaced> {
         let ruleset = pod.netns.run(nftables::read)??;
-        let removal = removal(&ruleset);
+        let legacy = pod.netns.run(read_legacy)??;
+        let removal = removal(&ruleset, &legacy);
         if removal.is_empty() {
             return pod.netns.run(|| clear_up(&ruleset))?;
         }
@@ -100,8 +98,7 @@ impl Dataplane {
             if !has_keeper(&ruleset) {
                 batch.add_keeper(&keeper(), KEEPER_CHAIN, MARK_REDIRECTED);
             }
-            removal.enter(&mut batch);
-            batch.commit()
+            removal.carry_out(batch)
         };
         if self.partly_captured(pod)? {
             // Its open connections were marked before, and new ones are ours whichever rules they meet.
@@ -119,7 +116,13 @@ impl Dataplane {
     /// When a system call fails.
     pub(super) fn forget_istio_cni() -> Result<()> {
         let routing = Routing::open()?;
-        if routing.has_istio_cni()? && has_keeper(&nftables::read()?) {
+        if !routing.has_istio_cni()? {
+            return Ok(());
+        }
+        let ruleset = nftables::read()?;
+        if has_keeper(&ruleset) {
+            // An agent may have died when the keeper was there and `iptables-legacy` not yet empty.
+            removal(&ruleset, &read_legacy()?).carry_out(Batch::default())?;
             remove_keeper(&routing)?;
         }
         Ok(())
@@ -155,23 +158,26 @@ fn remove_keeper(routing: &Routing) -> Result<()> {
     routing.delete_istio_cni()
 }
 
-fn has_legacy_tables() -> Result<bool> {
-    for path in LEGACY_TABLES {
-        match fs::read_to_string(path) {
-            // Without the module there is no such file.
-            Err(e) if e.kind() == io::ErrorKind::NotFound => {}
-            names => {
-                let names = names.with_context(|| format!("read {path}"))?;
-                if names.lines().any(|name| TABLES.contains(&name)) {
-                    return Ok(true);
-                }
-            }
-        }
-    }
-    Ok(false)
+/// The tables of `iptables-legacy` in which it has chains.
+fn read_legacy() -> Result<Vec<iptables_legacy::Table>> {
+    let mut tables = iptables_legacy::read(&TABLES)?;
+    tables.retain(|table| table.chains.iter().any(|c| c.name.as_deref().is_some_and(is_istios)));
+    Ok(tables)
 }
 
-/// What has to go of a ruleset.
+/// Whether others have anything among these chains of a table.
+fn is_shared(chains: &[iptables_legacy::Chain]) -> bool {
+    !chains.iter().all(|chain| match &chain.name {
+        Some(name) => is_istios(name),
+        None => chain.accepts && chain.rules.iter().all(|to| to.as_deref().is_some_and(is_istios)),
+    })
+}
+
+fn is_istios(chain: &str) -> bool {
+    CHAINS.contains(&chain)
+}
+
+/// What has to go.
 #[derive(Debug, Default, PartialEq, Eq)]
 struct Removal<'a> {
     /// Tables in which there is nothing of anybody else.
@@ -180,22 +186,33 @@ struct Removal<'a> {
     rules: Vec<&'a nftables::Rule>,
     /// Its chains in these.
     chains: Vec<&'a Chain>,
+    /// Tables of `iptables-legacy` with its chains, which are emptied.
+    legacy: &'a [iptables_legacy::Table],
 }
 
 impl Removal<'_> {
     fn is_empty(&self) -> bool {
-        self.tables.is_empty() && self.rules.is_empty() && self.chains.is_empty()
+        self.tables.is_empty()
+            && self.rules.is_empty()
+            && self.chains.is_empty()
+            && self.legacy.is_empty()
     }
 
-    fn enter(&self, batch: &mut Batch) {
+    /// Removes it all: what is nf_tables' together with `batch`, and then the rest.
+    fn carry_out(&self, mut batch: Batch) -> Result<()> {
+        if let Some(table) = self.legacy.iter().find(|table| is_shared(&table.chains)) {
+            bail!("others have rules in table {} of iptables-legacy, too", table.name);
+        }
         self.rules.iter().for_each(|rule| batch.delete_rule(rule));
         self.chains.iter().for_each(|chain| batch.delete_chain(chain));
         self.tables.iter().for_each(|table| batch.delete_table(table));
+        batch.commit()?;
+        self.legacy.iter().try_for_each(iptables_legacy::Table::clear)
     }
 }
 
-fn removal(ruleset: &Ruleset) -> Removal<'_> {
-    let mut removal = Removal::default();
+fn removal<'a>(ruleset: &'a Ruleset, legacy: &'a [iptables_legacy::Table]) -> Removal<'a> {
+    let mut removal = Removal { legacy, ..Removal::default() };
     for table in &ruleset.tables {
         if table.name.family == FAMILY_INET && NATIVE_TABLES.contains(&&*table.name.name) {
             removal.tables.push(&table.name);
@@ -206,7 +223,6 @@ fn removal(ruleset: &Ruleset) -> Removal<'_> {
             continue;
         }
         let chains = || ruleset.chains.iter().filter(|chain| chain.table == table.name);
-        let is_istios = |chain: &str| CHAINS.contains(&chain);
         if !chains().any(|chain| is_istios(&chain.name)) {
             continue;
         }
@@ -257,7 +273,7 @@ mod tests {
     fn table_goes_whole_only_when_nobody_else_has_anything_in_it() {
         for family in [FAMILY_IPV4, FAMILY_IPV6] {
             let istios = nat(family);
-            let whole = removal(&istios);
+            let whole = removal(&istios, &[]);
             assert_eq!(whole.tables, [&istios.tables[0].name]);
             assert!(whole.rules.is_empty() && whole.chains.is_empty());
 
@@ -280,7 +296,7 @@ mod tests {
             for add in others {
                 let mut shared = nat(family);
                 add(&mut shared);
-                let part = removal(&shared);
+                let part = removal(&shared, &[]);
                 assert!(part.tables.is_empty(), "{shared:?}");
                 let handles: Vec<u64> = part.rules.iter().map(|rule| rule.handle).collect();
                 assert_eq!(handles, [1, 2], "{shared:?}");
@@ -290,17 +306,44 @@ mod tests {
     }
 
     #[test]
+    fn legacy_table_is_shared_when_anybody_else_has_anything_in_it() {
+        let chain = |name: Option<&str>, rules: &[Option<&str>]| iptables_legacy::Chain {
+            name: name.map(str::to_owned),
+            accepts: name.is_none(),
+            rules: rules.iter().map(|rule| rule.map(str::to_owned)).collect(),
+        };
+        let istios = [
+            chain(None, &[]),
+            chain(None, &[Some("ISTIO_OUTPUT")]),
+            chain(Some("ISTIO_OUTPUT"), &[None, None]),
+        ];
+        assert!(!is_shared(&istios));
+        let others: [fn(&mut Vec<iptables_legacy::Chain>); 4] = [
+            // A rule, a jump, a chain, a policy.
+            |chains| chains[0].rules.push(None),
+            |chains| chains[0].rules.push(Some("OTHERS".to_owned())),
+            |chains| chains[2].name = Some("OTHERS".to_owned()),
+            |chains| chains[0].accepts = false,
+        ];
+        for add in others {
+            let mut shared = istios.to_vec();
+            add(&mut shared);
+            assert!(is_shared(&shared), "{shared:?}");
+        }
+    }
+
+    #[test]
     fn tables_of_others_are_left_alone() {
         let mut others = nat(FAMILY_IPV4);
         others.chains.pop();
         others.rules.clear();
-        assert!(removal(&others).is_empty());
+        assert!(removal(&others, &[]).is_empty());
         // Not one of iptables'.
-        assert!(removal(&nat(FAMILY_INET)).is_empty());
+        assert!(removal(&nat(FAMILY_INET), &[]).is_empty());
         let keeper = Ruleset {
             tables: vec![nftables::Table { name: keeper(), holds: 1 }],
             ..Ruleset::default()
         };
-        assert!(removal(&keeper).is_empty() && has_keeper(&keeper));
+        assert!(removal(&keeper, &[]).is_empty() && has_keeper(&keeper));
     }
 }

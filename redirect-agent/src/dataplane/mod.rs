@@ -10,6 +10,7 @@
 //! 4. [`Dataplane::remove`]: the pod is as it was found.
 
 mod inbound;
+mod iptables_legacy;
 mod istio_cni;
 mod links;
 mod nftables;

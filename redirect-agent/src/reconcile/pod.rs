@@ -35,8 +35,8 @@ const FAILURES_TO_TELL: u32 = 3;
 /// Why a pod that istio-cni redirects is left alone.
 const ISTIO_CNIS: &str = "istio-cni redirects this pod, so it is left alone: never both on one pod; \
 take it over (--take-over), or let istio-cni let go of it";
-const ISTIO_CNIS_LEGACY: &str = "istio-cni may redirect this pod by iptables-legacy, whose rules are not \
-taken over, so it is left alone: start the pod anew";
+const ISTIO_CNIS_SHARED: &str = "istio-cni redirects this pod by tables of iptables-legacy in which \
+others have rules, too, which are not taken over, so it is left alone: start the pod anew";
 const ISTIO_CNI_BESIDE: &str = "istio-cni redirects this pod, too: never both on one pod; uninstall \
 istio-cni and have its rules removed (--take-over)";
 /// What is said of a static pod while it has no mirror.
@@ -430,7 +430,7 @@ impl<S: Source> PodTask<S> {
         let (found, ours) = found.await?;
         let why = match found {
             IstioCni::Absent | IstioCni::Displaced => None,
-            IstioCni::Legacy => Some(ISTIO_CNIS_LEGACY),
+            IstioCni::Shared => Some(ISTIO_CNIS_SHARED),
             IstioCni::Present if self.shared.settings.take_over => None,
             IstioCni::Present => Some(ISTIO_CNIS),
         };

@@ -33,16 +33,22 @@ use crate::load::Load;
 
 both_families! {
     pod_with_rules_of_iptables_nft_is_taken_over_under_load,
+    pod_with_rules_of_iptables_legacy_is_taken_over_under_load,
     pod_with_rules_of_native_nftables_is_taken_over_under_load,
     dns_is_answered_all_the_while,
+    dns_is_answered_all_the_while_with_rules_of_iptables_legacy,
     rules_of_others_beside_istio_cnis_stay,
-    rules_of_iptables_legacy_are_left_alone_and_told_of,
+    rules_of_others_in_a_table_of_iptables_legacy_keep_the_pod_as_it_is,
     rules_that_istio_cni_adds_to_a_pod_in_the_mesh_are_removed_or_told_of,
     cluster_is_told_what_becomes_of_a_pod_and_its_peers_notice_nothing,
     translated_connections_are_refused_when_their_translation_is_lost,
     agent_that_dies_in_a_takeover_is_succeeded_by_one_that_completes_it,
+    agent_that_dies_in_a_takeover_from_iptables_legacy_is_succeeded_by_one_that_completes_it,
+    takeover_from_iptables_legacy_that_stopped_half_way_is_completed,
+    cleanup_completes_a_takeover_from_iptables_legacy_that_stopped_half_way,
     pod_that_istio_cni_redirects_is_left_alone_until_that_lets_go,
     pod_that_leaves_the_mesh_with_istio_cnis_rules_is_freed_of_them,
+    pod_that_leaves_the_mesh_with_rules_of_iptables_legacy_is_freed_of_them,
 }
 
 /// How long a client waits for an answer.
@@ -202,6 +208,33 @@ fn ruleset(netns: &Netns) -> Result<String> {
     netns.output("nft", &["list", "ruleset"])
 }
 
+/// What is in the tables of `iptables-legacy`: rules, chains that somebody has made, policies but
+/// `ACCEPT`.
+fn legacy_rules(netns: &Netns) -> Result<String> {
+    let v4 = netns.output("iptables-legacy-save", &[])?;
+    let all = v4 + &netns.output("ip6tables-legacy-save", &[])?;
+    let lines = all.lines().filter(|line| {
+        line.starts_with('-') || line.starts_with(':') && !line.contains(" ACCEPT ")
+    });
+    Ok(lines.collect::<Vec<_>>().join("\n"))
+}
+
+/// Whether any rule or chain of istio-cni's is left.
+fn has_istio_cnis(netns: &Netns) -> Result<bool> {
+    Ok((ruleset(netns)? + &legacy_rules(netns)?).to_lowercase().contains("istio"))
+}
+
+/// The tables of `iptables-legacy` that the kernel has made in a namespace, of each family.
+fn legacy_tables(netns: &Netns) -> Result<[Vec<String>; 2]> {
+    let names = |family: &str| {
+        let names = netns.output("cat", &[&format!("/proc/net/{family}_tables_names")])?;
+        let mut names: Vec<String> = names.lines().map(str::to_owned).collect();
+        names.sort();
+        Ok::<_, anyhow::Error>(names)
+    };
+    Ok([names("ip")?, names("ip6")?])
+}
+
 /// istio-cni's agent, as far as ztunnel sees it.
 struct IstioCni {
     _runtime: Runtime,
@@ -274,9 +307,12 @@ fn wait_until_clean(pod: &Pod) -> Result<()> {
         let routes = pod.netns.output("ip", &["route", "show", "table", "all"])?
             + &pod.netns.output("ip", &["-6", "route", "show", "table", "all"])?;
         let clean = !rules.contains("32764:") && !routes.contains("table 100 ");
-        Ok((clean && ruleset(&pod.netns)?.is_empty()).then_some(()))
+        let empty = ruleset(&pod.netns)?.is_empty() && legacy_rules(&pod.netns)?.is_empty();
+        Ok((clean && empty).then_some(()))
     })
-    .with_context(|| format!("what is left: {:?}", ruleset(&pod.netns)))
+    .with_context(|| {
+        format!("what is left: {:?}, {:?}", ruleset(&pod.netns), legacy_rules(&pod.netns))
+    })
 }
 
 /// Opens connections in both directions and checks that the proxy has them by istio-cni's rules.
@@ -307,7 +343,7 @@ fn taken_over_under_load(backend: Backend, family: Family) -> Result<()> {
             p.state == PodState::Enrolled && p.kernel.as_ref().is_some_and(|k| k.complete)
         })?;
         wait_for("istio-cni's rules to go", SOON, || {
-            Ok((!ruleset(&server.netns)?.to_lowercase().contains("istio")).then_some(()))
+            Ok((!has_istio_cnis(&server.netns)?).then_some(()))
         })?;
         node.assert_outbound(server, client, family)?;
         node.assert_inbound(client, server, family)
@@ -341,6 +377,13 @@ fn taken_over_under_load(backend: Backend, family: Family) -> Result<()> {
     node.enrol(server)?;
     assert_unchanged(&server.netns, &taken_over)?;
     assert_eq!(ruleset(&server.netns)?, "");
+    assert_eq!(legacy_rules(&server.netns)?, "");
+    // The kernel removes none before the namespace goes; we make none.
+    let tables: &[&str] = match backend {
+        Backend::IptablesLegacy => &["mangle", "nat", "raw"],
+        Backend::IptablesNft | Backend::NativeNftables => &[],
+    };
+    assert_eq!(legacy_tables(&server.netns)?, [tables, tables]);
     Ok(())
 }
 
@@ -348,12 +391,24 @@ fn pod_with_rules_of_iptables_nft_is_taken_over_under_load(family: Family) -> Re
     taken_over_under_load(Backend::IptablesNft, family)
 }
 
+fn pod_with_rules_of_iptables_legacy_is_taken_over_under_load(family: Family) -> Result<()> {
+    taken_over_under_load(Backend::IptablesLegacy, family)
+}
+
 fn pod_with_rules_of_native_nftables_is_taken_over_under_load(family: Family) -> Result<()> {
     taken_over_under_load(Backend::NativeNftables, family)
 }
 
 fn dns_is_answered_all_the_while(family: Family) -> Result<()> {
-    let (mut cluster, _) = migrating(Backend::IptablesNft, &["--take-over"], "ambient")?;
+    answers_dns_all_the_while(Backend::IptablesNft, family)
+}
+
+fn dns_is_answered_all_the_while_with_rules_of_iptables_legacy(family: Family) -> Result<()> {
+    answers_dns_all_the_while(Backend::IptablesLegacy, family)
+}
+
+fn answers_dns_all_the_while(backend: Backend, family: Family) -> Result<()> {
+    let (mut cluster, _) = migrating(backend, &["--take-over"], "ambient")?;
     let Cluster { node, server, .. } = &mut cluster;
     let (netns, service) = (&server.netns, [dns::service_ip(family)]);
     // Nobody is there: the proxy answers, or nobody.
@@ -414,23 +469,38 @@ fn dns_is_answered_all_the_while(family: Family) -> Result<()> {
     Ok(())
 }
 
-fn rules_of_iptables_legacy_are_left_alone_and_told_of(family: Family) -> Result<()> {
+fn rules_of_others_in_a_table_of_iptables_legacy_keep_the_pod_as_it_is(
+    family: Family,
+) -> Result<()> {
     let (mut cluster, _) = migrating(Backend::IptablesLegacy, &["--take-over"], "ambient")?;
     let _apps = (echo(&cluster.server)?, echo(&cluster.client)?);
     let netns = &cluster.server.netns;
-    let rules = || -> Result<String> {
-        let v4 = netns.output("iptables-legacy-save", &[])?;
-        let all = v4 + &netns.output("ip6tables-legacy-save", &[])?;
-        Ok(all.lines().filter(|line| line.starts_with('-')).collect::<Vec<_>>().join("\n"))
+    // One family is enough.
+    let program = match family {
+        Family::V4 => "iptables-legacy",
+        Family::V6 => "ip6tables-legacy",
     };
-    let before = (footprint(netns)?, rules()?);
+    let theirs = |verb| {
+        let rule = format!("-t nat {verb} OUTPUT -p tcp --dport 81 -j REDIRECT --to-ports 8080");
+        netns.output(program, &rule.split(' ').collect::<Vec<_>>())
+    };
+    theirs("-A")?;
+    let before = (footprint(netns)?, ruleset(netns)?, legacy_rules(netns)?);
     cluster.node.start_agent()?;
     let told = cluster.node.wait_for_state(&cluster.server, PodState::Failed)?;
     let message = told.message.context("no reason is told")?;
-    assert!(message.contains("iptables-legacy"), "{message}");
+    assert!(message.contains("iptables-legacy in which others have rules"), "{message}");
     cluster.assert_redirected(family)?;
     assert_unchanged(netns, &before.0)?;
-    assert_eq!(rules()?, before.1);
+    assert_eq!((ruleset(netns)?, legacy_rules(netns)?), (before.1, before.2));
+
+    // Beside it, in another table or when it is gone, they do not matter.
+    netns.output(program, &["-t", "filter", "-A", "INPUT", "-p", "tcp", "--dport", "82"])?;
+    theirs("-D")?;
+    cluster.node.wait_for_state(&cluster.server, PodState::Enrolled)?;
+    wait_for("istio-cni's rules to go", SOON, || Ok((!has_istio_cnis(netns)?).then_some(())))?;
+    cluster.assert_redirected(family)?;
+    assert_eq!(legacy_rules(netns)?, "-A INPUT -p tcp -m tcp --dport 82");
     Ok(())
 }
 
@@ -544,7 +614,17 @@ fn translated_connections_are_refused_when_their_translation_is_lost(family: Fam
 fn agent_that_dies_in_a_takeover_is_succeeded_by_one_that_completes_it(
     family: Family,
 ) -> Result<()> {
-    let (mut cluster, fresh) = migrating(Backend::IptablesNft, &["--take-over"], "ambient")?;
+    succeeded_by_one_that_completes_it(Backend::IptablesNft, family)
+}
+
+fn agent_that_dies_in_a_takeover_from_iptables_legacy_is_succeeded_by_one_that_completes_it(
+    family: Family,
+) -> Result<()> {
+    succeeded_by_one_that_completes_it(Backend::IptablesLegacy, family)
+}
+
+fn succeeded_by_one_that_completes_it(backend: Backend, family: Family) -> Result<()> {
+    let (mut cluster, fresh) = migrating(backend, &["--take-over"], "ambient")?;
     let _apps = (echo(&cluster.server)?, echo(&cluster.client)?);
     let mut open = open_by_istio_cni(&cluster, family)?;
     for _ in 0..4 {
@@ -572,6 +652,58 @@ fn agent_that_dies_in_a_takeover_is_succeeded_by_one_that_completes_it(
     let (cleaned, said) = cluster.node.cleanup()?;
     ensure!(cleaned, "{said}");
     assert_unchanged(&cluster.server.netns, &fresh)
+}
+
+/// Where an agent has died that was taking the pod over from `iptables-legacy`: what keeps open
+/// connections going is there, and one table is empty.
+fn stop_half_way(netns: &Netns) -> Result<()> {
+    feed(
+        netns,
+        &["nft", "-f", "-"],
+        "add table inet redirect-agent-nat
+        add chain inet redirect-agent-nat open-connections { type nat hook output priority -100 ; }
+        add rule inet redirect-agent-nat open-connections ct mark 0x111\n",
+    )?;
+    for what in ["-F", "-X"] {
+        netns.output("iptables-legacy", &["-t", "nat", what])?;
+    }
+    Ok(())
+}
+
+fn takeover_from_iptables_legacy_that_stopped_half_way_is_completed(family: Family) -> Result<()> {
+    let (mut cluster, _) = migrating(Backend::IptablesLegacy, &["--take-over"], "ambient")?;
+    let _apps = (echo(&cluster.server)?, echo(&cluster.client)?);
+    let mut open = open_by_istio_cni(&cluster, family)?;
+    stop_half_way(&cluster.server.netns)?;
+    cluster.node.start_agent()?;
+    cluster.node.wait_for_state(&cluster.server, PodState::Enrolled)?;
+    wait_for("istio-cni's rules to go", SOON, || {
+        Ok((!has_istio_cnis(&cluster.server.netns)?).then_some(()))
+    })?;
+    for conversation in &mut open {
+        conversation.exchange(b"still there?")?;
+    }
+    drop(open);
+    wait_until_clean(&cluster.server)?;
+    cluster.assert_redirected(family)
+}
+
+fn cleanup_completes_a_takeover_from_iptables_legacy_that_stopped_half_way(
+    family: Family,
+) -> Result<()> {
+    let mut cluster = Cluster::start()?;
+    let _apps = (echo(&cluster.server)?, echo(&cluster.client)?);
+    let fresh = footprint(&cluster.server.netns)?;
+    cluster.node.enrol(&cluster.server)?;
+    cluster.node.kill_agent()?;
+    Backend::IptablesLegacy.redirect(&cluster.server.netns)?;
+    stop_half_way(&cluster.server.netns)?;
+    let (cleaned, said) = cluster.node.cleanup()?;
+    ensure!(cleaned, "{said}");
+    assert_unchanged(&cluster.server.netns, &fresh)?;
+    assert_eq!(ruleset(&cluster.server.netns)?, "");
+    assert_eq!(legacy_rules(&cluster.server.netns)?, "");
+    cluster.assert_direct(family)
 }
 
 fn pod_that_istio_cni_redirects_is_left_alone_until_that_lets_go(family: Family) -> Result<()> {
@@ -619,8 +751,17 @@ fn pod_that_istio_cni_redirects_is_left_alone_until_that_lets_go(family: Family)
 }
 
 fn pod_that_leaves_the_mesh_with_istio_cnis_rules_is_freed_of_them(family: Family) -> Result<()> {
-    let (mut cluster, fresh) =
-        migrating(Backend::NativeNftables, &["--take-over", "--drain", "60s"], "none")?;
+    freed_when_it_leaves_the_mesh(Backend::NativeNftables, family)
+}
+
+fn pod_that_leaves_the_mesh_with_rules_of_iptables_legacy_is_freed_of_them(
+    family: Family,
+) -> Result<()> {
+    freed_when_it_leaves_the_mesh(Backend::IptablesLegacy, family)
+}
+
+fn freed_when_it_leaves_the_mesh(backend: Backend, family: Family) -> Result<()> {
+    let (mut cluster, fresh) = migrating(backend, &["--take-over", "--drain", "60s"], "none")?;
     let _apps = (echo(&cluster.server)?, echo(&cluster.client)?);
     let mut open = open_by_istio_cni(&cluster, family)?;
     let Cluster { node, server, client, .. } = &mut cluster;
@@ -628,7 +769,7 @@ fn pod_that_leaves_the_mesh_with_istio_cnis_rules_is_freed_of_them(family: Famil
     let (_, calls) = load.during(|| {
         node.start_agent()?;
         wait_for("istio-cni's rules to go", SOON, || {
-            Ok((!ruleset(&server.netns)?.contains("istio")).then_some(()))
+            Ok((!has_istio_cnis(&server.netns)?).then_some(()))
         })?;
         node.assert_direct(server, client, family)?;
         node.assert_direct(client, server, family)
