@@ -296,6 +296,8 @@ impl Installer {
             io::copy(&mut own, &mut file).with_context(context)?;
             file.set_permissions(Permissions::from_mode(0o755)).with_context(context)?;
             file.sync_all().with_context(context)?;
+            // Nobody can run a program that is open for writing (ETXTBSY).
+            drop(file);
             rename(&temporary, &path)?;
             sync(&self.dirs.bin)?;
             info!(file = %path.display(), "copied the CNI plugin");
