@@ -14,9 +14,12 @@ use tokio::io::{AsyncBufReadExt as _, AsyncReadExt as _, AsyncWriteExt as _, Buf
 use tokio::task::JoinSet;
 
 use crate::netns::{Netns, Running};
+use crate::process::wait_for;
 
 /// How long a client waits for its answer, unless told otherwise.
 const PATIENCE: Duration = Duration::from_secs(10);
+/// How long a process may take from being forked to running its own program.
+const FORKED: Duration = Duration::from_secs(1);
 
 /// What an application does with a connection, after the line that says who it is and whom it sees.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -55,7 +58,13 @@ impl App {
         let listener = netns.run(|| {
             let socket = Socket::new(Domain::for_address(addr), Type::STREAM, Some(Protocol::TCP))?;
             socket.set_reuse_address(true)?;
-            socket.bind(&addr.into()).with_context(|| format!("bind {addr} for {name}"))?;
+            // A process that another test is just starting has a copy of a former listener, until it
+            // runs its own program.
+            let bound = wait_for("the port", FORKED, || match socket.bind(&addr.into()) {
+                Err(e) if e.kind() == ErrorKind::AddrInUse => Ok(None),
+                bound => Ok(Some(bound?)),
+            });
+            bound.with_context(|| format!("bind {addr} for {name}"))?;
             socket.listen(4096)?;
             socket.set_nonblocking(true)?;
             Ok(TcpListener::from(socket))
