@@ -12,7 +12,7 @@ use bytemuck::{Pod, Zeroable};
 /// that was built with the same layout. What is added (a map, a counter, a flag) leaves it as it is,
 /// and so does a new name for a map that is not needed after the upgrade; with another version the
 /// pods' programs would be attached twice.
-pub const ABI_VERSION: u32 = 1;
+pub const ABI_VERSION: u32 = 2;
 
 /// The bits of a mark that belong to the mesh. Source: Istio, `tools/istio-iptables`, `0xfff`.
 pub const MARK_MASK: u32 = 0xfff;
@@ -25,8 +25,9 @@ pub const MARK_REDIRECTED: u32 = 0x111;
 /// The mark of what came in on a pod's interface, and of flows that are older than the pod's
 /// enrolment: they keep off the redirection route.
 pub const MARK_DIRECT: u32 = 0x0d1;
-/// The mark of packets that came in on a virtual interface of a pod and go to the pod's proxy.
-pub const MARK_VIRTUAL: u32 = 0x0d2;
+/// The mark of packets that a program delivers to the pod's proxy by itself: those of a virtual
+/// interface, and those that the application's own marks, rules or routes would take past it.
+pub const MARK_TO_PROXY: u32 = 0x0d2;
 
 /// The proxy's listener for what the pod sends. Source: ztunnel `src/config.rs`.
 pub const PORT_OUTBOUND: u16 = 15001;
@@ -89,6 +90,12 @@ impl Addr {
         }
     }
 
+    /// The address as two words, for comparing.
+    #[inline(always)]
+    pub fn words(&self) -> [u64; 2] {
+        bytemuck::cast(self.octets)
+    }
+
     /// The upper and the lower 64 bits.
     #[inline(always)]
     const fn halves(&self) -> [u64; 2] {
@@ -127,19 +134,39 @@ pub const POD_BYPASS_INBOUND: u32 = 1 << 1;
 pub const POD_INBOUND_RULES: u32 = 1 << 2;
 /// [`PodEntry::flags`]: the pod's DNS goes to the proxy's.
 pub const POD_DNS: u32 = 1 << 3;
+/// [`PodEntry::flags`]: `outbound_ports` and `outbound_ranges` say what of its calls is redirected.
+pub const POD_OUTBOUND_RULES: u32 = 1 << 4;
 
-/// Value of the map `pods`, whose key is an address ([`Addr`]) of a pod on this node.
+/// Not in map memory: the programs add it to the flags of a pod with [`DECISION_ENROLLED`].
+pub const POD_ENROLLED: u32 = 1 << 31;
+
+/// Value of the map `pods`, whose key is a [`PodId`].
 #[repr(C)]
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Pod, Zeroable)]
 pub struct PodEntry {
-    /// The inode number of the pod's network namespace; 0 when it is not known.
-    pub pod_id: PodId,
     /// One of `DECISION_*`.
     pub decision: u32,
     /// Why: the agent's `membership::Reason` as a number. The kernel does not read it.
     pub reason: u32,
     /// Bits of `POD_*`.
     pub flags: u32,
+    /// The index of the interface that leads out of the pod; 0 when there is none.
+    pub uplink: u32,
+    /// The pod's first IPv4 address, or zeros. Like `v6` it is for whoever dumps the map.
+    pub v4: Addr,
+    /// The pod's first IPv6 address, or zeros.
+    pub v6: Addr,
+}
+
+/// Key of the map `addresses`: an address that a pod's network namespace has, on any interface. Which
+/// pods have the same one does not matter.
+#[repr(C)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord, Pod, Zeroable)]
+pub struct OwnAddress {
+    /// The pod.
+    pub pod_id: PodId,
+    /// The address.
+    pub addr: Addr,
 }
 
 /// [`ListenerKey::kind`]: [`PORT_OUTBOUND`].
@@ -223,14 +250,18 @@ pub const INBOUND_REDIRECT: u32 = 0;
 /// Value of `inbound_ports` and `inbound_ranges`: the application takes it, not the proxy.
 pub const INBOUND_BYPASS: u32 = 1;
 
-/// Key of the map `dns_flows`: a client of the proxy's DNS, as the proxy sees it.
+/// How many DNS flows of each protocol a pod can have at once. They have numbered places of the pod's
+/// own, so that no pod can take another's.
+pub const DNS_PLACES: u16 = 1024;
+
+/// Key of the map `dns_flows`: one of a pod's places.
 #[repr(C)]
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord, Pod, Zeroable)]
 pub struct DnsKey {
-    /// The client's address in the pod.
-    pub client: Addr,
-    /// The port that stands for the client's port and its resolver, host byte order.
-    pub alias: u16,
+    /// The pod.
+    pub pod_id: PodId,
+    /// The number of the place: [`DnsFlow::alias`] modulo [`DNS_PLACES`].
+    pub place: u16,
     /// [`PROTOCOL_TCP`] or [`PROTOCOL_UDP`].
     pub protocol: u16,
 }
@@ -240,25 +271,66 @@ pub const PROTOCOL_TCP: u16 = 6;
 /// [`DnsKey::protocol`]
 pub const PROTOCOL_UDP: u16 = 17;
 
-/// Value of the map `dns_flows`: whom the client has asked, so that the answer comes from there.
+/// Value of the map `dns_flows`: who has asked whom, so that the answer comes from there.
 #[repr(C)]
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Pod, Zeroable)]
 pub struct DnsFlow {
-    /// When the last packet went either way, ns of CLOCK_MONOTONIC.
-    pub used_ns: u64,
+    /// From when on another flow may have the place, ns of CLOCK_MONOTONIC.
+    pub needed_until_ns: u64,
+    /// The client's address in the pod.
+    pub client: Addr,
     /// The address that the client has sent to.
     pub resolver: Addr,
-    /// The pod.
-    pub pod_id: PodId,
     /// How many packets the client has sent. CPUs that count at the same instant may lose one; so
     /// queries and answers, which are counted on different ones, have a field each.
     pub asked: u32,
     /// How many the proxy has sent.
     pub answered: u32,
+    /// The client's port as the proxy sees it, host byte order.
+    pub alias: u16,
     /// Port of `resolver`, host byte order.
     pub resolver_port: u16,
     /// The client's own port, host byte order.
     pub client_port: u16,
+    /// 1 when an end of the TCP connection has closed it.
+    pub ended: u16,
+}
+
+/// Key of the map `ways`.
+#[repr(C)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, Pod, Zeroable)]
+pub struct PodFlow {
+    /// The pod.
+    pub pod_id: PodId,
+    /// The connection as the pod's socket sees it.
+    pub flow: Flow,
+}
+
+/// How many flows of one pod the map `ways` takes.
+pub const POD_WAYS: u32 = 8192;
+
+/// Value of the map `settled`, which is kept with a socket: the way that was found for a connection of
+/// it. Another connection of the same socket is judged anew.
+#[repr(C)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Pod, Zeroable)]
+pub struct Settled {
+    /// The connection.
+    pub flow: Flow,
+    /// One of `WAY_*`.
+    pub way: u32,
+}
+
+/// Value of the map `this_pod`: what a pod's own program tells the shared one that it calls.
+#[repr(C)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Pod, Zeroable)]
+pub struct ThisPod {
+    /// The address of the context that the pod's program runs with. A program that an interrupt has
+    /// come between finds another one.
+    pub context: u64,
+    /// The pod.
+    pub pod_id: PodId,
+    /// Zero.
+    pub padding: u32,
 }
 
 /// Value of the map `ways`: the way that a flow's packets take.
@@ -290,18 +362,10 @@ pub const VIRTUAL_RULES: u32 = 1 << 1;
 pub struct Hint {
     /// The flow.
     pub flow: Flow,
+    /// The pod whose namespace the packet is in.
+    pub pod_id: PodId,
     /// One of `HINT_*`.
     pub kind: u32,
-    /// The pod, with [`HINT_FROM_VIRTUAL`]; else 0.
-    pub pod_id: PodId,
-}
-
-impl Hint {
-    /// A hint of a kind that names no pod.
-    #[inline(always)]
-    pub const fn new(flow: Flow, kind: u32) -> Self {
-        Self { flow, kind, pod_id: 0 }
-    }
 }
 
 /// [`Hint::kind`]: there is no hint.
@@ -310,20 +374,22 @@ pub const HINT_NONE: u32 = 0;
 pub const HINT_FROM_PROXY: u32 = 1;
 /// [`Hint::kind`]: tcx itself asks the kernel for a socket, and what it finds gets no packet.
 pub const HINT_QUESTION: u32 = 2;
-/// [`Hint::kind`]: the pod opens a connection to somebody else. Said besides by the interface, `lo`,
+/// [`Hint::kind`]: the packet came in on `lo`, so the pod has sent it. Said besides by the interface,
 /// unless the pod's socket is bound to another one.
 pub const HINT_FROM_POD: u32 = 3;
-/// [`Hint::kind`]: tcx has found nobody in the pod who listens on that port; it is refused.
-pub const HINT_NO_LISTENER: u32 = 4;
 /// [`Hint::kind`]: somebody behind a virtual interface of the pod opens a connection to somebody
-/// else. Neither address tells the pod.
-pub const HINT_FROM_VIRTUAL: u32 = 5;
+/// else.
+pub const HINT_FROM_VIRTUAL: u32 = 4;
+/// [`Hint::kind`]: somebody outside opens a connection to the pod, and it is the proxy's.
+pub const HINT_FROM_OUTSIDE: u32 = 5;
+/// [`Hint::kind`]: somebody outside opens a connection to the pod, which goes past the proxy.
+pub const HINT_PAST_PROXY: u32 = 6;
 
 /// Key of the map `counters`; the value is a `u64`, per CPU.
 #[repr(C)]
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, Pod, Zeroable)]
 pub struct CounterKey {
-    /// The pod; 0 when the packet could not be told to belong to one.
+    /// The pod.
     pub pod_id: PodId,
     /// One of [`Counter`].
     pub counter: u32,
@@ -350,8 +416,8 @@ pub enum Counter {
     DroppedProxyAway = 6,
     /// Connections refused with RST because no proxy listens.
     RefusedProxyAway = 7,
-    /// Connections refused because neither address belongs to a known pod.
-    RefusedUnknownAddress = 8,
+    /// Connections refused because nothing is known of the pod they are in.
+    RefusedUnknownPod = 8,
     /// Packets held back for an instant while a pod enters or leaves the mesh, or its settings change.
     HeldInTransition = 9,
     /// Connections to the pod that its settings keep off the proxy.
@@ -370,17 +436,37 @@ pub enum Counter {
     KubeletProbe = 16,
     /// Connections to the pod from where probes are configured to come from.
     ProbeSource = 17,
-    /// TCP that came in on a virtual interface and was dropped because it is a fragment or has IPv6
-    /// extension headers.
-    DroppedVirtualUnreadable = 18,
+    /// TCP that the pod, or a guest behind a virtual interface of it, has sent, and that was dropped
+    /// because it is a fragment or has IPv6 extension headers: it could open a connection.
+    DroppedUnreadable = 18,
     /// Connections that the proxy opened to the application by a port of the client's that another
     /// connection has; refused.
     RefusedPortTaken = 19,
+    /// Connections of the pod that marks, rules or routes of its own would have taken past the proxy;
+    /// handed to the proxy all the same.
+    RescuedOutbound = 20,
+    /// Connections of the proxy to the application whose answers would have left by an interface;
+    /// brought back to the proxy.
+    RescuedInbound = 21,
+    /// DNS queries that marks, rules or routes of the pod would have taken past the proxy's DNS.
+    RescuedDns = 22,
+    /// Answers of the application to somebody whom settings let in past the proxy that were on their
+    /// way to the proxy, and what is sent to port 53 and is no query; they leave by the interface.
+    RescuedDirect = 23,
+    /// Connections to the application that came past the proxy (by TPROXY, say) although no setting
+    /// lets them in; answered with RST.
+    RefusedPastProxy = 24,
+    /// Connections from outside with an address of the pod itself, or of loopback; dropped.
+    RefusedForgedAddress = 25,
+    /// Connections from outside whose destination was translated inside the pod; refused.
+    RefusedTranslated = 26,
+    /// Connections that the pod only forwards, for guests behind an interface that is not named.
+    Forwarded = 27,
 }
 
 impl Counter {
     /// Every counter with its name, as `status` and the metrics show it.
-    pub const ALL: [(Counter, &'static str); 20] = [
+    pub const ALL: [(Counter, &'static str); 28] = [
         (Counter::RedirectedOutbound, "redirected_outbound"),
         (Counter::RedirectedInbound, "redirected_inbound"),
         (Counter::Hbone, "hbone"),
@@ -389,7 +475,7 @@ impl Counter {
         (Counter::NoListener, "no_listener"),
         (Counter::DroppedProxyAway, "dropped_proxy_away"),
         (Counter::RefusedProxyAway, "refused_proxy_away"),
-        (Counter::RefusedUnknownAddress, "refused_unknown_address"),
+        (Counter::RefusedUnknownPod, "refused_unknown_pod"),
         (Counter::HeldInTransition, "held_in_transition"),
         (Counter::BypassedInbound, "bypassed_inbound"),
         (Counter::RedirectedDns, "redirected_dns"),
@@ -399,8 +485,16 @@ impl Counter {
         (Counter::DroppedDnsAnswer, "dropped_dns_answer"),
         (Counter::KubeletProbe, "kubelet_probe"),
         (Counter::ProbeSource, "probe_source"),
-        (Counter::DroppedVirtualUnreadable, "dropped_virtual_unreadable"),
+        (Counter::DroppedUnreadable, "dropped_unreadable"),
         (Counter::RefusedPortTaken, "refused_port_taken"),
+        (Counter::RescuedOutbound, "rescued_outbound"),
+        (Counter::RescuedInbound, "rescued_inbound"),
+        (Counter::RescuedDns, "rescued_dns"),
+        (Counter::RescuedDirect, "rescued_direct"),
+        (Counter::RefusedPastProxy, "refused_past_proxy"),
+        (Counter::RefusedForgedAddress, "refused_forged_address"),
+        (Counter::RefusedTranslated, "refused_translated"),
+        (Counter::Forwarded, "forwarded"),
     ];
 }
 
@@ -409,8 +503,8 @@ impl Counter {
 #[repr(C)]
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Pod, Zeroable)]
 pub struct SavedSysctls {
-    /// The values.
-    pub values: [i32; 5],
+    /// The values; the last one says which of the proxy's ports were reserved already, a bit each.
+    pub values: [i32; 8],
 }
 
 /// [`SavedSysctls::values`]: the kernel had no such sysctl (IPv6 is off, say).
@@ -450,24 +544,28 @@ pub struct SockOffsets {
 const _: () = {
     assert!(size_of::<SockOffsets>() == 48);
     assert!(size_of::<Addr>() == 16);
-    assert!(size_of::<PodEntry>() == 16);
+    assert!(size_of::<PodEntry>() == 48);
+    assert!(size_of::<OwnAddress>() == 20);
     assert!(size_of::<ListenerKey>() == 8);
     assert!(size_of::<Flow>() == 36);
     assert!(size_of::<PodPort>() == 8);
     assert!(size_of::<PodPeer>() == 20);
-    assert!(size_of::<DnsKey>() == 20);
-    assert!(size_of::<DnsFlow>() == 40);
+    assert!(size_of::<DnsKey>() == 8);
+    assert!(size_of::<DnsFlow>() == 56);
+    assert!(size_of::<PodFlow>() == 40);
+    assert!(size_of::<Settled>() == 40);
+    assert!(size_of::<ThisPod>() == 16);
     assert!(size_of::<Hint>() == 44);
     assert!(size_of::<VirtualInterface>() == 8);
     assert!(size_of::<CounterKey>() == 8);
-    assert!(size_of::<SavedSysctls>() == 20);
+    assert!(size_of::<SavedSysctls>() == 32);
 };
 
 #[cfg(feature = "user")]
 mod user {
     use super::{
-        Addr, CounterKey, DnsFlow, DnsKey, Flow, Hint, ListenerKey, PodEntry, PodPeer, PodPort,
-        SavedSysctls, SockOffsets, VirtualInterface,
+        Addr, CounterKey, DnsFlow, DnsKey, Flow, Hint, ListenerKey, OwnAddress, PodEntry, PodFlow,
+        PodPeer, PodPort, SavedSysctls, Settled, SockOffsets, ThisPod, VirtualInterface,
     };
 
     macro_rules! pod {
@@ -485,11 +583,15 @@ mod user {
         Flow,
         Hint,
         ListenerKey,
+        OwnAddress,
         PodEntry,
+        PodFlow,
         PodPeer,
         PodPort,
         SavedSysctls,
+        Settled,
         SockOffsets,
+        ThisPod,
         VirtualInterface
     );
 }

@@ -4,7 +4,7 @@
 //! each socket's lock meanwhile. Source: Linux `net/ipv4/tcp_ipv4.c`, `bpf_iter_tcp_seq_show`.
 
 use aya_ebpf::{
-    bindings::seq_file,
+    bindings::{BPF_ANY, seq_file},
     cty::{c_long, c_void},
     helpers::{
         bpf_getsockopt, bpf_probe_read_kernel, bpf_seq_write, bpf_setsockopt, bpf_skc_to_tcp_sock,
@@ -12,13 +12,14 @@ use aya_ebpf::{
 };
 use redirect_ebpf::{
     abi::{
-        Addr, DnsKey, Flow, MARK_DIRECT, MARK_PROXY, MARK_REDIRECTED, PORT_HBONE, PORT_INBOUND,
-        PORT_OUTBOUND, PORT_PROXY_DNS, PROTOCOL_TCP, PodId, WAY_DIRECT, WAY_REDIRECTED,
+        Addr, DNS_PLACES, DnsKey, Flow, MARK_DIRECT, MARK_PROXY, MARK_REDIRECTED, PORT_HBONE,
+        PORT_INBOUND, PORT_OUTBOUND, PORT_PROXY_DNS, PROTOCOL_TCP, PodId, WAY_DIRECT,
+        WAY_REDIRECTED,
     },
     verdict::{mesh_mark, with_mesh_mark},
 };
 
-use crate::{config, dns_flow, maps::WAYS, pod, sockets::from_words};
+use crate::{config, dns_flow, is_own, note, noted, sockets::from_words};
 
 const SOL_SOCKET: i32 = 1;
 const SO_REUSEADDR: i32 = 2;
@@ -67,16 +68,17 @@ pub extern "C" fn note_proxy(ctx: *mut IterTcp) -> i32 {
             remote_port: flow.local_port,
         };
         if flow.local_port == PORT_PROXY_DNS && flow.local.is_loopback() {
-            let key =
-                DnsKey { client: flow.remote, alias: flow.remote_port, protocol: PROTOCOL_TCP };
-            if let Some(dns) = dns_flow(&key) {
+            let place = flow.remote_port % DNS_PLACES;
+            let key = DnsKey { pod_id: sk.pod_id(), place, protocol: PROTOCOL_TCP };
+            if let Some(dns) = dns_flow(&key)
+                && dns.alias == flow.remote_port
+            {
                 mirror.remote = dns.resolver;
                 mirror.remote_port = dns.resolver_port;
                 mirror.local_port = dns.client_port;
             }
         }
-        // An LRU map does not refuse for being full.
-        let _refused = WAYS.insert(&mirror, WAY_REDIRECTED, 0);
+        note(sk.pod_id(), mirror, WAY_REDIRECTED, BPF_ANY);
     }
     0
 }
@@ -161,13 +163,12 @@ fn mark_connection(ctx: *mut IterTcp, choose: impl Fn(u8, Option<u32>) -> Option
     }
     let common = sk.common();
     let flow = common.flow();
+    let pod_id = common.pod_id();
     // The pod's connections to itself never leave it.
-    let own = pod(&flow.local).zip(pod(&flow.remote));
-    if flow.local.is_loopback() || own.is_some_and(|(local, remote)| local.pod_id == remote.pod_id)
-    {
+    if flow.local.is_loopback() || (is_own(pod_id, &flow.local) && is_own(pod_id, &flow.remote)) {
         return 0;
     }
-    let noted = noted(&flow).or_else(|| noted(&translated(flow)));
+    let noted = noted(pod_id, flow).or_else(|| noted(pod_id, translated(flow)));
     let mark = match choose(common.state(), noted) {
         Some(WAY_REDIRECTED) => MARK_REDIRECTED,
         Some(_) => MARK_DIRECT,
@@ -187,12 +188,6 @@ fn translated(flow: Flow) -> Flow {
 
 const LOCALHOST_V6: Addr = Addr { octets: [0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 1] };
 
-#[inline(always)]
-fn noted(flow: &Flow) -> Option<u32> {
-    // SAFETY: the pointer is to a live map value; it is one word.
-    WAYS.get_ptr(flow).map(|way| unsafe { *way })
-}
-
 /// What every TCP socket starts with, also one that is half open or in TIME_WAIT.
 struct Common(*mut c_void);
 
@@ -209,17 +204,21 @@ impl Common {
         self.read(config::sock_offsets().state)
     }
 
+    /// The inode number of its network namespace; 0 where it cannot be read.
+    #[inline(always)]
+    fn pod_id(&self) -> PodId {
+        let o = config::sock_offsets();
+        let inode = (self.read::<u64>(o.net) + u64::from(o.net_inode)) as *const PodId;
+        // SAFETY: the helper copes with any address.
+        unsafe { bpf_probe_read_kernel(inode) }.unwrap_or(0)
+    }
+
     /// Whether it is the proxy's end of a connection by way of a virtual interface: all others of its
     /// connections have an address of the pod, or loopback.
     #[inline(always)]
     fn is_guests(&self) -> bool {
-        let o = config::sock_offsets();
-        let inode = (self.read::<u64>(o.net) + u64::from(o.net_inode)) as *const PodId;
-        // SAFETY: the helper copes with any address.
-        let Ok(inode) = (unsafe { bpf_probe_read_kernel(inode) }) else { return false };
-        let flow = self.flow();
-        let is_own = |addr: &Addr| pod(addr).is_some_and(|pod| pod.pod_id == inode);
-        !flow.local.is_loopback() && !is_own(&flow.local) && !is_own(&flow.remote)
+        let (pod_id, flow) = (self.pod_id(), self.flow());
+        !flow.local.is_loopback() && !is_own(pod_id, &flow.local) && !is_own(pod_id, &flow.remote)
     }
 
     /// The field at `offset` of `struct sock_common`.

@@ -1,4 +1,5 @@
-//! Kubelet's connections to pods: noted where kubelet opens them, before the first packet leaves.
+//! Kubelet's connections, those to pods among them: noted where kubelet opens them, before the first
+//! packet leaves.
 
 use core::ptr;
 
@@ -13,7 +14,7 @@ use aya_ebpf::{
 };
 use redirect_ebpf::abi::{Addr, Flow};
 
-use crate::{AF_INET, maps::KUBELET_FLOWS, pod, sockets::from_words};
+use crate::{AF_INET, maps::KUBELET_FLOWS, sockets::from_words};
 
 /// A connection is established by then, or never. Bounds what an entry is good for whose end was
 /// missed because the program was detached.
@@ -36,9 +37,6 @@ pub fn note_kubelet(ctx: SockOpsContext) -> u32 {
 #[inline(always)]
 fn opens(ctx: &SockOpsContext) {
     let flow = flow(ctx);
-    if pod(&flow.local).is_none() {
-        return;
-    }
     // Else the end would be missed.
     let flags = ctx.cb_flags() | BPF_SOCK_OPS_STATE_CB_FLAG;
     if ctx.set_cb_flags(flags as i32).is_ok() {

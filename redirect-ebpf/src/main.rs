@@ -25,21 +25,23 @@ use aya_ebpf::{
 use aya_log_ebpf::info;
 use redirect_ebpf::{
     abi::{
-        Addr, Counter, CounterKey, DnsFlow, DnsKey, EVERY_POD, Flow, HINT_NONE, HINT_QUESTION,
-        Hint, INBOUND_BYPASS, ListenerKey, MARK_PROXY, MARK_REDIRECTED, PORT_PROXY_DNS, PodEntry,
-        PodId, PodPeer, PodPort, VirtualInterface, WAY_DIRECT, WAY_REDIRECTED,
+        Addr, Counter, CounterKey, DECISION_ENROLLED, DnsFlow, DnsKey, EVERY_POD, Flow, HINT_NONE, HINT_QUESTION,
+        Hint, INBOUND_BYPASS, LISTENER_HBONE, LISTENER_INBOUND, LISTENER_OUTBOUND, ListenerKey,
+        MARK_DIRECT, MARK_PROXY, MARK_REDIRECTED, OwnAddress, POD_ENROLLED, POD_WAYS, PORT_PROXY_DNS,
+        PodFlow, PodId, PodPeer, PodPort, VirtualInterface, WAY_DIRECT, WAY_REDIRECTED,
     },
     dns::{self, Dns, DnsEnv, Message},
     verdict::{
-        self, Env, Fate, Ingress, Lookup, Pods, Proxy, Segment, Steer, Virtual, VirtualEnv,
-        mesh_mark, with_mesh_mark,
+        self, Env, Fate, Lookup, Pods, Proxy, Segment, Steer, Verdict, Virtual, mesh_mark,
+        with_mesh_mark,
     },
 };
 
 use crate::{
     maps::{
-        COUNTERS, DNS_FLOWS, HINT, INBOUND_PORTS, INBOUND_RANGES, OUTBOUND_PORTS, OUTBOUND_RANGES,
-        PODS_BY_ADDR, VIRTUAL_INTERFACES, WAYS,
+        ADDRESSES, ANY_STRAYS, COUNTERS, DNS_FLOWS, HINT, INBOUND_PORTS, INBOUND_RANGES,
+        OUTBOUND_PORTS, OUTBOUND_RANGES, PODS_BY_ID, PROXY_MISSING, STRAYS, THIS_POD,
+        VIRTUAL_INTERFACES, WAY_COUNTS, WAYS,
     },
     packet::{Network, Parsed},
 };
@@ -53,9 +55,9 @@ const SK_PASS: u32 = 1;
 /// Ingress of `lo`.
 #[classifier]
 pub fn redirect_lo(ctx: TcContext) -> i32 {
-    set_hint(None);
+    clear_hint();
     let mut parsed = Parsed::zeroed();
-    if !parse_on_lo(&ctx, &mut parsed) {
+    if !parse_message(&ctx, &mut parsed) {
         return if drops_unread(&ctx) { TC_ACT_SHOT } else { on_lo(&ctx, None) };
     }
     if dns::concerns(&parsed.message) {
@@ -80,7 +82,7 @@ fn drops_unread(ctx: &TcContext) -> bool {
 
 /// What has a function of its own here has a stack of its own: all in one would be too large.
 #[inline(never)]
-fn parse_on_lo(ctx: &TcContext, parsed: &mut Parsed) -> bool {
+fn parse_message(ctx: &TcContext, parsed: &mut Parsed) -> bool {
     match packet::parse_any(ctx, packet::network(ctx), true) {
         Some(found) => {
             *parsed = found;
@@ -92,14 +94,30 @@ fn parse_on_lo(ctx: &TcContext, parsed: &mut Parsed) -> bool {
 
 #[inline(never)]
 fn on_lo(ctx: &TcContext, parsed: Option<&Parsed>) -> i32 {
-    let ingress = verdict::on_lo(mark(ctx), parsed.map(Parsed::segment), &Tc { ctx });
-    match ingress.fate {
+    let verdict = verdict::on_lo(mark(ctx), parsed.map(Parsed::segment), &Tc { ctx });
+    if verdict.strays {
+        note_strays(verdict.pod_id);
+    }
+    let next = apply(ctx, &verdict, parsed);
+    match verdict.fate {
         Fate::Reset => match parsed {
-            Some(parsed) if packet::reset(ctx, parsed).is_some() => apply(ctx, &ingress),
+            Some(parsed) if packet::reset(ctx, parsed).is_some() => TC_ACT_UNSPEC,
             // It cannot be rewritten; without the proxy it must not go on either.
             _ => TC_ACT_SHOT,
         },
-        Fate::Next | Fate::Drop => apply(ctx, &ingress),
+        Fate::Leave => leave(verdict.pod_id),
+        _ => next,
+    }
+}
+
+/// Out of the pod.
+#[inline(always)]
+fn leave(pod_id: PodId) -> i32 {
+    let Some(entry) = PODS_BY_ID.get_ptr(&pod_id) else { return TC_ACT_SHOT };
+    // SAFETY: the pointer is to a live map value; it is one word.
+    match unsafe { (*entry).uplink } {
+        0 => TC_ACT_SHOT,
+        uplink => packet::leave(uplink),
     }
 }
 
@@ -120,6 +138,7 @@ const DNS_ASK: u32 = 1;
 const DNS_ANSWER: u32 = 2;
 const DNS_DROP: u32 = 3;
 const DNS_REFUSE: u32 = 4;
+const DNS_LEAVE: u32 = 5;
 const NOT_COUNTED: u32 = u32::MAX;
 
 #[inline(never)]
@@ -130,8 +149,8 @@ fn decide_dns(ctx: &TcContext, parsed: &Parsed, decided: &mut Decided) {
     };
     decided.kind = match dns::on_lo(mark(ctx), &parsed.message, &Tc { ctx }) {
         Dns::Other => DNS_OTHER,
-        Dns::Ask { from_port, count: counted } => {
-            if let Some((pod_id, counter)) = counted {
+        Dns::Ask { pod_id, from_port, count: counted } => {
+            if let Some(counter) = counted {
                 count(pod_id, counter);
             }
             decided.new.dst = Addr::loopback(decided.new.dst.is_v4());
@@ -152,6 +171,10 @@ fn decide_dns(ctx: &TcContext, parsed: &Parsed, decided: &mut Decided) {
         Dns::Refuse(pod_id, counter) => {
             count(pod_id, counter);
             DNS_REFUSE
+        }
+        Dns::Leave(pod_id, counter) => {
+            count(pod_id, counter);
+            DNS_LEAVE
         }
     };
 }
@@ -179,6 +202,10 @@ fn carry_out_dns(ctx: &TcContext, parsed: &Parsed, decided: &Decided) -> i32 {
         }
         DNS_REFUSE if tcp => packet::reset(ctx, parsed),
         DNS_REFUSE => packet::refuse_query(ctx, parsed),
+        DNS_LEAVE => {
+            set_mesh_mark(ctx, MARK_DIRECT);
+            return leave(decided.pod_id);
+        }
         _ => None,
     };
     // What cannot be rewritten must not go on.
@@ -188,41 +215,42 @@ fn carry_out_dns(ctx: &TcContext, parsed: &Parsed, decided: &Decided) -> i32 {
 /// Ingress of every other interface.
 #[classifier]
 pub fn redirect_ext(ctx: TcContext) -> i32 {
-    set_hint(None);
-    let parsed = packet::parse(&ctx, packet::network(&ctx));
-    on_interface(&ctx, parsed.as_ref())
+    clear_hint();
+    let mut parsed = Parsed::zeroed();
+    let is_tcp = parse_tcp(&ctx, &mut parsed);
+    on_interface(&ctx, is_tcp, &parsed)
 }
 
-#[inline(always)]
-fn on_interface(ctx: &TcContext, parsed: Option<&Parsed>) -> i32 {
+#[inline(never)]
+fn on_interface(ctx: &TcContext, is_tcp: bool, parsed: &Parsed) -> i32 {
     let ip = packet::network(ctx) != Network::Other;
-    let ingress = verdict::on_interface(ip, parsed.map(Parsed::segment), &Tc { ctx });
-    apply(ctx, &ingress)
+    let parsed = if is_tcp { Some(parsed) } else { None };
+    let verdict = verdict::on_interface(ip, parsed.map(Parsed::segment), &Tc { ctx });
+    let next = apply(ctx, &verdict, parsed);
+    match (verdict.fate, parsed) {
+        (Fate::Reset, Some(parsed)) => packet::reset_back(ctx, parsed),
+        (Fate::Reset, None) => TC_ACT_SHOT,
+        _ => next,
+    }
 }
-
-/// What [`on_virtual`] returns for [`Fate::Reset`]; no program does.
-const RESET: i32 = i32::MIN;
 
 /// Ingress of virtual interfaces, in the place of [`redirect_ext`].
 #[classifier]
 pub fn redirect_virt(ctx: TcContext) -> i32 {
-    set_hint(None);
+    clear_hint();
     let mut parsed = Parsed::zeroed();
-    let segment = if parse_tcp(&ctx, &mut parsed) { Some(parsed.segment()) } else { None };
+    let is_tcp = parse_tcp(&ctx, &mut parsed);
+    let segment = if is_tcp { Some(parsed.segment()) } else { None };
     match virtual_interface(&ctx) {
         Some(interface) if !verdict::is_inbound(segment, interface.pod_id, &Tc { ctx: &ctx }) => {
-            match on_virtual(&ctx, segment.is_some(), &parsed, &interface) {
-                // What cannot be sent back must not go on either.
-                RESET => packet::reset_back(&ctx, &parsed),
-                next => next,
-            }
+            on_virtual(&ctx, is_tcp, &parsed, &interface)
         }
         // It is for the pod itself; or the interface is being set up, or removed.
-        _ => on_virtual_as_ext(&ctx, segment.is_some(), &parsed),
+        _ => on_interface(&ctx, is_tcp, &parsed),
     }
 }
 
-/// See [`parse_on_lo`].
+/// See [`parse_message`].
 #[inline(never)]
 fn parse_tcp(ctx: &TcContext, parsed: &mut Parsed) -> bool {
     match packet::parse(ctx, packet::network(ctx)) {
@@ -232,11 +260,6 @@ fn parse_tcp(ctx: &TcContext, parsed: &mut Parsed) -> bool {
         }
         None => false,
     }
-}
-
-#[inline(never)]
-fn on_virtual_as_ext(ctx: &TcContext, is_tcp: bool, parsed: &Parsed) -> i32 {
-    on_interface(ctx, if is_tcp { Some(parsed) } else { None })
 }
 
 #[inline(always)]
@@ -253,12 +276,76 @@ fn virtual_interface(ctx: &TcContext) -> Option<Virtual> {
 fn on_virtual(ctx: &TcContext, is_tcp: bool, parsed: &Parsed, interface: &Virtual) -> i32 {
     let network = packet::network(ctx);
     let hides_tcp = !is_tcp && packet::hides_tcp(ctx, network);
-    let segment = if is_tcp { Some(parsed.segment()) } else { None };
+    let parsed = if is_tcp { Some(parsed) } else { None };
     let ip = network != Network::Other;
-    let ingress = verdict::on_virtual(ip, segment, hides_tcp, interface, &Tc { ctx });
-    let next = apply(ctx, &ingress);
-    if ingress.fate == Fate::Reset { RESET } else { next }
+    let segment = parsed.map(Parsed::segment);
+    let verdict = verdict::on_virtual(ip, segment, hides_tcp, interface, &Tc { ctx });
+    let next = apply(ctx, &verdict, parsed);
+    match (verdict.fate, parsed) {
+        (Fate::Reset, Some(parsed)) => packet::reset_back(ctx, parsed),
+        (Fate::Reset, None) => TC_ACT_SHOT,
+        _ => next,
+    }
 }
+
+/// Egress of every interface but `lo`: what is not the proxy's does not leave past it.
+#[classifier]
+pub fn redirect_out(ctx: TcContext) -> i32 {
+    if mesh_mark(mark(&ctx)) == MARK_PROXY || packet::network(&ctx) == Network::Other {
+        return TC_ACT_UNSPEC;
+    }
+    let mut parsed = Parsed::zeroed();
+    let readable = parse_message(&ctx, &mut parsed);
+    on_egress(&ctx, readable, &parsed)
+}
+
+#[inline(never)]
+fn on_egress(ctx: &TcContext, readable: bool, parsed: &Parsed) -> i32 {
+    let hides_tcp = !readable && packet::hides_tcp(ctx, packet::network(ctx));
+    let message = if readable { Some(&parsed.message) } else { None };
+    let verdict = verdict::on_egress(message, hides_tcp, &Tc { ctx });
+    if let Some(way) = verdict.settle {
+        sockets::settle(ctx, &parsed.segment().sender_flow(), way);
+    }
+    let next = apply(ctx, &verdict, None);
+    match verdict.fate {
+        Fate::ToLo => packet::to_lo(ctx),
+        Fate::Abort if packet::abort(ctx, parsed).is_none() => TC_ACT_SHOT,
+        _ => next,
+    }
+}
+
+/// Run by the agent in a pod's namespace, on a packet that does not matter: enters the proxy's
+/// listeners. Returns a bit for each of `LISTENER_*` that it has found.
+#[classifier]
+pub fn find_proxy(ctx: TcContext) -> i32 {
+    let mut found = 0;
+    for kind in [LISTENER_OUTBOUND, LISTENER_INBOUND, LISTENER_HBONE] {
+        if find_listener(&ctx, kind) {
+            found |= 1 << kind;
+        }
+    }
+    clear_hint();
+    found
+}
+
+#[inline(never)]
+fn find_listener(ctx: &TcContext, kind: u32) -> bool {
+    let Some(pod_id) = packet::netns_inode(ctx) else { return false };
+    let key = ListenerKey { pod_id, kind };
+    for client_port in 1..=GROUP_TRIES {
+        if sockets::find_listener(ctx, &key, false, client_port)
+            || sockets::find_listener(ctx, &key, true, client_port)
+        {
+            let _absent = PROXY_MISSING.remove(&key);
+            return true;
+        }
+    }
+    false
+}
+
+/// How many clients are tried where others share the proxy's port.
+const GROUP_TRIES: u16 = 8;
 
 fn mark(ctx: &TcContext) -> u32 {
     // SAFETY: the context is valid while the program runs.
@@ -286,27 +373,32 @@ fn count_and_log(ctx: &TcContext, pod_id: PodId, counter: u32) {
     }
 }
 
+/// Writes the mark and the hint, counts, and gives what the program returns where nothing else is to
+/// be done.
 #[inline(always)]
-fn apply(ctx: &TcContext, ingress: &Ingress) -> i32 {
-    if let Some(new) = ingress.mark {
+fn apply(ctx: &TcContext, verdict: &Verdict, parsed: Option<&Parsed>) -> i32 {
+    if let Some(new) = verdict.mark {
         set_mesh_mark(ctx, new);
     }
-    if ingress.hint.is_some() {
-        set_hint(ingress.hint);
+    if let (Some(kind), Some(parsed)) = (verdict.hint, parsed) {
+        set_hint(verdict.pod_id, &parsed.segment().receiver_flow(), kind);
     }
-    if let Some((pod_id, counter)) = ingress.count {
-        count_and_log(ctx, pod_id, counter as u32);
+    if let Some(counter) = verdict.count {
+        count_and_log(ctx, verdict.pod_id, counter as u32);
     }
-    match ingress.fate {
-        // Not OK: programs that others attached after us run too.
-        Fate::Next | Fate::Reset => TC_ACT_UNSPEC,
+    match verdict.fate {
         Fate::Drop => TC_ACT_SHOT,
+        // Not OK: programs that others attached after us run too.
+        _ => TC_ACT_UNSPEC,
     }
 }
 
-/// Chooses the socket for a packet that no established connection claims.
+/// Chooses the socket for a packet that no established connection claims. Each pod has a program of
+/// its own attached, which says in `this_pod` which pod it is and calls this one; see the agent's
+/// `dataplane/stub.rs`.
 #[sk_lookup]
 pub fn redirect_lookup(ctx: SkLookupContext) -> u32 {
+    let Some(pod_id) = this_pod(&ctx) else { return SK_DROP };
     // SAFETY: the context is valid while the program runs.
     let lookup = unsafe {
         let l = &*ctx.lookup;
@@ -316,6 +408,7 @@ pub fn redirect_lookup(ctx: SkLookupContext) -> u32 {
             (sockets::from_words(l.local_ip6), sockets::from_words(l.remote_ip6))
         };
         Lookup {
+            pod_id,
             tcp: l.protocol == IPPROTO_TCP,
             flow: Flow {
                 local,
@@ -327,18 +420,15 @@ pub fn redirect_lookup(ctx: SkLookupContext) -> u32 {
             hint: hint(),
         }
     };
-    let (pass, pod_id, counter) = match verdict::steer(&lookup, &LookupEnv) {
+    let (pass, counter) = match verdict::steer(&lookup, &LookupEnv) {
         Steer::Pass(None) => return SK_PASS,
-        Steer::Pass(Some((pod_id, counter))) => (SK_PASS, pod_id, counter),
-        Steer::Refuse(pod_id, counter) => (SK_DROP, pod_id, counter),
-        Steer::Redirect { pod_id, kind } => {
-            let key = ListenerKey { pod_id, kind };
-            match sockets::assign(ctx.as_ptr(), &key) {
-                Ok(()) => (SK_PASS, pod_id, verdict::redirected(kind)),
-                // Fail closed: never fall through to the application.
-                Err(_) => (SK_DROP, pod_id, Counter::RefusedProxyAway),
-            }
-        }
+        Steer::Pass(Some(counter)) => (SK_PASS, counter),
+        Steer::Refuse(counter) => (SK_DROP, counter),
+        Steer::Redirect(kind) => match sockets::assign(ctx.as_ptr(), &ListenerKey { pod_id, kind }) {
+            Ok(()) => (SK_PASS, verdict::redirected(kind)),
+            // Fail closed: never fall through to the application.
+            Err(_) => (SK_DROP, Counter::RefusedProxyAway),
+        },
     };
     count(pod_id, counter as u32);
     if config::log() {
@@ -356,6 +446,16 @@ pub fn redirect_lookup(ctx: SkLookupContext) -> u32 {
     pass
 }
 
+/// The pod whose program has called. `None` when another pod's has done so in between: where a process
+/// asks for a socket (`sock_diag`), a packet may interrupt it.
+#[inline(always)]
+fn this_pod(ctx: &SkLookupContext) -> Option<PodId> {
+    let slot = THIS_POD.get_ptr(0)?;
+    // SAFETY: the pointer is to this CPU's own value.
+    let this = unsafe { *slot };
+    if this.context == ctx.as_ptr() as u64 { Some(this.pod_id) } else { None }
+}
+
 /// Attached for a moment while a pod enters or leaves the mesh or its settings change, where its
 /// packets leave (egress of its interfaces, ingress of `lo`): notes which way each flow goes, and
 /// holds back a packet that goes another way than its flow did before. It is sent again, on the right
@@ -368,28 +468,30 @@ pub fn watch_sent(ctx: TcContext) -> i32 {
     if mark != 0 && !(on_lo && mark == MARK_PROXY) {
         return TC_ACT_UNSPEC;
     }
-    let Some(parsed) = packet::parse(&ctx, packet::network(&ctx)) else { return TC_ACT_UNSPEC };
+    let mut parsed = Parsed::zeroed();
+    if !parse_tcp(&ctx, &mut parsed) {
+        return TC_ACT_UNSPEC;
+    }
+    let Some(pod_id) = packet::netns_inode(&ctx) else { return TC_ACT_UNSPEC };
     if mark == MARK_PROXY {
-        note(&parsed.segment().receiver_flow(), WAY_REDIRECTED, BPF_ANY);
+        note(pod_id, parsed.segment().receiver_flow(), WAY_REDIRECTED, BPF_ANY);
         return TC_ACT_UNSPEC;
     }
     let flow = parsed.segment().sender_flow();
     let way = if on_lo { WAY_REDIRECTED } else { WAY_DIRECT };
     if parsed.segment().opens {
         // A new connection, maybe with the ports of an old one.
-        note(&flow, way, BPF_ANY);
+        note(pod_id, flow, way, BPF_ANY);
         return TC_ACT_UNSPEC;
     }
-    match noted(&flow) {
+    match noted(pod_id, flow) {
         Some(noted) if noted != way => {
-            if let Some(pod) = pod(&flow.local) {
-                count(pod.pod_id, Counter::HeldInTransition as u32);
-            }
+            count(pod_id, Counter::HeldInTransition as u32);
             TC_ACT_SHOT
         }
         Some(_) => TC_ACT_UNSPEC,
         None => {
-            note(&flow, way, BPF_NOEXIST);
+            note(pod_id, flow, way, BPF_NOEXIST);
             TC_ACT_UNSPEC
         }
     }
@@ -399,36 +501,55 @@ pub fn watch_sent(ctx: TcContext) -> i32 {
 /// half open, and so without a socket, shows itself by the packet that opens it in full.
 #[classifier]
 pub fn watch_received(ctx: TcContext) -> i32 {
-    if let Some(parsed) = packet::parse(&ctx, packet::network(&ctx)) {
+    let mut parsed = Parsed::zeroed();
+    if parse_tcp(&ctx, &mut parsed)
+        && let Some(pod_id) = packet::netns_inode(&ctx)
+    {
         // What is known to be redirected stays so, whatever outsiders send.
-        note(&parsed.segment().receiver_flow(), WAY_DIRECT, BPF_NOEXIST);
+        note(pod_id, parsed.segment().receiver_flow(), WAY_DIRECT, BPF_NOEXIST);
     }
     TC_ACT_UNSPEC
 }
 
-#[inline(always)]
-fn note(flow: &Flow, way: u32, flags: u32) {
+/// Notes the way of a flow; `flags` as of an update of a map. Of each pod only so many flows are noted:
+/// then the guard alone keeps them on their way.
+#[inline(never)]
+fn note(pod_id: PodId, flow: Flow, way: u32, flags: u32) {
+    let key = PodFlow { pod_id, flow };
+    let Some(noted) = WAY_COUNTS.get_ptr_mut(&pod_id) else { return };
+    // SAFETY: the pointers are to live map values. CPUs that count at the same instant may lose one.
+    unsafe {
+        if WAYS.get_ptr(&key).is_none() {
+            if *noted >= POD_WAYS {
+                return;
+            }
+            *noted += 1;
+        }
+    }
     // Refused only where a note is there already that counts for more.
-    let _noted = WAYS.insert(flow, way, u64::from(flags));
+    let _noted = WAYS.insert(&key, way, u64::from(flags));
 }
 
 #[inline(always)]
-fn noted(flow: &Flow) -> Option<u32> {
+fn noted(pod_id: PodId, flow: Flow) -> Option<u32> {
     // SAFETY: the pointer is to a live map value; it is one word.
-    WAYS.get_ptr(flow).map(|way| unsafe { *way })
+    WAYS.get_ptr(&PodFlow { pod_id, flow }).map(|way| unsafe { *way })
 }
 
 #[inline(always)]
-fn set_hint(hint: Option<Hint>) {
+fn clear_hint() {
+    if let Some(slot) = HINT.get_ptr_mut(0) {
+        // SAFETY: see `set_hint`.
+        unsafe { (*slot).kind = HINT_NONE }
+    }
+}
+
+#[inline(never)]
+fn set_hint(pod_id: PodId, flow: &Flow, kind: u32) {
     if let Some(slot) = HINT.get_ptr_mut(0) {
         // SAFETY: the pointer is to this CPU's own value, and nothing interrupts the program
-        // that would write it too: both tcx and sk_lookup run in softirq.
-        unsafe {
-            match hint {
-                Some(hint) => *slot = hint,
-                None => (*slot).kind = HINT_NONE,
-            }
-        }
+        // that would write it too: tcx runs in softirq.
+        unsafe { *slot = Hint { flow: *flow, pod_id, kind } }
     }
 }
 
@@ -455,9 +576,26 @@ fn count(pod_id: PodId, counter: u32) {
 }
 
 #[inline(always)]
-fn pod(addr: &Addr) -> Option<PodEntry> {
+fn pod(pod_id: PodId) -> Option<u32> {
+    let entry = PODS_BY_ID.get_ptr(&pod_id)?;
     // SAFETY: the pointer is to a live map value; entries are replaced as a whole.
-    PODS_BY_ADDR.get_ptr(addr).map(|entry| unsafe { *entry })
+    let (decision, flags) = unsafe { ((*entry).decision, (*entry).flags) };
+    Some(if decision == DECISION_ENROLLED { flags | POD_ENROLLED } else { flags })
+}
+
+#[inline(never)]
+fn is_own(pod_id: PodId, addr: &Addr) -> bool {
+    ADDRESSES.get_ptr(&OwnAddress { pod_id, addr: *addr }).is_some()
+}
+
+#[inline(always)]
+fn note_strays(pod_id: PodId) {
+    // When it is full they are lost, and sent again.
+    let _full = STRAYS.insert(&pod_id, 1, u64::from(BPF_ANY));
+    if let Some(any) = ANY_STRAYS.get_ptr_mut(0) {
+        // SAFETY: the pointer is to a live map value; it is one word.
+        unsafe { *any = 1 }
+    }
 }
 
 #[inline(always)]
@@ -466,7 +604,7 @@ fn dns_flow(key: &DnsKey) -> Option<DnsFlow> {
     DNS_FLOWS.get_ptr(key).map(|flow| unsafe { *flow })
 }
 
-#[inline(always)]
+#[inline(never)]
 fn excludes_inbound(pod_id: PodId, flow: &Flow) -> bool {
     let port = Key::new(PodPort::BITS, PodPort::new(pod_id, flow.local_port));
     let peer = Key::new(PodPeer::BITS, PodPeer { pod_id, peer: flow.remote });
@@ -476,11 +614,31 @@ fn excludes_inbound(pod_id: PodId, flow: &Flow) -> bool {
 
 #[inline(never)]
 fn has_connection(ctx: &TcContext, segment: &Segment) -> bool {
-    // The question runs `sk_lookup`, too, when there is none.
-    set_hint(Some(Hint::new(segment.receiver_flow(), HINT_QUESTION)));
-    let found = sockets::has_connection(ctx.as_ptr(), segment);
-    set_hint(None);
-    found
+    ask(ctx, segment, sockets::has_connection)
+}
+
+#[inline(never)]
+fn application_listens(ctx: &TcContext, segment: &Segment) -> bool {
+    ask(ctx, segment, sockets::any)
+}
+
+#[inline(never)]
+fn is_open(ctx: &TcContext, segment: &Segment) -> bool {
+    ask(ctx, segment, sockets::open)
+}
+
+/// Asks for the socket of a segment. The question runs `sk_lookup`, too, when there is no connection.
+#[inline(always)]
+fn ask(
+    ctx: &TcContext,
+    segment: &Segment,
+    question: impl FnOnce(*mut core::ffi::c_void, &Segment) -> bool,
+) -> bool {
+    let pod_id = packet::netns_inode(ctx).unwrap_or(0);
+    set_hint(pod_id, &segment.receiver_flow(), HINT_QUESTION);
+    let answer = question(ctx.as_ptr(), segment);
+    clear_hint();
+    answer
 }
 
 #[inline(never)]
@@ -491,65 +649,69 @@ fn excludes_outbound(pod_id: PodId, flow: &Flow) -> bool {
         || matches!(OUTBOUND_RANGES.get(&peer), Some(&INBOUND_BYPASS))
 }
 
-#[inline(always)]
+#[inline(never)]
 fn is_probe_source(peer: &Addr) -> bool {
     let key = Key::new(PodPeer::BITS, PodPeer { pod_id: EVERY_POD, peer: *peer });
     matches!(INBOUND_RANGES.get(&key), Some(&INBOUND_BYPASS))
 }
 
+/// What a decision asks for, of `sk_lookup`, or with `Pods` alone.
+macro_rules! pods {
+    ($env:ty) => {
+        impl Pods for $env {
+            #[inline(always)]
+            fn pod(&self, pod_id: PodId) -> Option<u32> {
+                pod(pod_id)
+            }
+
+            #[inline(always)]
+            fn is_own(&self, pod_id: PodId, addr: &Addr) -> bool {
+                is_own(pod_id, addr)
+            }
+
+            #[inline(always)]
+            fn excludes_inbound(&self, pod_id: PodId, flow: &Flow) -> bool {
+                excludes_inbound(pod_id, flow)
+            }
+
+            #[inline(always)]
+            fn is_kubelets(&self, flow: &Flow) -> bool {
+                kubelet::has_opened(flow)
+            }
+
+            #[inline(always)]
+            fn is_probe_source(&self, peer: &Addr) -> bool {
+                is_probe_source(peer)
+            }
+        }
+    };
+}
+
+/// `sk_lookup` has no packet to ask with.
+struct LookupEnv;
+
+pods!(LookupEnv);
+
 struct Tc<'a> {
     ctx: &'a TcContext,
 }
 
-impl Pods for Tc<'_> {
-    #[inline(always)]
-    fn pod(&self, addr: &Addr) -> Option<PodEntry> {
-        pod(addr)
-    }
-
-    #[inline(always)]
-    fn excludes_inbound(&self, pod_id: PodId, flow: &Flow) -> bool {
-        excludes_inbound(pod_id, flow)
-    }
-
-    #[inline(always)]
-    fn is_kubelets(&self, flow: &Flow) -> bool {
-        kubelet::has_opened(flow)
-    }
-
-    #[inline(always)]
-    fn is_probe_source(&self, peer: &Addr) -> bool {
-        is_probe_source(peer)
-    }
-}
+pods!(Tc<'_>);
 
 impl Env for Tc<'_> {
     #[inline(always)]
+    fn pod_id(&self) -> PodId {
+        packet::netns_inode(self.ctx).unwrap_or(0)
+    }
+
+    #[inline(always)]
     fn application_listens(&self, segment: &Segment) -> bool {
-        set_hint(Some(Hint::new(segment.receiver_flow(), HINT_QUESTION)));
-        let found = sockets::any(self.ctx.as_ptr(), segment);
-        set_hint(None);
-        found
+        application_listens(self.ctx, segment)
     }
 
     #[inline(always)]
     fn is_open(&self, segment: &Segment) -> bool {
-        set_hint(Some(Hint::new(segment.receiver_flow(), HINT_QUESTION)));
-        let open = sockets::open(self.ctx.as_ptr(), segment);
-        set_hint(None);
-        open
-    }
-
-    #[inline(always)]
-    fn proxy(&self, pod_id: PodId, kind: u32, segment: &Segment) -> Proxy {
-        sockets::proxy(self.ctx, &ListenerKey { pod_id, kind }, segment.dst.is_v4())
-    }
-}
-
-impl VirtualEnv for Tc<'_> {
-    #[inline(always)]
-    fn excludes_outbound(&self, pod_id: PodId, flow: &Flow) -> bool {
-        excludes_outbound(pod_id, flow)
+        is_open(self.ctx, segment)
     }
 
     #[inline(always)]
@@ -561,12 +723,39 @@ impl VirtualEnv for Tc<'_> {
     fn completes_cookie(&self, pod_id: PodId) -> bool {
         sockets::completes_cookie(self.ctx, pod_id)
     }
+
+    #[inline(always)]
+    fn excludes_outbound(&self, pod_id: PodId, flow: &Flow) -> bool {
+        excludes_outbound(pod_id, flow)
+    }
+
+    #[inline(always)]
+    fn proxy(&self, pod_id: PodId, kind: u32, segment: &Segment) -> Proxy {
+        sockets::proxy(self.ctx, &ListenerKey { pod_id, kind }, segment.dst.is_v4())
+    }
+
+    #[inline(always)]
+    fn strays(&self, pod_id: PodId) -> bool {
+        // SAFETY: the pointer is to a live map value; it is one word.
+        ANY_STRAYS.get_ptr(0).is_some_and(|any| unsafe { *any } != 0)
+            && STRAYS.get_ptr(&pod_id).is_some()
+    }
+
+    #[inline(always)]
+    fn is_forwarded(&self) -> bool {
+        sockets::is_forwarded(self.ctx)
+    }
+
+    #[inline(always)]
+    fn settled(&self, segment: &Segment) -> Option<u32> {
+        sockets::settled(self.ctx, &segment.sender_flow())
+    }
 }
 
 impl DnsEnv for Tc<'_> {
     #[inline(always)]
-    fn dns_listens(&self, pod_id: PodId, message: &Message) -> bool {
-        sockets::dns_listens(self.ctx, pod_id, message)
+    fn dns_listens(&self, _: PodId, message: &Message) -> bool {
+        sockets::dns_listens(self.ctx, message)
     }
 
     #[inline(always)]
@@ -581,15 +770,11 @@ impl DnsEnv for Tc<'_> {
     }
 
     #[inline(always)]
-    fn touch(&self, key: &DnsKey, now: u64, from_client: bool) {
+    fn touch(&self, key: &DnsKey, message: &Message, from_client: bool) {
         if let Some(flow) = DNS_FLOWS.get_ptr_mut(key) {
             // SAFETY: the pointer is to a live map value. Other CPUs may write these numbers, too:
             // any of the times will do, and what a lost count does is said where it is declared.
-            unsafe {
-                (*flow).used_ns = now;
-                let number = if from_client { &mut (*flow).asked } else { &mut (*flow).answered };
-                *number = number.wrapping_add(1);
-            }
+            unsafe { dns::touched(&mut *flow, message, from_client, self.now()) }
         }
     }
 
@@ -597,31 +782,6 @@ impl DnsEnv for Tc<'_> {
     fn enter(&self, key: &DnsKey, flow: &DnsFlow, fresh: bool) -> bool {
         let flags = if fresh { BPF_NOEXIST } else { BPF_ANY };
         DNS_FLOWS.insert(key, flow, u64::from(flags)).is_ok()
-    }
-}
-
-/// `sk_lookup` asks for pods only: it has no packet to look for sockets with.
-struct LookupEnv;
-
-impl Pods for LookupEnv {
-    #[inline(always)]
-    fn pod(&self, addr: &Addr) -> Option<PodEntry> {
-        pod(addr)
-    }
-
-    #[inline(always)]
-    fn excludes_inbound(&self, pod_id: PodId, flow: &Flow) -> bool {
-        excludes_inbound(pod_id, flow)
-    }
-
-    #[inline(always)]
-    fn is_kubelets(&self, flow: &Flow) -> bool {
-        kubelet::has_opened(flow)
-    }
-
-    #[inline(always)]
-    fn is_probe_source(&self, peer: &Addr) -> bool {
-        is_probe_source(peer)
     }
 }
 

@@ -1,26 +1,39 @@
 //! Every map. Those that the agent reads or writes are pinned below the agent's bpffs directory.
 
 use aya_ebpf::{
-    btf_maps::{HashMap, LpmTrie, LruHashMap, PerCpuArray, PerCpuHashMap, SockHash},
+    bindings::BPF_F_NO_PREALLOC,
+    btf_maps::{Array, HashMap, LpmTrie, LruHashMap, PerCpuArray, PerCpuHashMap, ProgramArray, SkStorage, SockHash},
     macros::btf_map,
 };
 use redirect_ebpf::abi::{
-    Addr, CounterKey, DnsFlow, DnsKey, Flow, Hint, ListenerKey, PodEntry, PodId, PodPeer, PodPort,
-    SavedSysctls, VirtualInterface,
+    CounterKey, DnsFlow, DnsKey, Flow, Hint, ListenerKey, OwnAddress, PodEntry, PodFlow, PodId,
+    PodPeer, PodPort, SavedSysctls, Settled, ThisPod, VirtualInterface,
 };
 
-/// Addresses of pods: a large node has 500 pods, each with a few addresses.
-const ADDRESSES: usize = 8192;
-/// Pods of a node.
+/// Pods of a node, enrolled or not.
 const PODS: usize = 2048;
+/// Maps that are filled as it comes take memory as it comes.
+const AS_IT_COMES: usize = BPF_F_NO_PREALLOC as usize;
 
-/// Address of a pod of this node, enrolled or not → what is decided about the pod.
+/// Pod → what is decided about it.
 #[btf_map(name = "pods")]
-pub static PODS_BY_ADDR: HashMap<Addr, PodEntry, ADDRESSES> = HashMap::new();
+pub static PODS_BY_ID: HashMap<PodId, PodEntry, PODS> = HashMap::new();
 
-/// Pod and what is counted → how often.
+/// Address that an enrolled pod has → 1. The agent bounds how many each pod has.
+#[btf_map(name = "addresses")]
+pub static ADDRESSES: HashMap<OwnAddress, u32, { PODS * 64 }, AS_IT_COMES> = HashMap::new();
+
+/// The pod whose program has called the shared one, on this CPU.
+#[btf_map(name = "this_pod")]
+pub static THIS_POD: PerCpuArray<ThisPod, 1> = PerCpuArray::new();
+
+/// The one program that every pod's own calls: `redirect_lookup`.
+#[btf_map(name = "programs")]
+pub static PROGRAMS: ProgramArray<1> = ProgramArray::new();
+
+/// Pod and what is counted → how often. Only programs of the pod itself count for it.
 #[btf_map(name = "counters")]
-pub static COUNTERS: PerCpuHashMap<CounterKey, u64, { PODS * 16 }> = PerCpuHashMap::new();
+pub static COUNTERS: PerCpuHashMap<CounterKey, u64, { PODS * 32 }, AS_IT_COMES> = PerCpuHashMap::new();
 
 /// Pod and kind → the proxy's listening socket. The kernel drops an entry when its socket closes.
 #[btf_map(name = "listeners")]
@@ -33,6 +46,18 @@ pub static PROXY_MISSING: HashMap<ListenerKey, u64, { PODS * 4 }> = HashMap::new
 /// The hint from tcx to `sk_lookup`, which run in one go on one CPU.
 #[btf_map(name = "hints")]
 pub static HINT: PerCpuArray<Hint, 1> = PerCpuArray::new();
+
+/// Whether any pod of the node is in `strays`.
+#[btf_map(name = "any_strays")]
+pub static ANY_STRAYS: Array<u32, 1> = Array::new();
+
+/// Pod whose packets on `lo` are all asked for their sockets → 1.
+#[btf_map(name = "strays")]
+pub static STRAYS: HashMap<PodId, u32, PODS> = HashMap::new();
+
+/// Socket of a pod → the way that the guard found for its connection.
+#[btf_map(name = "settled")]
+pub static SETTLED: SkStorage<Settled> = SkStorage::new();
 
 /// Pod and port of the pod, by their longest prefix → one of `INBOUND_*`. Looked into only for pods
 /// with `POD_INBOUND_RULES`.
@@ -49,8 +74,8 @@ pub static INBOUND_RANGES: LpmTrie<PodPeer, u32, 65536> = LpmTrie::new();
 #[btf_map(name = "virtual_ifs")]
 pub static VIRTUAL_INTERFACES: HashMap<VirtualInterface, u32, { PODS * 4 }> = HashMap::new();
 
-/// Pod and port that is called by way of a virtual interface, by their longest prefix → one of
-/// `INBOUND_*`. What the pod itself calls is a matter of routes and rules.
+/// Pod and port that is called, by their longest prefix → one of `INBOUND_*`. Looked into by the guard
+/// for pods with `POD_OUTBOUND_RULES`, and for virtual interfaces; else rules and routes decide.
 #[btf_map(name = "outbound_ports")]
 pub static OUTBOUND_PORTS: LpmTrie<PodPort, u32, 65536> = LpmTrie::new();
 
@@ -58,18 +83,22 @@ pub static OUTBOUND_PORTS: LpmTrie<PodPort, u32, 65536> = LpmTrie::new();
 #[btf_map(name = "outbound_ranges")]
 pub static OUTBOUND_RANGES: LpmTrie<PodPeer, u32, 65536> = LpmTrie::new();
 
-/// Connection of kubelet to a pod, as the pod sees it → since when, ns of CLOCK_MONOTONIC. An entry
-/// that is lost costs a probe.
+/// Connection that kubelet has opened, as the pod sees it → since when, ns of CLOCK_MONOTONIC. Only
+/// kubelet's cgroup fills it. An entry that is lost costs a probe.
 #[btf_map(name = "kubelet_flows")]
 pub static KUBELET_FLOWS: LruHashMap<Flow, u64, 8192> = LruHashMap::new();
 
-/// Client of the proxy's DNS → the resolver that it has asked. An entry that is lost costs an answer.
+/// Place of a pod → the flow of its DNS that has it.
 #[btf_map(name = "dns_flows")]
-pub static DNS_FLOWS: LruHashMap<DnsKey, DnsFlow, 65536> = LruHashMap::new();
+pub static DNS_FLOWS: HashMap<DnsKey, DnsFlow, 262_144, AS_IT_COMES> = HashMap::new();
 
-/// Flows of a pod that enters or leaves the mesh, or whose settings change → one of `WAY_*`.
+/// Flow of a pod that enters or leaves the mesh, or whose settings change → one of `WAY_*`.
 #[btf_map(name = "ways")]
-pub static WAYS: LruHashMap<Flow, u32, 131072> = LruHashMap::new();
+pub static WAYS: HashMap<PodFlow, u32, 262_144, AS_IT_COMES> = HashMap::new();
+
+/// Pod → how many entries of `ways` it has.
+#[btf_map(name = "way_counts")]
+pub static WAY_COUNTS: HashMap<PodId, u32, PODS> = HashMap::new();
 
 /// Pod → its sysctls before enrolment. Only the agent uses it; it is here to be pinned with the rest.
 #[btf_map(name = "saved_sysctls")]

@@ -3,16 +3,18 @@
 use aya_ebpf::{
     EbpfContext as _,
     bindings::{
-        BPF_F_MARK_MANGLED_0, BPF_F_PSEUDO_HDR, TC_ACT_SHOT, bpf_hdr_start_off::BPF_HDR_START_NET,
+        BPF_F_INGRESS, BPF_F_MARK_MANGLED_0, BPF_F_PSEUDO_HDR, TC_ACT_SHOT,
+        bpf_hdr_start_off::BPF_HDR_START_NET,
     },
     helpers::{
         bpf_l3_csum_replace, bpf_l4_csum_replace, bpf_probe_read_kernel, bpf_redirect,
-        bpf_skb_change_type, bpf_skb_load_bytes_relative, bpf_skb_store_bytes,
+        bpf_redirect_neigh, bpf_skb_change_head, bpf_skb_change_type, bpf_skb_load_bytes_relative,
+        bpf_skb_store_bytes,
     },
     programs::TcContext,
 };
 use redirect_ebpf::{
-    abi::{Addr, PodId},
+    abi::{Addr, PORT_DNS, PodId},
     dns::Message,
     verdict::Segment,
 };
@@ -39,6 +41,7 @@ const HIP: u8 = 139;
 const SHIM6: u8 = 140;
 /// How many of them are read; nobody needs more.
 const EXTENSIONS: usize = 8;
+const TCP_FIN: u8 = 0x01;
 const TCP_RST: u8 = 0x04;
 const TCP_SYN: u8 = 0x02;
 const TCP_ACK: u8 = 0x10;
@@ -52,8 +55,10 @@ const DNS_TRUNCATED: u8 = 0x02;
 const DNS_RECURSES: u8 = 0x80;
 const DNS_UNCHECKED: u8 = 0x10;
 const DNS_SERVFAIL: u8 = 2;
-/// Length of the link header in front of what `lo` delivers: an Ethernet header of zeros.
-const LO_HEADER: u32 = 14;
+/// Length of an Ethernet header: of zeros, it is also in front of what `lo` delivers.
+const ETHERNET: u32 = 14;
+const LO_HEADER: u32 = ETHERNET;
+const LOOPBACK_IFINDEX: u32 = 1;
 
 /// The network protocol of a packet.
 #[derive(Clone, Copy, PartialEq, Eq)]
@@ -76,8 +81,15 @@ pub struct Parsed {
 impl Parsed {
     pub const fn zeroed() -> Self {
         let none = Addr { octets: [0; 16] };
-        let segment = Segment { src: none, dst: none, src_port: 0, dst_port: 0, opens: false };
-        let message = Message { segment, tcp: false };
+        let segment = Segment {
+            src: none,
+            dst: none,
+            src_port: 0,
+            dst_port: 0,
+            opens: false,
+            accepts: false,
+        };
+        let message = Message { segment, tcp: false, is_query: false, ends: false };
         Self { message, network: Network::Other, offset: 0, tcp: [0; 10] }
     }
 
@@ -131,21 +143,37 @@ pub fn parse_any(ctx: &TcContext, network: Network, udp: bool) -> Option<Parsed>
         return None;
     }
     let ports: [u8; 4] = load(ctx, offset)?;
+    let dst_port = u16::from_be_bytes([ports[2], ports[3]]);
     let mut tcp = [0; 10];
+    let mut is_query = true;
     if is_tcp {
         tcp = load(ctx, offset + 4)?;
     } else {
         // The header has to be whole.
         let _length_and_checksum: [u8; 4] = load(ctx, offset + 4)?;
+        if dst_port == PORT_DNS {
+            is_query = is_dns_query(ctx, offset + 8);
+        }
     }
+    let opening = tcp[9] & (TCP_SYN | TCP_ACK | TCP_RST);
     let segment = Segment {
         src,
         dst,
         src_port: u16::from_be_bytes([ports[0], ports[1]]),
-        dst_port: u16::from_be_bytes([ports[2], ports[3]]),
-        opens: !is_tcp || tcp[9] & (TCP_SYN | TCP_ACK | TCP_RST) == TCP_SYN,
+        dst_port,
+        opens: !is_tcp || opening == TCP_SYN,
+        accepts: opening == TCP_SYN | TCP_ACK,
     };
-    Some(Parsed { message: Message { segment, tcp: is_tcp }, network, offset, tcp })
+    let ends = tcp[9] & (TCP_FIN | TCP_RST) != 0;
+    let message = Message { segment, tcp: is_tcp, is_query, ends };
+    Some(Parsed { message, network, offset, tcp })
+}
+
+/// Whether what is at `offset` looks like a DNS query: it is no answer, and asks one question.
+#[inline(always)]
+fn is_dns_query(ctx: &TcContext, offset: u32) -> bool {
+    let Some([_, _, flags, _, hi, lo]): Option<[u8; 6]> = load(ctx, offset) else { return false };
+    flags & DNS_ANSWER == 0 && u16::from_be_bytes([hi, lo]) == 1
 }
 
 /// The addresses of an IP packet, whatever follows.
@@ -274,33 +302,45 @@ pub fn without_icmp(ctx: &TcContext) {
 /// Turns a SYN on `lo` into the RST that answers it.
 #[inline(always)]
 pub fn reset(ctx: &TcContext, parsed: &Parsed) -> Option<()> {
+    reset_at(ctx, parsed, LO_HEADER)
+}
+
+/// The same where the link header has another length.
+#[inline(always)]
+fn reset_at(ctx: &TcContext, parsed: &Parsed, link: u32) -> Option<()> {
     let Segment { src, dst, src_port, dst_port, .. } = parsed.segment();
     // Swapping addresses and ports leaves the checksums as they are.
     if parsed.network == Network::V4 {
         let [s, d] = [tail(src), tail(dst)];
-        store(ctx, LO_HEADER + 12, &[d, s])?;
+        store(ctx, link + 12, &[d, s])?;
     } else {
-        store(ctx, LO_HEADER + 8, &[dst.octets, src.octets])?;
+        store(ctx, link + 8, &[dst.octets, src.octets])?;
     }
-    let tcp = LO_HEADER + parsed.offset;
+    let tcp = link + parsed.offset;
     store(ctx, tcp, &[dst_port.to_be_bytes(), src_port.to_be_bytes()])?;
 
     let old = &parsed.tcp;
     let old_seq = u32::from_ne_bytes([old[0], old[1], old[2], old[3]]);
     let old_ack = u32::from_ne_bytes([old[4], old[5], old[6], old[7]]);
     let ack = u32::from_be(old_seq).wrapping_add(1).to_be();
-    let old_flags = u16::from_ne_bytes([old[8], old[9]]);
-    let flags = u16::from_ne_bytes([old[8], TCP_RST | TCP_ACK]);
     let checksum = tcp + 16;
     csum_replace(ctx, checksum, old_seq, 0, 4)?;
     csum_replace(ctx, checksum, old_ack, ack, 4)?;
-    csum_replace(ctx, checksum, u32::from(old_flags), u32::from(flags), 2)?;
     store(ctx, tcp + 4, &[0u32, ack])?;
+    make_reset(ctx, tcp, old)
+}
+
+/// Makes the flags of the TCP header at `tcp` those of a RST that acknowledges.
+#[inline(always)]
+fn make_reset(ctx: &TcContext, tcp: u32, old: &[u8; 10]) -> Option<()> {
+    let old_flags = u16::from_ne_bytes([old[8], old[9]]);
+    let flags = u16::from_ne_bytes([old[8], TCP_RST | TCP_ACK]);
+    csum_replace(ctx, tcp + 16, u32::from(old_flags), u32::from(flags), 2)?;
     store(ctx, tcp + 12, &flags)
 }
 
 /// Turns a SYN that came in on an interface into the RST that answers it, and sends it back there;
-/// gives what the program has to return. Drops it where packets have no Ethernet header.
+/// gives what the program has to return.
 #[inline(never)]
 pub fn reset_back(ctx: &TcContext, parsed: &Parsed) -> i32 {
     send_reset_back(ctx, parsed).unwrap_or(TC_ACT_SHOT)
@@ -308,18 +348,71 @@ pub fn reset_back(ctx: &TcContext, parsed: &Parsed) -> i32 {
 
 #[inline(always)]
 fn send_reset_back(ctx: &TcContext, parsed: &Parsed) -> Option<i32> {
-    // From where the packet begins: its link header, if it has one.
-    let link: [u8; 14] = ctx.load(0).ok()?;
-    let ethertype = if parsed.network == Network::V4 { ETH_P_IP } else { ETH_P_IPV6 };
-    if u16::from_be_bytes([link[12], link[13]]) != ethertype {
-        return None;
+    let link = link_header(ctx, parsed.network)?;
+    reset_at(ctx, parsed, link)?;
+    if link == ETHERNET {
+        let macs: [u8; 12] = ctx.load(0).ok()?;
+        let [d0, d1, d2, d3, d4, d5, s0, s1, s2, s3, s4, s5] = macs;
+        store(ctx, 0, &[s0, s1, s2, s3, s4, s5, d0, d1, d2, d3, d4, d5])?;
     }
-    reset(ctx, parsed)?;
-    let [d0, d1, d2, d3, d4, d5, s0, s1, s2, s3, s4, s5, ..] = link;
-    store(ctx, 0, &[s0, s1, s2, s3, s4, s5, d0, d1, d2, d3, d4, d5])?;
     // SAFETY: the context is valid while the program runs.
     let ret = unsafe { bpf_redirect((*ctx.skb.skb).ifindex, 0) };
     Some(ret as i32)
+}
+
+/// Turns a SYN with ACK that leaves into the RST that its receiver takes for a refusal.
+#[inline(always)]
+pub fn abort(ctx: &TcContext, parsed: &Parsed) -> Option<()> {
+    let link = link_header(ctx, parsed.network)?;
+    make_reset(ctx, link + parsed.offset, &parsed.tcp)
+}
+
+/// Brings a packet that is about to leave by an interface to `lo`, as if it came in there; gives what
+/// the program has to return. Its receiver is looked for here, as the packet's mark has it.
+#[inline(never)]
+pub fn to_lo(ctx: &TcContext) -> i32 {
+    send_to_lo(ctx).unwrap_or(TC_ACT_SHOT)
+}
+
+#[inline(always)]
+fn send_to_lo(ctx: &TcContext) -> Option<i32> {
+    let network = network(ctx);
+    if link_header(ctx, network)? != ETHERNET {
+        // SAFETY: the context is valid while the program runs.
+        if unsafe { bpf_skb_change_head(ctx.skb.skb, ETHERNET, 0) } != 0 {
+            return None;
+        }
+    }
+    // `lo`'s own address. What is for another is not for this host.
+    let ethertype = if network == Network::V4 { ETH_P_IP } else { ETH_P_IPV6 };
+    let [hi, lo] = ethertype.to_be_bytes();
+    store(ctx, 0, &[0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, hi, lo])?;
+    // SAFETY: the context is valid while the program runs.
+    let ret = unsafe { bpf_redirect(LOOPBACK_IFINDEX, u64::from(BPF_F_INGRESS)) };
+    Some(ret as i32)
+}
+
+/// Sends a packet that came in on `lo` out by an interface; gives what the program has to return. Its
+/// mark must be one that no rule of ours brings to `lo`.
+#[inline(always)]
+pub fn leave(interface: u32) -> i32 {
+    // SAFETY: no parameters: the kernel looks for the next hop itself.
+    unsafe { bpf_redirect_neigh(interface, core::ptr::null_mut(), 0, 0) as i32 }
+}
+
+/// The length of the link header that the packet begins with: an Ethernet header, or none.
+#[inline(always)]
+fn link_header(ctx: &TcContext, network: Network) -> Option<u32> {
+    let start: [u8; 15] = ctx.load(0).ok()?;
+    let (ethertype, version) =
+        if network == Network::V4 { (ETH_P_IP, 4) } else { (ETH_P_IPV6, 6) };
+    if u16::from_be_bytes([start[12], start[13]]) == ethertype && start[14] >> 4 == version {
+        Some(ETHERNET)
+    } else if start[0] >> 4 == version {
+        Some(0)
+    } else {
+        None
+    }
 }
 
 /// Whether an IP packet that [`parse`] has left alone is TCP, or may be.

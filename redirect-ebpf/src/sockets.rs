@@ -4,21 +4,23 @@ use core::ptr;
 
 use aya_ebpf::{
     bindings::{
-        BPF_F_CURRENT_NETNS, BPF_NOEXIST, bpf_sock, bpf_sock_tuple, bpf_sock_tuple__bindgen_ty_1,
+        BPF_F_CURRENT_NETNS, BPF_NOEXIST, BPF_SK_LOOKUP_F_NO_REUSEPORT,
+        BPF_SK_STORAGE_GET_F_CREATE, bpf_sock, bpf_sock_tuple, bpf_sock_tuple__bindgen_ty_1,
         bpf_sock_tuple__bindgen_ty_1__bindgen_ty_1, bpf_sock_tuple__bindgen_ty_1__bindgen_ty_2,
     },
     cty::{c_long, c_void},
     helpers::{
-        bpf_ktime_get_ns, bpf_map_lookup_elem, bpf_map_update_elem, bpf_probe_read_kernel,
-        bpf_sk_assign, bpf_sk_lookup_tcp, bpf_sk_lookup_udp, bpf_sk_release, bpf_skc_lookup_tcp,
-        bpf_tcp_check_syncookie,
+        bpf_ktime_get_ns, bpf_map_lookup_elem, bpf_map_update_elem, bpf_sk_assign,
+        bpf_sk_fullsock, bpf_sk_lookup_tcp, bpf_sk_lookup_udp, bpf_sk_release, bpf_sk_storage_get,
+        bpf_skc_lookup_tcp, bpf_tcp_check_syncookie,
     },
     programs::TcContext,
 };
 use redirect_ebpf::{
     abi::{
-        Addr, LISTENER_HBONE, LISTENER_INBOUND, LISTENER_OUTBOUND, ListenerKey, MARK_PROXY,
-        PORT_HBONE, PORT_INBOUND, PORT_OUTBOUND, PORT_PROXY_DNS, PodId,
+        Addr, Flow, HINT_QUESTION, LISTENER_HBONE, LISTENER_INBOUND, LISTENER_OUTBOUND,
+        ListenerKey, MARK_PROXY, PORT_HBONE, PORT_INBOUND, PORT_OUTBOUND, PORT_PROXY_DNS, PodId,
+        Settled,
     },
     dns::Message,
     verdict::{Proxy, Segment, mesh_mark},
@@ -26,8 +28,9 @@ use redirect_ebpf::{
 
 use crate::{
     config,
-    maps::{LISTENERS, PROXY_MISSING},
+    maps::{LISTENERS, PROXY_MISSING, SETTLED},
     packet::{self, tail},
+    set_hint,
 };
 
 /// No socket's state.
@@ -97,9 +100,12 @@ pub fn completes_cookie(ctx: &TcContext, pod_id: PodId) -> bool {
     }
 }
 
+/// A client of no listener's.
+const ANY_CLIENT: u16 = 1;
+
 /// Whether the proxy listens in the pod, on the port of `key.kind`; enters its socket into
 /// `listeners` if it is not there.
-#[inline(always)]
+#[inline(never)]
 pub fn proxy(ctx: &TcContext, key: &ListenerKey, v4: bool) -> Proxy {
     // SAFETY: the reference that the lookup takes is released.
     unsafe {
@@ -109,7 +115,7 @@ pub fn proxy(ctx: &TcContext, key: &ListenerKey, v4: bool) -> Proxy {
             return Proxy::Listens;
         }
     }
-    if find_listener(ctx, key, v4) {
+    if find_listener(ctx, key, v4, ANY_CLIENT) {
         let _gone = PROXY_MISSING.remove(key);
         return Proxy::Listens;
     }
@@ -133,16 +139,22 @@ pub fn proxy(ctx: &TcContext, key: &ListenerKey, v4: bool) -> Proxy {
     }
 }
 
-#[inline(always)]
-fn find_listener(ctx: &TcContext, key: &ListenerKey, v4: bool) -> bool {
+/// Enters the proxy's listener of this kind into `listeners`, in place of the one that is there.
+/// Whether it was found. Others may have joined the group of sockets that share the port: of those the
+/// kernel chooses one by `client_port`.
+#[inline(never)]
+pub fn find_listener(ctx: &TcContext, key: &ListenerKey, v4: bool, client_port: u16) -> bool {
     let port = match key.kind {
         LISTENER_INBOUND => PORT_INBOUND,
         LISTENER_HBONE => PORT_HBONE,
         _ => PORT_OUTBOUND,
     };
-    // Loopback, because `sk_lookup` leaves that alone.
     let loopback = Addr::loopback(v4);
-    let (mut tuple, len) = tuple(&loopback, 0, &loopback, port);
+    // `sk_lookup` would refuse it: it is not for loopback that packets come in on other interfaces.
+    let flow =
+        Flow { local: loopback, remote: loopback, local_port: port, remote_port: client_port };
+    set_hint(key.pod_id, &flow, HINT_QUESTION);
+    let (mut tuple, len) = tuple(&loopback, client_port, &loopback, port);
     // SAFETY: the tuple is initialized for `len` bytes; the reference is released.
     unsafe {
         let sk: *mut bpf_sock = bpf_sk_lookup_tcp(
@@ -155,7 +167,7 @@ fn find_listener(ctx: &TcContext, key: &ListenerKey, v4: bool) -> bool {
         if sk.is_null() {
             return false;
         }
-        let found = (*sk).state == TCP_LISTEN && is_proxys(sk, key.pod_id);
+        let found = (*sk).state == TCP_LISTEN && is_proxys(sk);
         let entered =
             found && bpf_map_update_elem(listeners(), ptr::from_ref(key).cast(), sk.cast(), 0) == 0;
         bpf_sk_release(sk.cast());
@@ -163,9 +175,52 @@ fn find_listener(ctx: &TcContext, key: &ListenerKey, v4: bool) -> bool {
     }
 }
 
+/// Whether the packet has no socket here that has sent it.
+#[inline(always)]
+pub fn is_forwarded(ctx: &TcContext) -> bool {
+    // SAFETY: the context is valid while the program runs.
+    unsafe { (*ctx.skb.skb).__bindgen_anon_2.sk.is_null() }
+}
+
+/// What was found for this connection of the socket that has sent the packet.
+#[inline(always)]
+pub fn settled(ctx: &TcContext, flow: &Flow) -> Option<u32> {
+    let settled = storage(ctx, ptr::null_mut(), 0)?;
+    // SAFETY: the pointer is to a live map value.
+    unsafe { if (*settled).flow == *flow { Some((*settled).way) } else { None } }
+}
+
+/// Notes that.
+#[inline(always)]
+pub fn settle(ctx: &TcContext, flow: &Flow, way: u32) {
+    let mut new = Settled { flow: *flow, way };
+    if let Some(settled) = storage(ctx, &raw mut new, u64::from(BPF_SK_STORAGE_GET_F_CREATE)) {
+        // SAFETY: the pointer is to a live map value; the socket's packets leave one by one.
+        unsafe { *settled = new }
+    }
+}
+
+#[inline(always)]
+fn storage(ctx: &TcContext, new: *mut Settled, flags: u64) -> Option<*mut Settled> {
+    // SAFETY: the context is valid while the program runs; the helpers check what they are given.
+    unsafe {
+        let sk = (*ctx.skb.skb).__bindgen_anon_2.sk;
+        if sk.is_null() {
+            return None;
+        }
+        let sk = bpf_sk_fullsock(sk);
+        if sk.is_null() {
+            return None;
+        }
+        let map = ptr::from_ref(&SETTLED).cast_mut().cast();
+        let settled: *mut Settled = bpf_sk_storage_get(map, sk.cast(), new.cast(), flags).cast();
+        if settled.is_null() { None } else { Some(settled) }
+    }
+}
+
 /// Whether the DNS of the pod's proxy listens.
 #[inline(always)]
-pub fn dns_listens(ctx: &TcContext, pod_id: PodId, message: &Message) -> bool {
+pub fn dns_listens(ctx: &TcContext, message: &Message) -> bool {
     let loopback = Addr::loopback(message.segment.dst.is_v4());
     let (mut tuple, len) = tuple(&loopback, 0, &loopback, PORT_PROXY_DNS);
     let (skb, netns) = (ctx.skb.skb.cast(), BPF_F_CURRENT_NETNS as u64);
@@ -179,41 +234,25 @@ pub fn dns_listens(ctx: &TcContext, pod_id: PodId, message: &Message) -> bool {
         if sk.is_null() {
             return false;
         }
-        let found = (!message.tcp || (*sk).state == TCP_LISTEN) && is_proxys(sk, pod_id);
+        let found = (!message.tcp || (*sk).state == TCP_LISTEN) && is_proxys(sk);
         bpf_sk_release(sk.cast());
         found
     }
 }
 
-/// Whether a socket is the pod's proxy's. An application that took the port is not the proxy. Nor is
-/// a socket here another pod's, whose address a packet may pretend to: it would get what is that
-/// pod's.
+/// Whether a socket here is the proxy's. An application that took the port is not the proxy.
 ///
 /// # Safety
 ///
 /// The socket is a live one.
 #[inline(always)]
-unsafe fn is_proxys(sk: *mut bpf_sock, pod_id: PodId) -> bool {
+unsafe fn is_proxys(sk: *mut bpf_sock) -> bool {
     // SAFETY: the caller's promise.
-    let mark = unsafe { (*sk).mark };
-    mesh_mark(mark) == MARK_PROXY && netns_inode(sk) == Some(pod_id)
+    mesh_mark(unsafe { (*sk).mark }) == MARK_PROXY
 }
 
-/// The inode number of the socket's network namespace.
-#[inline(always)]
-fn netns_inode(sk: *mut bpf_sock) -> Option<PodId> {
-    let offsets = config::sock_offsets();
-    // The verifier lets nobody compute with a socket's address; as a number it does.
-    let slot = core::hint::black_box(sk);
-    // SAFETY: the helper copes with any address.
-    unsafe {
-        let sk: u64 = bpf_probe_read_kernel(ptr::from_ref(&slot).cast()).ok()?;
-        let net: u64 = bpf_probe_read_kernel((sk + u64::from(offsets.net)) as *const u64).ok()?;
-        bpf_probe_read_kernel((net + u64::from(offsets.net_inode)) as *const PodId).ok()
-    }
-}
-
-/// Hands a lookup to the proxy's listener. Fails when there is none.
+/// Hands a lookup to the proxy's listener, and to no other of the group that shares its port. Fails when
+/// there is none.
 #[inline(always)]
 pub fn assign(ctx: *mut c_void, key: &ListenerKey) -> Result<(), c_long> {
     // SAFETY: the reference that the lookup takes is released.
@@ -222,7 +261,7 @@ pub fn assign(ctx: *mut c_void, key: &ListenerKey) -> Result<(), c_long> {
         if sk.is_null() {
             return Err(-2);
         }
-        let ret = bpf_sk_assign(ctx, sk, 0);
+        let ret = bpf_sk_assign(ctx, sk, u64::from(BPF_SK_LOOKUP_F_NO_REUSEPORT));
         bpf_sk_release(sk);
         if ret == 0 { Ok(()) } else { Err(ret) }
     }

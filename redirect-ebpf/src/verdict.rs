@@ -1,16 +1,19 @@
 //! Every decision of the datapath, as pure functions.
 //!
 //! They are compiled into the kernel programs *and* are the model that the programs are tested
-//! against. What a decision needs to ask of its surroundings goes through [`Env`].
+//! against. What a decision needs to ask of its surroundings goes through [`Env`]. The pod that a
+//! decision is about is the one whose network namespace the program runs in: no address in a packet
+//! has a say in that.
 
 use crate::abi::{
-    Addr, Counter, DECISION_ENROLLED, Flow, HINT_FROM_POD, HINT_FROM_PROXY, HINT_FROM_VIRTUAL,
-    HINT_NO_LISTENER, HINT_NONE, HINT_QUESTION, Hint, LISTENER_HBONE, LISTENER_INBOUND,
-    LISTENER_OUTBOUND, MARK_DIRECT, MARK_MASK, MARK_PROXY, MARK_REDIRECTED, MARK_VIRTUAL,
-    POD_BYPASS_INBOUND, POD_CAPTURE, POD_INBOUND_RULES, PORT_HBONE, PORT_INBOUND, PORT_OUTBOUND,
-    PodEntry, PodId, VIRTUAL_CAPTURE, VIRTUAL_RULES,
+    Addr, Counter, Flow, HINT_FROM_OUTSIDE, HINT_FROM_POD, HINT_FROM_PROXY,
+    HINT_FROM_VIRTUAL, HINT_NONE, HINT_PAST_PROXY, HINT_QUESTION, Hint, LISTENER_HBONE,
+    LISTENER_INBOUND, LISTENER_OUTBOUND, MARK_DIRECT, MARK_MASK, MARK_PROXY, MARK_REDIRECTED,
+    MARK_TO_PROXY, POD_BYPASS_INBOUND, POD_CAPTURE, POD_DNS, POD_ENROLLED, POD_INBOUND_RULES, POD_OUTBOUND_RULES,
+    PORT_DNS, PORT_HBONE, PORT_INBOUND, PORT_OUTBOUND, PodId, VIRTUAL_CAPTURE,
+    VIRTUAL_RULES, WAY_DIRECT, WAY_REDIRECTED,
 };
-use crate::dns;
+use crate::dns::{self, Message};
 
 /// A TCP segment that could be parsed: not a fragment, no IPv6 extension header.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -25,6 +28,8 @@ pub struct Segment {
     pub dst_port: u16,
     /// SYN without ACK: the sender opens a connection.
     pub opens: bool,
+    /// SYN with ACK: the sender accepts one.
+    pub accepts: bool,
 }
 
 impl Segment {
@@ -64,8 +69,10 @@ pub enum Proxy {
 
 /// What every decision asks of the kernel.
 pub trait Pods {
-    /// The entry of `pods` for an address.
-    fn pod(&self, addr: &Addr) -> Option<PodEntry>;
+    /// The flags of the pod's entry of `pods`, bits of `POD_*`; without `POD_ENROLLED` it bypasses.
+    fn pod(&self, pod_id: PodId) -> Option<u32>;
+    /// Whether the pod has this address.
+    fn is_own(&self, pod_id: PodId, addr: &Addr) -> bool;
     /// Whether `inbound_ports` or `inbound_ranges` keep this connection to the pod off the proxy.
     fn excludes_inbound(&self, pod_id: PodId, flow: &Flow) -> bool;
     /// Whether `kubelet_flows` has this connection to a pod.
@@ -76,54 +83,86 @@ pub trait Pods {
 
 /// What the decisions at tcx ask of the kernel besides.
 pub trait Env: Pods {
+    /// The pod whose network namespace the packet is in.
+    fn pod_id(&self) -> PodId;
     /// Whether the kernel, by itself, finds a socket for this segment: an application's. On the
-    /// proxy's own ports it is the proxy's, and counts: a hint would let outsiders reach its
-    /// outbound listener.
+    /// proxy's own ports it is the proxy's, and counts: nobody else is to take them.
     fn application_listens(&self, segment: &Segment) -> bool;
     /// Whether a connection is open here that has this segment's very addresses and ports.
     fn is_open(&self, segment: &Segment) -> bool;
-    /// Whether the proxy listens in this pod, on one of `LISTENER_*`.
-    fn proxy(&self, pod_id: PodId, kind: u32, segment: &Segment) -> Proxy;
-}
-
-/// What the decisions on a virtual interface ask of the kernel besides.
-pub trait VirtualEnv: Env {
-    /// Whether `outbound_ports` or `outbound_ranges` keep this call off the proxy.
-    fn excludes_outbound(&self, pod_id: PodId, flow: &Flow) -> bool;
     /// Whether a socket in the namespace has the connection of this segment: open, half open or
     /// closing. A listener has none.
     fn has_connection(&self, segment: &Segment) -> bool;
     /// Whether this segment completes a connection to the proxy's outbound listener that so far is
     /// nothing but a SYN cookie.
     fn completes_cookie(&self, pod_id: PodId) -> bool;
+    /// Whether `outbound_ports` or `outbound_ranges` keep this call off the proxy.
+    fn excludes_outbound(&self, pod_id: PodId, flow: &Flow) -> bool;
+    /// Whether the proxy listens in this pod, on one of `LISTENER_*`.
+    fn proxy(&self, pod_id: PodId, kind: u32, segment: &Segment) -> Proxy;
+    /// Whether answers of the pod to somebody past the proxy have met `lo`: see [`Verdict::strays`].
+    fn strays(&self, pod_id: PodId) -> bool;
+    /// Whether the packet is only forwarded: no socket here has sent it.
+    fn is_forwarded(&self) -> bool;
+    /// The way that was found for this connection of the socket that has sent it, one of `WAY_*`.
+    fn settled(&self, segment: &Segment) -> Option<u32>;
 }
 
-/// What happens to a packet at tcx ingress.
+/// What happens to a packet at tcx.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Fate {
-    /// It goes up the stack.
+    /// It goes on.
     Next,
     /// It is dropped; a SYN is sent again.
     Drop,
-    /// It is turned into the RST that answers it.
+    /// It becomes the RST that answers it: on `lo` it goes on as that, on an interface it is sent back.
     Reset,
+    /// A SYN with ACK becomes a RST to the same peer.
+    Abort,
+    /// It is brought to `lo`, as if it had been sent there.
+    ToLo,
+    /// It leaves `lo` by the interface that leads out of the pod.
+    Leave,
 }
 
-/// The outcome of a decision at tcx ingress. The mark is replaced under [`MARK_MASK`] only.
+/// The outcome of a decision at tcx.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub struct Ingress {
+pub struct Verdict {
     /// What happens to the packet.
     pub fate: Fate,
-    /// The packet's new mark, or `None` to leave it.
+    /// The packet's new mark under [`MARK_MASK`], or `None` to leave it.
     pub mark: Option<u32>,
-    /// The hint for `sk_lookup`; `None` clears the former one.
-    pub hint: Option<Hint>,
-    /// What to count, and for which pod.
-    pub count: Option<(PodId, Counter)>,
+    /// The hint for `sk_lookup`, its kind; `None` for none. Its flow is the receiver's.
+    pub hint: Option<u32>,
+    /// The pod, where it had to be found out.
+    pub pod_id: PodId,
+    /// What to count for it.
+    pub count: Option<Counter>,
+    /// What to note at the socket that has sent the packet: one of `WAY_*`.
+    pub settle: Option<u32>,
+    /// From now on every packet of the pod on `lo` is asked for its socket.
+    pub strays: bool,
 }
 
-impl Ingress {
-    const NEXT: Ingress = Ingress { fate: Fate::Next, mark: None, hint: None, count: None };
+impl Verdict {
+    /// The packet goes on as it is.
+    pub const NEXT: Verdict = Verdict {
+        fate: Fate::Next,
+        mark: None,
+        hint: None,
+        pod_id: 0,
+        count: None,
+        settle: None,
+        strays: false,
+    };
+
+    const fn of(pod_id: PodId) -> Self {
+        Self { pod_id, ..Self::NEXT }
+    }
+
+    const fn count(self, counter: Counter) -> Self {
+        Self { count: Some(counter), ..self }
+    }
 }
 
 /// The bits of `mark` that belong to the mesh.
@@ -139,87 +178,110 @@ pub fn with_mesh_mark(mark: u32, mesh: u32) -> u32 {
 }
 
 /// tcx ingress on `lo`: packets of the proxy to the application, and packets of the application
-/// that the redirection route brought here.
+/// that the redirection route, or [`on_egress`], brought here.
 #[inline(always)]
-pub fn on_lo(mark: u32, segment: Option<&Segment>, env: &impl Env) -> Ingress {
-    if mesh_mark(mark) == MARK_PROXY {
+pub fn on_lo(mark: u32, segment: Option<&Segment>, env: &impl Env) -> Verdict {
+    let proxys = mesh_mark(mark) == MARK_PROXY;
+    let Some(segment) = segment else {
+        return Verdict { mark: if proxys { Some(MARK_REDIRECTED) } else { None }, ..Verdict::NEXT };
+    };
+    let pod_id = env.pod_id();
+    let next = Verdict::of(pod_id);
+    if proxys {
         // It calls from the client's address, by a port that it has chosen without knowing the
         // client's own. The socket that has it would answer the client, and the proxy wait in vain.
-        if let Some(segment) = segment
-            && segment.opens
-            && let Some(pod) = enrolled(env.pod(&segment.dst))
-            && env.is_open(segment)
-        {
-            let count = Some((pod.pod_id, Counter::RefusedPortTaken));
-            return Ingress { fate: Fate::Reset, count, ..Ingress::NEXT };
+        if segment.opens && env.is_open(segment) {
+            return Verdict { fate: Fate::Reset, ..next.count(Counter::RefusedPortTaken) };
         }
         // Every packet, not only the SYN: under SYN cookies the ACK looks for the listener.
         // The accepted socket takes the mark, and so its replies come back here, also while the pod
         // leaves the mesh.
-        let hint = segment.map(|s| hint(s, HINT_FROM_PROXY));
-        return Ingress { mark: Some(MARK_REDIRECTED), hint, ..Ingress::NEXT };
+        return Verdict { mark: Some(MARK_REDIRECTED), hint: Some(HINT_FROM_PROXY), ..next };
     }
-    let Some(segment) = segment else { return Ingress::NEXT };
-    if !segment.opens || segment.dst.is_loopback() {
-        return Ingress::NEXT;
+    // Every packet, for the same reason.
+    let next = Verdict { hint: Some(HINT_FROM_POD), ..next };
+    if segment.dst.is_loopback() {
+        return next;
     }
-    let Some(pod) = enrolled(env.pod(&segment.src)) else { return Ingress::NEXT };
-    if same_pod(env.pod(&segment.dst), pod.pod_id) {
-        return Ingress::NEXT;
+    if !segment.opens {
+        if (segment.accepts || env.strays(pod_id)) && strays(pod_id, segment, env) {
+            let leaves = Verdict { fate: Fate::Leave, mark: Some(MARK_DIRECT), ..next };
+            let leaves = Verdict { strays: true, hint: None, ..leaves };
+            return if segment.accepts { leaves.count(Counter::RescuedDirect) } else { leaves };
+        }
+        return next;
     }
-    match env.proxy(pod.pod_id, LISTENER_OUTBOUND, segment) {
-        Proxy::Listens => Ingress { hint: Some(hint(segment, HINT_FROM_POD)), ..Ingress::NEXT },
-        Proxy::AwayWithinGrace => Ingress {
-            fate: Fate::Drop,
-            count: Some((pod.pod_id, Counter::DroppedProxyAway)),
-            ..Ingress::NEXT
-        },
+    if segment.dst.is_link_local() || env.is_own(pod_id, &segment.dst)
+        || env.pod(pod_id).is_some_and(|pod| !is_enrolled(pod))
+    {
+        return next;
+    }
+    match env.proxy(pod_id, LISTENER_OUTBOUND, segment) {
+        Proxy::Listens => next,
+        Proxy::AwayWithinGrace => {
+            Verdict { fate: Fate::Drop, ..next.count(Counter::DroppedProxyAway) }
+        }
         // The kernel cannot refuse it: the address that would have to answer is not local.
-        Proxy::Away => Ingress {
-            fate: Fate::Reset,
-            count: Some((pod.pod_id, Counter::RefusedProxyAway)),
-            ..Ingress::NEXT
-        },
+        Proxy::Away => Verdict { fate: Fate::Reset, ..next.count(Counter::RefusedProxyAway) },
     }
+}
+
+/// Whether a packet on `lo` is of a connection that settings let in past the proxy, and whose mark,
+/// which would have kept it off `lo`, is lost: its other end is not here.
+#[inline(always)]
+fn strays(pod_id: PodId, segment: &Segment, env: &impl Env) -> bool {
+    let Some(pod) = env.pod(pod_id) else { return false };
+    !env.is_own(pod_id, &segment.dst)
+        && !env.has_connection(segment)
+        && past_proxy(pod_id, pod, &segment.sender_flow(), env).is_some()
 }
 
 /// tcx ingress on every interface of the pod but `lo`: what comes from outside. `ip` says whether
 /// the packet is IPv4 or IPv6 at all.
 #[inline(always)]
-pub fn on_interface(ip: bool, segment: Option<&Segment>, env: &impl Env) -> Ingress {
+pub fn on_interface(ip: bool, segment: Option<&Segment>, env: &impl Env) -> Verdict {
     if !ip {
-        return Ingress::NEXT;
+        return Verdict::NEXT;
     }
-    let next = Ingress { mark: Some(MARK_DIRECT), ..Ingress::NEXT };
+    let next = Verdict { mark: Some(MARK_DIRECT), ..Verdict::NEXT };
     let Some(segment) = segment else { return next };
     if !segment.opens {
         return next;
     }
-    let Some(pod) = enrolled(env.pod(&segment.dst)) else { return next };
-    if past_proxy(&pod, &segment.receiver_flow(), env).is_some() {
-        return next;
+    let pod_id = env.pod_id();
+    let next = Verdict { pod_id, ..next };
+    // `sk_lookup` refuses where nothing is known of the pod.
+    let Some(pod) = env.pod(pod_id).filter(|pod| is_enrolled(*pod)) else { return next };
+    if is_forged(pod_id, &segment.receiver_flow(), env) {
+        return Verdict { fate: Fate::Drop, ..next.count(Counter::RefusedForgedAddress) };
     }
-    let captured = captures(&pod);
+    if past_proxy(pod_id, pod, &segment.receiver_flow(), env).is_some() {
+        return Verdict { hint: Some(HINT_PAST_PROXY), ..next };
+    }
+    let captured = captures(pod);
     let hbone = segment.dst_port == PORT_HBONE;
-    if captured && !hbone && !env.application_listens(segment) {
-        // The proxy would accept first and find out later; `sk_lookup` refuses at once. It does not
-        // leave that to the kernel: somebody may listen by then, and would be reached past the proxy.
-        let hint = Some(hint(segment, HINT_NO_LISTENER));
-        return Ingress { hint, ..next };
+    // What is for somebody else is forwarded, or for an address that only a route makes the pod's.
+    if captured && !hbone && env.is_own(pod_id, &segment.dst) && !env.application_listens(segment) {
+        // The proxy would accept first and find out later. Nor is it left to the kernel: whoever begins
+        // to listen by then, or what the pod's netfilter gives it to, would be reached past the proxy.
+        return Verdict { fate: Fate::Reset, ..next.count(Counter::NoListener) };
     }
     let kind = if hbone { LISTENER_HBONE } else { LISTENER_INBOUND };
     // Also asked while nothing is captured: that may begin before `sk_lookup` runs for this very
     // segment, and then it needs the listener.
-    match env.proxy(pod.pod_id, kind, segment) {
-        Proxy::AwayWithinGrace if captured => Ingress {
-            fate: Fate::Drop,
-            count: Some((pod.pod_id, Counter::DroppedProxyAway)),
-            ..next
-        },
-        // When it is away for good the kernel refuses: nobody listens on the HBONE port, and
-        // `sk_lookup` drops the rest.
-        _ => next,
+    match env.proxy(pod_id, kind, segment) {
+        Proxy::AwayWithinGrace if captured => {
+            Verdict { fate: Fate::Drop, ..next.count(Counter::DroppedProxyAway) }
+        }
+        // When it is away for good `sk_lookup` refuses.
+        _ => Verdict { hint: Some(HINT_FROM_OUTSIDE), ..next },
     }
+}
+
+/// Whether a packet that came from outside pretends to come from the pod itself, or is for loopback.
+#[inline(always)]
+fn is_forged(pod_id: PodId, flow: &Flow, env: &impl Pods) -> bool {
+    flow.local.is_loopback() || flow.remote.is_loopback() || env.is_own(pod_id, &flow.remote)
 }
 
 /// A virtual interface of a pod.
@@ -235,7 +297,7 @@ pub struct Virtual {
 /// other interface.
 #[inline(always)]
 pub fn is_inbound(segment: Option<&Segment>, pod_id: PodId, env: &impl Pods) -> bool {
-    segment.is_some_and(|segment| same_pod(env.pod(&segment.dst), pod_id))
+    segment.is_some_and(|segment| env.is_own(pod_id, &segment.dst))
 }
 
 /// tcx ingress on a virtual interface of the pod: what a VM or a nested container sends, unless it
@@ -250,33 +312,32 @@ pub fn on_virtual(
     segment: Option<&Segment>,
     hides_tcp: bool,
     interface: &Virtual,
-    env: &impl VirtualEnv,
-) -> Ingress {
+    env: &impl Env,
+) -> Verdict {
     if !ip {
-        return Ingress::NEXT;
+        return Verdict::NEXT;
     }
     let Virtual { pod_id, flags } = *interface;
-    let forwarded = Ingress { mark: Some(MARK_DIRECT), ..Ingress::NEXT };
-    let redirected = Ingress { mark: Some(MARK_VIRTUAL), ..Ingress::NEXT };
+    let forwarded = Verdict { mark: Some(MARK_DIRECT), ..Verdict::of(pod_id) };
+    let redirected = Verdict { mark: Some(MARK_TO_PROXY), ..Verdict::of(pod_id) };
     let captures = flags & VIRTUAL_CAPTURE != 0;
     let Some(segment) = segment else {
         if hides_tcp && captures {
             // It could open a connection past the proxy, and nobody needs it.
-            let count = Some((pod_id, Counter::DroppedVirtualUnreadable));
-            return Ingress { fate: Fate::Drop, count, ..forwarded };
+            return Verdict { fate: Fate::Drop, ..forwarded.count(Counter::DroppedUnreadable) };
         }
         return forwarded;
     };
     if segment.dst.is_loopback() || segment.dst.is_link_local() {
         return forwarded;
     }
-    let for_proxy = Hint { pod_id, ..hint(segment, HINT_FROM_VIRTUAL) };
+    let for_proxy = Verdict { hint: Some(HINT_FROM_VIRTUAL), ..redirected };
     if !segment.opens {
         if env.has_connection(segment) {
             return redirected;
         }
         if captures && env.completes_cookie(pod_id) {
-            return Ingress { hint: Some(for_proxy), ..redirected };
+            return for_proxy;
         }
         return forwarded;
     }
@@ -286,28 +347,102 @@ pub fn on_virtual(
         return forwarded;
     }
     match env.proxy(pod_id, LISTENER_OUTBOUND, segment) {
-        Proxy::Listens => Ingress { hint: Some(for_proxy), ..redirected },
-        Proxy::AwayWithinGrace => Ingress {
-            fate: Fate::Drop,
-            count: Some((pod_id, Counter::DroppedProxyAway)),
-            ..forwarded
-        },
-        Proxy::Away => Ingress {
-            fate: Fate::Reset,
-            count: Some((pod_id, Counter::RefusedProxyAway)),
-            ..forwarded
-        },
+        Proxy::Listens => for_proxy,
+        Proxy::AwayWithinGrace => {
+            Verdict { fate: Fate::Drop, ..forwarded.count(Counter::DroppedProxyAway) }
+        }
+        Proxy::Away => Verdict { fate: Fate::Reset, ..forwarded.count(Counter::RefusedProxyAway) },
     }
 }
 
+/// tcx egress of every interface of the pod but `lo`, for what is not the proxy's: the guard. A packet
+/// goes where its socket is, whatever marks, rules, routes and netfilter of the pod say.
+/// `hides_tcp` says of a packet without a message that it is TCP, or may be.
 #[inline(always)]
-fn hint(segment: &Segment, kind: u32) -> Hint {
-    Hint::new(segment.receiver_flow(), kind)
+pub fn on_egress(message: Option<&Message>, hides_tcp: bool, env: &impl Env) -> Verdict {
+    let Some(message) = message else {
+        if !hides_tcp || env.is_forwarded() {
+            return Verdict::NEXT;
+        }
+        let pod_id = env.pod_id();
+        return match env.pod(pod_id) {
+            Some(pod) if !captures(pod) => Verdict::NEXT,
+            // It could open a connection past the proxy.
+            _ => {
+                let next = Verdict::of(pod_id);
+                Verdict { fate: Fate::Drop, ..next.count(Counter::DroppedUnreadable) }
+            }
+        };
+    };
+    let segment = &message.segment;
+    if segment.dst.is_loopback() || segment.dst.is_link_local() {
+        return Verdict::NEXT;
+    }
+    let asks = segment.opens && segment.dst_port == PORT_DNS && message.is_query;
+    if !message.tcp && !asks {
+        return Verdict::NEXT;
+    }
+    if env.is_forwarded() && !segment.accepts {
+        // A guest's, which virtual interfaces are for; or the kernel's own.
+        if message.tcp && segment.opens {
+            return Verdict::of(env.pod_id()).count(Counter::Forwarded);
+        }
+        return Verdict::NEXT;
+    }
+    if !segment.opens {
+        match env.settled(segment) {
+            Some(WAY_REDIRECTED) => return to_lo(Verdict::NEXT),
+            Some(_) => return Verdict::NEXT,
+            None => {}
+        }
+    }
+    let pod_id = env.pod_id();
+    let next = Verdict::of(pod_id);
+    let Some(pod) = env.pod(pod_id) else {
+        // It is being removed, or was never prepared: nobody could decide.
+        return Verdict { fate: Fate::Drop, ..next.count(Counter::RefusedUnknownPod) };
+    };
+    if !is_enrolled(pod) {
+        return next;
+    }
+    if segment.opens {
+        if asks && pod & POD_DNS != 0 {
+            let to_lo = to_lo(next.count(Counter::RescuedDns));
+            return if message.tcp { Verdict { settle: Some(WAY_REDIRECTED), ..to_lo } } else { to_lo };
+        }
+        let excluded = pod & POD_OUTBOUND_RULES != 0
+            && env.excludes_outbound(pod_id, &segment.sender_flow());
+        if !message.tcp || !captures(pod) || excluded {
+            return next;
+        }
+        let to_lo = to_lo(next.count(Counter::RescuedOutbound));
+        return Verdict { settle: Some(WAY_REDIRECTED), ..to_lo };
+    }
+    if env.has_connection(segment) {
+        let to_lo = Verdict { settle: Some(WAY_REDIRECTED), ..to_lo(next) };
+        return if segment.accepts { to_lo.count(Counter::RescuedInbound) } else { to_lo };
+    }
+    let flow = segment.sender_flow();
+    if segment.accepts
+        && captures(pod)
+        && !env.is_forwarded()
+        && past_proxy(pod_id, pod, &flow, env).is_none()
+    {
+        return Verdict { fate: Fate::Abort, ..next.count(Counter::RefusedPastProxy) };
+    }
+    Verdict { settle: Some(WAY_DIRECT), ..next }
+}
+
+#[inline(always)]
+fn to_lo(verdict: Verdict) -> Verdict {
+    Verdict { fate: Fate::ToLo, mark: Some(MARK_TO_PROXY), ..verdict }
 }
 
 /// What `sk_lookup` knows when the kernel looks for the listener of a packet.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Lookup {
+    /// The pod that it runs for.
+    pub pod_id: PodId,
     /// Whether it is TCP.
     pub tcp: bool,
     /// The connection as the listener would see it.
@@ -322,110 +457,112 @@ pub struct Lookup {
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Steer {
     /// The kernel's own lookup decides.
-    Pass(Option<(PodId, Counter)>),
-    /// The proxy's listener takes it. Without one it is refused: it never falls through.
-    Redirect {
-        /// The pod.
-        pod_id: PodId,
-        /// One of `LISTENER_*`.
-        kind: u32,
-    },
+    Pass(Option<Counter>),
+    /// The proxy's listener takes it, one of `LISTENER_*`. Without one it is refused: it never falls
+    /// through.
+    Redirect(u32),
     /// It is refused.
-    Refuse(PodId, Counter),
+    Refuse(Counter),
 }
-
-/// No pod's id.
-const NOBODY: PodId = PodId::MAX;
 
 /// `sk_lookup` in an enrolled pod's network namespace.
 ///
 /// No packet is parsed here: whatever is not known to be something else goes to the proxy.
 #[inline(always)]
 pub fn steer(lookup: &Lookup, env: &impl Pods) -> Steer {
-    let Lookup { tcp, flow, on_lo, hint } = lookup;
-    if flow.local.is_loopback() || flow.local.is_link_local() {
+    let Lookup { pod_id, tcp, flow, on_lo, hint } = lookup;
+    let pod_id = *pod_id;
+    let hint_kind = if hint.pod_id != pod_id { HINT_NONE } else { hint.kind };
+    let hinted = if hint.flow == *flow { hint_kind } else { HINT_NONE };
+    if hinted == HINT_QUESTION {
         return Steer::Pass(None);
     }
     if !tcp {
         return dns::steer(lookup, env);
     }
-    let (hint, hinted) = if hint.flow == *flow { (hint.kind, hint.pod_id) } else { (HINT_NONE, 0) };
-    if hint == HINT_FROM_VIRTUAL {
-        return Steer::Redirect { pod_id: hinted, kind: LISTENER_OUTBOUND };
-    }
-    if hint == HINT_QUESTION {
+    let Some(pod) = env.pod(pod_id) else { return Steer::Refuse(Counter::RefusedUnknownPod) };
+    if !is_enrolled(pod) {
         return Steer::Pass(None);
     }
-    let local = env.pod(&flow.local);
-    // Not an Option: the compiler would carry along what a `None` does not have, and the verifier
-    // objects to that.
-    let caller = env.pod(&flow.remote).map_or(NOBODY, |pod| pod.pod_id);
-    let calls_itself = same_pod(local, caller);
-    // Another pod of this node, called by ours, looks like ours, called by that one. But what ours
-    // sends comes in on `lo`, and where it is bound to an interface and seems to come in on that, tcx
-    // has said so. Of the proxy's packets on `lo`, too.
-    if (hint == HINT_FROM_POD || (*on_lo && hint == HINT_NONE)) && caller != NOBODY && !calls_itself
-    {
-        return Steer::Redirect { pod_id: caller, kind: LISTENER_OUTBOUND };
+    let captured = captures(pod);
+    let pass = |counter| Steer::Pass(if captured { Some(counter) } else { None });
+    if hinted == HINT_FROM_VIRTUAL {
+        return Steer::Redirect(LISTENER_OUTBOUND);
     }
-    let Some(pod) = local else {
-        // The namespace has addresses that are not in `pods`, those of its virtual interfaces: they are
-        // the same in many pods. The proxy calls them, and they call themselves.
-        if hint == HINT_FROM_PROXY || flow.local == flow.remote {
+    if hinted == HINT_FROM_PROXY {
+        return pass(Counter::FromProxy);
+    }
+    if *on_lo || hinted == HINT_FROM_POD {
+        if flow.local.is_loopback() || flow.local.is_link_local() {
             return Steer::Pass(None);
         }
-        return Steer::Refuse(0, Counter::RefusedUnknownAddress);
-    };
-    if enrolled(local).is_none() || !captures(&pod) {
+        if env.is_own(pod_id, &flow.local) {
+            return pass(Counter::Local);
+        }
+        // Nothing but the redirection brings somebody else's address to `lo`.
+        return Steer::Redirect(LISTENER_OUTBOUND);
+    }
+    if is_forged(pod_id, flow, env) {
+        return Steer::Refuse(Counter::RefusedForgedAddress);
+    }
+    if !captured {
         return Steer::Pass(None);
     }
-    if hint == HINT_NO_LISTENER {
-        return Steer::Refuse(pod.pod_id, Counter::NoListener);
-    }
-    if calls_itself {
-        return Steer::Pass(Some((pod.pod_id, Counter::Local)));
+    if is_translated(flow, &hint.flow) {
+        // The proxy would be told the former destination, where nobody listens.
+        match hint_kind {
+            HINT_PAST_PROXY => return Steer::Pass(Some(Counter::BypassedInbound)),
+            HINT_FROM_OUTSIDE => return Steer::Refuse(Counter::RefusedTranslated),
+            _ => {}
+        }
     }
     if flow.local_port == PORT_HBONE {
-        return Steer::Pass(Some((pod.pod_id, Counter::Hbone)));
+        return Steer::Redirect(LISTENER_HBONE);
     }
-    if hint == HINT_FROM_PROXY {
-        return Steer::Pass(Some((pod.pod_id, Counter::FromProxy)));
+    if let Some(counter) = past_proxy(pod_id, pod, flow, env) {
+        return Steer::Pass(Some(counter));
     }
-    if let Some(counter) = past_proxy(&pod, flow, env) {
-        return Steer::Pass(Some((pod.pod_id, counter)));
-    }
-    Steer::Redirect { pod_id: pod.pod_id, kind: LISTENER_INBOUND }
+    Steer::Redirect(LISTENER_INBOUND)
+}
+
+/// Whether the pod's netfilter has given the packet that tcx saw another destination.
+#[inline(always)]
+fn is_translated(flow: &Flow, seen: &Flow) -> bool {
+    flow.remote == seen.remote
+        && flow.remote_port == seen.remote_port
+        && (flow.local != seen.local || flow.local_port != seen.local_port)
 }
 
 /// What is counted for a redirection to one of `LISTENER_*`.
 #[inline(always)]
 pub fn redirected(kind: u32) -> Counter {
-    if kind == LISTENER_OUTBOUND { Counter::RedirectedOutbound } else { Counter::RedirectedInbound }
-}
-
-#[inline(always)]
-fn enrolled(pod: Option<PodEntry>) -> Option<PodEntry> {
-    match pod {
-        Some(pod) if pod.decision == DECISION_ENROLLED => Some(pod),
-        _ => None,
+    match kind {
+        LISTENER_INBOUND => Counter::RedirectedInbound,
+        LISTENER_HBONE => Counter::Hbone,
+        _ => Counter::RedirectedOutbound,
     }
 }
 
 #[inline(always)]
-fn captures(pod: &PodEntry) -> bool {
-    pod.flags & POD_CAPTURE != 0
+fn is_enrolled(pod: u32) -> bool {
+    pod & POD_ENROLLED != 0
+}
+
+#[inline(always)]
+fn captures(pod: u32) -> bool {
+    pod & (POD_ENROLLED | POD_CAPTURE) == POD_ENROLLED | POD_CAPTURE
 }
 
 /// Whether a connection to the pod goes to the application directly, and what it then counts as. The
 /// proxy's own ports are not for outsiders, whatever the settings: its outbound listener would take
 /// them for the pod.
 #[inline(always)]
-fn past_proxy(pod: &PodEntry, flow: &Flow, env: &impl Pods) -> Option<Counter> {
+fn past_proxy(pod_id: PodId, pod: u32, flow: &Flow, env: &impl Pods) -> Option<Counter> {
     if matches!(flow.local_port, PORT_OUTBOUND | PORT_INBOUND | PORT_HBONE) {
         return None;
     }
-    if pod.flags & POD_BYPASS_INBOUND != 0
-        || (pod.flags & POD_INBOUND_RULES != 0 && env.excludes_inbound(pod.pod_id, flow))
+    if pod & POD_BYPASS_INBOUND != 0
+        || (pod & POD_INBOUND_RULES != 0 && env.excludes_inbound(pod_id, flow))
     {
         return Some(Counter::BypassedInbound);
     }
@@ -433,895 +570,4 @@ fn past_proxy(pod: &PodEntry, flow: &Flow, env: &impl Pods) -> Option<Counter> {
         return Some(Counter::KubeletProbe);
     }
     env.is_probe_source(&flow.remote).then_some(Counter::ProbeSource)
-}
-
-#[inline(always)]
-fn same_pod(pod: Option<PodEntry>, pod_id: PodId) -> bool {
-    matches!(pod, Some(pod) if pod.pod_id == pod_id)
-}
-
-#[cfg(test)]
-mod tests {
-    use std::{cell::RefCell, collections::BTreeMap, net::IpAddr};
-
-    use super::*;
-    use crate::abi::DECISION_BYPASS;
-
-    const OWN: PodId = 1;
-    const NEIGHBOUR: PodId = 2;
-    const BYPASSING: PodId = 3;
-    const PREPARING: PodId = 4;
-
-    const CLIENT_PORT: u16 = 40_000;
-    const SERVER_PORT: u16 = 8080;
-
-    /// Who is who, in one family.
-    #[derive(Clone, Copy)]
-    struct Addresses {
-        own: Addr,
-        own_second: Addr,
-        neighbour: Addr,
-        bypassing: Addr,
-        preparing: Addr,
-        stranger: Addr,
-        /// Behind a virtual interface of the pod.
-        guest: Addr,
-        loopback: Addr,
-    }
-
-    fn both_families() -> [Addresses; 2] {
-        let addr = |text: &str| Addr::from(text.parse::<IpAddr>().unwrap());
-        [
-            Addresses {
-                own: addr("10.0.0.2"),
-                own_second: addr("10.0.0.3"),
-                neighbour: addr("10.0.0.10"),
-                bypassing: addr("10.0.0.11"),
-                preparing: addr("10.0.0.12"),
-                stranger: addr("192.0.2.1"),
-                guest: addr("10.44.0.2"),
-                loopback: addr("127.0.0.1"),
-            },
-            Addresses {
-                own: addr("fd00::2"),
-                own_second: addr("fd00::3"),
-                neighbour: addr("fd00::10"),
-                bypassing: addr("fd00::11"),
-                preparing: addr("fd00::12"),
-                stranger: addr("2001:db8::1"),
-                guest: addr("fd44::2"),
-                loopback: addr("::1"),
-            },
-        ]
-    }
-
-    /// What a decision has asked for besides pods.
-    #[derive(Debug, PartialEq, Eq)]
-    enum Asked {
-        Application,
-        Open,
-        Proxy(PodId, u32),
-    }
-
-    struct Node {
-        pods: BTreeMap<Addr, PodEntry>,
-        /// What `inbound_ports` and `inbound_ranges` keep off the proxy.
-        excluded_port: Option<u16>,
-        excluded_peer: Option<Addr>,
-        /// Whose connections are in `kubelet_flows`.
-        kubelet: Option<Addr>,
-        probe_source: Option<Addr>,
-        /// Whom guests call past the proxy.
-        excluded_outbound: Option<Addr>,
-        /// Whom guests are connected to by the proxy.
-        connection: Option<Addr>,
-        /// Whether a guest's connection waits in a SYN cookie.
-        cookie: bool,
-        application_listens: bool,
-        is_open: bool,
-        proxy: Proxy,
-        asked: RefCell<Vec<Asked>>,
-    }
-
-    impl Node {
-        fn new(a: &Addresses, application_listens: bool, proxy: Proxy) -> Self {
-            let entry = |pod_id, decision, flags| PodEntry { pod_id, decision, reason: 0, flags };
-            let pods = BTreeMap::from([
-                (a.own, entry(OWN, DECISION_ENROLLED, POD_CAPTURE)),
-                (a.own_second, entry(OWN, DECISION_ENROLLED, POD_CAPTURE)),
-                (a.neighbour, entry(NEIGHBOUR, DECISION_ENROLLED, POD_CAPTURE)),
-                // The decision counts, whatever the flags.
-                (a.bypassing, entry(BYPASSING, DECISION_BYPASS, POD_CAPTURE)),
-                (a.preparing, entry(PREPARING, DECISION_ENROLLED, 0)),
-            ]);
-            Self {
-                pods,
-                excluded_port: None,
-                excluded_peer: None,
-                kubelet: None,
-                probe_source: None,
-                excluded_outbound: None,
-                connection: None,
-                cookie: false,
-                application_listens,
-                is_open: false,
-                proxy,
-                asked: RefCell::default(),
-            }
-        }
-
-        /// With these flags for the pod itself, besides that it captures.
-        fn with_flags(mut self, a: &Addresses, flags: u32) -> Self {
-            for own in [a.own, a.own_second] {
-                self.pods.entry(own).and_modify(|entry| entry.flags = POD_CAPTURE | flags);
-            }
-            self
-        }
-
-        #[track_caller]
-        fn assert_asked(&self, asked: &[Asked]) {
-            assert_eq!(*self.asked.borrow(), asked);
-        }
-    }
-
-    impl Pods for Node {
-        fn pod(&self, addr: &Addr) -> Option<PodEntry> {
-            self.pods.get(addr).copied()
-        }
-
-        fn excludes_inbound(&self, pod_id: PodId, flow: &Flow) -> bool {
-            pod_id == OWN
-                && (self.excluded_port == Some(flow.local_port)
-                    || self.excluded_peer == Some(flow.remote))
-        }
-
-        fn is_kubelets(&self, flow: &Flow) -> bool {
-            self.kubelet == Some(flow.remote)
-        }
-
-        fn is_probe_source(&self, peer: &Addr) -> bool {
-            self.probe_source == Some(*peer)
-        }
-    }
-
-    impl Env for Node {
-        fn application_listens(&self, _: &Segment) -> bool {
-            self.asked.borrow_mut().push(Asked::Application);
-            self.application_listens
-        }
-
-        fn is_open(&self, _: &Segment) -> bool {
-            self.asked.borrow_mut().push(Asked::Open);
-            self.is_open
-        }
-
-        fn proxy(&self, pod_id: PodId, kind: u32, _: &Segment) -> Proxy {
-            self.asked.borrow_mut().push(Asked::Proxy(pod_id, kind));
-            self.proxy
-        }
-    }
-
-    impl VirtualEnv for Node {
-        fn excludes_outbound(&self, pod_id: PodId, flow: &Flow) -> bool {
-            pod_id == OWN && self.excluded_outbound == Some(flow.remote)
-        }
-
-        fn has_connection(&self, segment: &Segment) -> bool {
-            self.connection == Some(segment.dst)
-        }
-
-        fn completes_cookie(&self, pod_id: PodId) -> bool {
-            pod_id == OWN && self.cookie
-        }
-    }
-
-    const PROXY_STATES: [Proxy; 3] = [Proxy::Listens, Proxy::AwayWithinGrace, Proxy::Away];
-
-    fn syn(src: Addr, dst: Addr) -> Segment {
-        Segment { src, dst, src_port: CLIENT_PORT, dst_port: SERVER_PORT, opens: true }
-    }
-
-    fn data(src: Addr, dst: Addr) -> Segment {
-        Segment { opens: false, ..syn(src, dst) }
-    }
-
-    fn flow(local: Addr, remote: Addr) -> Flow {
-        Flow { local, remote, local_port: SERVER_PORT, remote_port: CLIENT_PORT }
-    }
-
-    #[test]
-    fn only_the_bits_of_the_mesh_are_read_and_written() {
-        assert_eq!(mesh_mark(0xabcd_e539), MARK_PROXY);
-        assert_eq!(with_mesh_mark(0xabcd_e539, MARK_DIRECT), 0xabcd_e0d1);
-        assert_eq!(with_mesh_mark(0xffff_ffff, 0), 0xffff_f000);
-    }
-
-    #[test]
-    fn the_proxy_delivers_to_the_application() {
-        for a in both_families() {
-            // From a client's address, wherever that client is; every packet, not only the SYN.
-            for client in [a.stranger, a.neighbour, a.own] {
-                for segment in [syn(client, a.own), data(client, a.own)] {
-                    for mark in [MARK_PROXY, 0xabcd_e000 | MARK_PROXY] {
-                        let node = Node::new(&a, true, Proxy::Away);
-                        let hint = Hint::new(flow(a.own, client), HINT_FROM_PROXY);
-                        let expected = Ingress {
-                            fate: Fate::Next,
-                            mark: Some(MARK_REDIRECTED),
-                            hint: Some(hint),
-                            count: None,
-                        };
-                        assert_eq!(on_lo(mark, Some(&segment), &node), expected);
-                        node.assert_asked(if segment.opens { &[Asked::Open] } else { &[] });
-                    }
-                }
-            }
-        }
-    }
-
-    #[test]
-    fn the_proxy_calls_by_a_port_that_another_connection_has() {
-        for a in both_families() {
-            let node = || Node { is_open: true, ..Node::new(&a, true, Proxy::Listens) };
-            for (pod_id, own) in [(OWN, a.own), (PREPARING, a.preparing)] {
-                let count = Some((pod_id, Counter::RefusedPortTaken));
-                let refused = Ingress { fate: Fate::Reset, count, ..Ingress::NEXT };
-                let ingress = on_lo(MARK_PROXY, Some(&syn(a.stranger, own)), &node());
-                assert_eq!(ingress, refused);
-            }
-            for (scenario, segment) in [
-                ("a connection that is open", data(a.stranger, a.own)),
-                ("to a pod that bypasses", syn(a.stranger, a.bypassing)),
-            ] {
-                let node = node();
-                let ingress = on_lo(MARK_PROXY, Some(&segment), &node);
-                assert_eq!(ingress.fate, Fate::Next, "{scenario}");
-                node.assert_asked(&[]);
-            }
-        }
-    }
-
-    #[test]
-    fn what_the_proxy_sends_and_cannot_be_parsed_has_no_hint() {
-        for a in both_families() {
-            let node = Node::new(&a, true, Proxy::Listens);
-            let expected = Ingress { mark: Some(MARK_REDIRECTED), ..Ingress::NEXT };
-            assert_eq!(on_lo(MARK_PROXY, None, &node), expected);
-        }
-    }
-
-    #[test]
-    fn the_pod_opens_a_connection() {
-        for a in both_families() {
-            for (proxy, fate, counter) in [
-                (Proxy::Listens, Fate::Next, None),
-                (Proxy::AwayWithinGrace, Fate::Drop, Some(Counter::DroppedProxyAway)),
-                (Proxy::Away, Fate::Reset, Some(Counter::RefusedProxyAway)),
-            ] {
-                // To its neighbours, too: it is the caller's proxy that counts.
-                for server in [a.stranger, a.neighbour, a.bypassing, a.preparing] {
-                    // Of these only the proxy's mark makes a difference.
-                    for mark in [0, MARK_REDIRECTED, MARK_DIRECT, 0xabcd_e000] {
-                        let node = Node::new(&a, true, proxy);
-                        let count = counter.map(|counter| (OWN, counter));
-                        let hint = (proxy == Proxy::Listens)
-                            .then(|| Hint::new(flow(server, a.own), HINT_FROM_POD));
-                        let expected = Ingress { fate, count, hint, ..Ingress::NEXT };
-                        assert_eq!(on_lo(mark, Some(&syn(a.own, server)), &node), expected);
-                        node.assert_asked(&[Asked::Proxy(OWN, LISTENER_OUTBOUND)]);
-                    }
-                }
-            }
-        }
-    }
-
-    #[test]
-    fn a_pod_that_leaves_the_mesh_still_needs_its_proxy_on_lo() {
-        for a in both_families() {
-            let node = Node::new(&a, true, Proxy::Away);
-            let ingress = on_lo(0, Some(&syn(a.preparing, a.stranger)), &node);
-            assert_eq!(ingress.fate, Fate::Reset);
-            node.assert_asked(&[Asked::Proxy(PREPARING, LISTENER_OUTBOUND)]);
-        }
-    }
-
-    #[test]
-    fn on_lo_everything_else_goes_on() {
-        for a in both_families() {
-            for (scenario, segment) in [
-                ("an open connection", Some(data(a.own, a.stranger))),
-                ("loopback calls loopback", Some(syn(a.loopback, a.loopback))),
-                ("the pod calls loopback", Some(syn(a.own, a.loopback))),
-                ("the pod calls itself", Some(syn(a.own, a.own))),
-                ("the pod calls its other address", Some(syn(a.own, a.own_second))),
-                ("a pod that bypasses", Some(syn(a.bypassing, a.stranger))),
-                ("nobody known", Some(syn(a.stranger, a.stranger))),
-                ("not TCP, or not to be parsed", None),
-            ] {
-                let node = Node::new(&a, false, Proxy::Away);
-                assert_eq!(on_lo(0, segment.as_ref(), &node), Ingress::NEXT, "{scenario}");
-                node.assert_asked(&[]);
-            }
-        }
-    }
-
-    #[test]
-    fn what_is_not_ip_is_left_alone() {
-        for a in both_families() {
-            let node = Node::new(&a, true, Proxy::Listens);
-            assert_eq!(on_interface(false, None, &node), Ingress::NEXT);
-        }
-    }
-
-    #[test]
-    fn what_comes_from_outside_is_marked_and_goes_on() {
-        for a in both_families() {
-            for (scenario, segment) in [
-                ("not TCP, or not to be parsed", None),
-                ("an open connection", Some(data(a.stranger, a.own))),
-                ("to a pod that bypasses", Some(syn(a.stranger, a.bypassing))),
-                ("to nobody known", Some(syn(a.own, a.stranger))),
-            ] {
-                let node = Node::new(&a, false, Proxy::Away);
-                let expected = Ingress { mark: Some(MARK_DIRECT), ..Ingress::NEXT };
-                assert_eq!(on_interface(true, segment.as_ref(), &node), expected, "{scenario}");
-                node.assert_asked(&[]);
-            }
-        }
-    }
-
-    #[test]
-    fn nobody_listens_in_the_pod() {
-        for a in both_families() {
-            // Whether the proxy listens does not matter: it is not asked.
-            for proxy in PROXY_STATES {
-                let node = Node::new(&a, false, proxy);
-                let hint = Hint::new(flow(a.own, a.stranger), HINT_NO_LISTENER);
-                let expected = Ingress {
-                    fate: Fate::Next,
-                    mark: Some(MARK_DIRECT),
-                    hint: Some(hint),
-                    count: None,
-                };
-                assert_eq!(on_interface(true, Some(&syn(a.stranger, a.own)), &node), expected);
-                node.assert_asked(&[Asked::Application]);
-            }
-        }
-    }
-
-    #[test]
-    fn an_application_listens_in_the_pod() {
-        for a in both_families() {
-            for (proxy, fate, counter) in [
-                (Proxy::Listens, Fate::Next, None),
-                (Proxy::AwayWithinGrace, Fate::Drop, Some(Counter::DroppedProxyAway)),
-                (Proxy::Away, Fate::Next, None),
-            ] {
-                for client in [a.stranger, a.neighbour, a.bypassing] {
-                    let node = Node::new(&a, true, proxy);
-                    let count = counter.map(|counter| (OWN, counter));
-                    let expected = Ingress { fate, mark: Some(MARK_DIRECT), hint: None, count };
-                    assert_eq!(on_interface(true, Some(&syn(client, a.own)), &node), expected);
-                    node.assert_asked(&[Asked::Application, Asked::Proxy(OWN, LISTENER_INBOUND)]);
-                }
-            }
-        }
-    }
-
-    #[test]
-    fn the_listener_is_at_hand_when_capture_begins() {
-        for a in both_families() {
-            for proxy in [Proxy::Listens, Proxy::AwayWithinGrace, Proxy::Away] {
-                let node = Node::new(&a, false, proxy);
-                let expected = Ingress { mark: Some(MARK_DIRECT), ..Ingress::NEXT };
-                let segment = syn(a.stranger, a.preparing);
-                assert_eq!(on_interface(true, Some(&segment), &node), expected);
-                node.assert_asked(&[Asked::Proxy(PREPARING, LISTENER_INBOUND)]);
-            }
-        }
-    }
-
-    #[test]
-    fn what_settings_keep_off_the_proxy_needs_none() {
-        for a in both_families() {
-            let nothing = Node::new(&a, false, Proxy::Away);
-            let inbound = nothing.with_flags(&a, POD_BYPASS_INBOUND);
-            let rules = || Node::new(&a, false, Proxy::Away).with_flags(&a, POD_INBOUND_RULES);
-            let port = Node { excluded_port: Some(SERVER_PORT), ..rules() };
-            let peer = Node { excluded_peer: Some(a.stranger), ..rules() };
-            let nothing = || Node::new(&a, false, Proxy::Away);
-            let probe = Node { kubelet: Some(a.stranger), ..nothing() };
-            let source = Node { probe_source: Some(a.stranger), ..nothing() };
-            for node in [inbound, port, peer, probe, source] {
-                let expected = Ingress { mark: Some(MARK_DIRECT), ..Ingress::NEXT };
-                assert_eq!(on_interface(true, Some(&syn(a.stranger, a.own)), &node), expected);
-                node.assert_asked(&[]);
-                for proxys in [PORT_OUTBOUND, PORT_INBOUND, PORT_HBONE] {
-                    let node = Node { excluded_port: Some(proxys), ..rules() };
-                    let segment = Segment { dst_port: proxys, ..syn(a.stranger, a.own) };
-                    on_interface(true, Some(&segment), &node);
-                    assert_ne!(*node.asked.borrow(), [], "{proxys} is not for outsiders");
-                }
-            }
-        }
-    }
-
-    #[test]
-    fn hbone_comes_to_the_pod() {
-        for a in both_families() {
-            for (proxy, fate, counter) in [
-                (Proxy::Listens, Fate::Next, None),
-                (Proxy::AwayWithinGrace, Fate::Drop, Some(Counter::DroppedProxyAway)),
-                (Proxy::Away, Fate::Next, None),
-            ] {
-                // No application has that port: it is not asked for.
-                let node = Node::new(&a, false, proxy);
-                let segment = Segment { dst_port: PORT_HBONE, ..syn(a.stranger, a.own) };
-                let count = counter.map(|counter| (OWN, counter));
-                let expected = Ingress { fate, mark: Some(MARK_DIRECT), hint: None, count };
-                assert_eq!(on_interface(true, Some(&segment), &node), expected);
-                node.assert_asked(&[Asked::Proxy(OWN, LISTENER_HBONE)]);
-            }
-        }
-    }
-
-    fn lookup(local: Addr, remote: Addr, on_lo: bool, kind: u32) -> Lookup {
-        let flow = flow(local, remote);
-        Lookup { tcp: true, flow, on_lo, hint: Hint::new(flow, kind) }
-    }
-
-    fn to_port(lookup: Lookup, port: u16) -> Lookup {
-        let flow = Flow { local_port: port, ..lookup.flow };
-        Lookup { flow, hint: Hint { flow, ..lookup.hint }, ..lookup }
-    }
-
-    const LO: bool = true;
-    const OUTSIDE: bool = false;
-    const OUTBOUND: Steer = Steer::Redirect { pod_id: OWN, kind: LISTENER_OUTBOUND };
-    const INBOUND: Steer = Steer::Redirect { pod_id: OWN, kind: LISTENER_INBOUND };
-    const UNTOUCHED: Steer = Steer::Pass(None);
-    const UNKNOWN: Steer = Steer::Refuse(0, Counter::RefusedUnknownAddress);
-
-    fn counted(counter: Counter) -> Steer {
-        Steer::Pass(Some((OWN, counter)))
-    }
-
-    #[track_caller]
-    fn assert_steered(a: &Addresses, rows: &[(&str, Lookup, Steer)]) {
-        let node = Node::new(a, true, Proxy::Listens);
-        for (scenario, lookup, expected) in rows {
-            assert_eq!(steer(lookup, &node), *expected, "{scenario}: {lookup:?}");
-        }
-    }
-
-    #[test]
-    fn the_pod_calls() {
-        for a in both_families() {
-            let none = HINT_NONE;
-            let hbone = to_port(lookup(a.neighbour, a.own, LO, none), PORT_HBONE);
-            let rows = [
-                ("a stranger", lookup(a.stranger, a.own, LO, none), OUTBOUND),
-                (
-                    "a stranger, by its other address",
-                    lookup(a.stranger, a.own_second, LO, none),
-                    OUTBOUND,
-                ),
-                ("a pod of this node", lookup(a.neighbour, a.own, LO, none), OUTBOUND),
-                ("the HBONE port of a pod of this node", hbone, OUTBOUND),
-                ("a pod that bypasses", lookup(a.bypassing, a.own, LO, none), OUTBOUND),
-                ("a pod that is being prepared", lookup(a.preparing, a.own, LO, none), OUTBOUND),
-                ("itself", lookup(a.own, a.own, LO, none), counted(Counter::Local)),
-                // The kernel gives the interface that has the address.
-                (
-                    "itself, as if from outside",
-                    lookup(a.own, a.own, OUTSIDE, none),
-                    counted(Counter::Local),
-                ),
-                (
-                    "its other address",
-                    lookup(a.own_second, a.own, LO, none),
-                    counted(Counter::Local),
-                ),
-                ("loopback", lookup(a.loopback, a.own, LO, none), UNTOUCHED),
-                ("loopback from loopback", lookup(a.loopback, a.loopback, LO, none), UNTOUCHED),
-                // A stale hint is for another flow.
-                (
-                    "a stranger, after a packet of the proxy",
-                    Lookup {
-                        hint: Hint::new(flow(a.own, a.stranger), HINT_FROM_PROXY),
-                        ..lookup(a.stranger, a.own, LO, none)
-                    },
-                    OUTBOUND,
-                ),
-            ];
-            assert_steered(&a, &rows);
-        }
-    }
-
-    #[test]
-    fn the_pod_is_called() {
-        for a in both_families() {
-            let none = HINT_NONE;
-            let hbone = |remote| to_port(lookup(a.own, remote, OUTSIDE, none), PORT_HBONE);
-            let rows = [
-                ("by a stranger", lookup(a.own, a.stranger, OUTSIDE, none), INBOUND),
-                (
-                    "by a stranger, its other address",
-                    lookup(a.own_second, a.stranger, OUTSIDE, none),
-                    INBOUND,
-                ),
-                ("by a pod of this node", lookup(a.own, a.neighbour, OUTSIDE, none), INBOUND),
-                ("by a pod that bypasses", lookup(a.own, a.bypassing, OUTSIDE, none), INBOUND),
-                ("by loopback on the wire", lookup(a.own, a.loopback, OUTSIDE, none), INBOUND),
-                ("with HBONE", hbone(a.stranger), counted(Counter::Hbone)),
-                ("with HBONE by a pod of this node", hbone(a.neighbour), counted(Counter::Hbone)),
-                (
-                    "on the proxy's own port",
-                    to_port(lookup(a.own, a.stranger, OUTSIDE, none), PORT_INBOUND),
-                    INBOUND,
-                ),
-                (
-                    "on the proxy's other own port",
-                    to_port(lookup(a.own, a.stranger, OUTSIDE, none), PORT_OUTBOUND),
-                    INBOUND,
-                ),
-                ("with a hint of no kind", lookup(a.own, a.stranger, OUTSIDE, 99), INBOUND),
-                (
-                    "on lo by nobody known, and no hint",
-                    lookup(a.own, a.stranger, LO, none),
-                    INBOUND,
-                ),
-            ];
-            assert_steered(&a, &rows);
-        }
-    }
-
-    #[test]
-    fn a_socket_of_the_pod_that_is_bound_to_an_interface_calls() {
-        for a in both_families() {
-            let by_own = |local, hint| lookup(local, a.own, OUTSIDE, hint);
-            assert_steered(
-                &a,
-                &[
-                    ("a stranger", by_own(a.stranger, HINT_FROM_POD), OUTBOUND),
-                    ("a neighbour", by_own(a.neighbour, HINT_FROM_POD), OUTBOUND),
-                    ("a pod that bypasses", by_own(a.bypassing, HINT_FROM_POD), OUTBOUND),
-                    (
-                        "a stranger, and tcx has not said so",
-                        by_own(a.stranger, HINT_NONE),
-                        Steer::Refuse(0, Counter::RefusedUnknownAddress),
-                    ),
-                ],
-            );
-        }
-    }
-
-    #[test]
-    fn settings_keep_calls_to_the_pod_off_the_proxy() {
-        const BYPASSED: Steer = Steer::Pass(Some((OWN, Counter::BypassedInbound)));
-        for a in both_families() {
-            let by = |remote| lookup(a.own, remote, OUTSIDE, HINT_NONE);
-            let node = |flags| Node::new(&a, true, Proxy::Listens).with_flags(&a, flags);
-            let inbound = node(POD_BYPASS_INBOUND);
-            let port = Node { excluded_port: Some(SERVER_PORT), ..node(POD_INBOUND_RULES) };
-            let peer = Node { excluded_peer: Some(a.stranger), ..node(POD_INBOUND_RULES) };
-            let unflagged = Node { excluded_port: Some(SERVER_PORT), ..node(0) };
-
-            assert_eq!(steer(&by(a.stranger), &inbound), BYPASSED);
-            assert_eq!(steer(&by(a.stranger), &port), BYPASSED);
-            assert_eq!(steer(&by(a.stranger), &peer), BYPASSED);
-            assert_eq!(steer(&to_port(by(a.stranger), 9090), &port), INBOUND);
-            assert_eq!(steer(&by(a.neighbour), &peer), INBOUND);
-            assert_eq!(steer(&by(a.stranger), &unflagged), INBOUND);
-            for proxys in [PORT_OUTBOUND, PORT_INBOUND] {
-                assert_eq!(steer(&to_port(by(a.stranger), proxys), &inbound), INBOUND);
-            }
-            let hbone = to_port(by(a.stranger), PORT_HBONE);
-            assert_eq!(steer(&hbone, &inbound), counted(Counter::Hbone));
-            let calls = lookup(a.stranger, a.own, LO, HINT_NONE);
-            assert_eq!(steer(&calls, &inbound), OUTBOUND, "outbound is captured all the same");
-            let from_proxy = lookup(a.own, a.stranger, LO, HINT_FROM_PROXY);
-            assert_eq!(steer(&from_proxy, &inbound), counted(Counter::FromProxy));
-        }
-    }
-
-    #[test]
-    fn kubelet_reaches_the_application_and_not_the_proxy_itself() {
-        for a in both_families() {
-            let by = |remote| lookup(a.own, remote, OUTSIDE, HINT_NONE);
-            let node = || Node::new(&a, true, Proxy::Listens);
-            for (node, counter) in [
-                (Node { kubelet: Some(a.stranger), ..node() }, Counter::KubeletProbe),
-                (Node { probe_source: Some(a.stranger), ..node() }, Counter::ProbeSource),
-            ] {
-                assert_eq!(steer(&by(a.stranger), &node), counted(counter));
-                assert_eq!(steer(&by(a.neighbour), &node), INBOUND);
-                for proxys in [PORT_OUTBOUND, PORT_INBOUND] {
-                    assert_eq!(steer(&to_port(by(a.stranger), proxys), &node), INBOUND);
-                }
-                let calls = lookup(a.stranger, a.own, LO, HINT_NONE);
-                assert_eq!(steer(&calls, &node), OUTBOUND);
-            }
-        }
-    }
-
-    #[test]
-    fn the_proxy_calls_the_application() {
-        for a in both_families() {
-            let rows = [
-                ("for a stranger", lookup(a.own, a.stranger, LO, HINT_FROM_PROXY)),
-                ("for a pod of this node", lookup(a.own, a.neighbour, LO, HINT_FROM_PROXY)),
-                ("for a pod that bypasses", lookup(a.own, a.bypassing, LO, HINT_FROM_PROXY)),
-                // The kernel gives the interface that has the address.
-                ("as if from outside", lookup(a.own, a.stranger, OUTSIDE, HINT_FROM_PROXY)),
-            ]
-            .map(|(scenario, lookup)| (scenario, lookup, counted(Counter::FromProxy)));
-            assert_steered(&a, &rows);
-        }
-    }
-
-    #[test]
-    fn a_hint_is_for_one_flow_only() {
-        for a in both_families() {
-            for kind in [HINT_FROM_PROXY, HINT_QUESTION, HINT_NO_LISTENER] {
-                let good = lookup(a.own, a.stranger, OUTSIDE, kind);
-                assert_ne!(steer(&good, &Node::new(&a, true, Proxy::Listens)), INBOUND);
-                let f = good.flow;
-                let rows = [
-                    ("local", Flow { local: a.own_second, ..f }),
-                    ("remote", Flow { remote: a.bypassing, ..f }),
-                    ("local port", Flow { local_port: f.local_port + 1, ..f }),
-                    ("remote port", Flow { remote_port: f.remote_port + 1, ..f }),
-                ]
-                .map(|(other, flow)| {
-                    (other, Lookup { hint: Hint::new(flow, kind), ..good }, INBOUND)
-                });
-                assert_steered(&a, &rows);
-            }
-        }
-    }
-
-    #[test]
-    fn where_nobody_listened_nobody_who_listens_by_now_is_reached() {
-        for a in both_families() {
-            let called = |remote| lookup(a.own, remote, OUTSIDE, HINT_NO_LISTENER);
-            let rows = [
-                ("by a stranger", called(a.stranger)),
-                ("by a pod of this node", called(a.neighbour)),
-                ("by who pretends to be the pod", called(a.own)),
-                ("with HBONE", to_port(called(a.stranger), PORT_HBONE)),
-            ]
-            .map(|(scenario, lookup)| (scenario, lookup, Steer::Refuse(OWN, Counter::NoListener)));
-            assert_steered(&a, &rows);
-        }
-    }
-
-    #[test]
-    fn what_tcx_asks_the_kernel_answers_and_nobody_counts() {
-        for a in both_families() {
-            for interface in [LO, OUTSIDE] {
-                let asked = |local, remote| lookup(local, remote, interface, HINT_QUESTION);
-                let rows = [
-                    ("about a stranger's call", asked(a.own, a.stranger)),
-                    ("about a neighbour's", asked(a.own, a.neighbour)),
-                    ("about HBONE", to_port(asked(a.own, a.stranger), PORT_HBONE)),
-                ]
-                .map(|(scenario, lookup)| (scenario, lookup, UNTOUCHED));
-                assert_steered(&a, &rows);
-            }
-        }
-    }
-
-    #[test]
-    fn what_is_not_ours_is_left_alone() {
-        let link_local = Addr::from("fe80::1".parse::<IpAddr>().unwrap());
-        for a in both_families() {
-            let udp = |lookup| Lookup { tcp: false, ..lookup };
-            let none = HINT_NONE;
-            let rows = [
-                ("UDP to a stranger", udp(lookup(a.stranger, a.own, LO, none))),
-                ("UDP to the pod", udp(lookup(a.own, a.stranger, OUTSIDE, none))),
-                ("link-local", lookup(link_local, a.own, LO, none)),
-                ("link-local from outside", lookup(link_local, a.stranger, OUTSIDE, none)),
-                ("to a pod that bypasses", lookup(a.bypassing, a.stranger, OUTSIDE, none)),
-                ("to a pod that is being prepared", lookup(a.preparing, a.stranger, OUTSIDE, none)),
-                (
-                    "a pod that is being prepared calls itself",
-                    lookup(a.preparing, a.preparing, LO, none),
-                ),
-            ]
-            .map(|(scenario, lookup)| (scenario, lookup, UNTOUCHED));
-            assert_steered(&a, &rows);
-        }
-    }
-
-    #[test]
-    fn addresses_that_nobody_knows_are_refused() {
-        for a in both_families() {
-            let rows = [
-                ("on lo", lookup(a.stranger, a.guest, LO, HINT_NONE)),
-                ("from outside", lookup(a.stranger, a.guest, OUTSIDE, HINT_NONE)),
-                (
-                    "the pod's as a source from outside",
-                    lookup(a.stranger, a.own, OUTSIDE, HINT_NONE),
-                ),
-                ("the pod's own on lo", lookup(a.stranger, a.guest, LO, HINT_FROM_POD)),
-            ]
-            .map(|(scenario, lookup)| (scenario, lookup, UNKNOWN));
-            assert_steered(&a, &rows);
-        }
-    }
-
-    #[test]
-    fn addresses_that_only_the_namespace_knows_are_called_by_the_proxy_and_themselves() {
-        for a in both_families() {
-            let rows = [
-                ("the proxy", lookup(a.guest, a.own, LO, HINT_FROM_PROXY)),
-                ("the proxy by that address", lookup(a.guest, a.guest, LO, HINT_FROM_PROXY)),
-                ("itself", lookup(a.guest, a.guest, LO, HINT_NONE)),
-            ]
-            .map(|(scenario, lookup)| (scenario, lookup, UNTOUCHED));
-            assert_steered(&a, &rows);
-        }
-    }
-
-    const CAPTURING: Virtual = Virtual { pod_id: OWN, flags: VIRTUAL_CAPTURE };
-    const REROUTED: Ingress = Ingress { mark: Some(MARK_VIRTUAL), ..Ingress::NEXT };
-    const FORWARDED: Ingress = Ingress { mark: Some(MARK_DIRECT), ..Ingress::NEXT };
-
-    fn from_virtual(segment: &Segment) -> Option<Hint> {
-        Some(Hint { pod_id: OWN, ..Hint::new(segment.receiver_flow(), HINT_FROM_VIRTUAL) })
-    }
-
-    #[test]
-    fn guests_open_connections_by_the_proxy() {
-        for a in both_families() {
-            for to in [a.stranger, a.neighbour, a.bypassing, a.preparing] {
-                let segment = syn(a.guest, to);
-                for (proxy, expected) in [
-                    (Proxy::Listens, Ingress { hint: from_virtual(&segment), ..REROUTED }),
-                    (
-                        Proxy::AwayWithinGrace,
-                        Ingress {
-                            fate: Fate::Drop,
-                            count: Some((OWN, Counter::DroppedProxyAway)),
-                            ..FORWARDED
-                        },
-                    ),
-                    (
-                        Proxy::Away,
-                        Ingress {
-                            fate: Fate::Reset,
-                            count: Some((OWN, Counter::RefusedProxyAway)),
-                            ..FORWARDED
-                        },
-                    ),
-                ] {
-                    let node = Node::new(&a, true, proxy);
-                    let found = on_virtual(true, Some(&segment), false, &CAPTURING, &node);
-                    assert_eq!(found, expected);
-                    node.assert_asked(&[Asked::Proxy(OWN, LISTENER_OUTBOUND)]);
-                }
-            }
-        }
-    }
-
-    #[test]
-    fn what_settings_exclude_of_guests_is_forwarded_and_needs_no_proxy() {
-        for a in both_families() {
-            let segment = syn(a.guest, a.stranger);
-            let rules = Virtual { flags: VIRTUAL_CAPTURE | VIRTUAL_RULES, ..CAPTURING };
-            let away = || Node::new(&a, true, Proxy::Away);
-            let excluded = || Node { excluded_outbound: Some(a.stranger), ..away() };
-            for (interface, node) in [
-                (Virtual { flags: 0, ..CAPTURING }, away()),
-                (Virtual { flags: VIRTUAL_RULES, ..CAPTURING }, away()),
-                (rules, excluded()),
-            ] {
-                let found = on_virtual(true, Some(&segment), false, &interface, &node);
-                assert_eq!(found, FORWARDED);
-                node.assert_asked(&[]);
-            }
-            for (interface, node) in [(CAPTURING, excluded()), (rules, away())] {
-                let found = on_virtual(true, Some(&segment), false, &interface, &node);
-                assert_eq!(found.fate, Fate::Reset);
-            }
-        }
-    }
-
-    #[test]
-    fn guests_connections_keep_their_way_whatever_is_captured() {
-        for a in both_families() {
-            for flags in [0, VIRTUAL_CAPTURE, VIRTUAL_CAPTURE | VIRTUAL_RULES] {
-                let interface = Virtual { flags, ..CAPTURING };
-                let segment = data(a.guest, a.stranger);
-                let new = || Node::new(&a, true, Proxy::Away);
-                let direct = new();
-                let redirected = Node { connection: Some(a.stranger), ..new() };
-                let cookie = Node { cookie: true, ..new() };
-                let of = |node| on_virtual(true, Some(&segment), false, &interface, node);
-                assert_eq!(of(&direct), FORWARDED);
-                assert_eq!(of(&redirected), REROUTED);
-                let completes = match flags {
-                    0 => FORWARDED,
-                    _ => Ingress { hint: from_virtual(&segment), ..REROUTED },
-                };
-                assert_eq!(of(&cookie), completes);
-            }
-        }
-    }
-
-    #[test]
-    fn what_guests_send_to_the_pod_itself_is_inbound() {
-        for a in both_families() {
-            let node = Node::new(&a, true, Proxy::Listens);
-            for (dst, inbound) in [
-                (a.own, true),
-                (a.own_second, true),
-                (a.neighbour, false),
-                (a.stranger, false),
-                (a.loopback, false),
-            ] {
-                assert_eq!(is_inbound(Some(&syn(a.guest, dst)), OWN, &node), inbound);
-                assert_eq!(is_inbound(Some(&data(a.guest, dst)), OWN, &node), inbound);
-            }
-            assert!(!is_inbound(None, OWN, &node));
-        }
-    }
-
-    #[test]
-    fn of_guests_only_tcp_is_concerned_and_none_of_it_hides() {
-        let link_local = Addr::from("fe80::1".parse::<IpAddr>().unwrap());
-        for a in both_families() {
-            let node = Node::new(&a, true, Proxy::Away);
-            let dropped = Ingress {
-                fate: Fate::Drop,
-                count: Some((OWN, Counter::DroppedVirtualUnreadable)),
-                ..FORWARDED
-            };
-            let idle = Virtual { flags: 0, ..CAPTURING };
-            assert_eq!(on_virtual(false, None, false, &CAPTURING, &node), Ingress::NEXT);
-            assert_eq!(on_virtual(true, None, false, &CAPTURING, &node), FORWARDED);
-            assert_eq!(on_virtual(true, None, true, &CAPTURING, &node), dropped);
-            assert_eq!(on_virtual(true, None, true, &idle, &node), FORWARDED);
-            for dst in [link_local, a.loopback] {
-                let segment = syn(a.guest, dst);
-                let found = on_virtual(true, Some(&segment), false, &CAPTURING, &node);
-                assert_eq!(found, FORWARDED);
-            }
-            node.assert_asked(&[]);
-        }
-    }
-
-    #[test]
-    fn guests_are_the_pods_whose_interface_they_are_behind() {
-        for a in both_families() {
-            for (local, remote) in [
-                (a.stranger, a.guest),
-                (a.neighbour, a.guest),
-                (a.bypassing, a.guest),
-                // Whatever address it pretends to.
-                (a.stranger, a.own),
-                (a.stranger, a.neighbour),
-            ] {
-                for on_lo in [LO, OUTSIDE] {
-                    let hinted = |hint| Lookup { hint, ..lookup(local, remote, on_lo, HINT_NONE) };
-                    let flow = flow(local, remote);
-                    let hint = Hint { pod_id: OWN, ..Hint::new(flow, HINT_FROM_VIRTUAL) };
-                    let node = Node::new(&a, true, Proxy::Listens);
-                    assert_eq!(steer(&hinted(hint), &node), OUTBOUND);
-                    let other = Flow { remote_port: flow.remote_port + 1, ..flow };
-                    let stale = hinted(Hint { flow: other, ..hint });
-                    let none = hinted(Hint::new(flow, HINT_NONE));
-                    assert_eq!(steer(&stale, &node), steer(&none, &node));
-                }
-            }
-        }
-    }
-
-    #[test]
-    fn redirections_are_counted_by_their_direction() {
-        assert_eq!(redirected(LISTENER_OUTBOUND), Counter::RedirectedOutbound);
-        assert_eq!(redirected(LISTENER_INBOUND), Counter::RedirectedInbound);
-    }
 }

@@ -1,6 +1,6 @@
 //! What of a pod's inbound connections bypasses the proxy, as keys of the maps `inbound_ports` and
 //! `inbound_ranges`: the longest prefix counts. The same, in `outbound_ports` and `outbound_ranges`, of
-//! the outbound ones by way of its virtual interfaces.
+//! the outbound ones, as the guard and the virtual interfaces need it.
 
 use std::{collections::BTreeMap, net::IpAddr};
 
@@ -15,7 +15,7 @@ use aya::{
 use ipnet::IpNet;
 use redirect_ebpf::abi::{
     Addr, EVERY_POD, INBOUND_BYPASS, INBOUND_REDIRECT, POD_BYPASS_INBOUND, POD_INBOUND_RULES,
-    PodId, PodPeer, PodPort,
+    POD_OUTBOUND_RULES, PodId, PodPeer, PodPort,
 };
 
 use super::absent;
@@ -39,12 +39,14 @@ impl Prefix {
 /// Prefixes and what they stand for: one of `INBOUND_*`.
 pub(super) type Prefixes = BTreeMap<Prefix, u32>;
 
-/// The flags of a pod's rows for these settings.
+/// The flags of a pod's row for these settings.
 pub(super) fn flags(traffic: &Traffic) -> u32 {
     let selections = &traffic.selections;
     let rules = !(selections.inbound_ports.is_all() && selections.inbound_sources.is_all());
+    let outbound = !(selections.outbound_ports.is_all() && selections.outbound_ranges.is_all());
     (if traffic.bypass_inbound { POD_BYPASS_INBOUND } else { 0 })
         | (if rules { POD_INBOUND_RULES } else { 0 })
+        | (if outbound { POD_OUTBOUND_RULES } else { 0 })
 }
 
 /// The entries of one pod in one of the maps.
@@ -53,7 +55,7 @@ pub(super) trait Entry: Pod + Ord {
     const PREFIX: u32;
     /// The pod's settings for the map of its inbound connections.
     fn inbound(traffic: &Traffic) -> Prefixes;
-    /// The same for the map of those by way of its virtual interfaces, if it has such.
+    /// The same for the map of its outbound connections.
     fn outbound(traffic: &Traffic) -> Prefixes;
     fn new(pod_id: PodId, bits: u128) -> Self;
     fn pod_id(&self) -> PodId;
@@ -68,10 +70,7 @@ impl Entry for PodPort {
     }
 
     fn outbound(traffic: &Traffic) -> Prefixes {
-        match traffic.virtual_interfaces.is_empty() {
-            true => Prefixes::new(),
-            false => resolve(&traffic.selections.outbound_ports, |ports| port_prefixes(*ports)),
-        }
+        resolve(&traffic.selections.outbound_ports, |ports| port_prefixes(*ports))
     }
 
     fn new(pod_id: PodId, bits: u128) -> Self {
@@ -96,12 +95,7 @@ impl Entry for PodPeer {
     }
 
     fn outbound(traffic: &Traffic) -> Prefixes {
-        match traffic.virtual_interfaces.is_empty() {
-            true => Prefixes::new(),
-            false => {
-                resolve(&traffic.selections.outbound_ranges, |range| vec![range_prefix(*range)])
-            }
-        }
+        resolve(&traffic.selections.outbound_ranges, |range| vec![range_prefix(*range)])
     }
 
     fn new(pod_id: PodId, bits: u128) -> Self {

@@ -1,20 +1,20 @@
-//! The pinned links: of a pod, `sk_lookup` on its namespace and tcx on each of its interfaces; and the
-//! one on kubelet's cgroup.
+//! The pinned links: of a pod, `sk_lookup` on its namespace and tcx on each of its interfaces, in both
+//! directions but on `lo`; and the one on kubelet's cgroup.
 
 use std::{
     fs, io,
-    os::fd::{AsFd as _, AsRawFd as _, OwnedFd},
+    os::fd::{AsFd as _, AsRawFd as _, BorrowedFd, OwnedFd},
     path::{Path, PathBuf},
 };
 
 use anyhow::{Context as _, Result};
 use aya::programs::{
-    CgroupAttachMode, LinkOrder, SchedClassifier, SkLookup, SockOps, TcAttachType,
+    CgroupAttachMode, LinkOrder, SchedClassifier, SockOps, TcAttachType,
     links::FdLink,
     tc::{SchedClassifierLink, TcAttachOptions},
 };
 
-use super::{remove_if_there, sys};
+use super::{remove_if_there, routes::LOOPBACK_IFINDEX, sys};
 use crate::netns::Netns;
 
 /// The pins of one pod, `<bpffs>/links/<netns inode>/…`.
@@ -40,33 +40,36 @@ impl PodLinks {
         fs::create_dir_all(&self.dir).with_context(|| format!("create {}", self.dir.display()))
     }
 
-    /// Attaches `sk_lookup`, or swaps the program of the link that is there.
-    pub(super) fn ensure_lookup(&self, program: &mut SkLookup, netns: &Netns) -> Result<()> {
+    /// Attaches `sk_lookup`, unless it is: `load` gives the pod's own program, which never changes.
+    pub(super) fn ensure_lookup(
+        &self,
+        netns: &Netns,
+        load: impl FnOnce() -> io::Result<OwnedFd>,
+    ) -> Result<()> {
         let pin = self.lookup_pin();
-        let id = program.info().context("inspect sk_lookup program")?.id();
-        if let Some(link) = adopt(&pin, netns.inode().into())? {
-            return swap(&link, id, program.fd()?.as_fd());
+        if adopt(&pin, netns.inode().into())?.is_some() {
+            return Ok(());
         }
-        let link = program.attach(netns).context("attach sk_lookup")?;
-        let link: FdLink = program.take_link(link)?.into();
-        link.pin(&pin).with_context(|| format!("pin {}", pin.display()))?;
-        Ok(())
+        let program = load().context("load the sk_lookup program of the pod")?;
+        let link =
+            sys::link_lookup(program.as_fd(), netns.as_fd()).context("attach sk_lookup")?;
+        sys::obj_pin(link.as_fd(), &pin).with_context(|| format!("pin {}", pin.display()))
     }
 
-    /// Attaches a program at tcx ingress of an interface, at the head, or swaps the program of the
+    /// Attaches a program to an interface, at the head of its tcx chain, or swaps the program of the
     /// link that is there. Runs inside the pod's namespace.
     pub(super) fn ensure_tcx(
         &self,
         program: &mut SchedClassifier,
-        index: u32,
-        name: &str,
+        (index, name): (u32, &str),
+        at: TcAttachType,
     ) -> Result<()> {
-        let pin = self.tcx_pin(index);
+        let pin = self.tcx_pin(index, at);
         let id = program.info().context("inspect tcx program")?.id();
         if let Some(link) = adopt(&pin, index.into())? {
             return swap(&link, id, program.fd()?.as_fd());
         }
-        let link = attach_tcx(program, name, TcAttachType::Ingress)?;
+        let link = attach_tcx(program, name, at)?;
         let link: FdLink = link.try_into().context("take the link of a tcx program")?;
         link.pin(&pin).with_context(|| format!("pin {}", pin.display()))?;
         Ok(())
@@ -77,9 +80,14 @@ impl PodLinks {
         is_attached(&self.lookup_pin(), netns_inode.into())
     }
 
-    /// Whether tcx is attached to the interface.
+    /// Whether tcx is attached to the interface, in every direction that it should be.
     pub(super) fn has_tcx(&self, index: u32) -> Result<bool> {
-        is_attached(&self.tcx_pin(index), index.into())
+        for &at in tcx_directions(index) {
+            if !is_attached(&self.tcx_pin(index, at), index.into())? {
+                return Ok(false);
+            }
+        }
+        Ok(true)
     }
 
     /// Whether nothing is attached any more: that is so when the namespace is gone. An interface
@@ -141,8 +149,18 @@ impl PodLinks {
         self.dir.join("lookup")
     }
 
-    fn tcx_pin(&self, index: u32) -> PathBuf {
-        self.dir.join(format!("tcx_{index}"))
+    fn tcx_pin(&self, index: u32, at: TcAttachType) -> PathBuf {
+        let direction = if at == TcAttachType::Egress { "out" } else { "in" };
+        self.dir.join(format!("{direction}_{index}"))
+    }
+}
+
+/// In which directions an interface has a program.
+pub(super) fn tcx_directions(index: u32) -> &'static [TcAttachType] {
+    match index {
+        LOOPBACK_IFINDEX => &[TcAttachType::Ingress],
+        // The guard comes first: what it is for is not let in before.
+        _ => &[TcAttachType::Egress, TcAttachType::Ingress],
     }
 }
 
@@ -227,7 +245,7 @@ fn open(pin: &Path) -> Result<Option<OwnedFd>> {
     }
 }
 
-fn swap(link: &OwnedFd, program_id: u32, program: std::os::fd::BorrowedFd<'_>) -> Result<()> {
+fn swap(link: &OwnedFd, program_id: u32, program: BorrowedFd<'_>) -> Result<()> {
     if view(link)?.program_id == program_id {
         return Ok(());
     }

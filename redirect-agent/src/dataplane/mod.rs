@@ -18,6 +18,7 @@ pub mod probe;
 mod reroute;
 mod routes;
 mod sockets;
+pub mod stub;
 mod sys;
 mod sysctl;
 mod watch;
@@ -27,7 +28,10 @@ use std::{
     fmt, fs, io,
     net::IpAddr,
     ops::{Deref, DerefMut},
-    os::unix::fs::DirBuilderExt as _,
+    os::{
+        fd::{AsFd as _, OwnedFd},
+        unix::fs::DirBuilderExt as _,
+    },
     path::{Path, PathBuf},
     sync::{Mutex, MutexGuard, PoisonError},
     thread,
@@ -37,9 +41,10 @@ use std::{
 use anyhow::{Context as _, Result, anyhow, bail};
 use aya::{
     Btf, Ebpf, EbpfLoader,
-    maps::{HashMap, Map, MapData, MapError, PerCpuHashMap},
+    maps::{HashMap, Map, MapData, MapError, PerCpuHashMap, ProgramArray},
     programs::{
-        Iter, Program, SchedClassifier, SkLookup, SockOps, TcAttachType, tc::SchedClassifierLink,
+        Iter, Program, SchedClassifier, SkLookup, SockOps, TcAttachType,
+        tc::SchedClassifierLink,
     },
 };
 use aya_log::EbpfLogger;
@@ -51,16 +56,17 @@ use nix::{
 };
 use redirect_ebpf::abi::{
     ABI_VERSION, Addr, Counter, CounterKey, DECISION_BYPASS, DECISION_ENROLLED, DnsFlow, DnsKey,
-    Flow, LISTENER_HBONE, LISTENER_INBOUND, LISTENER_OUTBOUND, ListenerKey, POD_BYPASS_INBOUND,
-    POD_CAPTURE, POD_DNS, POD_INBOUND_RULES, PodEntry, PodId, PodPeer, PodPort, SavedSysctls,
+    LISTENER_HBONE, LISTENER_INBOUND, LISTENER_OUTBOUND, ListenerKey, OwnAddress,
+    POD_BYPASS_INBOUND, POD_CAPTURE, POD_DNS, POD_INBOUND_RULES, POD_OUTBOUND_RULES, PORT_HBONE,
+    PORT_INBOUND, PORT_OUTBOUND, PodEntry, PodFlow, PodId, PodPeer, PodPort, SavedSysctls,
 };
 use tracing::debug;
 
 use self::{
     inbound::Entry as _,
-    links::{KubeletLink, PodLinks, attach_tcx},
+    links::{KubeletLink, PodLinks, attach_tcx, tcx_directions},
     reroute::VirtualInterfaces,
-    routes::{LOOPBACK_IFINDEX, OutboundState, Routing},
+    routes::{Address, LOOPBACK_IFINDEX, OutboundState, Routing},
 };
 pub use self::{
     istio_cni::{Displaced, IstioCni},
@@ -80,8 +86,15 @@ const BPFFS: &str = "/sys/fs/bpf";
 /// Source: Linux `include/uapi/linux/magic.h`, `BPF_FS_MAGIC`.
 const BPF_FS_MAGIC: i64 = 0xcafe_4a11;
 /// The maps that outlive the agent.
-const PINNED_MAPS: [&str; 14] = [
-    "pods",
+const PINNED_MAPS: [&str; 21] = [
+    PODS,
+    ADDRESSES,
+    THIS_POD,
+    PROGRAMS,
+    STRAYS,
+    "any_strays",
+    "settled",
+    WAY_COUNTS,
     "counters",
     "listeners",
     "proxy_missing",
@@ -96,15 +109,29 @@ const PINNED_MAPS: [&str; 14] = [
     OUTBOUND_RANGES,
     VIRTUAL_INTERFACES,
 ];
+const PODS: &str = "pods";
+const ADDRESSES: &str = "addresses";
+const THIS_POD: &str = "this_pod";
+const PROGRAMS: &str = "programs";
+const STRAYS: &str = "strays";
 const WAYS: &str = "ways";
+const WAY_COUNTS: &str = "way_counts";
 const DNS_FLOWS: &str = "dns_flows";
 const INBOUND_PORTS: &str = "inbound_ports";
 const INBOUND_RANGES: &str = "inbound_ranges";
 const OUTBOUND_PORTS: &str = "outbound_ports";
 const OUTBOUND_RANGES: &str = "outbound_ranges";
 const VIRTUAL_INTERFACES: &str = "virtual_ifs";
-const TCX_PROGRAMS: [&str; 5] =
-    ["redirect_lo", "redirect_ext", "redirect_virt", "watch_sent", "watch_received"];
+const TCX_PROGRAMS: [&str; 7] = [
+    "redirect_lo",
+    "redirect_ext",
+    "redirect_virt",
+    "redirect_out",
+    "watch_sent",
+    "watch_received",
+    FIND_PROXY,
+];
+const FIND_PROXY: &str = "find_proxy";
 const LOOKUP_PROGRAM: &str = "redirect_lookup";
 const KUBELET_PROGRAM: &str = "note_kubelet";
 const ITERATORS: [&str; 6] =
@@ -118,6 +145,10 @@ const SETTLE: [Duration; 4] = [
     Duration::from_millis(120),
     Duration::from_millis(250),
 ];
+
+/// How many addresses of a pod are known to be its own. A call of the pod to another one of its own
+/// goes by the proxy.
+const POD_ADDRESSES: usize = 64;
 
 /// Where and how to run the datapath.
 #[derive(Clone, Debug)]
@@ -143,9 +174,14 @@ impl Options {
 pub struct PodNetns {
     /// Its network namespace.
     pub netns: Netns,
-    /// Its addresses: first those that the cluster knows it by, then any others in the namespace.
+    /// Its addresses: first those that the cluster knows it by, then any others that it can be called
+    /// at from elsewhere.
     pub addresses: Vec<IpAddr>,
-    /// The interfaces whose addresses are not among them: they may be the same in many pods.
+    /// Every address in the namespace: what the pod sends there stays there.
+    own: BTreeSet<IpAddr>,
+    /// The index of the interface that has the first of `addresses`.
+    uplink: u32,
+    /// The interfaces whose addresses are not among `addresses`: they may be the same in many pods.
     virtual_interfaces: Vec<String>,
 }
 
@@ -156,29 +192,15 @@ impl PodNetns {
     ///
     /// When the namespace carries no address, or lacks one of `known`: then it is not that pod's.
     pub fn new(netns: Netns, known: &[IpAddr]) -> Result<Self> {
-        let found = netns.run(|| Routing::open()?.addresses(&[]))??;
-        let mut addresses: Vec<IpAddr> = Vec::new();
-        for ip in known {
-            if !found.contains(ip) {
-                bail!(
-                    "{} does not carry address {ip}; it has {}",
-                    netns.path().display(),
-                    list(&found)
-                );
-            }
-            if !addresses.contains(ip) {
-                addresses.push(*ip);
-            }
+        let pod = Self::existing(netns)?;
+        let path = pod.netns.path().display();
+        if let Some(ip) = known.iter().find(|ip| !pod.addresses.contains(ip)) {
+            bail!("{path} does not carry address {ip}; it has {}", list(&pod.addresses));
         }
-        for ip in found {
-            if !addresses.contains(&ip) {
-                addresses.push(ip);
-            }
+        if pod.addresses.is_empty() {
+            bail!("{path} has no address besides loopback");
         }
-        if addresses.is_empty() {
-            bail!("{} has no address besides loopback", netns.path().display());
-        }
-        Ok(Self { netns, addresses, virtual_interfaces: Vec::new() })
+        pod.known_first(known)
     }
 
     /// The same pod without the addresses of its virtual interfaces, but for `known` ones.
@@ -187,10 +209,7 @@ impl PodNetns {
     ///
     /// When the namespace cannot be entered.
     pub fn without(self, virtual_interfaces: &[String], known: &[IpAddr]) -> Result<Self> {
-        let own = self.netns.run(|| Routing::open()?.addresses(virtual_interfaces))??;
-        let mut addresses = self.addresses;
-        addresses.retain(|ip| own.contains(ip) || known.contains(ip));
-        Ok(Self { addresses, virtual_interfaces: virtual_interfaces.to_vec(), ..self })
+        Self { virtual_interfaces: virtual_interfaces.to_vec(), ..self }.known_first(known)
     }
 
     /// For a namespace that is to be put back, whatever addresses it has by now.
@@ -199,8 +218,47 @@ impl PodNetns {
     ///
     /// When the namespace cannot be entered.
     pub fn existing(netns: Netns) -> Result<Self> {
-        let addresses = netns.run(|| Routing::open()?.addresses(&[]))??;
-        Ok(Self { netns, addresses, virtual_interfaces: Vec::new() })
+        Self {
+            netns,
+            addresses: Vec::new(),
+            own: BTreeSet::new(),
+            uplink: 0,
+            virtual_interfaces: Vec::new(),
+        }
+        .known_first(&[])
+    }
+
+    /// Looks up the addresses anew.
+    fn known_first(self, known: &[IpAddr]) -> Result<Self> {
+        let found = self.look()?;
+        let addresses = self.reachable(&found, known);
+        let of_first = found.iter().find(|a| addresses.first() == Some(&a.ip));
+        let uplink = of_first.map_or(0, |address| address.interface);
+        let own = found.iter().map(|address| address.ip).collect();
+        Ok(Self { addresses, own, uplink, ..self })
+    }
+
+    fn look(&self) -> Result<Vec<Address>> {
+        self.netns.run(|| Routing::open()?.addresses())?
+    }
+
+    /// Those of `found` that others can call, the `known` ones first.
+    fn reachable(&self, found: &[Address], known: &[IpAddr]) -> Vec<IpAddr> {
+        let is_known = |address: &&Address| known.contains(&address.ip);
+        let of_pod = |address: &&Address| {
+            let elsewhere = address.interface == LOOPBACK_IFINDEX
+                || self.virtual_interfaces.contains(&address.name);
+            address.global && !elsewhere && !is_known(address)
+        };
+        let first = known.iter().filter(|ip| found.iter().any(|address| address.ip == **ip));
+        let then = found.iter().filter(of_pod).map(|address| &address.ip);
+        let mut addresses = Vec::new();
+        for ip in first.chain(then) {
+            if !addresses.contains(ip) {
+                addresses.push(*ip);
+            }
+        }
+        addresses
     }
 
     /// Whether the namespace has other addresses now, and still all of `known`.
@@ -209,13 +267,9 @@ impl PodNetns {
     ///
     /// When the namespace cannot be entered.
     pub fn has_changed(&self, known: &[IpAddr]) -> Result<bool> {
-        let (all, own) = self.netns.run(|| {
-            let routing = Routing::open()?;
-            anyhow::Ok((routing.addresses(&[])?, routing.addresses(&self.virtual_interfaces)?))
-        })??;
-        let has_all = known.iter().all(|ip| all.contains(ip));
-        let found: BTreeSet<IpAddr> = own.into_iter().chain(known.iter().copied()).collect();
-        Ok(has_all && found != self.addresses.iter().copied().collect())
+        let found = self.look()?;
+        let own: BTreeSet<IpAddr> = found.iter().map(|address| address.ip).collect();
+        Ok(known.iter().all(|ip| own.contains(ip)) && own != self.own)
     }
 
     fn id(&self) -> PodId {
@@ -224,17 +278,29 @@ impl PodNetns {
 
     /// The first address of each family.
     fn sources(&self) -> impl Iterator<Item = IpAddr> {
-        let v4 = self.addresses.iter().find(|ip| ip.is_ipv4());
-        let v6 = self.addresses.iter().find(|ip| ip.is_ipv6());
-        v4.into_iter().chain(v6).copied()
+        first_of_each(&self.addresses).into_iter().flatten()
+    }
+
+    /// The addresses that the programs know it by: not more than it may have.
+    fn own_addresses(&self) -> impl Iterator<Item = IpAddr> {
+        let others = self.own.iter().filter(|ip| !self.addresses.contains(ip));
+        self.addresses.iter().chain(others).copied().take(POD_ADDRESSES)
+    }
+
+    /// What of its row is known by the namespace alone.
+    fn row(&self) -> Row {
+        let [v4, v6] = first_of_each(&self.addresses);
+        Row { uplink: self.uplink, v4, v6, ..Row::default() }
     }
 }
 
 /// A kind of thing that the kernel has for an enrolled pod.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum PartKind {
-    /// The row of an address in the map `pods`.
+    /// The row of the map `pods`.
     Row,
+    /// The entry of an address in the map `addresses`.
+    Address,
     /// The inbound settings of ports in the map `inbound_ports`.
     InboundPorts,
     /// The inbound settings of ranges in the map `inbound_ranges`.
@@ -262,6 +328,7 @@ impl PartKind {
     pub fn as_str(self) -> &'static str {
         match self {
             PartKind::Row => "row",
+            PartKind::Address => "address",
             PartKind::InboundPorts => "inbound_ports",
             PartKind::InboundRanges => "inbound_ranges",
             PartKind::Lookup => "sk_lookup",
@@ -288,7 +355,7 @@ pub struct Part {
 impl fmt::Display for Part {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         let kind = match self.kind {
-            PartKind::Row => "capture of",
+            PartKind::Row => "capture",
             PartKind::InboundPorts => "inbound ports",
             PartKind::InboundRanges => "inbound ranges",
             PartKind::DrainRoute => "drain route",
@@ -320,31 +387,32 @@ impl Inspection {
 
 /// How much of the capture of a pod is there.
 struct CaptureState {
-    /// Every address's row is as the settings want it.
-    all_rows: bool,
-    /// Some address's row says that the pod is captured.
-    any_row: bool,
+    /// The pod's row.
+    row: Option<Row>,
     /// The rules and routes of each family.
     outbound: Vec<OutboundState>,
 }
 
 /// One row of the map `pods`.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub struct Row {
-    /// The pod's address.
-    pub address: IpAddr,
-    /// The inode number of its network namespace, 0 when not known.
-    pub pod_id: PodId,
-    /// Whether it is enrolled.
+    /// Whether the pod is enrolled.
     pub enrolled: bool,
     /// Whether its new connections are redirected.
     pub capture: bool,
-    /// What of its inbound connections is not, as bits of `POD_BYPASS_INBOUND`, `POD_INBOUND_RULES`.
-    pub inbound: u32,
+    /// What of them is not, as bits of `POD_BYPASS_INBOUND`, `POD_INBOUND_RULES`,
+    /// `POD_OUTBOUND_RULES`.
+    pub rules: u32,
     /// Whether its DNS goes to the proxy's.
     pub dns: bool,
     /// The `membership::Reason`, as a number.
     pub reason: u32,
+    /// The index of the interface that leads out of it.
+    pub uplink: u32,
+    /// Its first IPv4 address.
+    pub v4: Option<IpAddr>,
+    /// Its first IPv6 address.
+    pub v6: Option<IpAddr>,
 }
 
 /// The programs, the maps and the pins below one directory of bpffs.
@@ -380,6 +448,7 @@ impl Dataplane {
             kernel.classifier(name)?.load().with_context(|| format!("load program {name}"))?;
         }
         kernel.lookup()?.load().context("load program redirect_lookup")?;
+        kernel.share_lookup()?;
         kernel.kubelet()?.load().context("load program note_kubelet")?;
         for name in ITERATORS {
             kernel
@@ -417,53 +486,55 @@ impl Dataplane {
         }
         // Before anything that has to be undone: by its directory a pod is found again.
         links.create_dir()?;
-        // Before the rows that tell the programs to look into them.
-        let inbound = inbound::flags(traffic);
-        if inbound & POD_INBOUND_RULES != 0 {
+        // Before the row that tells the programs to look into them.
+        let rules = inbound::flags(traffic);
+        kernel.set_outbound(pod.id(), traffic)?;
+        if rules & POD_INBOUND_RULES != 0 {
             kernel.set_inbound(pod.id(), traffic)?;
         }
         // Before the links, so that the programs know the pod when they are attached.
-        let mut pods = kernel.pods()?;
-        let (pod_id, mut old) = (pod.id(), pods.rows()?);
-        old.retain(|row| row.pod_id == pod_id);
-        for &address in &pod.addresses {
-            let was =
-                |is: fn(&Row) -> bool| old.iter().any(|row| row.address == address && is(row));
-            let capture = was(|row| row.capture);
+        kernel.set_addresses(pod)?;
+        let old = kernel.pods()?.row(pod.id())?.unwrap_or_default();
+        let row = Row {
+            enrolled: true,
+            capture: old.capture,
+            rules,
             // Before the rule that brings the queries, and until that is gone: see `capture`.
-            let dns = traffic.captures_dns() || was(|row| row.dns);
-            pods.put(Row { address, pod_id, enrolled: true, capture, inbound, dns, reason })?;
-        }
-        for row in old.iter().filter(|row| !pod.addresses.contains(&row.address)) {
-            pods.delete(row.address)?;
-        }
-        if inbound & POD_INBOUND_RULES == 0 {
+            dns: traffic.captures_dns() || old.dns,
+            reason,
+            ..pod.row()
+        };
+        kernel.pods()?.put(pod.id(), row)?;
+        if rules & POD_INBOUND_RULES == 0 {
             kernel.set_inbound(pod.id(), traffic)?;
         }
-        // Nobody's connections but new ones are concerned: they need no switch.
-        let captured = old.iter().any(|row| row.capture);
+        // Affects new connections only, so it needs no switch.
         let interfaces = pod.netns.run(|| Routing::open()?.interfaces())??;
-        kernel.set_outbound(pod.id(), traffic)?;
-        kernel.virtual_interfaces()?.set(pod.id(), &interfaces, traffic, captured)?;
+        kernel.virtual_interfaces()?.set(pod.id(), &interfaces, traffic, old.capture)?;
         let saved = pod.netns.run(sysctl::read)??;
         kernel.save_sysctls(pod.id(), saved)?;
 
-        links.ensure_lookup(kernel.lookup()?, &pod.netns)?;
+        kernel.attach_lookup(&links, &pod.netns)?;
         pod.netns.run(|| {
             sysctl::set()?;
             let routing = Routing::open()?;
-            for (index, name) in interfaces {
-                let program = if index == LOOPBACK_IFINDEX {
-                    "redirect_lo"
-                } else if kernel.virtual_interfaces()?.contains(pod_id, index)? {
-                    "redirect_virt"
-                } else {
-                    "redirect_ext"
-                };
-                links.ensure_tcx(kernel.classifier(program)?, index, &name)?;
-            }
+            // Before the guard, which relies on them.
             for source in pod.sources() {
                 routing.add_keep(source, traffic)?;
+            }
+            for (index, name) in interfaces {
+                for &at in tcx_directions(index) {
+                    let program = if at == TcAttachType::Egress {
+                        "redirect_out"
+                    } else if index == LOOPBACK_IFINDEX {
+                        "redirect_lo"
+                    } else if kernel.virtual_interfaces()?.contains(pod.id(), index)? {
+                        "redirect_virt"
+                    } else {
+                        "redirect_ext"
+                    };
+                    links.ensure_tcx(kernel.classifier(program)?, (index, &name), at)?;
+                }
             }
             Ok(())
         })?
@@ -493,18 +564,27 @@ impl Dataplane {
         pod.netns.run(|| kernel.redirect(pod, traffic))?
     }
 
-    /// Lets the application bind ports that the proxy's accepted connections hold. To be called
-    /// whenever the proxy has opened its listeners in the pod.
+    /// Makes the proxy's listeners known to the programs, and lets the application bind ports that the
+    /// proxy's accepted connections hold. To be called whenever the proxy has opened its listeners in
+    /// the pod. Returns the ports that it does not listen on.
     ///
     /// # Errors
     ///
     /// When a system call fails.
-    pub fn proxy_listens(&self, pod: &PodNetns) -> Result<()> {
+    pub fn proxy_listens(&self, pod: &PodNetns) -> Result<Vec<u16>> {
         let mut locked = self.lock()?;
         let kernel = &mut *locked;
-        kernel.clear_proxy_missing(pod.id())?;
-        pod.netns.run(|| sockets::iterate(kernel.iterator("reuse_addr")?))??;
-        Ok(())
+        pod.netns.run(|| {
+            let found = sockets::find_proxy(kernel.classifier(FIND_PROXY)?)?;
+            sockets::iterate(kernel.iterator("reuse_addr")?)?;
+            let ports = [
+                (LISTENER_OUTBOUND, PORT_OUTBOUND),
+                (LISTENER_INBOUND, PORT_INBOUND),
+                (LISTENER_HBONE, PORT_HBONE),
+            ];
+            let missing = ports.into_iter().filter(|(kind, _)| found & (1 << kind) == 0);
+            Ok(missing.map(|(_, port)| port).collect())
+        })?
     }
 
     /// Step 3: the pod's new connections go direct; those that are redirected stay redirected.
@@ -514,7 +594,7 @@ impl Dataplane {
     /// When a system call fails; calling again completes it.
     pub fn release(&self, pod: &PodNetns) -> Result<()> {
         self.switch(pod, "mark_all", |kernel| {
-            kernel.put_all(pod, true, false)?;
+            kernel.pods()?.change(pod.id(), |row| Row { capture: false, ..row })?;
             kernel.virtual_interfaces()?.release(pod.id())?;
             Routing::open()?.delete_capture()
         })
@@ -531,8 +611,8 @@ impl Dataplane {
         pod.netns.run(|| sockets::iterate(kernel.iterator("count_redir")?))?
     }
 
-    /// Step 4: the pod is as it was before step 1. Its rows of `pods` stay, and say that it
-    /// bypasses; [`Dataplane::forget`] deletes them.
+    /// Step 4: the pod is as it was before step 1. Its row of `pods` stays, and says that it
+    /// bypasses; [`Dataplane::forget`] deletes it.
     ///
     /// # Errors
     ///
@@ -540,8 +620,9 @@ impl Dataplane {
     pub fn remove(&self, pod: &PodNetns) -> Result<()> {
         let mut locked = self.lock()?;
         let kernel = &mut *locked;
-        // First, so that `sk_lookup` lets everything pass for as long as it still runs.
-        kernel.put_all(pod, false, false)?;
+        // First, so that the programs let everything pass for as long as they still run.
+        let bypass = |row| Row { enrolled: false, capture: false, dns: false, ..row };
+        kernel.pods()?.change(pod.id(), bypass)?;
         let saved = kernel.saved_sysctls()?.get(&pod.id(), 0);
         let saved = absent(saved).context("read map saved_sysctls")?;
         let links = PodLinks::new(&self.dir, pod.id());
@@ -578,10 +659,11 @@ impl Dataplane {
         let mut locked = self.lock()?;
         let kernel = &mut *locked;
         let mut found = Inspection::default();
-        for &ip in &pod.addresses {
-            let row = kernel.pods()?.row(ip)?;
-            let capture = row.is_some_and(|r| r.enrolled && is_captured(&r, pod, traffic));
-            found.add(capture, PartKind::Row, ip.to_string());
+        let row = kernel.pods()?.row(pod.id())?;
+        found.add(row.is_some_and(|row| is_captured(&row, traffic)), PartKind::Row, None);
+        let missing = kernel.missing_addresses(pod)?;
+        for ip in pod.own_addresses() {
+            found.add(!missing.contains(&ip), PartKind::Address, ip.to_string());
         }
         let rerouted = kernel.has_outbound(pod.id(), traffic)?;
         let (ports, ranges) = kernel.has_inbound(pod.id(), traffic)?;
@@ -642,7 +724,7 @@ impl Dataplane {
     /// When a system call fails.
     pub fn captured(&self, pod: &PodNetns, traffic: &Traffic) -> Result<bool> {
         let found = self.capture_state(pod, traffic)?;
-        Ok(found.all_rows
+        Ok(found.row.is_some_and(|row| is_captured(&row, traffic))
             && found.outbound.iter().all(|outbound| outbound.rules && outbound.routes))
     }
 
@@ -653,18 +735,19 @@ impl Dataplane {
     /// When a system call fails.
     pub fn partly_captured(&self, pod: &PodNetns) -> Result<bool> {
         let found = self.capture_state(pod, &Traffic::default())?;
-        Ok(found.any_row || found.outbound.iter().any(|outbound| outbound.any))
+        Ok(found.row.is_some_and(|row| row.capture)
+            || found.outbound.iter().any(|outbound| outbound.any))
     }
 
     /// Drops what the maps and bpffs hold for namespaces that are dead, the pins of interfaces that
-    /// are gone, and the rows of addresses that are neither `known` nor of a pod with links. A link
-    /// that somebody has detached looks as if its namespace were dead: those that are known to be
-    /// `alive` have to be named.
+    /// are gone, and the rows of pods that are neither `alive` nor have links. A link that somebody has
+    /// detached looks as if its namespace were dead: those that are known to be `alive` have to be
+    /// named.
     ///
     /// # Errors
     ///
     /// When a system call fails.
-    pub fn sweep(&self, known: &BTreeSet<IpAddr>, alive: &BTreeSet<PodId>) -> Result<()> {
+    pub fn sweep(&self, alive: &BTreeSet<PodId>) -> Result<()> {
         for pod_id in self.linked_pods()? {
             // One lock, lest a new namespace of that number is set up in between.
             let mut locked = self.lock()?;
@@ -677,9 +760,11 @@ impl Dataplane {
             }
         }
         let linked = self.linked_pods()?;
-        for row in self.rows()? {
-            if !known.contains(&row.address) && !linked.contains(&row.pod_id) {
-                self.delete_row(row.address)?;
+        let mut locked = self.lock()?;
+        let mut pods = locked.pods()?;
+        for pod_id in pods.ids()? {
+            if !alive.contains(&pod_id) && !linked.contains(&pod_id) {
+                pods.delete(pod_id)?;
             }
         }
         Ok(())
@@ -717,54 +802,37 @@ impl Dataplane {
         inbound::set_for_every_pod(&mut locked.map(INBOUND_RANGES)?, ranges)
     }
 
-    /// The rows of the map `pods`.
-    ///
-    /// # Errors
-    ///
-    /// When a system call fails.
-    pub fn rows(&self) -> Result<Vec<Row>> {
-        self.lock()?.pods()?.rows()
-    }
-
     /// Enters or replaces the row of a pod that bypasses.
     ///
     /// # Errors
     ///
     /// When a system call fails.
-    pub fn put_bypass(&self, address: IpAddr, pod_id: PodId, reason: u32) -> Result<()> {
-        let row = Row {
-            address,
-            pod_id,
-            enrolled: false,
-            capture: false,
-            inbound: 0,
-            dns: false,
-            reason,
-        };
-        self.lock()?.pods()?.put(row)
+    pub fn put_bypass(&self, pod_id: PodId, addresses: &[IpAddr], reason: u32) -> Result<()> {
+        let [v4, v6] = first_of_each(addresses);
+        self.lock()?.pods()?.put(pod_id, Row { reason, v4, v6, ..Row::default() })
     }
 
-    /// Removes the row of a pod that bypasses, unless the address is another pod's by now.
+    /// Removes the row of a pod that bypasses.
     ///
     /// # Errors
     ///
     /// When a system call fails.
-    pub fn delete_bypass(&self, address: IpAddr, pod_id: PodId) -> Result<()> {
+    pub fn delete_bypass(&self, pod_id: PodId) -> Result<()> {
         let mut locked = self.lock()?;
         let mut pods = locked.pods()?;
-        match pods.row(address)? {
-            Some(row) if row.pod_id == pod_id && !row.enrolled => pods.delete(address),
+        match pods.row(pod_id)? {
+            Some(row) if !row.enrolled => pods.delete(pod_id),
             _ => Ok(()),
         }
     }
 
-    /// Removes a row; one that is not there is no error.
+    /// The rules of others in a pod that come before ours.
     ///
     /// # Errors
     ///
-    /// When a system call fails.
-    pub fn delete_row(&self, address: IpAddr) -> Result<()> {
-        self.lock()?.pods()?.delete(address)
+    /// When the namespace cannot be entered.
+    pub fn foreign_rules(&self, pod: &PodNetns) -> Result<Vec<String>> {
+        pod.netns.run(|| Routing::open()?.foreign_rules())?
     }
 
     /// The pods that have links.
@@ -810,7 +878,7 @@ impl Dataplane {
     /// When bpffs cannot be written.
     pub fn unpin_if_unused(&self) -> Result<()> {
         let mut locked = self.lock()?;
-        if !self.linked_pods()?.is_empty() || !locked.pods()?.rows()?.is_empty() {
+        if !self.linked_pods()?.is_empty() || !locked.pods()?.ids()?.is_empty() {
             return Ok(());
         }
         // Also maps that only an older agent had.
@@ -837,23 +905,14 @@ impl Dataplane {
     }
 
     fn capture_state(&self, pod: &PodNetns, traffic: &Traffic) -> Result<CaptureState> {
-        let rows: Vec<Option<Row>> = {
-            let mut locked = self.lock()?;
-            let pods = locked.pods()?;
-            pod.addresses.iter().map(|ip| pods.row(*ip)).collect::<Result<_>>()?
-        };
+        let row = self.lock()?.pods()?.row(pod.id())?;
         let outbound = pod.netns.run(|| {
             let routing = Routing::open()?;
             pod.sources()
                 .map(|source| routing.outbound(source, traffic))
                 .collect::<Result<Vec<OutboundState>>>()
         })??;
-        let captured = |row: &Row| row.pod_id == pod.id() && row.capture;
-        Ok(CaptureState {
-            all_rows: rows.iter().all(|row| row.is_some_and(|row| is_captured(&row, pod, traffic))),
-            any_row: rows.iter().flatten().any(captured),
-            outbound,
-        })
+        Ok(CaptureState { row, outbound })
     }
 
     /// Changes what of the pod is redirected, by `change`, which runs inside its namespace: every
@@ -868,7 +927,7 @@ impl Dataplane {
         mark: &'static str,
         change: impl FnOnce(&mut Kernel) -> Result<()> + Send,
     ) -> Result<()> {
-        self.forget_transition(pod)?;
+        self.begin_transition(pod)?;
         let watch = self.watch(pod)?;
         {
             let mut locked = self.lock()?;
@@ -886,7 +945,7 @@ impl Dataplane {
             pod.netns.run(|| sockets::iterate(kernel.iterator("mark_noted")?))??;
         }
         drop(watch);
-        self.forget_transition(pod)
+        self.lock()?.forget_ways(pod.id())
     }
 
     /// Notes the flows of the pod's packets, and holds back those that change their way, until dropped.
@@ -911,18 +970,12 @@ impl Dataplane {
         })?
     }
 
-    fn forget_transition(&self, pod: &PodNetns) -> Result<()> {
-        let ours: Vec<Addr> = pod.addresses.iter().map(|ip| Addr::from(*ip)).collect();
+    /// From now on ways are noted.
+    fn begin_transition(&self, pod: &PodNetns) -> Result<()> {
         let mut locked = self.lock()?;
-        let kernel = &mut *locked;
-        let mut flows: HashMap<_, Flow, u32> = kernel.map(WAYS)?;
-        let noted: Vec<Flow> = flows.keys().filter_map(Result::ok).collect();
-        for flow in noted {
-            if ours.contains(&flow.local) {
-                absent(flows.remove(&flow)).context("write map ways")?;
-            }
-        }
-        Ok(())
+        locked.forget_ways(pod.id())?;
+        let mut counts: HashMap<_, PodId, u32> = locked.map(WAY_COUNTS)?;
+        counts.insert(pod.id(), 0, 0).context("write map way_counts")
     }
 
     /// Takes the lock on the programs and maps, against other threads and other processes.
@@ -991,8 +1044,79 @@ impl Kernel {
             .with_context(|| format!("open map {name}"))
     }
 
+    /// From now on the pods' own programs call ours.
+    fn share_lookup(&mut self) -> Result<()> {
+        let program = self.lookup()?.fd()?.try_clone().context("take program redirect_lookup")?;
+        let mut programs: ProgramArray<&mut MapData> = self.map(PROGRAMS)?;
+        programs.set(stub::SHARED, &program, 0).context("write map programs")
+    }
+
+    /// Attaches the pod's own program.
+    fn attach_lookup(&mut self, links: &PodLinks, netns: &Netns) -> Result<()> {
+        let fd = |name: &str| -> Result<OwnedFd> {
+            let map = self.0.map(name).with_context(|| format!("find map {name}"))?;
+            let (Map::PerCpuArray(map) | Map::ProgramArray(map)) = map else {
+                bail!("map {name} has another type");
+            };
+            map.fd().as_fd().try_clone_to_owned().with_context(|| format!("take map {name}"))
+        };
+        let (this_pod, programs) = (fd(THIS_POD)?, fd(PROGRAMS)?);
+        let load = || stub::load(netns.inode(), this_pod.as_fd(), programs.as_fd());
+        links.ensure_lookup(netns, load)
+    }
+
     fn pods(&mut self) -> Result<Pods<'_>> {
-        self.map("pods").map(Pods)
+        self.map(PODS).map(Pods)
+    }
+
+    fn addresses(&mut self) -> Result<HashMap<&mut MapData, OwnAddress, u32>> {
+        self.map(ADDRESSES)
+    }
+
+    /// Makes the addresses that are known to be the pod's those that it has.
+    fn set_addresses(&mut self, pod: &PodNetns) -> Result<()> {
+        let pod_id = pod.id();
+        let mut addresses = self.addresses()?;
+        for ip in pod.own_addresses() {
+            let key = OwnAddress { pod_id, addr: ip.into() };
+            addresses.insert(key, 1, 0).with_context(|| format!("write {ip} to map addresses"))?;
+        }
+        let wanted: Vec<Addr> = pod.own_addresses().map(Addr::from).collect();
+        self.delete_addresses(|key| key.pod_id == pod_id && !wanted.contains(&key.addr))
+    }
+
+    fn delete_addresses(&mut self, which: impl Fn(&OwnAddress) -> bool) -> Result<()> {
+        let mut addresses = self.addresses()?;
+        let keys: Vec<OwnAddress> = addresses.keys().filter_map(Result::ok).filter(which).collect();
+        for key in keys {
+            absent(addresses.remove(&key)).context("write map addresses")?;
+        }
+        Ok(())
+    }
+
+    fn missing_addresses(&mut self, pod: &PodNetns) -> Result<BTreeSet<IpAddr>> {
+        let addresses = self.addresses()?;
+        let mut missing = BTreeSet::new();
+        for ip in pod.own_addresses() {
+            let key = OwnAddress { pod_id: pod.id(), addr: ip.into() };
+            if absent(addresses.get(&key, 0)).context("read map addresses")?.is_none() {
+                missing.insert(ip);
+            }
+        }
+        Ok(missing)
+    }
+
+    /// Forgets which way the pod's flows go, and notes no more of them.
+    fn forget_ways(&mut self, pod_id: PodId) -> Result<()> {
+        let mut counts: HashMap<_, PodId, u32> = self.map(WAY_COUNTS)?;
+        absent(counts.remove(&pod_id)).context("write map way_counts")?;
+        let mut ways: HashMap<_, PodFlow, u32> = self.map(WAYS)?;
+        let keys = ways.keys().filter_map(Result::ok);
+        let noted: Vec<PodFlow> = keys.filter(|key| key.pod_id == pod_id).collect();
+        for key in noted {
+            absent(ways.remove(&key)).context("write map ways")?;
+        }
+        Ok(())
     }
 
     fn counters(&mut self) -> Result<PerCpuHashMap<&mut MapData, CounterKey, u64>> {
@@ -1042,10 +1166,11 @@ impl Kernel {
         for source in pod.sources() {
             routing.set_outbound(source, traffic)?;
         }
-        self.put_all(pod, true, true)?;
+        self.pods()?.change(pod.id(), |row| Row { enrolled: true, capture: true, ..row })?;
         let interfaces = routing.interfaces()?;
         self.virtual_interfaces()?.set(pod.id(), &interfaces, traffic, true)?;
-        self.put_dns(pod, traffic.captures_dns())
+        let dns = traffic.captures_dns();
+        self.pods()?.change(pod.id(), |row| Row { dns, ..row })
     }
 
     fn virtual_interfaces(&mut self) -> Result<VirtualInterfaces<'_>> {
@@ -1074,44 +1199,20 @@ impl Kernel {
             && inbound::is_set::<PodPeer>(&self.map(OUTBOUND_RANGES)?, pod_id, &ranges)?)
     }
 
-    /// Changes the rows of a pod; why it is in the mesh or not stays as it is.
-    fn put_all(&mut self, pod: &PodNetns, enrolled: bool, capture: bool) -> Result<()> {
-        let mut pods = self.pods()?;
-        for &address in &pod.addresses {
-            let old = pods.row(address)?;
-            let (inbound, reason) = old.map_or((0, 0), |row| (row.inbound, row.reason));
-            let dns = enrolled && old.is_some_and(|row| row.dns);
-            pods.put(Row { address, pod_id: pod.id(), enrolled, capture, inbound, dns, reason })?;
-        }
-        Ok(())
-    }
-
-    /// Says in the rows of a pod whether its DNS goes to the proxy's.
-    fn put_dns(&mut self, pod: &PodNetns, dns: bool) -> Result<()> {
-        let mut pods = self.pods()?;
-        for &address in &pod.addresses {
-            if let Some(row) = pods.row(address)? {
-                pods.put(Row { dns, ..row })?;
-            }
-        }
-        Ok(())
-    }
-
     /// Drops all that is kept for a pod.
     fn forget(&mut self, links: &PodLinks, pod_id: PodId) -> Result<()> {
         links.detach()?;
-        let mut pods = self.pods()?;
-        for row in pods.rows()? {
-            if row.pod_id == pod_id {
-                pods.delete(row.address)?;
-            }
-        }
+        self.pods()?.delete(pod_id)?;
         self.delete_state(pod_id)?;
         links.remove_dir()
     }
 
-    /// Deletes what is kept for a pod besides its rows of `pods`.
+    /// Deletes what is kept for a pod besides its row of `pods`.
     fn delete_state(&mut self, pod_id: PodId) -> Result<()> {
+        self.delete_addresses(|key| key.pod_id == pod_id)?;
+        self.forget_ways(pod_id)?;
+        let mut strays: HashMap<_, PodId, u32> = self.map(STRAYS)?;
+        absent(strays.remove(&pod_id)).context("write map strays")?;
         self.delete_counters(pod_id)?;
         self.clear_proxy_missing(pod_id)?;
         inbound::clear::<PodPort>(&mut self.map(INBOUND_PORTS)?, pod_id)?;
@@ -1126,14 +1227,8 @@ impl Kernel {
 
     fn clear_dns_flows(&mut self, pod_id: PodId) -> Result<()> {
         let mut flows: HashMap<_, DnsKey, DnsFlow> = self.map(DNS_FLOWS)?;
-        // An entry that the kernel puts in the place of another meanwhile ends the walk with an
-        // error; what is left is overwritten or forgotten as any.
-        let pods: Vec<DnsKey> = flows
-            .iter()
-            .filter_map(Result::ok)
-            .filter(|(_, flow)| flow.pod_id == pod_id)
-            .map(|(key, _)| key)
-            .collect();
+        let keys = flows.keys().filter_map(Result::ok);
+        let pods: Vec<DnsKey> = keys.filter(|key| key.pod_id == pod_id).collect();
         for key in pods {
             absent(flows.remove(&key)).context("write map dns_flows")?;
         }
@@ -1160,58 +1255,79 @@ impl Kernel {
 }
 
 /// The map `pods`, in user space's types.
-struct Pods<'a>(HashMap<&'a mut MapData, Addr, PodEntry>);
+struct Pods<'a>(HashMap<&'a mut MapData, PodId, PodEntry>);
 
 impl Pods<'_> {
-    fn row(&self, address: IpAddr) -> Result<Option<Row>> {
-        let entry = absent(self.0.get(&address.into(), 0)).context("read map pods")?;
-        Ok(entry.map(|entry| row(address, entry)))
+    fn row(&self, pod_id: PodId) -> Result<Option<Row>> {
+        let entry = absent(self.0.get(&pod_id, 0)).context("read map pods")?;
+        Ok(entry.map(Row::from))
     }
 
-    fn rows(&self) -> Result<Vec<Row>> {
+    fn ids(&self) -> Result<Vec<PodId>> {
+        self.0.keys().map(|id| id.context("read map pods")).collect()
+    }
+
+    fn put(&mut self, pod_id: PodId, row: Row) -> Result<()> {
         self.0
-            .iter()
-            .map(|item| item.map(|(addr, entry)| row(addr.to_ip(), entry)).context("read map pods"))
-            .collect()
+            .insert(pod_id, PodEntry::from(row), 0)
+            .with_context(|| format!("write pod {pod_id} to map pods"))
     }
 
-    fn put(&mut self, row: Row) -> Result<()> {
-        let entry = PodEntry {
-            pod_id: row.pod_id,
+    /// Changes the row of a pod; what `change` leaves stays as it is.
+    fn change(&mut self, pod_id: PodId, change: impl FnOnce(Row) -> Row) -> Result<()> {
+        let old = self.row(pod_id)?.unwrap_or_default();
+        self.put(pod_id, change(old))
+    }
+
+    fn delete(&mut self, pod_id: PodId) -> Result<()> {
+        absent(self.0.remove(&pod_id)).context("write map pods").map(drop)
+    }
+}
+
+impl From<PodEntry> for Row {
+    fn from(entry: PodEntry) -> Self {
+        let address = |addr: Addr| (addr.octets != [0; 16]).then(|| addr.to_ip());
+        Self {
+            enrolled: entry.decision == DECISION_ENROLLED,
+            capture: entry.flags & POD_CAPTURE != 0,
+            rules: entry.flags & (POD_BYPASS_INBOUND | POD_INBOUND_RULES | POD_OUTBOUND_RULES),
+            dns: entry.flags & POD_DNS != 0,
+            reason: entry.reason,
+            uplink: entry.uplink,
+            v4: address(entry.v4),
+            v6: address(entry.v6),
+        }
+    }
+}
+
+impl From<Row> for PodEntry {
+    fn from(row: Row) -> Self {
+        let address = |ip: Option<IpAddr>| ip.map_or(Addr { octets: [0; 16] }, Addr::from);
+        Self {
             decision: if row.enrolled { DECISION_ENROLLED } else { DECISION_BYPASS },
             reason: row.reason,
-            flags: row.inbound
+            flags: row.rules
                 | if row.capture { POD_CAPTURE } else { 0 }
                 | if row.dns { POD_DNS } else { 0 },
-        };
-        self.0
-            .insert(Addr::from(row.address), entry, 0)
-            .with_context(|| format!("write {} to map pods", row.address))
-    }
-
-    fn delete(&mut self, address: IpAddr) -> Result<()> {
-        absent(self.0.remove(&address.into())).context("write map pods").map(drop)
+            uplink: row.uplink,
+            v4: address(row.v4),
+            v6: address(row.v6),
+        }
     }
 }
 
 /// Whether a row says that the pod is captured, with these settings.
-fn is_captured(row: &Row, pod: &PodNetns, traffic: &Traffic) -> bool {
-    row.pod_id == pod.id()
+fn is_captured(row: &Row, traffic: &Traffic) -> bool {
+    row.enrolled
         && row.capture
-        && row.inbound == inbound::flags(traffic)
+        && row.rules == inbound::flags(traffic)
         && row.dns == traffic.captures_dns()
 }
 
-fn row(address: IpAddr, entry: PodEntry) -> Row {
-    Row {
-        address,
-        pod_id: entry.pod_id,
-        enrolled: entry.decision == DECISION_ENROLLED,
-        capture: entry.flags & POD_CAPTURE != 0,
-        inbound: entry.flags & (POD_BYPASS_INBOUND | POD_INBOUND_RULES),
-        dns: entry.flags & POD_DNS != 0,
-        reason: entry.reason,
-    }
+/// The first address of each family: IPv4, IPv6.
+fn first_of_each(addresses: &[IpAddr]) -> [Option<IpAddr>; 2] {
+    let first = |v4| addresses.iter().find(|ip| ip.is_ipv4() == v4).copied();
+    [first(true), first(false)]
 }
 
 /// What is not there is `None`, not an error.

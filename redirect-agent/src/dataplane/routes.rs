@@ -10,7 +10,7 @@ use std::{
 use anyhow::{Context as _, Result};
 use futures_util::{StreamExt as _, TryStreamExt as _};
 use ipnet::{IpNet, Ipv4Net, Ipv6Net};
-use redirect_ebpf::abi::{MARK_MASK, MARK_REDIRECTED, MARK_VIRTUAL, PORT_DNS};
+use redirect_ebpf::abi::{MARK_MASK, MARK_REDIRECTED, MARK_TO_PROXY, PORT_DNS};
 use rtnetlink::{
     Error, Handle, IpVersion, RouteMessageBuilder,
     packet_route::{
@@ -28,39 +28,44 @@ use crate::traffic::{Ports, Selection, Selections, Traffic};
 const TABLE: u32 = 15001;
 /// The one that delivers everything to `lo`, for what is redirected already.
 const TABLE_KEEP: u32 = 15002;
-/// The rules for the pod's DNS, which its other settings do not apply to.
-const PRIORITY_DNS: u32 = 14999;
-/// The rules for ports that are excluded: they skip the capture.
-const PRIORITY_EXCLUDE: u32 = 15000;
-/// The rules for unmarked TCP of the pod: this is the outbound capture.
-const PRIORITY_CAPTURE: u32 = 15001;
-/// The rule for redirected connections that stay so, whatever is captured.
-const PRIORITY_KEEP: u32 = 15002;
+/// All our rules follow the first one of all, `local`, at its own priority: so a rule that somebody adds
+/// without a priority, which is that of the second rule less one if it is not 0 itself, comes behind
+/// them. Rules of one priority are in the order in which they were added.
+const PRIORITY: u32 = 0;
+/// Where the rules for excluded ports go on, behind all of ours.
+const PRIORITY_LANDING: u32 = 1;
 /// istio-cni's table for what comes back from the application, and the mark that leads to it, which
 /// happens to be ours. Source: Istio `cni/pkg/config`, `RouteTableInbound`, `InpodTProxyMark`.
 const TABLE_ISTIO_CNI: u32 = 100;
+/// The kernel's own table of local addresses. Source: Linux `include/uapi/linux/rtnetlink.h`.
+const TABLE_LOCAL: u32 = 255;
 const MARK_ISTIO_CNI: u32 = 0x111;
 /// Above those of the routes for sockets that are bound to no interface, which so take the latter.
 const BOUND_METRIC: u32 = 4096;
-/// Every interface's index of `lo`. Source: Linux `include/net/flow.h`, `LOOPBACK_IFINDEX`.
+/// `lo`'s index, in every namespace. Source: Linux `include/net/flow.h`, `LOOPBACK_IFINDEX`.
 pub(super) const LOOPBACK_IFINDEX: u32 = 1;
 
 /// Which connections of the pod take the redirection route, and which do not. All are for what the
-/// pod itself sends, but for those of virtual interfaces, and for TCP, but for [`Rule::Dns`].
+/// pod itself sends, but for those of virtual interfaces, and for TCP, but for [`Rule::Dns`]. They are
+/// declared in the order that the kernel needs.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
 pub(super) enum Rule {
+    /// What the guard brings to `lo`.
+    Rescue,
+    /// Those that were redirected when they ceased to be captured.
+    Keep,
+    /// Those that come in on this virtual interface and that its program redirects.
+    Virtual(Interface),
     /// What is not marked and goes to port 53.
     Dns(Dns),
-    /// Not those that are not marked and go to these ports: they go on behind [`Rule::Capture`].
+    /// Not those that are not marked and go to these ports: they go on behind [`Rule::Landing`].
     Exclude(Ports),
     /// All that are not marked and go to these ports, or to any.
     Capture(Option<Ports>),
     /// What comes in on this virtual interface and no program has seen yet: dropped, until it has one.
     Hold(Interface),
-    /// Those that were redirected when they ceased to be captured.
-    Keep,
-    /// Those that come in on this virtual interface and that its program redirects.
-    Virtual(Interface),
+    /// Nothing: where [`Rule::Exclude`] goes on.
+    Landing,
 }
 
 /// The name of an interface, filled up with zeros.
@@ -94,26 +99,23 @@ pub(super) enum Dns {
 
 impl Rule {
     fn priority(self) -> u32 {
-        match self {
-            Self::Dns(_) => PRIORITY_DNS,
-            Self::Exclude(_) => PRIORITY_EXCLUDE,
-            Self::Capture(_) | Self::Hold(_) => PRIORITY_CAPTURE,
-            Self::Keep | Self::Virtual(_) => PRIORITY_KEEP,
-        }
+        if self == Self::Landing { PRIORITY_LANDING } else { PRIORITY }
     }
 
     fn mark(self) -> u32 {
         match self {
             Self::Dns(_) | Self::Exclude(_) | Self::Capture(_) | Self::Hold(_) => 0,
             Self::Keep => MARK_REDIRECTED,
-            Self::Virtual(_) => MARK_VIRTUAL,
+            Self::Rescue | Self::Virtual(_) | Self::Landing => MARK_TO_PROXY,
         }
     }
 
-    fn protocol(self) -> IpProtocol {
+    /// `None`: whatever it is.
+    fn protocol(self) -> Option<IpProtocol> {
         match self {
-            Self::Dns(Dns::Udp) => IpProtocol::Udp,
-            _ => IpProtocol::Tcp,
+            Self::Rescue | Self::Landing => None,
+            Self::Dns(Dns::Udp) => Some(IpProtocol::Udp),
+            _ => Some(IpProtocol::Tcp),
         }
     }
 
@@ -122,7 +124,7 @@ impl Rule {
             Self::Dns(_) => Some(Ports { first: PORT_DNS, last: PORT_DNS }),
             Self::Exclude(ports) => Some(ports),
             Self::Capture(ports) => ports,
-            Self::Hold(_) | Self::Keep | Self::Virtual(_) => None,
+            _ => None,
         }
     }
 
@@ -134,10 +136,10 @@ impl Rule {
         }
     }
 
-    /// Whether it is only for connections that are redirected already, and so stays for as long as
+    /// Whether it says what of the pod's own connections is captured; all others stay for as long as
     /// the pod is in the mesh.
-    fn keeps(self) -> bool {
-        matches!(self, Self::Keep | Self::Virtual(_))
+    fn captures(self) -> bool {
+        matches!(self, Self::Dns(_) | Self::Exclude(_) | Self::Capture(_) | Self::Hold(_))
     }
 
     /// The rule of ours that the kernel shows.
@@ -150,28 +152,51 @@ impl Rule {
             _ => None,
         });
         let input = message.attributes.iter().find_map(|a| match a {
-            RuleAttribute::Iifname(name) if name != "lo" => Some(name),
+            RuleAttribute::Iifname(name) => Some(name.as_str()),
+            _ => None,
+        });
+        let virtual_interface = input.filter(|name| *name != "lo").and_then(Interface::new);
+        let mark = message.attributes.iter().find_map(|a| match a {
+            RuleAttribute::FwMark(mark) => Some(*mark),
+            _ => None,
+        });
+        let protocol = message.attributes.iter().find_map(|a| match a {
+            RuleAttribute::IpProtocol(protocol) => Some(*protocol),
             _ => None,
         });
         let rule = match message.header.action {
-            RuleAction::Blackhole => Self::Hold(Interface::new(input?)?),
-            RuleAction::ToTable if input.is_some() && has(RuleAttribute::Table(TABLE_KEEP)) => {
-                Self::Virtual(Interface::new(input?)?)
-            }
-            RuleAction::Goto if has(RuleAttribute::Goto(PRIORITY_KEEP)) => Self::Exclude(ports?),
+            RuleAction::Blackhole => Self::Hold(virtual_interface?),
+            RuleAction::Nop => Self::Landing,
+            RuleAction::Goto if has(RuleAttribute::Goto(PRIORITY_LANDING)) => Self::Exclude(ports?),
             RuleAction::ToTable if has(RuleAttribute::Table(TABLE)) => Self::Capture(ports),
             RuleAction::ToTable if has(RuleAttribute::Table(TABLE_KEEP)) => {
-                match has(RuleAttribute::Priority(PRIORITY_DNS)) {
-                    true if has(RuleAttribute::IpProtocol(IpProtocol::Udp)) => Self::Dns(Dns::Udp),
-                    true => Self::Dns(Dns::Tcp),
-                    false => Self::Keep,
+                match (mark, virtual_interface, protocol) {
+                    (Some(MARK_TO_PROXY), Some(interface), _) => Self::Virtual(interface),
+                    (Some(MARK_TO_PROXY), None, _) => Self::Rescue,
+                    (Some(_), ..) => Self::Keep,
+                    (None, _, Some(IpProtocol::Udp)) => Self::Dns(Dns::Udp),
+                    (None, ..) => Self::Dns(Dns::Tcp),
                 }
             }
             _ => return None,
         };
-        let whole = has(RuleAttribute::Priority(rule.priority())) && rule.ports() == ports;
+        let whole = priority(message) == rule.priority()
+            && input == Some(rule.input().as_str())
+            && mark.unwrap_or_default() == rule.mark()
+            && has(RuleAttribute::FwMask(MARK_MASK))
+            && protocol == rule.protocol()
+            && ports == rule.ports();
         whole.then_some(rule)
     }
+}
+
+/// 0 is not shown.
+fn priority(message: &RuleMessage) -> u32 {
+    let priority = message.attributes.iter().find_map(|a| match a {
+        RuleAttribute::Priority(priority) => Some(*priority),
+        _ => None,
+    });
+    priority.unwrap_or_default()
 }
 
 /// A route of one of our tables.
@@ -295,7 +320,8 @@ impl fmt::Display for Route {
 /// What is redirected of a pod's outbound connections in one family, as rules and routes.
 #[derive(Clone, Debug, PartialEq, Eq)]
 struct Outbound {
-    rules: BTreeSet<Rule>,
+    /// In the order of the kernel's.
+    rules: Vec<Rule>,
     routes: BTreeSet<Route>,
 }
 
@@ -313,16 +339,20 @@ impl Outbound {
         // The longest prefix counts; what lies within an exception is none.
         let only = only.into_iter().filter(|net| !except.iter().any(|e| e.contains(net)));
         let routes = only.flat_map(|net| deliveries.iter().map(move |to| route(net, Some(to))));
-        Self {
-            routes: routes.chain(except.iter().map(|net| route(*net, None))).collect(),
-            rules: port_rules(ports)
-                .into_iter()
-                .chain(dns_rules(traffic))
-                .chain(virtual_interfaces(traffic).map(Rule::Hold))
-                .collect(),
-        }
+        // A neighbour's link-local address means nothing on another interface: these calls stay.
+        let link_local = [IpNet::V6(LINK_LOCAL)].into_iter().filter(|net| of_family(&net));
+        let except = except.iter().copied().chain(link_local);
+        let mut rules: Vec<Rule> = port_rules(ports)
+            .into_iter()
+            .chain(dns_rules(traffic))
+            .chain(virtual_interfaces(traffic).map(Rule::Hold))
+            .collect();
+        rules.sort_unstable();
+        Self { routes: routes.chain(except.map(|net| route(net, None))).collect(), rules }
     }
 }
+
+const LINK_LOCAL: Ipv6Net = Ipv6Net::new_assert(Ipv6Addr::new(0xfe80, 0, 0, 0, 0, 0, 0, 0), 10);
 
 /// The ways to `lo` in one family.
 struct Deliveries {
@@ -341,6 +371,13 @@ impl Deliveries {
         let route = |to| Route { table: TABLE_KEEP, destination, to: Some(to) };
         self.iter().map(route).collect()
     }
+}
+
+/// What stays for as long as the pod is in the mesh.
+fn keep_rules(traffic: &Traffic) -> impl Iterator<Item = Rule> {
+    [Rule::Rescue, Rule::Keep, Rule::Landing]
+        .into_iter()
+        .chain(virtual_interfaces(traffic).map(Rule::Virtual))
 }
 
 fn dns_rules(traffic: &Traffic) -> impl Iterator<Item = Rule> {
@@ -395,6 +432,18 @@ pub(super) struct OutboundState {
     pub(super) routes: bool,
 }
 
+/// An address in the namespace.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub(super) struct Address {
+    pub(super) ip: IpAddr,
+    /// The index of its interface.
+    pub(super) interface: u32,
+    /// The name of that.
+    pub(super) name: String,
+    /// It is good for more than its link.
+    pub(super) global: bool,
+}
+
 /// A connection to the kernel's routing in the namespace that it was opened in.
 pub(super) struct Routing {
     runtime: tokio::runtime::Runtime,
@@ -439,50 +488,56 @@ impl Routing {
         })
     }
 
-    /// The addresses of global scope, those of `lo` and of virtual interfaces excepted, in the order of
-    /// their interfaces.
-    pub(super) fn addresses(&self, virtual_interfaces: &[String]) -> Result<Vec<IpAddr>> {
-        let mut interfaces = self.interfaces()?;
-        interfaces.retain(|_, name| virtual_interfaces.contains(name));
+    /// The addresses, in the order of their interfaces, but for 127.0.0.0/8, ::1, and those that
+    /// somebody else has, too.
+    pub(super) fn addresses(&self) -> Result<Vec<Address>> {
+        let interfaces = self.interfaces()?;
         self.runtime.block_on(async {
             let mut addresses = Vec::new();
             let mut messages = self.handle.address().get().execute();
             while let Some(message) = messages.try_next().await.context("list addresses")? {
-                let tentative = message.attributes.iter().any(|a| {
+                let failed = message.attributes.iter().any(|a| {
                     matches!(a, AddressAttribute::Flags(flags) if flags.contains(AddressFlags::Dadfailed))
                 });
-                if message.header.index == LOOPBACK_IFINDEX
-                    || interfaces.contains_key(&message.header.index)
-                    || message.header.scope != AddressScope::Universe
-                    || tentative
-                {
+                let Some(ip) = own_address(&message).filter(|ip| !failed && !ip.is_loopback()) else {
                     continue;
-                }
-                addresses.extend(own_address(&message));
+                };
+                let interface = message.header.index;
+                addresses.push(Address {
+                    ip,
+                    interface,
+                    name: interfaces.get(&interface).cloned().unwrap_or_default(),
+                    global: message.header.scope == AddressScope::Universe,
+                });
             }
             Ok(addresses)
         })
     }
 
     /// Adds what keeps redirected connections so, in the family of `source`; that is the source that
-    /// a connection without one takes. And what redirects those of the virtual interfaces.
+    /// a connection without one takes. And what redirects those of the virtual interfaces, and what the
+    /// guard brings to `lo`.
     pub(super) fn add_keep(&self, source: IpAddr, traffic: &Traffic) -> Result<()> {
         self.runtime.block_on(async {
             for route in self.deliveries(source).await?.keep_routes() {
                 self.add_route(route).await?;
             }
-            anyhow::Ok(())
-        })?;
-        self.add_keep_rule(source)?;
-        for interface in virtual_interfaces(traffic) {
-            self.runtime.block_on(self.add_rule(source, Rule::Virtual(interface)))?;
-        }
-        self.delete_foreign_rules()
+            let present = self.our_rules(version(source)).await?;
+            for rule in keep_rules(traffic).filter(|rule| !present.contains(rule)) {
+                self.add_rule(source, rule).await?;
+            }
+            Ok(())
+        })
     }
 
     /// Adds the rule alone, in the family of `family`.
     pub(super) fn add_keep_rule(&self, family: IpAddr) -> Result<()> {
-        self.runtime.block_on(self.add_rule(family, Rule::Keep))
+        self.runtime.block_on(async {
+            if !self.our_rules(version(family)).await?.contains(&Rule::Keep) {
+                self.add_rule(family, Rule::Keep).await?;
+            }
+            Ok(())
+        })
     }
 
     /// Makes the outbound capture of one family what the settings say. What is captured before and
@@ -493,11 +548,14 @@ impl Routing {
             for route in &wanted.routes {
                 self.add_route(*route).await?;
             }
-            for rule in &wanted.rules {
-                self.add_rule(source, *rule).await?;
+            let (stale, present) = self.capture_rules(version(source)).await?;
+            if present != wanted.rules {
+                // As a whole, because their order counts.
+                for rule in &wanted.rules {
+                    self.add_rule(source, *rule).await?;
+                }
+                self.delete_rules_of(stale).await?;
             }
-            let stale = |rule: Rule| !rule.keeps() && !wanted.rules.contains(&rule);
-            self.delete_rules_of(version(source), stale).await?;
             for message in self.routes(version(source)).await? {
                 let route = Route::read(&message);
                 if route.is_none_or(|r| r.table == TABLE && !wanted.routes.contains(&r)) {
@@ -512,8 +570,7 @@ impl Routing {
     pub(super) fn outbound(&self, source: IpAddr, traffic: &Traffic) -> Result<OutboundState> {
         self.runtime.block_on(async {
             let wanted = Outbound::new(&self.deliveries(source).await?, traffic);
-            let mut rules = self.our_rules(version(source)).await?;
-            rules.retain(|rule| !rule.keeps());
+            let (_, rules) = self.capture_rules(version(source)).await?;
             let routes: BTreeSet<Route> = self
                 .routes(version(source))
                 .await?
@@ -533,8 +590,7 @@ impl Routing {
     pub(super) fn has_keep(&self, source: IpAddr, traffic: &Traffic) -> Result<(bool, bool)> {
         self.runtime.block_on(async {
             let rules = self.our_rules(version(source)).await?;
-            let mut wanted = virtual_interfaces(traffic).map(Rule::Virtual).chain([Rule::Keep]);
-            let rule = wanted.all(|rule| rules.contains(&rule));
+            let rule = keep_rules(traffic).all(|rule| rules.contains(&rule));
             let routes = self.routes(version(source)).await?;
             let routes: BTreeSet<Route> = routes.iter().filter_map(Route::read).collect();
             let wanted = self.deliveries(source).await?.keep_routes();
@@ -544,14 +600,13 @@ impl Routing {
 
     /// Ends the outbound capture in both families.
     pub(super) fn delete_capture(&self) -> Result<()> {
-        self.delete_rules(|rule| !rule.keeps())
+        self.delete_rules(Rule::captures)
     }
 
     /// Removes all rules and routes in both families.
     pub(super) fn delete_all(&self) -> Result<()> {
         self.delete_capture()?;
         self.delete_rules(|_| true)?;
-        self.delete_foreign_rules()?;
         self.runtime.block_on(async {
             for family in [IpVersion::V4, IpVersion::V6] {
                 for route in self.routes(family).await? {
@@ -559,6 +614,27 @@ impl Routing {
                 }
             }
             Ok(())
+        })
+    }
+
+    /// The rules of others that come before ours, in either family: they may lead what should be
+    /// captured elsewhere, and the guard brings it back.
+    pub(super) fn foreign_rules(&self) -> Result<Vec<String>> {
+        self.runtime.block_on(async {
+            let mut foreign = Vec::new();
+            for (family, name) in [(IpVersion::V4, "ipv4"), (IpVersion::V6, "ipv6")] {
+                let rules = self.rules(family).await?;
+                let Some(ours) = rules.iter().position(|rule| Rule::read(rule).is_some()) else {
+                    continue;
+                };
+                let local = |rule: &&RuleMessage| {
+                    rule.header.action == RuleAction::ToTable
+                        && u32::from(rule.header.table) == TABLE_LOCAL
+                };
+                let before = rules.iter().take(ours).filter(|rule| !local(rule));
+                foreign.extend(before.map(|rule| format!("{name} rule {}", priority(rule))));
+            }
+            Ok(foreign)
         })
     }
 
@@ -597,48 +673,24 @@ impl Routing {
         })
     }
 
-    /// Removes rules of our priorities that are none of ours, such as those of an older agent.
-    fn delete_foreign_rules(&self) -> Result<()> {
-        self.runtime.block_on(async {
-            for family in [IpVersion::V4, IpVersion::V6] {
-                for message in self.rules(family).await? {
-                    let ours = message.attributes.iter().any(|attribute| {
-                        matches!(
-                            attribute,
-                            RuleAttribute::Priority(PRIORITY_EXCLUDE..=PRIORITY_KEEP)
-                        )
-                    });
-                    if ours && Rule::read(&message).is_none() {
-                        done(self.handle.rule().del(message).execute().await)
-                            .context("delete a rule that is none of ours")?;
-                    }
-                }
-            }
-            Ok(())
-        })
-    }
-
     fn delete_rules(&self, which: impl Fn(Rule) -> bool) -> Result<()> {
         self.runtime.block_on(async {
             for family in [IpVersion::V4, IpVersion::V6] {
-                self.delete_rules_of(family, &which).await?;
+                let mut ours = self.our_rule_messages(family).await?;
+                ours.retain(|(rule, _)| which(*rule));
+                self.delete_rules_of(ours).await?;
             }
             Ok(())
         })
     }
 
-    /// Captures go before exclusions, lest what is excluded be captured for a moment.
-    async fn delete_rules_of(&self, family: IpVersion, which: impl Fn(Rule) -> bool) -> Result<()> {
-        let messages = self.rules(family).await?;
-        let mut stale: Vec<(Rule, RuleMessage)> = messages
-            .into_iter()
-            .filter_map(|message| Some((Rule::read(&message)?, message)))
-            .filter(|(rule, _)| which(*rule))
-            .collect();
-        stale.sort_by_key(|(rule, _)| std::cmp::Reverse(*rule));
-        for (rule, message) in stale {
+    /// Captures go before exclusions, lest what is excluded be captured for a moment. Of rules that are
+    /// alike the kernel deletes the first.
+    async fn delete_rules_of(&self, mut rules: Vec<(Rule, RuleMessage)>) -> Result<()> {
+        rules.sort_by_key(|(rule, _)| std::cmp::Reverse(*rule));
+        for (rule, message) in rules {
             done(self.handle.rule().del(message).execute().await)
-                .with_context(|| format!("delete rule {}", rule.priority()))?;
+                .with_context(|| format!("delete rule {rule:?}"))?;
         }
         Ok(())
     }
@@ -648,6 +700,8 @@ impl Routing {
             .handle
             .rule()
             .add()
+            // Also where there is one that is alike: it is about to be deleted.
+            .replace()
             .priority(rule.priority())
             .input_interface(rule.input())
             .fw_mark(rule.mark());
@@ -655,10 +709,11 @@ impl Routing {
             Rule::Exclude(_) => request.table_id(0).action(RuleAction::Goto),
             Rule::Capture(_) => request.table_id(TABLE).action(RuleAction::ToTable),
             // All of it, whatever ranges the other table leaves out.
-            Rule::Dns(_) | Rule::Keep | Rule::Virtual(_) => {
+            Rule::Rescue | Rule::Keep | Rule::Virtual(_) | Rule::Dns(_) => {
                 request.table_id(TABLE_KEEP).action(RuleAction::ToTable)
             }
             Rule::Hold(_) => request.table_id(0).action(RuleAction::Blackhole),
+            Rule::Landing => request.table_id(0).action(RuleAction::Nop),
         };
         let message = request.message_mut();
         message.header.family = match family {
@@ -666,15 +721,15 @@ impl Routing {
             IpAddr::V6(_) => AddressFamily::Inet6,
         };
         message.attributes.push(RuleAttribute::FwMask(MARK_MASK));
-        message.attributes.push(RuleAttribute::IpProtocol(rule.protocol()));
+        message.attributes.extend(rule.protocol().map(RuleAttribute::IpProtocol));
         if let Rule::Exclude(_) = rule {
-            message.attributes.push(RuleAttribute::Goto(PRIORITY_KEEP));
+            message.attributes.push(RuleAttribute::Goto(PRIORITY_LANDING));
         }
         if let Some(ports) = rule.ports() {
             let range = RulePortRange { start: ports.first, end: ports.last };
             message.attributes.push(RuleAttribute::DestinationPortRange(range));
         }
-        done(request.execute().await).with_context(|| format!("add rule {}", rule.priority()))
+        request.execute().await.with_context(|| format!("add rule {rule:?}"))
     }
 
     async fn add_route(&self, route: Route) -> Result<()> {
@@ -717,6 +772,22 @@ impl Routing {
 
     async fn our_rules(&self, family: IpVersion) -> Result<BTreeSet<Rule>> {
         Ok(self.rules(family).await?.iter().filter_map(Rule::read).collect())
+    }
+
+    async fn our_rule_messages(&self, family: IpVersion) -> Result<Vec<(Rule, RuleMessage)>> {
+        let messages = self.rules(family).await?.into_iter();
+        Ok(messages.filter_map(|message| Some((Rule::read(&message)?, message))).collect())
+    }
+
+    /// The rules that say what is captured, and those alone, in the kernel's order.
+    async fn capture_rules(
+        &self,
+        family: IpVersion,
+    ) -> Result<(Vec<(Rule, RuleMessage)>, Vec<Rule>)> {
+        let mut ours = self.our_rule_messages(family).await?;
+        ours.retain(|(rule, _)| rule.captures());
+        let rules = ours.iter().map(|(rule, _)| *rule).collect();
+        Ok((ours, rules))
     }
 
     async fn rules(&self, family: IpVersion) -> Result<Vec<RuleMessage>> {

@@ -7,7 +7,7 @@ use std::{
 };
 
 use anyhow::{Context as _, Result, anyhow};
-use aya::programs::Iter;
+use aya::programs::{Iter, SchedClassifier, TestRun as _, TestRunOptions};
 use btfparse::{Offset, Readable, TypeInformation};
 use redirect_ebpf::abi::{PORT_PROXY_DNS, SockOffsets};
 
@@ -114,6 +114,16 @@ fn has_port(table: &str, port: u16) -> bool {
     let end = format!(":{port:04X}");
     let mut sockets = table.lines().skip(1);
     sockets.any(|line| line.split_whitespace().nth(1).is_some_and(|local| local.ends_with(&end)))
+}
+
+/// Runs the program that enters the proxy's listeners; returns a bit for each of `LISTENER_*` that it
+/// has found.
+pub(super) fn find_proxy(program: &SchedClassifier) -> Result<u32> {
+    // The shortest that the kernel takes; it comes in on `lo` of the thread's namespace.
+    let packet = [0; 64];
+    let options = TestRunOptions { data_in: Some(&packet), ..TestRunOptions::default() };
+    let ran = program.test_run(options).context("look for the proxy's listeners")?;
+    Ok(ran.return_value)
 }
 
 /// Runs an iterator over all TCP sockets; returns how many bytes it wrote.

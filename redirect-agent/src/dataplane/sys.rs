@@ -14,7 +14,10 @@ use std::{
     path::Path,
 };
 
-use aya_obj::generated::{bpf_attr, bpf_cmd};
+use aya_obj::generated::{bpf_attach_type, bpf_attr, bpf_cmd, bpf_prog_type};
+
+/// One instruction, as the kernel takes it.
+pub(super) type Insn = [u8; 8];
 
 /// Opens the object pinned at `path`.
 ///
@@ -27,6 +30,59 @@ pub(super) fn obj_get(path: &Path) -> io::Result<OwnedFd> {
     let mut attr: bpf_attr = unsafe { mem::zeroed() };
     attr.__bindgen_anon_4.pathname = path.as_ptr() as u64;
     let fd = bpf(bpf_cmd::BPF_OBJ_GET, &mut attr)?;
+    // SAFETY: the kernel has just made this descriptor for us.
+    Ok(unsafe { OwnedFd::from_raw_fd(fd) })
+}
+
+/// Pins an object at `path`.
+///
+/// # Errors
+///
+/// Those of bpf(2), `BPF_OBJ_PIN`.
+pub(super) fn obj_pin(object: BorrowedFd<'_>, path: &Path) -> io::Result<()> {
+    let path = CString::new(path.as_os_str().as_bytes())?;
+    // SAFETY: all zeros is a valid `bpf_attr`.
+    let mut attr: bpf_attr = unsafe { mem::zeroed() };
+    attr.__bindgen_anon_4.pathname = path.as_ptr() as u64;
+    attr.__bindgen_anon_4.bpf_fd = object.as_raw_fd() as u32;
+    bpf(bpf_cmd::BPF_OBJ_PIN, &mut attr).map(drop)
+}
+
+/// Loads an `sk_lookup` program that is not from an object file.
+///
+/// # Errors
+///
+/// Those of bpf(2), `BPF_PROG_LOAD`.
+pub(super) fn load_lookup(code: &[Insn]) -> io::Result<OwnedFd> {
+    // SAFETY: all zeros is a valid `bpf_attr`.
+    let mut attr: bpf_attr = unsafe { mem::zeroed() };
+    // SAFETY: it is the member for this command, zeroed.
+    let load = unsafe { &mut attr.__bindgen_anon_3 };
+    load.prog_type = bpf_prog_type::BPF_PROG_TYPE_SK_LOOKUP as u32;
+    load.expected_attach_type = bpf_attach_type::BPF_SK_LOOKUP as u32;
+    load.insns = code.as_ptr() as u64;
+    load.insn_cnt = u32::try_from(code.len()).map_err(io::Error::other)?;
+    load.license = c"Dual BSD/GPL".as_ptr() as u64;
+    for (to, from) in load.prog_name.iter_mut().zip(*b"redirect_pod") {
+        *to = from.cast_signed();
+    }
+    let fd = bpf(bpf_cmd::BPF_PROG_LOAD, &mut attr)?;
+    // SAFETY: the kernel has just made this descriptor for us.
+    Ok(unsafe { OwnedFd::from_raw_fd(fd) })
+}
+
+/// Attaches an `sk_lookup` program to a network namespace.
+///
+/// # Errors
+///
+/// Those of bpf(2), `BPF_LINK_CREATE`.
+pub(super) fn link_lookup(program: BorrowedFd<'_>, netns: BorrowedFd<'_>) -> io::Result<OwnedFd> {
+    // SAFETY: all zeros is a valid `bpf_attr`.
+    let mut attr: bpf_attr = unsafe { mem::zeroed() };
+    attr.link_create.__bindgen_anon_1.prog_fd = program.as_raw_fd() as u32;
+    attr.link_create.__bindgen_anon_2.target_fd = netns.as_raw_fd() as u32;
+    attr.link_create.attach_type = bpf_attach_type::BPF_SK_LOOKUP as u32;
+    let fd = bpf(bpf_cmd::BPF_LINK_CREATE, &mut attr)?;
     // SAFETY: the kernel has just made this descriptor for us.
     Ok(unsafe { OwnedFd::from_raw_fd(fd) })
 }

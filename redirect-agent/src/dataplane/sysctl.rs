@@ -1,12 +1,15 @@
 //! The sysctls of an enrolled pod's network namespace. Every function here runs inside it.
 
-use std::{fs, io};
+use std::{collections::BTreeSet, fs, io};
 
 use anyhow::{Context as _, Result};
 use nix::mount::{MsFlags, mount};
-use redirect_ebpf::abi::{SYSCTL_ABSENT, SavedSysctls};
+use redirect_ebpf::abi::{
+    PORT_HBONE, PORT_INBOUND, PORT_OUTBOUND, PORT_PROXY_DNS, SYSCTL_ABSENT, SavedSysctls,
+};
 
-/// What each sysctl is set to, in the order of [`SavedSysctls::values`].
+/// What each sysctl is set to, in the order of [`SavedSysctls::values`], whose last one is for
+/// [`RESERVED_PORTS`].
 ///
 /// - `tcp_fwmark_accept`: an accepted socket takes the mark of its SYN, so its replies go the way
 ///   the SYN came.
@@ -15,29 +18,45 @@ use redirect_ebpf::abi::{SYSCTL_ABSENT, SavedSysctls};
 /// - `fwmark_reflect`: answers without a socket, such as RST, go the way the packet came.
 /// - `tcp_migrate_req`: while the proxy is replaced both listen; connections that the old one has
 ///   not accepted when it closes its listeners go to the new one, and are not reset.
-pub(super) const SYSCTLS: [(&str, i32); 5] = [
+/// - `accept_local` and `route_localnet` of `lo`: what the guard brings there has lost its route, and is
+///   routed anew, from an address of the pod and, for DNS, to 127.0.0.1.
+const SYSCTLS: [(&str, i32); 7] = [
     ("net/ipv4/tcp_fwmark_accept", 1),
     ("net/ipv4/conf/all/src_valid_mark", 1),
     ("net/ipv4/fwmark_reflect", 1),
     ("net/ipv6/fwmark_reflect", 1),
     ("net/ipv4/tcp_migrate_req", 1),
+    ("net/ipv4/conf/lo/accept_local", 1),
+    ("net/ipv4/conf/lo/route_localnet", 1),
 ];
+
+/// The proxy's ports are reserved, so that no connection of the application happens to take one.
+const RESERVED_PORTS: &str = "net/ipv4/ip_local_reserved_ports";
+const PROXY_PORTS: [u16; 4] = [PORT_OUTBOUND, PORT_INBOUND, PORT_HBONE, PORT_PROXY_DNS];
 
 /// Where sysctls are: those of the network namespace of the thread that looks.
 const PROC_SYS: &str = "/proc/sys";
 
 /// The present values.
 pub(super) fn read() -> Result<SavedSysctls> {
-    let mut saved = SavedSysctls { values: [SYSCTL_ABSENT; 5] };
+    let mut saved = SavedSysctls { values: [SYSCTL_ABSENT; SYSCTLS.len() + 1] };
     for (value, (name, _)) in saved.values.iter_mut().zip(SYSCTLS) {
         *value = get(name)?;
+    }
+    if let Some(reserved) = reserved_ports()? {
+        saved.values[SYSCTLS.len()] =
+            (0..).zip(PROXY_PORTS).filter(|(_, port)| reserved.contains(port)).map(|(n, _)| 1 << n).sum();
     }
     Ok(saved)
 }
 
 /// Sets all of them for an enrolled pod.
 pub(super) fn set() -> Result<()> {
-    SYSCTLS.iter().try_for_each(|(name, value)| put(name, *value))
+    SYSCTLS.iter().try_for_each(|(name, value)| put(name, *value))?;
+    let Some(mut reserved) = reserved_ports()? else { return Ok(()) };
+    let before = reserved.len();
+    reserved.extend(PROXY_PORTS);
+    if reserved.len() == before { Ok(()) } else { reserve_ports(&reserved) }
 }
 
 /// Puts former values back.
@@ -47,18 +66,70 @@ pub(super) fn restore(saved: &SavedSysctls) -> Result<()> {
             put(name, *value)?;
         }
     }
-    Ok(())
+    // Others may have reserved more meanwhile.
+    let (were, Some(mut reserved)) = (saved.values[SYSCTLS.len()], reserved_ports()?) else {
+        return Ok(());
+    };
+    for (n, port) in (0..).zip(PROXY_PORTS) {
+        if were != SYSCTL_ABSENT && were & (1 << n) == 0 {
+            reserved.remove(&port);
+        }
+    }
+    reserve_ports(&reserved)
 }
 
 /// Each sysctl, and whether it has the value that an enrolled pod needs.
 pub(super) fn check() -> Result<Vec<(&'static str, bool)>> {
-    SYSCTLS
+    let mut checked = SYSCTLS
         .iter()
         .map(|(name, wanted)| {
             let value = get(name)?;
             Ok((*name, value == *wanted || value == SYSCTL_ABSENT))
         })
-        .collect()
+        .collect::<Result<Vec<_>>>()?;
+    let reserved = reserved_ports()?;
+    let all = reserved.is_none_or(|r| PROXY_PORTS.iter().all(|port| r.contains(port)));
+    checked.push((RESERVED_PORTS, all));
+    Ok(checked)
+}
+
+/// The ports that no socket is given; `None` where the kernel has no such sysctl.
+fn reserved_ports() -> Result<Option<BTreeSet<u16>>> {
+    let text = match fs::read_to_string(format!("{PROC_SYS}/{RESERVED_PORTS}")) {
+        Err(e) if e.kind() == io::ErrorKind::NotFound => return Ok(None),
+        text => text.with_context(|| format!("read sysctl {RESERVED_PORTS}"))?,
+    };
+    parse_ports(text.trim())
+        .map(Some)
+        .with_context(|| format!("parse sysctl {RESERVED_PORTS}: {:?}", text.trim()))
+}
+
+fn reserve_ports(ports: &BTreeSet<u16>) -> Result<()> {
+    write(RESERVED_PORTS, &print_ports(ports)).with_context(|| format!("write sysctl {RESERVED_PORTS}"))
+}
+
+/// Source: Linux `kernel/sysctl.c`, `proc_do_large_bitmap`: `1,3-5`.
+fn parse_ports(text: &str) -> Result<BTreeSet<u16>> {
+    let mut ports = BTreeSet::new();
+    for part in text.split(',').filter(|part| !part.is_empty()) {
+        let (first, last) = part.split_once('-').unwrap_or((part, part));
+        ports.extend(first.parse::<u16>()?..=last.parse()?);
+    }
+    Ok(ports)
+}
+
+fn print_ports(ports: &BTreeSet<u16>) -> String {
+    let mut ranges: Vec<(u16, u16)> = Vec::new();
+    for &port in ports {
+        match ranges.last_mut() {
+            Some((_, last)) if last.checked_add(1) == Some(port) => *last = port,
+            _ => ranges.push((port, port)),
+        }
+    }
+    let ranges: Vec<String> =
+        ranges.iter().map(|(first, last)| format!("{first}-{last}")).collect();
+    // What is empty is not written at all.
+    if ranges.is_empty() { "\n".to_owned() } else { ranges.join(",") }
 }
 
 /// Whether they look as if an enrolled pod's: nobody else sets `tcp_fwmark_accept`, and a new
@@ -79,19 +150,25 @@ fn get(name: &str) -> Result<i32> {
 }
 
 fn put(name: &str, value: i32) -> Result<()> {
-    let write = || fs::write(format!("{PROC_SYS}/{name}"), value.to_string());
-    let written = match write() {
+    match write(name, &value.to_string()) {
+        // IPv6 is off.
+        Err(e) if is_absent(&e) && name.contains("ipv6") => Ok(()),
+        written => written.with_context(|| format!("write sysctl {name}")),
+    }
+}
+
+fn is_absent(error: &anyhow::Error) -> bool {
+    error.downcast_ref::<io::Error>().is_some_and(|e| e.kind() == io::ErrorKind::NotFound)
+}
+
+fn write(name: &str, value: &str) -> Result<()> {
+    let path = format!("{PROC_SYS}/{name}");
+    match fs::write(&path, value) {
         Err(e) if e.kind() == io::ErrorKind::ReadOnlyFilesystem => {
             make_writable()?;
-            write()
+            Ok(fs::write(&path, value)?)
         }
-        written => written,
-    };
-    match written {
-        Ok(()) => Ok(()),
-        // IPv6 is off.
-        Err(e) if e.kind() == io::ErrorKind::NotFound && name.contains("ipv6") => Ok(()),
-        Err(e) => Err(e).with_context(|| format!("write sysctl {name}")),
+        written => Ok(written?),
     }
 }
 
@@ -105,4 +182,25 @@ fn make_writable() -> Result<()> {
         | MsFlags::MS_NOEXEC;
     mount(None::<&str>, PROC_SYS, None::<&str>, flags, None::<&str>)
         .context("mount /proc/sys writable; mount it so for this container")
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn reserved_ports_are_read_and_written_as_the_kernel_has_them() {
+        for (text, ports, printed) in [
+            ("", &[][..], "\n"),
+            ("15001", &[15001], "15001-15001"),
+            ("1-3,8,65535", &[1, 2, 3, 8, 65535], "1-3,8-8,65535-65535"),
+        ] {
+            let parsed = parse_ports(text).unwrap();
+            assert_eq!(parsed, ports.iter().copied().collect());
+            assert_eq!(print_ports(&parsed), printed);
+        }
+        for nonsense in ["a", "1-", "70000"] {
+            assert!(parse_ports(nonsense).is_err(), "{nonsense}");
+        }
+    }
 }

@@ -139,6 +139,8 @@ struct View {
     decision: Decision,
     standing: Standing,
     netns: Option<Arc<PodNetns>>,
+    /// The pod id whose row of the map `pods` says why it bypasses.
+    noted: Option<u32>,
     traffic: Traffic,
     problem: Option<String>,
     /// Whether that is a failure.
@@ -335,21 +337,21 @@ impl<S: Source> Reconciler<S> {
         self.tasks.insert(key, Running { uid, mirror, wanted, handle });
     }
 
-    /// Sweeps what is left of namespaces that are dead, and rows of addresses that nobody has.
+    /// Sweeps what is left of namespaces that are dead, and rows of pods that are not known.
     async fn sweep(&self) {
         let recorded = self.shared.settings.finder.records().current();
         let dataplane = Arc::clone(&self.shared.dataplane);
         let finder = Arc::clone(&self.shared.settings.finder);
-        let known = self.known_addresses();
         let held: Vec<Arc<PodNetns>> =
             self.shared.views().values().filter_map(|view| view.netns.clone()).collect();
+        let noted: Vec<u32> = self.shared.views().values().filter_map(|view| view.noted).collect();
         // As it was after the records: none of them is ahead of its pod.
         let uids = self.uids();
         let swept = spawn_blocking(move || {
             finder.records().sweep(&recorded, uids.as_ref());
             let found = netns::in_dir(finder.netns_dir())?;
-            let alive = held.iter().map(|pod| &pod.netns).chain(&found).map(Netns::inode).collect();
-            dataplane.sweep(&known, &alive)
+            let alive = held.iter().map(|pod| &pod.netns).chain(&found).map(Netns::inode);
+            dataplane.sweep(&alive.chain(noted).collect())
         })
         .await;
         if let Err(e) = swept.map_err(Into::into).flatten() {
@@ -366,18 +368,6 @@ impl<S: Source> Reconciler<S> {
             known.chain(self.tasks.values().map(|task| task.uid.clone())).collect()
         };
         self.leaving.is_empty().then(uids)
-    }
-
-    /// The addresses that the source or CNI knows, and those that the tasks' namespaces have besides.
-    fn known_addresses(&self) -> BTreeSet<IpAddr> {
-        let inventory = self.inventory.borrow();
-        let mut known: BTreeSet<IpAddr> =
-            inventory.pods.values().flat_map(|pod| pod.ips.iter().copied()).collect();
-        for view in self.shared.views().values() {
-            known.extend(&view.pod.ips);
-            known.extend(view.netns.iter().flat_map(|netns| netns.addresses.iter().copied()));
-        }
-        known
     }
 
     /// Restores pods that were set up by a former agent and are no longer known, where their

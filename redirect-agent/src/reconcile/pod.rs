@@ -1,6 +1,6 @@
 //! The task of one pod.
 
-use std::{net::IpAddr, sync::Arc, time::Duration};
+use std::{sync::Arc, time::Duration};
 
 use anyhow::{Context as _, Result, anyhow};
 use tokio::{
@@ -39,6 +39,11 @@ const ISTIO_CNIS_SHARED: &str = "istio-cni redirects this pod by tables of iptab
 others have rules, too, which are not taken over, so it is left alone: start the pod anew";
 const ISTIO_CNI_BESIDE: &str = "istio-cni redirects this pod, too: never both on one pod; uninstall \
 istio-cni and have its rules removed (--take-over)";
+/// What is said of a pod whose proxy has lost listeners: what they are for is refused.
+const PROXY_DEAF: &str = "the proxy does not listen in this pod on port";
+/// What is said of a pod that has rules of its own before ours.
+const FOREIGN_RULES: &str = "routing rules of the pod come before the redirection; what they lead \
+elsewhere is brought back to the proxy (counters rescued_*)";
 /// What is said of a static pod while it has no mirror.
 const MIRROR_GONE: &str = "its mirror pod was deleted; it stays as it is while it runs";
 /// How often a pod that leaves the mesh is asked whether redirected connections are left.
@@ -67,8 +72,10 @@ pub(super) struct PodTask<S> {
     beside: bool,
     /// From when on to look whether connections are left that istio-cni's rules had redirected.
     displacing: Option<Instant>,
-    /// The addresses whose rows of the map `pods` say why the pod bypasses, and the pod id in them.
-    noted: Vec<(IpAddr, u32)>,
+    /// The pod id whose row of the map `pods` says why the pod bypasses.
+    noted: Option<u32>,
+    /// What is odd in its namespace, and does no harm, or only to itself.
+    odd: Vec<String>,
     problem: Option<String>,
     /// Whether that is a failure, and not just something that is awaited.
     failing: bool,
@@ -122,7 +129,8 @@ impl<S: Source> PodTask<S> {
             network: None,
             beside: false,
             displacing: None,
-            noted: Vec::new(),
+            noted: None,
+            odd: Vec::new(),
             problem: None,
             failing: false,
             failures: 0,
@@ -309,7 +317,7 @@ impl<S: Source> PodTask<S> {
                 (self.standing.captured, self.standing.shaped) = captured.await?;
                 self.standing.prepared = true;
                 self.standing.noted = false;
-                self.noted.clear();
+                self.noted = None;
                 self.watch_network(&netns);
             }
             Step::Serve => {
@@ -324,7 +332,7 @@ impl<S: Source> PodTask<S> {
                     return Ok(false);
                 }
                 let netns = self.open_netns().await?;
-                self.on_netns(netns, |d, pod| d.proxy_listens(pod)).await?;
+                self.look_for_oddities(&netns).await?;
                 self.standing.served = true;
             }
             Step::Capture => {
@@ -406,8 +414,8 @@ impl<S: Source> PodTask<S> {
             }
             Step::Remove => {
                 let netns = self.open_netns().await?;
-                let pod_id = netns.netns.inode();
-                self.noted = netns.addresses.iter().map(|ip| (*ip, pod_id)).collect();
+                self.noted = Some(netns.netns.inode());
+                self.odd.clear();
                 self.on_netns(netns, |d, pod| d.remove(pod)).await?;
                 self.standing.prepared = false;
                 (self.beside, self.displacing) = (false, None);
@@ -482,23 +490,24 @@ impl<S: Source> PodTask<S> {
         }
     }
 
-    /// Says in the map `pods` why the pod bypasses. Pods without addresses of their own have no row.
+    /// Says in the map `pods` why the pod bypasses. Pods without a namespace of their own, or whose
+    /// namespace is not known yet, have no row.
     async fn note(&mut self) -> Result<()> {
         let own = !self.pod.host_network && !self.pod.phase.is_finished();
         let addresses = if own { self.pod.ips.clone() } else { Vec::new() };
         let (finder, pod) = (Arc::clone(&self.shared.settings.finder), self.pod.clone());
         let reason = self.decision_code();
         let dataplane = Arc::clone(&self.shared.dataplane);
-        let old = std::mem::take(&mut self.noted);
+        let old = self.noted.take();
         self.noted = blocking(move || {
-            let pod_id = if own { finder.inode(&pod).unwrap_or_default() } else { 0 };
-            for (address, pod_id) in old.into_iter().filter(|(ip, _)| !addresses.contains(ip)) {
-                dataplane.delete_bypass(address, pod_id)?;
+            let pod_id = if own { finder.inode(&pod) } else { None };
+            if let Some(old) = old.filter(|old| Some(*old) != pod_id) {
+                dataplane.delete_bypass(old)?;
             }
-            for address in &addresses {
-                dataplane.put_bypass(*address, pod_id, reason)?;
+            if let Some(pod_id) = pod_id {
+                dataplane.put_bypass(pod_id, &addresses, reason)?;
             }
-            Ok(addresses.into_iter().map(|ip| (ip, pod_id)).collect())
+            Ok(pod_id)
         })
         .await?;
         self.standing.noted = true;
@@ -530,6 +539,7 @@ impl<S: Source> PodTask<S> {
         if self.displacing.is_none() {
             self.meet_istio_cni(&netns).await?;
         }
+        self.look_for_oddities(&netns).await?;
         let traffic = self.traffic();
         let inspect = move |d: &Dataplane, pod: &PodNetns| {
             let inspection = d.inspect(pod, &traffic)?;
@@ -553,6 +563,24 @@ impl<S: Source> PodTask<S> {
             );
             self.standing.prepared = false;
         }
+        Ok(())
+    }
+
+    /// Looks for the proxy's listeners, which the programs then know, and for rules of others that come
+    /// before ours.
+    async fn look_for_oddities(&mut self, netns: &Arc<PodNetns>) -> Result<()> {
+        let look = |d: &Dataplane, pod: &PodNetns| Ok((d.proxy_listens(pod)?, d.foreign_rules(pod)?));
+        let (missing, foreign) = self.on_netns(Arc::clone(netns), look).await?;
+        let list = |ports: &[u16]| ports.iter().map(u16::to_string).collect::<Vec<_>>().join(", ");
+        let odd = [
+            (!missing.is_empty()).then(|| format!("{PROXY_DEAF} {}", list(&missing))),
+            (!foreign.is_empty()).then(|| format!("{FOREIGN_RULES}: {}", foreign.join(", "))),
+        ];
+        let odd: Vec<String> = odd.into_iter().flatten().collect();
+        for news in odd.iter().filter(|odd| !self.odd.contains(odd)) {
+            warn!(pod = %self.key, "{news}");
+        }
+        self.odd = odd;
         Ok(())
     }
 
@@ -630,11 +658,10 @@ impl<S: Source> PodTask<S> {
                 }
             }
         }
-        let noted = std::mem::take(&mut self.noted);
+        let noted = self.noted.take();
         let dataplane = Arc::clone(&self.shared.dataplane);
-        let deleted = blocking(move || {
-            noted.into_iter().try_for_each(|(ip, pod_id)| dataplane.delete_bypass(ip, pod_id))
-        });
+        let deleted =
+            blocking(move || noted.map_or(Ok(()), |pod_id| dataplane.delete_bypass(pod_id)));
         if let Err(e) = deleted.await {
             warn!(pod = %self.key, "{e:#}");
         }
@@ -782,8 +809,12 @@ impl<S: Source> PodTask<S> {
     fn told_of_pod(&self) -> Option<String> {
         let mirror = self.mirror_is_gone().then(|| MIRROR_GONE.to_owned());
         let beside = self.beside.then(|| ISTIO_CNI_BESIDE.to_owned());
-        let told: Vec<String> =
-            mirror.into_iter().chain(self.misread.iter().cloned()).chain(beside).collect();
+        let told: Vec<String> = mirror
+            .into_iter()
+            .chain(self.misread.iter().cloned())
+            .chain(beside)
+            .chain(self.odd.iter().cloned())
+            .collect();
         (!told.is_empty()).then(|| told.join("; "))
     }
 
@@ -797,6 +828,7 @@ impl<S: Source> PodTask<S> {
             standing: self.standing,
             traffic: self.traffic(),
             netns: self.netns.clone(),
+            noted: self.noted,
             problem: self.problem.clone().or_else(|| self.told_of_pod()),
             failing: self.failing,
             tried: self.tried,
