@@ -40,7 +40,7 @@ use redirect_ebpf::{
 use crate::{
     maps::{
         ADDRESSES, ANY_STRAYS, COUNTERS, DNS_FLOWS, HINT, INBOUND_PORTS, INBOUND_RANGES,
-        OUTBOUND_PORTS, OUTBOUND_RANGES, PODS_BY_ID, PROXY_MISSING, STRAYS, THIS_POD,
+        OUTBOUND_PORTS, OUTBOUND_RANGES, PARSED, PODS_BY_ID, PROXY_MISSING, STRAYS, THIS_POD,
         VIRTUAL_INTERFACES, WAY_COUNTS, WAYS,
     },
     packet::{Network, Parsed},
@@ -56,20 +56,28 @@ const SK_PASS: u32 = 1;
 #[classifier]
 pub fn redirect_lo(ctx: TcContext) -> i32 {
     clear_hint();
-    let mut parsed = Parsed::zeroed();
-    if !parse_message(&ctx, &mut parsed) {
+    let Some(parsed) = parsed() else { return TC_ACT_SHOT };
+    if !parse_message(&ctx, parsed) {
         return if drops_unread(&ctx) { TC_ACT_SHOT } else { on_lo(&ctx, None) };
     }
     if dns::concerns(&parsed.message) {
         let segment = *parsed.segment();
         let mut decided =
             Decided { kind: DNS_OTHER, new: segment, pod_id: 0, counter: NOT_COUNTED };
-        decide_dns(&ctx, &parsed, &mut decided);
+        decide_dns(&ctx, parsed, &mut decided);
         if decided.kind != DNS_OTHER {
-            return carry_out_dns(&ctx, &parsed, &decided);
+            return carry_out_dns(&ctx, parsed, &decided);
         }
     }
-    on_lo(&ctx, if parsed.message.tcp { Some(&parsed) } else { None })
+    on_lo(&ctx, if parsed.message.tcp { Some(parsed) } else { None })
+}
+
+/// Where the packet that is looked at is put in its parts. What is there the verifier knows nothing of,
+/// so it has one case to check, and not as many as there are ways to parse.
+#[inline(always)]
+fn parsed() -> Option<&'static mut Parsed> {
+    // SAFETY: the pointer is to this CPU's own value, and tcx programs do not interrupt each other.
+    PARSED.get_ptr_mut(0).map(|parsed| unsafe { &mut *parsed })
 }
 
 #[inline(never)]
@@ -216,9 +224,9 @@ fn carry_out_dns(ctx: &TcContext, parsed: &Parsed, decided: &Decided) -> i32 {
 #[classifier]
 pub fn redirect_ext(ctx: TcContext) -> i32 {
     clear_hint();
-    let mut parsed = Parsed::zeroed();
-    let is_tcp = parse_tcp(&ctx, &mut parsed);
-    on_interface(&ctx, is_tcp, &parsed)
+    let Some(parsed) = parsed() else { return TC_ACT_SHOT };
+    let is_tcp = parse_tcp(&ctx, parsed);
+    on_interface(&ctx, is_tcp, parsed)
 }
 
 #[inline(never)]
@@ -238,15 +246,15 @@ fn on_interface(ctx: &TcContext, is_tcp: bool, parsed: &Parsed) -> i32 {
 #[classifier]
 pub fn redirect_virt(ctx: TcContext) -> i32 {
     clear_hint();
-    let mut parsed = Parsed::zeroed();
-    let is_tcp = parse_tcp(&ctx, &mut parsed);
+    let Some(parsed) = parsed() else { return TC_ACT_SHOT };
+    let is_tcp = parse_tcp(&ctx, parsed);
     let segment = if is_tcp { Some(parsed.segment()) } else { None };
     match virtual_interface(&ctx) {
         Some(interface) if !verdict::is_inbound(segment, interface.pod_id, &Tc { ctx: &ctx }) => {
-            on_virtual(&ctx, is_tcp, &parsed, &interface)
+            on_virtual(&ctx, is_tcp, parsed, &interface)
         }
         // It is for the pod itself; or the interface is being set up, or removed.
-        _ => on_interface(&ctx, is_tcp, &parsed),
+        _ => on_interface(&ctx, is_tcp, parsed),
     }
 }
 
@@ -294,9 +302,9 @@ pub fn redirect_out(ctx: TcContext) -> i32 {
     if mesh_mark(mark(&ctx)) == MARK_PROXY || packet::network(&ctx) == Network::Other {
         return TC_ACT_UNSPEC;
     }
-    let mut parsed = Parsed::zeroed();
-    let readable = parse_message(&ctx, &mut parsed);
-    on_egress(&ctx, readable, &parsed)
+    let Some(parsed) = parsed() else { return TC_ACT_SHOT };
+    let readable = parse_message(&ctx, parsed);
+    on_egress(&ctx, readable, parsed)
 }
 
 #[inline(never)]
@@ -468,8 +476,8 @@ pub fn watch_sent(ctx: TcContext) -> i32 {
     if mark != 0 && !(on_lo && mark == MARK_PROXY) {
         return TC_ACT_UNSPEC;
     }
-    let mut parsed = Parsed::zeroed();
-    if !parse_tcp(&ctx, &mut parsed) {
+    let Some(parsed) = parsed() else { return TC_ACT_UNSPEC };
+    if !parse_tcp(&ctx, parsed) {
         return TC_ACT_UNSPEC;
     }
     let Some(pod_id) = packet::netns_inode(&ctx) else { return TC_ACT_UNSPEC };
@@ -501,8 +509,8 @@ pub fn watch_sent(ctx: TcContext) -> i32 {
 /// half open, and so without a socket, shows itself by the packet that opens it in full.
 #[classifier]
 pub fn watch_received(ctx: TcContext) -> i32 {
-    let mut parsed = Parsed::zeroed();
-    if parse_tcp(&ctx, &mut parsed)
+    let Some(parsed) = parsed() else { return TC_ACT_UNSPEC };
+    if parse_tcp(&ctx, parsed)
         && let Some(pod_id) = packet::netns_inode(&ctx)
     {
         // What is known to be redirected stays so, whatever outsiders send.

@@ -10,6 +10,8 @@ use redirect_ebpf::abi::{
     PodPeer, PodPort, SavedSysctls, Settled, ThisPod, VirtualInterface,
 };
 
+use crate::packet::Parsed;
+
 /// Pods of a node, enrolled or not.
 const PODS: usize = 2048;
 /// Maps that are filled as it comes take memory as it comes.
@@ -46,6 +48,10 @@ pub static PROXY_MISSING: HashMap<ListenerKey, u64, { PODS * 4 }> = HashMap::new
 /// The hint from tcx to `sk_lookup`, which run in one go on one CPU.
 #[btf_map(name = "hints")]
 pub static HINT: PerCpuArray<Hint, 1> = PerCpuArray::new();
+
+/// The packet that a tcx program looks at. No other program reads it, so it is not pinned.
+#[btf_map(name = "parsed")]
+pub static PARSED: PerCpuArray<Parsed, 1> = PerCpuArray::new();
 
 /// Whether any pod of the node is in `strays`.
 #[btf_map(name = "any_strays")]

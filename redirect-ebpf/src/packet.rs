@@ -79,20 +79,6 @@ pub struct Parsed {
 }
 
 impl Parsed {
-    pub const fn zeroed() -> Self {
-        let none = Addr { octets: [0; 16] };
-        let segment = Segment {
-            src: none,
-            dst: none,
-            src_port: 0,
-            dst_port: 0,
-            opens: false,
-            accepts: false,
-        };
-        let message = Message { segment, tcp: false, is_query: false, ends: false };
-        Self { message, network: Network::Other, offset: 0, tcp: [0; 10] }
-    }
-
     pub fn segment(&self) -> &Segment {
         &self.message.segment
     }
