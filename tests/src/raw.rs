@@ -3,11 +3,14 @@
 
 use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr};
 use std::os::fd::AsRawFd as _;
+use std::sync::atomic::{AtomicU32, Ordering};
 use std::time::{Duration, Instant};
 
 use anyhow::{Context as _, Result, ensure};
 use nix::ifaddrs::getifaddrs;
 use nix::sys::socket::{LinkAddr, MsgFlags, sendto};
+
+use socket2::{Domain, Protocol, SockAddr, Socket, Type};
 
 use crate::app::{Answer, read_greeting};
 use crate::netns::{Family, Netns};
@@ -607,6 +610,18 @@ impl Wire {
         Ok(Self { socket, interface, pod_mac })
     }
 
+    /// Opens the `lo` of a namespace, as a raw socket in it can.
+    fn loopback(netns: &Netns) -> Result<Self> {
+        let interface = link_addr(netns, "lo")?;
+        Ok(Self { socket: PacketSocket::open(netns)?, interface, pod_mac: [0; 6] })
+    }
+
+    /// Sends a segment in an ordinary IP packet.
+    fn send_segment(&self, segment: &Segment) -> Result<()> {
+        let ethertype = if segment.src.is_ipv4() { ETHERTYPE_IPV4 } else { ETHERTYPE_IPV6 };
+        self.send(ethertype, &segment.ip())
+    }
+
     /// Sends a frame to the pod.
     pub fn send(&self, ethertype: u16, payload: &[u8]) -> Result<()> {
         let mut frame = self.pod_mac.to_vec();
@@ -655,6 +670,45 @@ fn link_addr(netns: &Netns, interface: &str) -> Result<LinkAddr> {
             .find_map(|entry| entry.address?.as_link_addr().copied())
             .with_context(|| format!("find interface {interface}"))
     })
+}
+
+/// Sends a segment by a raw socket of the namespace, from whatever address it says: NET_RAW, which
+/// containers have, is all that it takes.
+pub fn send_from(netns: &Netns, segment: &Segment) -> Result<()> {
+    let bare = |addr: SocketAddr| SockAddr::from(SocketAddr::new(addr.ip(), 0));
+    netns.run(|| {
+        let socket =
+            Socket::new(Domain::for_address(segment.dst), Type::RAW, Some(Protocol::TCP))?;
+        match segment.src {
+            SocketAddr::V4(_) => socket.set_ip_transparent_v4(true)?,
+            SocketAddr::V6(_) => socket.set_ip_transparent_v6(true)?,
+        }
+        socket.bind(&bare(segment.src)).context("bind a raw socket")?;
+        socket.send_to(&segment.tcp(), &bare(segment.dst)).context("send a segment")?;
+        Ok(())
+    })
+}
+
+/// The SYN cookie that the kernel answers this SYN with. It has one secret for all namespaces, so
+/// whoever has one of their own can learn the cookies of others' listeners.
+pub fn syn_cookie(topology: &Topology, syn: &Segment) -> Result<u32> {
+    static NUMBER: AtomicU32 = AtomicU32::new(0);
+    let number = NUMBER.fetch_add(1, Ordering::Relaxed);
+    let oracle = Netns::new(&topology.dir().subdir("nodes")?, &format!("oracle{number}"))?;
+    let (src, dst) = (syn.src.ip(), syn.dst.ip());
+    // The answer has to appear on `lo`: IPv6 has no route over it but to itself.
+    oracle.ip(&match dst {
+        IpAddr::V4(_) => format!("addr add {dst} dev lo\nroute add {src} dev lo"),
+        IpAddr::V6(_) => format!("addr add {dst} dev lo nodad\nroute add local {src} dev lo"),
+    })?;
+    oracle.set_sysctl("net/ipv4/tcp_syncookies", "2")?;
+    let _listener = oracle.run(|| std::net::TcpListener::bind(syn.dst).context("listen"))?;
+    let wire = Wire::loopback(&oracle)?;
+    wire.send_segment(syn)?;
+    let deadline = Instant::now() + Duration::from_secs(5);
+    let answer = wire.receive(syn.dst, syn.src, deadline)?.context("no SYN-ACK came")?;
+    ensure!(answer.flags & (SYN | ACK | RST) == SYN | ACK, "not a SYN-ACK: {answer:?}");
+    Ok(answer.seq)
 }
 
 /// What came of a handshake by hand.

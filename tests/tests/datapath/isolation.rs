@@ -1,0 +1,140 @@
+//! What a pod, or somebody outside, sends with the address of another pod.
+
+use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr};
+use std::time::{Duration, Instant};
+
+use anyhow::{Context as _, Result};
+use redirect_tests::app::{App, Call};
+use redirect_tests::both_families;
+use redirect_tests::netns::{Family, Netns};
+use redirect_tests::plain_proxy::{PlainProxy, Policy, Relayed, Via};
+use redirect_tests::process::{Attached, wait_for};
+use redirect_tests::raw::{ACK, PSH, SYN, Segment, send_from, syn_cookie};
+use redirect_tests::topology::{Pod, Style, Topology};
+use socket2::{Domain, Protocol, Socket, Type};
+
+use crate::{PORT, echo};
+
+both_families! {
+    neighbour_does_not_speak_in_a_pods_name,
+    neighbour_does_not_reach_a_pods_inbound_listener_past_its_interface,
+}
+
+/// More than any backlog of the proxy holds.
+const FLOOD: usize = 600;
+/// How long it is looked whether something does not happen.
+const A_WHILE: Duration = Duration::from_millis(500);
+const SOON: Duration = Duration::from_secs(10);
+/// The port that raw segments come from.
+const RAW_PORT: u16 = 1000;
+
+/// Pods of one node, in the mesh, and one that is not.
+struct Neighbours {
+    a: Pod,
+    b: Pod,
+    outside: Pod,
+    topology: Topology,
+}
+
+impl Neighbours {
+    fn new() -> Result<Self> {
+        let mut topology = Topology::new(&[Style::Routed, Style::Bridged])?;
+        let a = topology.add_pod(0, "default", "a")?;
+        let b = topology.add_pod(0, "default", "b")?;
+        let outside = topology.add_pod(1, "default", "outside")?;
+        // As under load, when a backlog overflows.
+        b.netns.set_sysctl("net/ipv4/tcp_syncookies", "2")?;
+        Ok(Self { a, b, outside, topology })
+    }
+}
+
+/// A non-blocking connection from an address that is not the namespace's own. IPv6 asks for no
+/// capability, IPv4 for NET_RAW, which containers have.
+fn call_as(source: IpAddr, to: SocketAddr) -> Result<Socket> {
+    let socket = Socket::new(Domain::for_address(to), Type::STREAM, Some(Protocol::TCP))?;
+    match source {
+        IpAddr::V4(_) => socket.set_ip_transparent_v4(true)?,
+        IpAddr::V6(_) => socket.set_freebind_v6(true)?,
+    }
+    socket.bind(&SocketAddr::new(source, 0).into()).with_context(|| format!("bind {source}"))?;
+    socket.set_nonblocking(true)?;
+    // In progress, or refused at once.
+    let _begun = socket.connect(&to.into());
+    Ok(socket)
+}
+
+/// Opens connections, and says something on one whose SYN cookie was learnt elsewhere: where there
+/// are cookies, a first segment opens it and carries data.
+fn speak_as(topology: &Topology, from: &Netns, src: SocketAddr, dst: SocketAddr) -> Result<()> {
+    let _flood =
+        from.run(|| (0..FLOOD).map(|_| call_as(src.ip(), dst)).collect::<Result<Vec<_>>>())?;
+    send_from(from, &first_words(topology, src, dst)?)
+}
+
+/// The segment that follows a SYN and its answer, which is a cookie.
+fn first_words(topology: &Topology, src: SocketAddr, dst: SocketAddr) -> Result<Segment> {
+    let syn = Segment { src, dst, seq: 0x1000_0000, ack: 0, flags: SYN, payload: Vec::new() };
+    let ack = syn_cookie(topology, &syn)?.wrapping_add(1);
+    let payload = b"stolen\n".to_vec();
+    Ok(Segment { seq: syn.seq + 1, ack, flags: ACK | PSH, payload, ..syn })
+}
+
+/// Checks that a proxy has seen nothing but `expected`, for a while.
+fn assert_only(proxy: &PlainProxy, expected: &[Relayed]) -> Result<()> {
+    let deadline = Instant::now() + A_WHILE;
+    wait_for("a while to be over", SOON, || {
+        let relayed = proxy.relayed();
+        anyhow::ensure!(relayed == expected, "the proxy saw {relayed:?}, not {expected:?}");
+        Ok((Instant::now() > deadline).then_some(()))
+    })
+}
+
+/// Makes calls from and to `b` by its proxy: every listener of it is known by then.
+fn assert_served(family: Family, pods: &Neighbours, proxy: &PlainProxy) -> Result<()> {
+    let Neighbours { b, outside, .. } = pods;
+    let seen = proxy.relayed().len();
+    for (from, to, via) in [(b, outside, Via::Outbound), (outside, b, Via::Inbound)] {
+        let answer = Call::to(to.addr(family, PORT)).make(&from.netns)?.answer()?;
+        assert_eq!((&answer.by, answer.saw_peer.ip()), (&to.name, from.ip(family)));
+        assert_eq!(proxy.relayed().last().map(|relayed| relayed.via), Some(via));
+    }
+    assert_eq!(proxy.relayed().len(), seen + 2);
+    Ok(())
+}
+
+/// The data would leave by way of b's proxy, as b's.
+fn neighbour_does_not_speak_in_a_pods_name(family: Family) -> Result<()> {
+    let pods = Neighbours::new()?;
+    let Neighbours { a, b, outside, topology } = &pods;
+    let apps = [echo(b, family)?, echo(outside, family)?];
+    let (_as, bs) = (PlainProxy::start(&a.netns)?, PlainProxy::start(&b.netns)?);
+    let _attached = (Attached::new(topology, a)?, Attached::new(topology, b)?);
+    assert_served(family, &pods, &bs)?;
+    let (before, accepted) = (bs.relayed(), apps[1].accepted());
+
+    let to = outside.addr(family, PORT);
+    speak_as(topology, &a.netns, b.addr(family, RAW_PORT), to)?;
+
+    assert_only(&bs, &before)?;
+    assert_eq!(apps[1].accepted(), accepted);
+    assert_served(family, &pods, &bs)
+}
+
+fn neighbour_does_not_reach_a_pods_inbound_listener_past_its_interface(
+    family: Family,
+) -> Result<()> {
+    let pods = Neighbours::new()?;
+    let Neighbours { a, b, outside, topology } = &pods;
+    let apps = [echo(b, family)?, echo(outside, family)?];
+    let (_as, bs) = (PlainProxy::start(&a.netns)?, PlainProxy::start(&b.netns)?);
+    let _attached = (Attached::new(topology, a)?, Attached::new(topology, b)?);
+    assert_served(family, &pods, &bs)?;
+    let (before, accepted) = (bs.relayed(), apps[0].accepted());
+
+    let to = b.addr(family, PORT);
+    speak_as(topology, &a.netns, outside.addr(family, RAW_PORT), to)?;
+
+    assert_only(&bs, &before)?;
+    assert_eq!(apps[0].accepted(), accepted);
+    assert_served(family, &pods, &bs)
+}
