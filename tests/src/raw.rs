@@ -617,7 +617,7 @@ impl Wire {
     }
 
     /// Sends a segment in an ordinary IP packet.
-    fn send_segment(&self, segment: &Segment) -> Result<()> {
+    pub fn send_segment(&self, segment: &Segment) -> Result<()> {
         let ethertype = if segment.src.is_ipv4() { ETHERTYPE_IPV4 } else { ETHERTYPE_IPV6 };
         self.send(ethertype, &segment.ip())
     }
@@ -697,10 +697,16 @@ pub fn syn_cookie(topology: &Topology, syn: &Segment) -> Result<u32> {
     let oracle = Netns::new(&topology.dir().subdir("nodes")?, &format!("oracle{number}"))?;
     let (src, dst) = (syn.src.ip(), syn.dst.ip());
     // The answer has to appear on `lo`: IPv6 has no route over it but to itself.
-    oracle.ip(&match dst {
-        IpAddr::V4(_) => format!("addr add {dst} dev lo\nroute add {src} dev lo"),
-        IpAddr::V6(_) => format!("addr add {dst} dev lo nodad\nroute add local {src} dev lo"),
-    })?;
+    let (nodad, local) = if dst.is_ipv4() { ("", "") } else { ("nodad", "local") };
+    if !dst.is_loopback() {
+        oracle.ip(&format!("addr add {dst} dev lo {nodad}"))?;
+    }
+    if src != dst && !src.is_loopback() {
+        oracle.ip(&format!("route add {local} {src} dev lo"))?;
+    }
+    for allowed in ["accept_local", "route_localnet"] {
+        oracle.set_sysctl(&format!("net/ipv4/conf/all/{allowed}"), "1")?;
+    }
     oracle.set_sysctl("net/ipv4/tcp_syncookies", "2")?;
     let _listener = oracle.run(|| std::net::TcpListener::bind(syn.dst).context("listen"))?;
     let wire = Wire::loopback(&oracle)?;

@@ -1,15 +1,17 @@
 //! What a pod, or somebody outside, sends with the address of another pod.
 
-use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr};
+use std::net::{IpAddr, SocketAddr};
 use std::time::{Duration, Instant};
 
-use anyhow::{Context as _, Result};
-use redirect_tests::app::{App, Call};
+use anyhow::{Context as _, Result, ensure};
+use redirect_ebpf::abi::{PORT_HBONE, PORT_INBOUND, PORT_OUTBOUND};
+use redirect_tests::app::Call;
 use redirect_tests::both_families;
 use redirect_tests::netns::{Family, Netns};
-use redirect_tests::plain_proxy::{PlainProxy, Policy, Relayed, Via};
+use redirect_tests::plain_proxy::{PlainProxy, Relayed, Via};
 use redirect_tests::process::{Attached, wait_for};
-use redirect_tests::raw::{ACK, PSH, SYN, Segment, send_from, syn_cookie};
+use redirect_tests::raw::{ACK, PSH, SYN, Segment, Wire, send_from, syn_cookie};
+use redirect_tests::sock_diag::{self, Verb};
 use redirect_tests::topology::{Pod, Style, Topology};
 use socket2::{Domain, Protocol, Socket, Type};
 
@@ -18,6 +20,8 @@ use crate::{PORT, echo};
 both_families! {
     neighbour_does_not_speak_in_a_pods_name,
     neighbour_does_not_reach_a_pods_inbound_listener_past_its_interface,
+    neighbour_that_destroys_sockets_by_address_destroys_none_of_a_pod,
+    forged_sources_reach_neither_the_application_nor_the_proxy,
 }
 
 /// More than any backlog of the proxy holds.
@@ -84,7 +88,7 @@ fn assert_only(proxy: &PlainProxy, expected: &[Relayed]) -> Result<()> {
     let deadline = Instant::now() + A_WHILE;
     wait_for("a while to be over", SOON, || {
         let relayed = proxy.relayed();
-        anyhow::ensure!(relayed == expected, "the proxy saw {relayed:?}, not {expected:?}");
+        ensure!(relayed == expected, "the proxy saw {relayed:?}, not {expected:?}");
         Ok((Instant::now() > deadline).then_some(()))
     })
 }
@@ -137,4 +141,60 @@ fn neighbour_does_not_reach_a_pods_inbound_listener_past_its_interface(
     assert_only(&bs, &before)?;
     assert_eq!(apps[0].accepted(), accepted);
     assert_served(family, &pods, &bs)
+}
+
+fn neighbour_that_destroys_sockets_by_address_destroys_none_of_a_pod(
+    family: Family,
+) -> Result<()> {
+    let pods = Neighbours::new()?;
+    let Neighbours { a, b, outside, topology } = &pods;
+    let _apps = [echo(b, family)?, echo(outside, family)?];
+    let (_as, bs) = (PlainProxy::start(&a.netns)?, PlainProxy::start(&b.netns)?);
+    let _attached = (Attached::new(topology, a)?, Attached::new(topology, b)?);
+    assert_served(family, &pods, &bs)?;
+
+    for port in [PORT, PORT_OUTBOUND, PORT_INBOUND, PORT_HBONE] {
+        for (local, remote) in [(b, outside), (outside, b), (b, a), (b, b)] {
+            // As if it had come in on no interface, on `lo`, and on eth0.
+            for interface in 0..3 {
+                let (local, remote) = (local.addr(family, port), remote.addr(family, RAW_PORT));
+                sock_diag::ask(&a.netns, Verb::Destroy, local, remote, interface)?;
+            }
+        }
+    }
+
+    assert_served(family, &pods, &bs)
+}
+
+/// What the pod calls itself is left alone; what only says so comes from elsewhere. Its SYN may be
+/// lost: the segment after it counts, where the application answers by cookies.
+fn forged_sources_reach_neither_the_application_nor_the_proxy(family: Family) -> Result<()> {
+    let pods = Neighbours::new()?;
+    let Neighbours { b, outside, topology, .. } = &pods;
+    let apps = [echo(b, family)?, echo(outside, family)?];
+    let proxy = PlainProxy::start(&b.netns)?;
+    let _attached = Attached::new(topology, b)?;
+    for allowed in ["accept_local", "route_localnet"] {
+        b.netns.set_sysctl(&format!("net/ipv4/conf/all/{allowed}"), "1")?;
+    }
+    assert_served(family, &pods, &proxy)?;
+    let (before, accepted) = (proxy.relayed(), apps[0].accepted());
+
+    let (own, stranger, loopback) = (b.ip(family), outside.ip(family), family.localhost());
+    let wire = Wire::open(topology, b)?;
+    for (number, (src, dst)) in
+        [(own, own), (loopback, own), (own, loopback), (stranger, loopback), (loopback, loopback)]
+            .into_iter()
+            .enumerate()
+    {
+        let src = SocketAddr::new(src, RAW_PORT + u16::try_from(number)?);
+        let words = first_words(topology, src, SocketAddr::new(dst, PORT))?;
+        let seq = words.seq - 1;
+        wire.send_segment(&Segment { seq, ack: 0, flags: SYN, payload: Vec::new(), ..words.clone() })?;
+        wire.send_segment(&words)?;
+    }
+
+    assert_only(&proxy, &before)?;
+    assert_eq!(apps[0].accepted(), accepted);
+    assert_served(family, &pods, &proxy)
 }
