@@ -8,6 +8,7 @@ mod enrolment;
 mod isolation;
 mod load;
 mod no_proxy;
+mod proxy_ports;
 mod raw_packets;
 mod restart;
 mod same_ports;
