@@ -5,6 +5,7 @@
 mod addresses;
 mod bad_input;
 mod enrolment;
+mod held_attacks;
 mod isolation;
 mod load;
 mod no_proxy;
