@@ -798,8 +798,7 @@ fn link_addr(netns: &Netns, interface: &str) -> Result<LinkAddr> {
 pub fn send_from(netns: &Netns, segment: &Segment) -> Result<()> {
     let bare = |addr: SocketAddr| SockAddr::from(SocketAddr::new(addr.ip(), 0));
     netns.run(|| {
-        let socket =
-            Socket::new(Domain::for_address(segment.dst), Type::RAW, Some(Protocol::TCP))?;
+        let socket = Socket::new(Domain::for_address(segment.dst), Type::RAW, Some(Protocol::TCP))?;
         match segment.src {
             SocketAddr::V4(_) => socket.set_ip_transparent_v4(true)?,
             SocketAddr::V6(_) => socket.set_ip_transparent_v6(true)?,

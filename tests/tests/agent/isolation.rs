@@ -189,7 +189,7 @@ fn thousands_of_addresses_of_a_neighbour_keep_no_pod_out(family: Family) -> Resu
         .collect();
     neighbour.netns.ip(&added)?;
     // By then they are looked at, and if they are too many that is said.
-    let _said = wait_for("the agent to complain", A_WHILE, || {
+    let _said = wait_for("the agent to complain", SOON / 2, || {
         Ok(node.pod(&neighbour)?.and_then(|pod| pod.message))
     });
 
@@ -246,12 +246,10 @@ fn application_on_the_hbone_port_is_refused_and_counted(family: Family) -> Resul
     let squatter = App::start(&server.netns, "squatter", at, Behaviour::Echo)?;
     let before = node.pod(server)?.context("no such pod")?;
 
-    wait_for("a refusal", SOON, || {
-        match Call::to(to).within(SOON).make(&client.netns)? {
-            Outcome::Refused { .. } => Ok(Some(())),
-            Outcome::TimedOut => Ok(None),
-            other => Err(anyhow::anyhow!("the squatter's: {other}")),
-        }
+    wait_for("a refusal", SOON, || match Call::to(to).within(SOON).make(&client.netns)? {
+        Outcome::Refused { .. } => Ok(Some(())),
+        Outcome::TimedOut => Ok(None),
+        other => Err(anyhow::anyhow!("the squatter's: {other}")),
     })?;
 
     assert_eq!(squatter.accepted(), []);
@@ -291,7 +289,8 @@ fn probe_of_a_neighbours_address_counts_for_the_neighbour(family: Family) -> Res
     ensure!(said.starts_with("neighbour "), "the probe was answered by {said:?}");
     let saw = app.accepted();
     ensure!(saw.len() == 1 && saw[0].peer.ip() == topology.node_ip(0, family), "{saw:?}");
-    let probes = |pod: &Pod| anyhow::Ok(counter(&node.pod(pod)?.context("no pod")?, "kubelet_probe"));
+    let probes =
+        |pod: &Pod| anyhow::Ok(counter(&node.pod(pod)?.context("no pod")?, "kubelet_probe"));
     assert_eq!((probes(&neighbour)?, probes(server)?), (1, 0));
     // Whoever is not kubelet gets nothing from it.
     let outcome = Call::to(to).within(A_WHILE).make(&cluster.client.netns)?;

@@ -6,8 +6,8 @@ use std::os::fd::AsFd as _;
 use std::time::Duration;
 
 use anyhow::{Context as _, Result};
-use nix::{libc, setsockopt_impl, sockopt_impl};
 use nix::sys::socket::{setsockopt, sockopt::TcpFastOpenConnect};
+use nix::{libc, setsockopt_impl, sockopt_impl};
 use redirect_tests::app::{Answer, Call, Outcome, read_greeting};
 use redirect_tests::both_families;
 use redirect_tests::netns::{Family, Netns};
@@ -156,7 +156,10 @@ fn unusual_sockets_do_not_get_past_a_strict_proxy(family: Family) -> Result<()> 
         |seen: &Sighting| seen.is_syn() && seen.segment.payload.ends_with(SPOKEN);
     assert!(sniffer.finish().iter().any(data_comes_first), "no SYN had data");
     assert_eq!(app.accepted(), []);
-    assert_eq!(multipath.accept().map_err(|e| e.kind()).err(), Some(std::io::ErrorKind::WouldBlock));
+    assert_eq!(
+        multipath.accept().map_err(|e| e.kind()).err(),
+        Some(std::io::ErrorKind::WouldBlock)
+    );
     Ok(())
 }
 

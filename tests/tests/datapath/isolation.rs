@@ -1,9 +1,10 @@
 //! What a pod, or somebody outside, sends with the address of another pod.
 
 use std::net::{IpAddr, SocketAddr};
+use std::thread;
 use std::time::{Duration, Instant};
 
-use anyhow::{Context as _, Result, ensure};
+use anyhow::{Context as _, Result, anyhow, ensure};
 use redirect_ebpf::abi::{PORT_HBONE, PORT_INBOUND, PORT_OUTBOUND};
 use redirect_tests::app::Call;
 use redirect_tests::both_families;
@@ -11,6 +12,7 @@ use redirect_tests::netns::{Family, Netns};
 use redirect_tests::plain_proxy::{PlainProxy, Relayed, Via};
 use redirect_tests::process::{Attached, wait_for};
 use redirect_tests::raw::{ACK, PSH, SYN, Segment, Wire, send_from, syn_cookie};
+use redirect_tests::sniff::Sniffer;
 use redirect_tests::sock_diag::{self, Verb};
 use redirect_tests::topology::{Pod, Style, Topology};
 use socket2::{Domain, Protocol, Socket, Type};
@@ -20,6 +22,7 @@ use crate::{PORT, echo};
 both_families! {
     neighbour_does_not_speak_in_a_pods_name,
     neighbour_does_not_reach_a_pods_inbound_listener_past_its_interface,
+    neighbour_does_not_use_up_a_pods_grace,
     neighbour_that_destroys_sockets_by_address_destroys_none_of_a_pod,
     forged_sources_reach_neither_the_application_nor_the_proxy,
 }
@@ -29,6 +32,8 @@ const FLOOD: usize = 600;
 /// How long it is looked whether something does not happen.
 const A_WHILE: Duration = Duration::from_millis(500);
 const SOON: Duration = Duration::from_secs(10);
+/// The grace of three seconds, and the SYN's next repetition after it.
+const GRACE_IS_OVER: Duration = Duration::from_secs(15);
 /// The port that raw segments come from.
 const RAW_PORT: u16 = 1000;
 
@@ -143,9 +148,34 @@ fn neighbour_does_not_reach_a_pods_inbound_listener_past_its_interface(
     assert_served(family, &pods, &bs)
 }
 
-fn neighbour_that_destroys_sockets_by_address_destroys_none_of_a_pod(
-    family: Family,
-) -> Result<()> {
+/// Since when a proxy is away counts from the first call that missed it, and that is the pod's own.
+fn neighbour_does_not_use_up_a_pods_grace(family: Family) -> Result<()> {
+    let pods = Neighbours::new()?;
+    let Neighbours { a, b, outside, topology } = &pods;
+    let _app = echo(outside, family)?;
+    let _attached = (Attached::new(topology, a)?, Attached::new(topology, b)?);
+    let to = outside.addr(family, PORT);
+
+    let _spoofed = a.netns.run(|| call_as(b.ip(family), to))?;
+    // When the grace of the neighbour's own call is over, that of the call before it is, too.
+    let call = Call::to(to).within(GRACE_IS_OVER);
+    wait_for("the grace to be over", GRACE_IS_OVER, || Ok(call.make(&a.netns)?.refusal().ok()))?;
+
+    let sniffer = Sniffer::start(&b.netns, "lo")?;
+    let (outcome, proxy) = thread::scope(|scope| {
+        let calling = scope.spawn(|| call.make(&b.netns));
+        wait_for("the call", SOON, || Ok(sniffer.seen().iter().find(|s| s.is_syn()).map(drop)))?;
+        let proxy = PlainProxy::start(&b.netns)?;
+        let outcome = calling.join().map_err(|_| anyhow!("the calling thread panicked"))?;
+        anyhow::Ok((outcome?, proxy))
+    })?;
+    let answer = outcome.answer()?;
+    assert_eq!((answer.by.as_str(), answer.saw_peer.ip()), ("outside", b.ip(family)));
+    assert_eq!(proxy.relayed_via(Via::Outbound).len(), 1);
+    Ok(())
+}
+
+fn neighbour_that_destroys_sockets_by_address_destroys_none_of_a_pod(family: Family) -> Result<()> {
     let pods = Neighbours::new()?;
     let Neighbours { a, b, outside, topology } = &pods;
     let _apps = [echo(b, family)?, echo(outside, family)?];
@@ -190,7 +220,13 @@ fn forged_sources_reach_neither_the_application_nor_the_proxy(family: Family) ->
         let src = SocketAddr::new(src, RAW_PORT + u16::try_from(number)?);
         let words = first_words(topology, src, SocketAddr::new(dst, PORT))?;
         let seq = words.seq - 1;
-        wire.send_segment(&Segment { seq, ack: 0, flags: SYN, payload: Vec::new(), ..words.clone() })?;
+        wire.send_segment(&Segment {
+            seq,
+            ack: 0,
+            flags: SYN,
+            payload: Vec::new(),
+            ..words.clone()
+        })?;
         wire.send_segment(&words)?;
     }
 
