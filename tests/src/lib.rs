@@ -13,4 +13,5 @@ pub mod plain_proxy;
 pub mod process;
 pub mod raw;
 pub mod sniff;
+pub mod sock_diag;
 pub mod topology;

@@ -3,11 +3,14 @@
 
 use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr};
 use std::os::fd::AsRawFd as _;
+use std::sync::atomic::{AtomicU32, Ordering};
 use std::time::{Duration, Instant};
 
 use anyhow::{Context as _, Result, ensure};
 use nix::ifaddrs::getifaddrs;
 use nix::sys::socket::{LinkAddr, MsgFlags, sendto};
+
+use socket2::{Domain, Protocol, SockAddr, Socket, Type};
 
 use crate::app::{Answer, read_greeting};
 use crate::netns::{Family, Netns};
@@ -18,14 +21,22 @@ const ETHERTYPE_IPV4: u16 = 0x0800;
 const ETHERTYPE_IPV6: u16 = 0x86dd;
 const ETHERTYPE_VLAN: u16 = 0x8100;
 const ETHERTYPE_QINQ: u16 = 0x88a8;
+const ETHERTYPE_MPLS: u16 = 0x8847;
+const ETHERTYPE_PPPOE: u16 = 0x8864;
 
 const PROTO_HOP_BY_HOP: u8 = 0;
+const PROTO_IPIP: u8 = 4;
 const PROTO_TCP: u8 = 6;
+const PROTO_IPV6: u8 = 41;
 const PROTO_ROUTING: u8 = 43;
 const PROTO_FRAGMENT: u8 = 44;
 const PROTO_DEST_OPTS: u8 = 60;
 
 const EXPERIMENTAL_OPTION: u8 = 0x1e;
+
+/// What PPP calls them.
+const PPP_IPV4: u16 = 0x0021;
+const PPP_IPV6: u16 = 0x0057;
 
 /// TCP flag FIN.
 pub const FIN: u8 = 0x01;
@@ -37,6 +48,10 @@ pub const RST: u8 = 0x04;
 pub const PSH: u8 = 0x08;
 /// TCP flag ACK.
 pub const ACK: u8 = 0x10;
+/// TCP flag URG.
+pub const URG: u8 = 0x20;
+/// TCP flags ECE and CWR.
+pub const ECN: u8 = 0xc0;
 
 /// A TCP segment and the addresses it goes between.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -396,6 +411,21 @@ const WRAPPINGS_V4: &[Wrapping] = &[
         };
         vec![(ETHERTYPE_IPV6, ipv6(src, dst.to_ipv6_mapped(), PROTO_TCP, &s.tcp()))]
     }),
+    valid("three priority tags", |s| {
+        tagged(&[ETHERTYPE_QINQ, ETHERTYPE_VLAN, ETHERTYPE_VLAN], ETHERTYPE_IPV4, s.ip())
+    }),
+    invalid("PPPoE", |s| vec![(ETHERTYPE_PPPOE, pppoe(PPP_IPV4, s.ip()))]),
+    invalid("MPLS", |s| vec![(ETHERTYPE_MPLS, [&[0, 0, 0x11, 64], &s.ip()[..]].concat())]),
+    invalid("SNAP", |s| vec![snap(ETHERTYPE_IPV4, s.ip())]),
+    invalid("an IP packet in IPv4", |s| frames4([in_ipv4(s)])),
+    invalid("an IP packet in IPv6", |s| frames6([in_ipv6(s)])),
+    valid("SYN with data", |s| on_syn(s, 0, b"GET / HTTP/1.0\r\n\r\n")),
+    valid("SYN with PSH, URG and ECN", |s| on_syn(s, PSH | URG | ECN, b"")),
+    invalid("SYN with FIN", |s| on_syn(s, FIN, b"")),
+    invalid("SYN with FIN and data", |s| on_syn(s, FIN | PSH, b"GET / HTTP/1.0\r\n\r\n")),
+    invalid("SYN with RST", |s| on_syn(s, RST, b"")),
+    invalid("a used source route", |s| options4(s, &[131, 7, 8, 192, 168, 77, 1])),
+    invalid("a strict source route", |s| options4(s, &[137, 7, 4, 192, 168, 77, 1])),
 ];
 
 const WRAPPINGS_V6: &[Wrapping] = &[
@@ -492,6 +522,22 @@ const WRAPPINGS_V6: &[Wrapping] = &[
             SocketAddr::new(Ipv4Addr::new(203, 0, 113, 9).to_ipv6_mapped().into(), s.src.port());
         frames6([Segment { src, ..s.clone() }.ip()])
     }),
+    valid("three priority tags", |s| {
+        tagged(&[ETHERTYPE_QINQ, ETHERTYPE_VLAN, ETHERTYPE_VLAN], ETHERTYPE_IPV6, s.ip())
+    }),
+    invalid("PPPoE", |s| vec![(ETHERTYPE_PPPOE, pppoe(PPP_IPV6, s.ip()))]),
+    invalid("MPLS", |s| vec![(ETHERTYPE_MPLS, [&[0, 0, 0x11, 64], &s.ip()[..]].concat())]),
+    invalid("SNAP", |s| vec![snap(ETHERTYPE_IPV6, s.ip())]),
+    invalid("an IP packet in IPv4", |s| frames4([in_ipv4(s)])),
+    invalid("an IP packet in IPv6", |s| frames6([in_ipv6(s)])),
+    valid("SYN with data", |s| on_syn(s, 0, b"GET / HTTP/1.0\r\n\r\n")),
+    valid("SYN with PSH, URG and ECN", |s| on_syn(s, PSH | URG | ECN, b"")),
+    invalid("SYN with FIN", |s| on_syn(s, FIN, b"")),
+    invalid("SYN with FIN and data", |s| on_syn(s, FIN | PSH, b"GET / HTTP/1.0\r\n\r\n")),
+    invalid("SYN with RST", |s| on_syn(s, RST, b"")),
+    invalid("a routing header to be used", |s| routed6(s, 0, 1)),
+    invalid("a segment routing header", |s| routed6(s, 4, 1)),
+    invalid("a used segment routing header", |s| routed6(s, 4, 0)),
 ];
 
 fn frames4<const N: usize>(packets: [Vec<u8>; N]) -> Vec<Frame> {
@@ -516,6 +562,71 @@ fn tagged(tags: &[u16], ethertype: u16, packet: Vec<u8>) -> Vec<Frame> {
     }
     frame.extend(packet);
     vec![(tags[0], frame)]
+}
+
+/// In a session of PPPoE.
+fn pppoe(protocol: u16, packet: Vec<u8>) -> Vec<u8> {
+    let mut frame = vec![0x11, 0, 0, 1];
+    frame.extend(u16::try_from(2 + packet.len()).unwrap_or(u16::MAX).to_be_bytes());
+    frame.extend(protocol.to_be_bytes());
+    frame.extend(packet);
+    frame
+}
+
+/// With a length in the type's place, and the type behind it (RFC 1042).
+fn snap(ethertype: u16, packet: Vec<u8>) -> Frame {
+    let mut frame = vec![0xaa, 0xaa, 3, 0, 0, 0];
+    frame.extend(ethertype.to_be_bytes());
+    frame.extend(packet);
+    (u16::try_from(frame.len()).unwrap_or(u16::MAX), frame)
+}
+
+/// What a packet in another one is called by.
+fn inner(segment: &Segment) -> u8 {
+    if segment.dst.is_ipv4() { PROTO_IPIP } else { PROTO_IPV6 }
+}
+
+/// In an IPv4 packet between the same ends, or ends that stand for them.
+fn in_ipv4(segment: &Segment) -> Vec<u8> {
+    let (src, dst) = match (segment.src.ip(), segment.dst.ip()) {
+        (IpAddr::V4(src), IpAddr::V4(dst)) => (src, dst),
+        _ => (Ipv4Addr::new(203, 0, 113, 9), Ipv4Addr::new(10, 64, 0, 10)),
+    };
+    let mut packet = Ipv4 { src, dst, ..Ipv4::default() }.packet(&segment.ip());
+    patched4(&mut packet, 9, &[inner(segment)]);
+    packet
+}
+
+/// The same in an IPv6 packet.
+fn in_ipv6(segment: &Segment) -> Vec<u8> {
+    let (src, dst) = match (segment.src.ip(), segment.dst.ip()) {
+        (IpAddr::V6(src), IpAddr::V6(dst)) => (src, dst),
+        _ => (
+            Ipv6Addr::new(0x2001, 0xdb8, 0, 0, 0, 0, 0, 9),
+            Ipv6Addr::new(0xfd64, 0, 0, 0, 0, 0, 0, 10),
+        ),
+    };
+    ipv6(src, dst, inner(segment), &segment.ip())
+}
+
+/// A SYN with more flags and data; other segments as they are.
+fn on_syn(segment: &Segment, flags: u8, payload: &[u8]) -> Vec<Frame> {
+    let mut segment = segment.clone();
+    if segment.flags & SYN != 0 {
+        segment.flags |= flags;
+        segment.payload = payload.to_vec();
+    }
+    let ethertype = if segment.dst.is_ipv4() { ETHERTYPE_IPV4 } else { ETHERTYPE_IPV6 };
+    vec![(ethertype, segment.ip())]
+}
+
+/// Behind a routing header of this type with one address, the packet's own, and so many left.
+fn routed6(segment: &Segment, kind: u8, left: u8) -> Vec<Frame> {
+    let (src, dst) = (as_v6(segment.src.ip()), as_v6(segment.dst.ip()));
+    let mut header = vec![PROTO_TCP, 2, kind, left, 0, 0, 0, 0];
+    header.extend(dst.octets());
+    header.extend(segment.tcp());
+    frames6([ipv6(src, dst, PROTO_ROUTING, &header)])
 }
 
 fn header4(segment: &Segment, options: &[u8]) -> Ipv4 {
@@ -595,6 +706,7 @@ pub struct Wire {
     socket: PacketSocket,
     interface: LinkAddr,
     pod_mac: [u8; 6],
+    own_mac: [u8; 6],
 }
 
 impl Wire {
@@ -604,13 +716,37 @@ impl Wire {
         let interface = link_addr(node, &pod.host_interface)?;
         let pod_mac = link_addr(&pod.netns, "eth0")?.addr().context("read the pod's MAC")?;
         let socket = PacketSocket::open(node)?;
-        Ok(Self { socket, interface, pod_mac })
+        let own_mac = interface.addr().context("read the own MAC")?;
+        Ok(Self { socket, interface, pod_mac, own_mac })
+    }
+
+    /// Opens the `lo` of a namespace, as a raw socket in it can.
+    fn loopback(netns: &Netns) -> Result<Self> {
+        let interface = link_addr(netns, "lo")?;
+        let socket = PacketSocket::open(netns)?;
+        Ok(Self { socket, interface, pod_mac: [0; 6], own_mac: [0; 6] })
+    }
+
+    /// Has these MAC addresses in the frames that it sends.
+    pub fn with_macs(self, to: [u8; 6], from: [u8; 6]) -> Self {
+        Self { pod_mac: to, own_mac: from, ..self }
+    }
+
+    /// The MAC addresses of the pod and of the node's end.
+    pub fn macs(&self) -> ([u8; 6], [u8; 6]) {
+        (self.pod_mac, self.own_mac)
+    }
+
+    /// Sends a segment in an ordinary IP packet.
+    pub fn send_segment(&self, segment: &Segment) -> Result<()> {
+        let ethertype = if segment.src.is_ipv4() { ETHERTYPE_IPV4 } else { ETHERTYPE_IPV6 };
+        self.send(ethertype, &segment.ip())
     }
 
     /// Sends a frame to the pod.
     pub fn send(&self, ethertype: u16, payload: &[u8]) -> Result<()> {
         let mut frame = self.pod_mac.to_vec();
-        frame.extend(self.interface.addr().context("read the own MAC")?);
+        frame.extend(self.own_mac);
         frame.extend(ethertype.to_be_bytes());
         frame.extend(payload);
         // Short frames are padded, as hardware does it.
@@ -655,6 +791,50 @@ fn link_addr(netns: &Netns, interface: &str) -> Result<LinkAddr> {
             .find_map(|entry| entry.address?.as_link_addr().copied())
             .with_context(|| format!("find interface {interface}"))
     })
+}
+
+/// Sends a segment by a raw socket of the namespace, from whatever address it says: NET_RAW, which
+/// containers have, is all that it takes.
+pub fn send_from(netns: &Netns, segment: &Segment) -> Result<()> {
+    let bare = |addr: SocketAddr| SockAddr::from(SocketAddr::new(addr.ip(), 0));
+    netns.run(|| {
+        let socket = Socket::new(Domain::for_address(segment.dst), Type::RAW, Some(Protocol::TCP))?;
+        match segment.src {
+            SocketAddr::V4(_) => socket.set_ip_transparent_v4(true)?,
+            SocketAddr::V6(_) => socket.set_ip_transparent_v6(true)?,
+        }
+        socket.bind(&bare(segment.src)).context("bind a raw socket")?;
+        socket.send_to(&segment.tcp(), &bare(segment.dst)).context("send a segment")?;
+        Ok(())
+    })
+}
+
+/// The SYN cookie that the kernel answers this SYN with. It has one secret for all namespaces, so
+/// whoever has one of their own can learn the cookies of others' listeners.
+pub fn syn_cookie(topology: &Topology, syn: &Segment) -> Result<u32> {
+    static NUMBER: AtomicU32 = AtomicU32::new(0);
+    let number = NUMBER.fetch_add(1, Ordering::Relaxed);
+    let oracle = Netns::new(&topology.dir().subdir("nodes")?, &format!("oracle{number}"))?;
+    let (src, dst) = (syn.src.ip(), syn.dst.ip());
+    // The answer has to appear on `lo`: IPv6 has no route over it but to itself.
+    let (nodad, local) = if dst.is_ipv4() { ("", "") } else { ("nodad", "local") };
+    if !dst.is_loopback() {
+        oracle.ip(&format!("addr add {dst} dev lo {nodad}"))?;
+    }
+    if src != dst && !src.is_loopback() {
+        oracle.ip(&format!("route add {local} {src} dev lo"))?;
+    }
+    for allowed in ["accept_local", "route_localnet"] {
+        oracle.set_sysctl(&format!("net/ipv4/conf/all/{allowed}"), "1")?;
+    }
+    oracle.set_sysctl("net/ipv4/tcp_syncookies", "2")?;
+    let _listener = oracle.run(|| std::net::TcpListener::bind(syn.dst).context("listen"))?;
+    let wire = Wire::loopback(&oracle)?;
+    wire.send_segment(syn)?;
+    let deadline = Instant::now() + Duration::from_secs(5);
+    let answer = wire.receive(syn.dst, syn.src, deadline)?.context("no SYN-ACK came")?;
+    ensure!(answer.flags & (SYN | ACK | RST) == SYN | ACK, "not a SYN-ACK: {answer:?}");
+    Ok(answer.seq)
 }
 
 /// What came of a handshake by hand.

@@ -14,6 +14,7 @@ mod dns;
 mod drift;
 mod health;
 mod interfaces;
+mod isolation;
 mod labels;
 mod load;
 mod neighbours;

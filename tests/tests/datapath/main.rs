@@ -5,8 +5,11 @@
 mod addresses;
 mod bad_input;
 mod enrolment;
+mod held_attacks;
+mod isolation;
 mod load;
 mod no_proxy;
+mod proxy_ports;
 mod raw_packets;
 mod restart;
 mod same_ports;

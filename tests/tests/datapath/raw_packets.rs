@@ -19,6 +19,8 @@ both_families! {
     every_wrapping_is_what_it_claims_to_be,
     every_wrapping_reaches_the_app_through_the_proxy_or_not_at_all,
     no_wrapping_gets_past_a_strict_proxy,
+    no_wrapping_gets_past_a_strict_proxy_where_the_kernel_takes_more,
+    odd_mac_addresses_get_nothing_past_a_strict_proxy,
     no_wrapping_gets_past_a_proxy_that_is_away,
     fragments_do_not_profit_from_a_refusal_before_them,
 }
@@ -152,6 +154,72 @@ fn no_wrapping_gets_past_a_strict_proxy(family: Family) -> Result<()> {
         let valid = outcomes.iter().filter(|(wrapping, ..)| wrapping.valid).count();
         assert_eq!(proxy.relayed_via(Via::Inbound).len(), valid);
     }
+    Ok(())
+}
+
+/// What the kernel drops by itself unless it is told otherwise: routes of the sender's, the pod's own
+/// addresses and loopback from outside, and data in a SYN.
+fn no_wrapping_gets_past_a_strict_proxy_where_the_kernel_takes_more(family: Family) -> Result<()> {
+    let (pod, topology) = pod(Style::Routed)?;
+    for (sysctl, value) in [
+        ("net/ipv4/conf/all/accept_source_route", "1"),
+        ("net/ipv4/conf/eth0/accept_source_route", "1"),
+        ("net/ipv4/conf/all/accept_local", "1"),
+        ("net/ipv4/conf/all/route_localnet", "1"),
+        ("net/ipv6/conf/all/accept_source_route", "1"),
+        ("net/ipv6/conf/eth0/accept_source_route", "1"),
+        ("net/ipv6/conf/all/seg6_enabled", "1"),
+        ("net/ipv6/conf/eth0/seg6_enabled", "1"),
+        // A server without cookies, on every listener.
+        ("net/ipv4/tcp_fastopen", "1539"),
+    ] {
+        pod.netns.set_sysctl(sysctl, value)?;
+    }
+    let app = echo(&pod, family)?;
+    let proxy = PlainProxy::with_policy(&pod.netns, Policy { strict: true, ..Policy::default() })?;
+    let _attached = Attached::new(&topology, &pod)?;
+
+    for (wrapping, _, outcome) in connect_all(family, &topology, &pod, PATIENCE)? {
+        assert!(!matches!(outcome, RawOutcome::Answered(_)), "{wrapping:?} was answered");
+    }
+
+    assert_eq!(accepted(family, &pod, &app)?, []);
+    assert!(!proxy.relayed_via(Via::Inbound).is_empty());
+    Ok(())
+}
+
+fn odd_mac_addresses_get_nothing_past_a_strict_proxy(family: Family) -> Result<()> {
+    let (pod, topology) = pod(Style::Routed)?;
+    let app = echo(&pod, family)?;
+    let proxy = PlainProxy::with_policy(&pod.netns, Policy { strict: true, ..Policy::default() })?;
+    let _attached = Attached::new(&topology, &pod)?;
+    let (pods, own) = Wire::open(&topology, &pod)?.macs();
+    let (broadcast, multicast) = ([0xff; 6], [0x01, 0, 0x5e, 0, 0, 1]);
+    let (multicast_v6, somebody) = ([0x33, 0x33, 0, 0, 0, 1], [2, 0, 0, 0, 0, 9]);
+    let plain = *Wrapping::all(family).first().context("find the plain wrapping")?;
+
+    let macs = [
+        (broadcast, own),
+        (multicast, own),
+        (multicast_v6, own),
+        (somebody, own),
+        ([0; 6], own),
+        (pods, broadcast),
+        (pods, multicast),
+        (pods, pods),
+        (pods, [0; 6]),
+        (own, pods),
+    ];
+    for (number, (to, from)) in macs.into_iter().enumerate() {
+        let wire = Wire::open(&topology, &pod)?.with_macs(to, from);
+        let outcome = RawClient::new(&wire, plain, client(family, number), pod.addr(family, PORT))
+            .connect(LITTLE_PATIENCE)?;
+        assert!(!matches!(outcome, RawOutcome::Answered(_)), "{to:x?} from {from:x?} was answered");
+    }
+
+    assert_eq!(accepted(family, &pod, &app)?, []);
+    // Who sends is nobody's business.
+    assert!(!proxy.relayed_via(Via::Inbound).is_empty());
     Ok(())
 }
 
