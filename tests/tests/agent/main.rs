@@ -17,6 +17,7 @@ mod interfaces;
 mod labels;
 mod load;
 mod neighbours;
+mod oddities;
 mod pods;
 mod probes;
 mod processes;
