@@ -391,7 +391,8 @@ pub struct Conversation {
 }
 
 impl Conversation {
-    fn new(mut stream: TcpStream, patience: Duration) -> Result<Self> {
+    /// A conversation on a connection that somebody has opened.
+    pub fn new(mut stream: TcpStream, patience: Duration) -> Result<Self> {
         stream.set_read_timeout(Some(patience)).context("set a deadline")?;
         stream.set_write_timeout(Some(patience)).context("set a deadline")?;
         let mut line = Vec::new();

@@ -291,10 +291,8 @@ const TRANSLATED: &[Oddity] = &[
         name: "TPROXY",
         ip: &["route add local default dev lo table 100"],
         rules: &["fwmark 1 lookup 100"],
-        netfilter: &[
-            "-t mangle -A PREROUTING -i eth0 -p tcp --dport 80 -j TPROXY --on-port 8080 \
-             --tproxy-mark 1",
-        ],
+        netfilter: &["-t mangle -A PREROUTING -i eth0 -p tcp --dport 80 -j TPROXY --on-port 8080 \
+             --tproxy-mark 1"],
         ..PLAIN
     },
 ];
@@ -615,9 +613,8 @@ impl World {
             ensure!(saw == conversation.local_addr()? && records.is_empty(), "{saw}, {records:?}");
             return Ok(());
         }
-        let expected = |r: &Record| {
-            r.direction == Direction::InboundPlaintext && r.pod == server.to_string()
-        };
+        let expected =
+            |r: &Record| r.direction == Direction::InboundPlaintext && r.pod == server.to_string();
         ensure!(records.iter().any(expected), "the proxy saw {records:?}");
         ensure!(self.counted(CAPTURED)? > counted, "it is not counted");
         Ok(())

@@ -5,6 +5,7 @@
 mod addresses;
 mod bad_input;
 mod enrolment;
+mod first_packets;
 mod load;
 mod no_proxy;
 mod raw_packets;
