@@ -1,7 +1,7 @@
 //! Applications and their clients: who answered, and whom did they see?
 
 use std::fmt;
-use std::io::{ErrorKind, Read as _, Write as _};
+use std::io::{self, ErrorKind, Read as _, Write as _};
 use std::net::{SocketAddr, TcpListener, TcpStream};
 use std::os::fd::AsFd;
 use std::sync::{Arc, Mutex, PoisonError};
@@ -55,9 +55,21 @@ impl App {
         addr: SocketAddr,
         behaviour: Behaviour,
     ) -> Result<Self> {
+        Self::start_with(netns, name, addr, behaviour, |_| Ok(()))
+    }
+
+    /// The same, with these options on its listener.
+    pub fn start_with(
+        netns: &Netns,
+        name: &str,
+        addr: SocketAddr,
+        behaviour: Behaviour,
+        options: impl FnOnce(&Socket) -> io::Result<()> + Send,
+    ) -> Result<Self> {
         let listener = netns.run(|| {
             let socket = Socket::new(Domain::for_address(addr), Type::STREAM, Some(Protocol::TCP))?;
             socket.set_reuse_address(true)?;
+            options(&socket)?;
             // A process that another test is just starting has a copy of a former listener, until it
             // runs its own program.
             let bound = wait_for("the port", FORKED, || match socket.bind(&addr.into()) {
@@ -379,7 +391,8 @@ pub struct Conversation {
 }
 
 impl Conversation {
-    fn new(mut stream: TcpStream, patience: Duration) -> Result<Self> {
+    /// A conversation on a connection that somebody has opened.
+    pub fn new(mut stream: TcpStream, patience: Duration) -> Result<Self> {
         stream.set_read_timeout(Some(patience)).context("set a deadline")?;
         stream.set_write_timeout(Some(patience)).context("set a deadline")?;
         let mut line = Vec::new();

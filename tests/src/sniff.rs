@@ -150,13 +150,16 @@ impl Sniffer {
         let thread = thread::spawn({
             let (seen, stop) = (Arc::clone(&seen), Arc::clone(&stop));
             move || {
-                while !stop.load(Ordering::Relaxed) {
-                    let Ok(frame) = socket.receive(INTERVAL) else {
-                        return;
+                loop {
+                    let stopping = stop.load(Ordering::Relaxed);
+                    let frame = match socket.receive(INTERVAL) {
+                        Ok(Some(frame)) => frame,
+                        Ok(None) if !stopping => continue,
+                        Ok(None) | Err(_) => return,
                     };
-                    let Some(frame) = frame.filter(|frame| frame.interface == index) else {
+                    if frame.interface != index {
                         continue;
-                    };
+                    }
                     if let Some(segment) = frame.segment() {
                         let sighting = Sighting { direction: frame.direction, segment };
                         seen.lock().unwrap_or_else(PoisonError::into_inner).push(sighting);

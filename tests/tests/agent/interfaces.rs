@@ -46,7 +46,7 @@ fn assert_captured(
 }
 
 /// A second network, as Multus adds it: the other end of the interface is in the pod's node.
-fn add_network(cluster: &Cluster) -> Result<()> {
+pub fn add_network(cluster: &Cluster) -> Result<()> {
     let (server, host) = (&cluster.server, cluster.topology.node(0));
     server.netns.ip(&format!(
         "link add net1 type veth peer name second netns {}\n\
@@ -60,7 +60,7 @@ fn add_network(cluster: &Cluster) -> Result<()> {
          link set second up")
 }
 
-fn second_address(family: Family) -> Result<IpAddr> {
+pub fn second_address(family: Family) -> Result<IpAddr> {
     Ok(match family {
         Family::V4 => "10.9.0.2".parse()?,
         Family::V6 => "fd09::2".parse()?,

@@ -224,7 +224,7 @@ fn forged_sources_are_refused_and_counted(family: Family) -> Result<()> {
     }
 
     let expected = u64::try_from(forged.len())?;
-    let refused = |p: &PodStatus| counter(p, "refused_forged_source") == expected;
+    let refused = |p: &PodStatus| counter(p, "refused_forged_address") == expected;
     let after = node.wait_for_pod("to have refused them", server, refused)?;
     for name in ["local", "redirected_inbound", "refused_proxy_away", "no_listener"] {
         assert_eq!(counter(&after, name), counter(&before, name), "{name}");

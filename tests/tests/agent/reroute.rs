@@ -47,7 +47,7 @@ const STRICT: &str = "apiVersion: security.istio.io/v1\n\
                       spec: {mtls: {mode: STRICT}}\n";
 
 /// What is behind a virtual interface of a pod: it has its own network namespace and addresses.
-fn guest(cluster: &Cluster, name: &str, number: u8) -> Result<Pod> {
+pub fn guest(cluster: &Cluster, name: &str, number: u8) -> Result<Pod> {
     let dir = cluster.topology.dir().subdir("guests")?;
     Ok(Pod {
         namespace: "guests".to_owned(),
@@ -61,7 +61,7 @@ fn guest(cluster: &Cluster, name: &str, number: u8) -> Result<Pod> {
 }
 
 /// Lets the server forward what its guests send, and the nodes find them.
-fn forward(cluster: &Cluster) -> Result<()> {
+pub fn forward(cluster: &Cluster) -> Result<()> {
     let Cluster { server, topology, .. } = cluster;
     server.netns.set_sysctl("net/ipv4/ip_forward", "1")?;
     server.netns.set_sysctl("net/ipv6/conf/all/forwarding", "1")?;
@@ -73,7 +73,7 @@ fn forward(cluster: &Cluster) -> Result<()> {
 }
 
 /// Connects a guest to an interface of `pod`, which it calls `interface`.
-fn plug(pod: &Pod, guest: &Pod, interface: &str) -> Result<()> {
+pub fn plug(pod: &Pod, guest: &Pod, interface: &str) -> Result<()> {
     pod.netns.ip(&format!(
         "link add {interface} type veth peer name eth0 netns {}",
         guest.netns.path().display()
@@ -89,7 +89,7 @@ fn plug(pod: &Pod, guest: &Pod, interface: &str) -> Result<()> {
 }
 
 /// A guest of `pod` behind a veth of its own.
-fn behind_veth(pod: &Pod, guest: &Pod, interface: &str) -> Result<()> {
+pub fn behind_veth(pod: &Pod, guest: &Pod, interface: &str) -> Result<()> {
     plug(pod, guest, interface)?;
     as_gateway(pod, interface)?;
     wait_for_link(&pod.netns, interface)?;
@@ -110,7 +110,7 @@ fn behind_bridge(pod: &Pod, guests: &[&Pod]) -> Result<()> {
     wait_for_link(&pod.netns, "br1")
 }
 
-fn as_gateway(pod: &Pod, interface: &str) -> Result<()> {
+pub fn as_gateway(pod: &Pod, interface: &str) -> Result<()> {
     pod.netns.ip(&format!(
         "addr add 10.44.0.1/24 dev {interface}\n\
          addr add fd44::1/64 dev {interface} nodad\n\
@@ -119,7 +119,7 @@ fn as_gateway(pod: &Pod, interface: &str) -> Result<()> {
 }
 
 /// Waits until the kernel has taken up an interface's IPv6 addresses, now that the pod forwards.
-fn wait_for_addresses(pod: &Pod, interface: &str) -> Result<()> {
+pub fn wait_for_addresses(pod: &Pod, interface: &str) -> Result<()> {
     wait_for(&format!("the IPv6 addresses of {interface}"), SOON, || {
         let routes = pod.netns.output("ip", &["-6", "route", "show", "table", "local"])?;
         let on = format!(" dev {interface} ");
@@ -147,7 +147,7 @@ fn one_guest(flags: &[&str]) -> Result<(Cluster, Pod)> {
 }
 
 /// The manifest of a pod in the mesh, with these annotations besides.
-fn rerouting(pod: &Pod, interfaces: &str, more: &[(&str, &str)]) -> Manifest {
+pub fn rerouting(pod: &Pod, interfaces: &str, more: &[(&str, &str)]) -> Manifest {
     let manifest = Manifest::of(pod).mode("ambient").with(
         "/metadata/annotations",
         ANNOTATION,

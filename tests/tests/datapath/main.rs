@@ -7,6 +7,7 @@ mod bad_input;
 mod enrolment;
 mod held_attacks;
 mod isolation;
+mod first_packets;
 mod load;
 mod no_proxy;
 mod proxy_ports;
