@@ -25,9 +25,10 @@ pub const MARK_REDIRECTED: u32 = 0x111;
 /// The mark of what came in on a pod's interface, and of flows that are older than the pod's
 /// enrolment: they keep off the redirection route.
 pub const MARK_DIRECT: u32 = 0x0d1;
-/// The mark of packets that a program delivers to the pod's proxy by itself: those of a virtual
-/// interface, and those that the application's own marks, rules or routes would take past it.
-pub const MARK_TO_PROXY: u32 = 0x0d2;
+/// The mark of packets that came in on a virtual interface of a pod and go to the pod's proxy.
+pub const MARK_VIRTUAL: u32 = 0x0d2;
+/// The mark of packets that the guard brings to `lo`, because they would leave past the proxy.
+pub const MARK_RESCUED: u32 = 0x0d3;
 
 /// The proxy's listener for what the pod sends. Source: ztunnel `src/config.rs`.
 pub const PORT_OUTBOUND: u16 = 15001;
@@ -380,10 +381,8 @@ pub const HINT_FROM_POD: u32 = 3;
 /// [`Hint::kind`]: somebody behind a virtual interface of the pod opens a connection to somebody
 /// else.
 pub const HINT_FROM_VIRTUAL: u32 = 4;
-/// [`Hint::kind`]: somebody outside opens a connection to the pod, and it is the proxy's.
-pub const HINT_FROM_OUTSIDE: u32 = 5;
 /// [`Hint::kind`]: somebody outside opens a connection to the pod, which goes past the proxy.
-pub const HINT_PAST_PROXY: u32 = 6;
+pub const HINT_PAST_PROXY: u32 = 5;
 
 /// Key of the map `counters`; the value is a `u64`, per CPU.
 #[repr(C)]
@@ -448,25 +447,21 @@ pub enum Counter {
     /// Connections of the proxy to the application whose answers would have left by an interface;
     /// brought back to the proxy.
     RescuedInbound = 21,
-    /// DNS queries that marks, rules or routes of the pod would have taken past the proxy's DNS.
-    RescuedDns = 22,
-    /// Answers of the application to somebody whom settings let in past the proxy that were on their
-    /// way to the proxy, and what is sent to port 53 and is no query; they leave by the interface.
-    RescuedDirect = 23,
+    /// Connections that settings keep off the proxy, and that marks or rules of the pod would have
+    /// brought to it; they leave by the interface.
+    RescuedDirect = 22,
     /// Connections to the application that came past the proxy (by TPROXY, say) although no setting
     /// lets them in; answered with RST.
-    RefusedPastProxy = 24,
+    RefusedPastProxy = 23,
     /// Connections from outside with an address of the pod itself, or of loopback; dropped.
-    RefusedForgedAddress = 25,
-    /// Connections from outside whose destination was translated inside the pod; refused.
-    RefusedTranslated = 26,
+    RefusedForgedAddress = 24,
     /// Connections that the pod only forwards, for guests behind an interface that is not named.
-    Forwarded = 27,
+    Forwarded = 25,
 }
 
 impl Counter {
     /// Every counter with its name, as `status` and the metrics show it.
-    pub const ALL: [(Counter, &'static str); 28] = [
+    pub const ALL: [(Counter, &'static str); 26] = [
         (Counter::RedirectedOutbound, "redirected_outbound"),
         (Counter::RedirectedInbound, "redirected_inbound"),
         (Counter::Hbone, "hbone"),
@@ -489,11 +484,9 @@ impl Counter {
         (Counter::RefusedPortTaken, "refused_port_taken"),
         (Counter::RescuedOutbound, "rescued_outbound"),
         (Counter::RescuedInbound, "rescued_inbound"),
-        (Counter::RescuedDns, "rescued_dns"),
         (Counter::RescuedDirect, "rescued_direct"),
         (Counter::RefusedPastProxy, "refused_past_proxy"),
         (Counter::RefusedForgedAddress, "refused_forged_address"),
-        (Counter::RefusedTranslated, "refused_translated"),
         (Counter::Forwarded, "forwarded"),
     ];
 }

@@ -1,6 +1,6 @@
 //! What happens to a pod's DNS on `lo`, as pure functions, like those of [`crate::verdict`].
 //!
-//! A routing rule brings the pod's queries to `lo`. There a query gets the address and port of the
+//! The guard (`verdict::on_egress`) brings the pod's queries to `lo`. There a query gets the address and port of the
 //! proxy's DNS as its destination, and its answer the resolver's as its source: the application
 //! sees the resolver that it has asked. The proxy's sockets are not transparent, so they could not
 //! answer from there themselves.
@@ -17,7 +17,7 @@ use crate::{
         Addr, Counter, DNS_PLACES, DnsFlow, DnsKey, LISTENER_OUTBOUND, MARK_PROXY,
         POD_DNS, POD_ENROLLED, PORT_DNS, PORT_PROXY_DNS, PROTOCOL_TCP, PROTOCOL_UDP, PodId,
     },
-    verdict::{Env, Lookup, Pods, Proxy, Segment, Steer, mesh_mark},
+    verdict::{Env, Pods, Proxy, Segment, mesh_mark},
 };
 
 
@@ -82,8 +82,6 @@ pub enum Dns {
     Drop(PodId, Counter),
     /// It is refused at once: a query by the answer SERVFAIL, a connection by RST.
     Refuse(PodId, Counter),
-    /// It is no query, and leaves by the interface.
-    Leave(PodId, Counter),
 }
 
 /// What the decisions here ask of the kernel.
@@ -112,18 +110,16 @@ pub fn concerns(message: &Message) -> bool {
 pub fn on_lo(mark: u32, message: &Message, env: &impl DnsEnv) -> Dns {
     let Segment { src, dst, src_port, dst_port, opens, .. } = &message.segment;
     let pod_id = env.pod_id();
+    // Whatever mark netfilter in the pod has made of it.
+    if *src_port == PORT_PROXY_DNS && src.is_loopback() {
+        return answer(pod_id, message, env);
+    }
     if mesh_mark(mark) == MARK_PROXY {
-        if *src_port == PORT_PROXY_DNS && src.is_loopback() {
-            return answer(pod_id, message, env);
-        }
         return Dns::Other;
     }
     let asker = who_asks(pod_id, message, env);
     if asker == NOBODY {
         return Dns::Other;
-    }
-    if !message.is_query {
-        return Dns::Leave(pod_id, Counter::RescuedDirect);
     }
     let place = find(pod_id, message, env);
     let key = message.key(pod_id, place.alias);
@@ -181,8 +177,8 @@ fn who_asks(pod_id: PodId, message: &Message, env: &impl DnsEnv) -> PodId {
     let Segment { dst, dst_port, opens, .. } = &message.segment;
     // Whoever asks the proxy's DNS itself from the pod's address must not meet an alias.
     let asks = *dst_port == PORT_DNS && !dst.is_loopback() && !dst.is_link_local()
-        || *dst_port == PORT_PROXY_DNS && dst.is_loopback() && message.is_query;
-    if !asks || message.segment.src.is_loopback() {
+        || *dst_port == PORT_PROXY_DNS && dst.is_loopback();
+    if !asks || !message.is_query || message.segment.src.is_loopback() {
         return NOBODY;
     }
     if captured(pod_id, env) {
@@ -227,25 +223,6 @@ pub fn drops_unread(mark: u32, src: &Addr, dst: &Addr, env: &impl Env) -> Option
     }
     let pod_id = env.pod_id();
     if captured(pod_id, env) { Some(pod_id) } else { None }
-}
-
-/// `sk_lookup` for a datagram that is not for loopback.
-///
-/// What is on `lo` to somebody else's port 53 was brought by the rule, and could not be parsed at
-/// tcx: a fragment, an extension header. It is the pod's query, and nobody's here.
-#[inline(always)]
-pub fn steer(lookup: &Lookup, env: &impl Pods) -> Steer {
-    let Lookup { pod_id, flow, on_lo, .. } = lookup;
-    if !on_lo
-        || flow.local_port != PORT_DNS
-        || flow.local.is_loopback()
-        || flow.local.is_link_local()
-        || !captured(*pod_id, env)
-        || env.is_own(*pod_id, &flow.local)
-    {
-        return Steer::Pass(None);
-    }
-    Steer::Refuse(Counter::DroppedDnsUnreadable)
 }
 
 /// Where a client's flow has its entry in `dns_flows`, or may have it.

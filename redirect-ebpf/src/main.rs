@@ -27,12 +27,12 @@ use redirect_ebpf::{
     abi::{
         Addr, Counter, CounterKey, DECISION_ENROLLED, DnsFlow, DnsKey, EVERY_POD, Flow, HINT_NONE, HINT_QUESTION,
         Hint, INBOUND_BYPASS, LISTENER_HBONE, LISTENER_INBOUND, LISTENER_OUTBOUND, ListenerKey,
-        MARK_DIRECT, MARK_PROXY, MARK_REDIRECTED, OwnAddress, POD_ENROLLED, POD_WAYS, PORT_PROXY_DNS,
+        MARK_PROXY, MARK_REDIRECTED, OwnAddress, POD_ENROLLED, POD_WAYS, PORT_PROXY_DNS,
         PodFlow, PodId, PodPeer, PodPort, VirtualInterface, WAY_DIRECT, WAY_REDIRECTED,
     },
     dns::{self, Dns, DnsEnv, Message},
     verdict::{
-        self, Env, Fate, Lookup, Pods, Proxy, Segment, Steer, Verdict, Virtual, mesh_mark,
+        self, Env, Fate, Hidden, Lookup, Pods, Proxy, Segment, Steer, Verdict, Virtual, mesh_mark,
         with_mesh_mark,
     },
 };
@@ -146,7 +146,6 @@ const DNS_ASK: u32 = 1;
 const DNS_ANSWER: u32 = 2;
 const DNS_DROP: u32 = 3;
 const DNS_REFUSE: u32 = 4;
-const DNS_LEAVE: u32 = 5;
 const NOT_COUNTED: u32 = u32::MAX;
 
 #[inline(never)]
@@ -180,10 +179,6 @@ fn decide_dns(ctx: &TcContext, parsed: &Parsed, decided: &mut Decided) {
             count(pod_id, counter);
             DNS_REFUSE
         }
-        Dns::Leave(pod_id, counter) => {
-            count(pod_id, counter);
-            DNS_LEAVE
-        }
     };
 }
 
@@ -210,10 +205,6 @@ fn carry_out_dns(ctx: &TcContext, parsed: &Parsed, decided: &Decided) -> i32 {
         }
         DNS_REFUSE if tcp => packet::reset(ctx, parsed),
         DNS_REFUSE => packet::refuse_query(ctx, parsed),
-        DNS_LEAVE => {
-            set_mesh_mark(ctx, MARK_DIRECT);
-            return leave(decided.pod_id);
-        }
         _ => None,
     };
     // What cannot be rewritten must not go on.
@@ -283,7 +274,7 @@ fn virtual_interface(ctx: &TcContext) -> Option<Virtual> {
 #[inline(never)]
 fn on_virtual(ctx: &TcContext, is_tcp: bool, parsed: &Parsed, interface: &Virtual) -> i32 {
     let network = packet::network(ctx);
-    let hides_tcp = !is_tcp && packet::hides_tcp(ctx, network);
+    let hides_tcp = !is_tcp && packet::hidden(ctx, network) == Hidden::Tcp;
     let parsed = if is_tcp { Some(parsed) } else { None };
     let ip = network != Network::Other;
     let segment = parsed.map(Parsed::segment);
@@ -299,7 +290,11 @@ fn on_virtual(ctx: &TcContext, is_tcp: bool, parsed: &Parsed, interface: &Virtua
 /// Egress of every interface but `lo`: what is not the proxy's does not leave past it.
 #[classifier]
 pub fn redirect_out(ctx: TcContext) -> i32 {
-    if mesh_mark(mark(&ctx)) == MARK_PROXY || packet::network(&ctx) == Network::Other {
+    if packet::network(&ctx) == Network::Other {
+        return TC_ACT_UNSPEC;
+    }
+    // Nearly everything is the proxy's.
+    if mesh_mark(mark(&ctx)) == MARK_PROXY && sockets::settled_once(&ctx) == Some(WAY_DIRECT) {
         return TC_ACT_UNSPEC;
     }
     let Some(parsed) = parsed() else { return TC_ACT_SHOT };
@@ -309,9 +304,9 @@ pub fn redirect_out(ctx: TcContext) -> i32 {
 
 #[inline(never)]
 fn on_egress(ctx: &TcContext, readable: bool, parsed: &Parsed) -> i32 {
-    let hides_tcp = !readable && packet::hides_tcp(ctx, packet::network(ctx));
-    let message = if readable { Some(&parsed.message) } else { None };
-    let verdict = verdict::on_egress(message, hides_tcp, &Tc { ctx });
+    let message =
+        if readable { Ok(&parsed.message) } else { Err(packet::hidden(ctx, packet::network(ctx))) };
+    let verdict = verdict::on_egress(mark(ctx), message, &Tc { ctx });
     if let Some(way) = verdict.settle {
         sockets::settle(ctx, &parsed.segment().sender_flow(), way);
     }
@@ -626,6 +621,11 @@ fn has_connection(ctx: &TcContext, segment: &Segment) -> bool {
 }
 
 #[inline(never)]
+fn has_proxy_sent(ctx: &TcContext, segment: &Segment) -> bool {
+    sockets::has_proxy_sent(ctx, segment)
+}
+
+#[inline(never)]
 fn application_listens(ctx: &TcContext, segment: &Segment) -> bool {
     ask(ctx, segment, sockets::any)
 }
@@ -752,6 +752,16 @@ impl Env for Tc<'_> {
     #[inline(always)]
     fn is_forwarded(&self) -> bool {
         sockets::is_forwarded(self.ctx)
+    }
+
+    #[inline(always)]
+    fn is_proxys(&self) -> bool {
+        sockets::sender_is_proxys(self.ctx)
+    }
+
+    #[inline(always)]
+    fn has_proxy_sent(&self, segment: &Segment) -> bool {
+        has_proxy_sent(self.ctx, segment)
     }
 
     #[inline(always)]

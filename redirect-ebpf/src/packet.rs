@@ -16,7 +16,7 @@ use aya_ebpf::{
 use redirect_ebpf::{
     abi::{Addr, PORT_DNS, PodId},
     dns::Message,
-    verdict::Segment,
+    verdict::{Hidden, Segment},
 };
 
 use crate::config;
@@ -27,6 +27,8 @@ const IPPROTO_TCP: u8 = 6;
 const IPPROTO_UDP: u8 = 17;
 /// MF and the fragment's offset, in the IPv4 header's flags field.
 const IPV4_FRAGMENT: u16 = 0x3fff;
+/// The fragment's offset alone.
+const IPV4_FRAGMENT_OFFSET: u16 = 0x1fff;
 /// A fragment's offset, in the IPv6 fragment header.
 const IPV6_FRAGMENT_OFFSET: u16 = 0xfff8;
 /// IPv6 extension headers. Source: IANA, "IPv6 Extension Header Types"; what ESP carries nobody can
@@ -401,42 +403,64 @@ fn link_header(ctx: &TcContext, network: Network) -> Option<u32> {
     }
 }
 
-/// Whether an IP packet that [`parse`] has left alone is TCP, or may be.
+/// What an IP packet is that [`parse_any`] has left alone.
 #[inline(always)]
-pub fn hides_tcp(ctx: &TcContext, network: Network) -> bool {
+pub fn hidden(ctx: &TcContext, network: Network) -> Hidden {
     match network {
+        Network::V4 => hidden_v4(ctx),
+        Network::V6 => hidden_v6(ctx),
+        Network::Other => Hidden::Nothing,
+    }
+}
+
+#[inline(always)]
+fn hidden_v4(ctx: &TcContext) -> Hidden {
+    let Some(ip): Option<[u8; 10]> = load(ctx, 0) else { return Hidden::Nothing };
+    match ip[9] {
         // In every fragment.
-        Network::V4 => load(ctx, 9) == Some([IPPROTO_TCP]),
-        Network::V6 => hides_tcp_v6(ctx),
-        Network::Other => false,
+        IPPROTO_TCP => Hidden::Tcp,
+        // The first fragment says what it is; the others are nothing without it.
+        IPPROTO_UDP if u16::from_be_bytes([ip[6], ip[7]]) & IPV4_FRAGMENT_OFFSET == 0 => {
+            hidden_udp(ctx, u32::from(ip[0] & 0xf) * 4)
+        }
+        _ => Hidden::Nothing,
+    }
+}
+
+#[inline(always)]
+fn hidden_udp(ctx: &TcContext, offset: u32) -> Hidden {
+    match load::<[u8; 2]>(ctx, offset + 2) {
+        Some(port) if u16::from_be_bytes(port) != PORT_DNS => Hidden::Nothing,
+        _ => Hidden::Dns,
     }
 }
 
 #[inline(never)]
-fn hides_tcp_v6(ctx: &TcContext) -> bool {
-    let Some([mut next]): Option<[u8; 1]> = load(ctx, 6) else { return false };
+fn hidden_v6(ctx: &TcContext) -> Hidden {
+    let Some([mut next]): Option<[u8; 1]> = load(ctx, 6) else { return Hidden::Nothing };
     let mut offset = 40;
     for _ in 0..EXTENSIONS {
         let [after, len]: [u8; 2] = match next {
-            IPPROTO_TCP => return true,
+            IPPROTO_TCP => return Hidden::Tcp,
+            IPPROTO_UDP => return hidden_udp(ctx, offset),
             HOP_BY_HOP | ROUTING | DESTINATION | MOBILITY | HIP | SHIM6 | AUTHENTICATION => {
                 match load(ctx, offset) {
                     Some(header) => header,
                     // It is in another fragment.
-                    None => return true,
+                    None => return Hidden::Tcp,
                 }
             }
             FRAGMENT => {
                 let Some([after, _, hi, lo]): Option<[u8; 4]> = load(ctx, offset) else {
-                    return true;
+                    return Hidden::Tcp;
                 };
                 if u16::from_be_bytes([hi, lo]) & IPV6_FRAGMENT_OFFSET != 0 {
                     // What is behind another header stands in the first fragment.
-                    return after == IPPROTO_TCP;
+                    return if after == IPPROTO_TCP { Hidden::Tcp } else { Hidden::Nothing };
                 }
                 [after, 0]
             }
-            _ => return false,
+            _ => return Hidden::Nothing,
         };
         offset += match next {
             AUTHENTICATION => (u32::from(len) + 2) * 4,
@@ -444,7 +468,7 @@ fn hides_tcp_v6(ctx: &TcContext) -> bool {
         };
         next = after;
     }
-    true
+    Hidden::Tcp
 }
 
 /// The IP header, how many of its bytes count, and the TCP header, both without options.

@@ -10,7 +10,7 @@ use aya_ebpf::{
     },
     cty::{c_long, c_void},
     helpers::{
-        bpf_ktime_get_ns, bpf_map_lookup_elem, bpf_map_update_elem, bpf_sk_assign,
+        bpf_get_listener_sock, bpf_ktime_get_ns, bpf_map_lookup_elem, bpf_map_update_elem, bpf_sk_assign,
         bpf_sk_fullsock, bpf_sk_lookup_tcp, bpf_sk_lookup_udp, bpf_sk_release, bpf_sk_storage_get,
         bpf_skc_lookup_tcp, bpf_tcp_check_syncookie,
     },
@@ -180,6 +180,51 @@ pub fn find_listener(ctx: &TcContext, key: &ListenerKey, v4: bool, client_port: 
 pub fn is_forwarded(ctx: &TcContext) -> bool {
     // SAFETY: the context is valid while the program runs.
     unsafe { (*ctx.skb.skb).__bindgen_anon_2.sk.is_null() }
+}
+
+/// Whether the socket that has sent the packet, or the listener that it answers for, is the proxy's.
+#[inline(always)]
+pub fn sender_is_proxys(ctx: &TcContext) -> bool {
+    // SAFETY: the context is valid while the program runs; the helpers check what they are given.
+    unsafe {
+        let sk = (*ctx.skb.skb).__bindgen_anon_2.sk;
+        if sk.is_null() {
+            return false;
+        }
+        let full = bpf_sk_fullsock(sk);
+        if !full.is_null() {
+            return is_proxys(full);
+        }
+        let listener = bpf_get_listener_sock(sk);
+        !listener.is_null() && is_proxys(listener)
+    }
+}
+
+/// Whether the socket here that has sent this segment is the proxy's.
+#[inline(always)]
+pub fn has_proxy_sent(ctx: &TcContext, segment: &Segment) -> bool {
+    let Segment { src, dst, src_port, dst_port, .. } = segment;
+    // As its receiver would answer.
+    let (mut tuple, len) = tuple(dst, *dst_port, src, *src_port);
+    // SAFETY: the tuple is initialized for `len` bytes; the reference is released.
+    unsafe {
+        let skb = ctx.skb.skb.cast();
+        let sk = bpf_sk_lookup_tcp(skb, &raw mut tuple, len, BPF_F_CURRENT_NETNS as u64, 0);
+        if sk.is_null() {
+            return false;
+        }
+        let found = (*sk).state != TCP_LISTEN && is_proxys(sk);
+        bpf_sk_release(sk.cast());
+        found
+    }
+}
+
+/// What was found for whatever connection the socket that has sent the packet has: for the proxy's,
+/// which have one each.
+#[inline(always)]
+pub fn settled_once(ctx: &TcContext) -> Option<u32> {
+    // SAFETY: the pointer is to a live map value.
+    storage(ctx, ptr::null_mut(), 0).map(|settled| unsafe { (*settled).way })
 }
 
 /// What was found for this connection of the socket that has sent the packet.

@@ -6,14 +6,14 @@
 //! has a say in that.
 
 use crate::abi::{
-    Addr, Counter, Flow, HINT_FROM_OUTSIDE, HINT_FROM_POD, HINT_FROM_PROXY,
+    Addr, Counter, Flow, HINT_FROM_POD, HINT_FROM_PROXY,
     HINT_FROM_VIRTUAL, HINT_NONE, HINT_PAST_PROXY, HINT_QUESTION, Hint, LISTENER_HBONE,
     LISTENER_INBOUND, LISTENER_OUTBOUND, MARK_DIRECT, MARK_MASK, MARK_PROXY, MARK_REDIRECTED,
-    MARK_TO_PROXY, POD_BYPASS_INBOUND, POD_CAPTURE, POD_DNS, POD_ENROLLED, POD_INBOUND_RULES, POD_OUTBOUND_RULES,
+    MARK_RESCUED, MARK_VIRTUAL, POD_BYPASS_INBOUND, POD_CAPTURE, POD_DNS, POD_ENROLLED, POD_INBOUND_RULES, POD_OUTBOUND_RULES,
     PORT_DNS, PORT_HBONE, PORT_INBOUND, PORT_OUTBOUND, PodId, VIRTUAL_CAPTURE,
     VIRTUAL_RULES, WAY_DIRECT, WAY_REDIRECTED,
 };
-use crate::dns::{self, Message};
+use crate::dns::Message;
 
 /// A TCP segment that could be parsed: not a fragment, no IPv6 extension header.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -102,8 +102,13 @@ pub trait Env: Pods {
     fn proxy(&self, pod_id: PodId, kind: u32, segment: &Segment) -> Proxy;
     /// Whether answers of the pod to somebody past the proxy have met `lo`: see [`Verdict::strays`].
     fn strays(&self, pod_id: PodId) -> bool;
-    /// Whether the packet is only forwarded: no socket here has sent it.
+    /// At egress: whether the packet is only forwarded, and no socket here has sent it.
     fn is_forwarded(&self) -> bool;
+    /// At egress: whether the socket that has sent it, or the listener that answers, is the proxy's,
+    /// whatever mark netfilter has given to the packet.
+    fn is_proxys(&self) -> bool;
+    /// Whether the socket here that has sent this segment is the proxy's.
+    fn has_proxy_sent(&self, segment: &Segment) -> bool;
     /// The way that was found for this connection of the socket that has sent it, one of `WAY_*`.
     fn settled(&self, segment: &Segment) -> Option<u32>;
 }
@@ -187,6 +192,9 @@ pub fn on_lo(mark: u32, segment: Option<&Segment>, env: &impl Env) -> Verdict {
     };
     let pod_id = env.pod_id();
     let next = Verdict::of(pod_id);
+    let own = segment.opens && env.is_own(pod_id, &segment.dst);
+    // Netfilter in the pod may have taken its mark.
+    let proxys = proxys || (own && env.has_proxy_sent(segment));
     if proxys {
         // It calls from the client's address, by a port that it has chosen without knowing the
         // client's own. The socket that has it would answer the client, and the proxy wait in vain.
@@ -203,15 +211,20 @@ pub fn on_lo(mark: u32, segment: Option<&Segment>, env: &impl Env) -> Verdict {
     if segment.dst.is_loopback() {
         return next;
     }
-    if !segment.opens {
-        if (segment.accepts || env.strays(pod_id)) && strays(pod_id, segment, env) {
-            let leaves = Verdict { fate: Fate::Leave, mark: Some(MARK_DIRECT), ..next };
-            let leaves = Verdict { strays: true, hint: None, ..leaves };
-            return if segment.accepts { leaves.count(Counter::RescuedDirect) } else { leaves };
-        }
-        return next;
+    // What the guard has brought is at home here.
+    if mesh_mark(mark) != MARK_RESCUED
+        && (segment.opens || segment.accepts || env.strays(pod_id))
+        && strays(pod_id, segment, env)
+    {
+        let first = segment.opens || segment.accepts;
+        let count = if first { Some(Counter::RescuedDirect) } else { None };
+        // The guard lets pass what has this mark.
+        let mark = Some(MARK_PROXY);
+        return Verdict { fate: Fate::Leave, mark, hint: None, strays: true, count, ..next };
     }
-    if segment.dst.is_link_local() || env.is_own(pod_id, &segment.dst)
+    if !segment.opens
+        || own
+        || segment.dst.is_link_local()
         || env.pod(pod_id).is_some_and(|pod| !is_enrolled(pod))
     {
         return next;
@@ -226,14 +239,26 @@ pub fn on_lo(mark: u32, segment: Option<&Segment>, env: &impl Env) -> Verdict {
     }
 }
 
-/// Whether a packet on `lo` is of a connection that settings let in past the proxy, and whose mark,
-/// which would have kept it off `lo`, is lost: its other end is not here.
+/// Whether a packet on `lo` is of a connection that goes past the proxy, or of the proxy itself, and
+/// that a mark or rule of the pod has brought here: its other end is elsewhere.
 #[inline(always)]
 fn strays(pod_id: PodId, segment: &Segment, env: &impl Env) -> bool {
     let Some(pod) = env.pod(pod_id) else { return false };
-    !env.is_own(pod_id, &segment.dst)
-        && !env.has_connection(segment)
-        && past_proxy(pod_id, pod, &segment.sender_flow(), env).is_some()
+    if env.is_own(pod_id, &segment.dst) {
+        return false;
+    }
+    if segment.opens {
+        return excludes_outbound(pod_id, pod, segment, env) || env.has_proxy_sent(segment);
+    }
+    !env.has_connection(segment)
+        && (past_proxy(pod_id, pod, &segment.sender_flow(), env).is_some()
+            || excludes_outbound(pod_id, pod, segment, env)
+            || env.has_proxy_sent(segment))
+}
+
+#[inline(always)]
+fn excludes_outbound(pod_id: PodId, pod: u32, segment: &Segment, env: &impl Env) -> bool {
+    pod & POD_OUTBOUND_RULES != 0 && env.excludes_outbound(pod_id, &segment.sender_flow())
 }
 
 /// tcx ingress on every interface of the pod but `lo`: what comes from outside. `ip` says whether
@@ -274,7 +299,7 @@ pub fn on_interface(ip: bool, segment: Option<&Segment>, env: &impl Env) -> Verd
             Verdict { fate: Fate::Drop, ..next.count(Counter::DroppedProxyAway) }
         }
         // When it is away for good `sk_lookup` refuses.
-        _ => Verdict { hint: Some(HINT_FROM_OUTSIDE), ..next },
+        _ => next,
     }
 }
 
@@ -319,7 +344,7 @@ pub fn on_virtual(
     }
     let Virtual { pod_id, flags } = *interface;
     let forwarded = Verdict { mark: Some(MARK_DIRECT), ..Verdict::of(pod_id) };
-    let redirected = Verdict { mark: Some(MARK_TO_PROXY), ..Verdict::of(pod_id) };
+    let redirected = Verdict { mark: Some(MARK_VIRTUAL), ..Verdict::of(pod_id) };
     let captures = flags & VIRTUAL_CAPTURE != 0;
     let Some(segment) = segment else {
         if hides_tcp && captures {
@@ -355,24 +380,31 @@ pub fn on_virtual(
     }
 }
 
-/// tcx egress of every interface of the pod but `lo`, for what is not the proxy's: the guard. A packet
-/// goes where its socket is, whatever marks, rules, routes and netfilter of the pod say.
-/// `hides_tcp` says of a packet without a message that it is TCP, or may be.
+/// What a packet is that could not be parsed: a fragment, or one with IPv6 extension headers.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Hidden {
+    /// Nothing that could be for the proxy.
+    Nothing,
+    /// TCP, or it may be.
+    Tcp,
+    /// A datagram to the port of resolvers.
+    Dns,
+}
+
+/// tcx egress of every interface of the pod but `lo`: the guard. A packet goes where its socket is,
+/// whatever marks, rules, routes and netfilter of the pod say; and DNS queries go to `lo`.
+/// `message` is `Err` for what could not be parsed.
 #[inline(always)]
-pub fn on_egress(message: Option<&Message>, hides_tcp: bool, env: &impl Env) -> Verdict {
-    let Some(message) = message else {
-        if !hides_tcp || env.is_forwarded() {
-            return Verdict::NEXT;
-        }
-        let pod_id = env.pod_id();
-        return match env.pod(pod_id) {
-            Some(pod) if !captures(pod) => Verdict::NEXT,
-            // It could open a connection past the proxy.
-            _ => {
-                let next = Verdict::of(pod_id);
-                Verdict { fate: Fate::Drop, ..next.count(Counter::DroppedUnreadable) }
-            }
+pub fn on_egress(mark: u32, message: Result<&Message, Hidden>, env: &impl Env) -> Verdict {
+    if mesh_mark(mark) == MARK_PROXY || env.is_proxys() {
+        return match message {
+            Ok(message) if message.tcp => on_proxys_egress(&message.segment, env),
+            _ => Verdict::NEXT,
         };
+    }
+    let message = match message {
+        Ok(message) => message,
+        Err(hidden) => return on_hidden_egress(hidden, env),
     };
     let segment = &message.segment;
     if segment.dst.is_loopback() || segment.dst.is_link_local() {
@@ -382,12 +414,11 @@ pub fn on_egress(message: Option<&Message>, hides_tcp: bool, env: &impl Env) -> 
     if !message.tcp && !asks {
         return Verdict::NEXT;
     }
-    if env.is_forwarded() && !segment.accepts {
-        // A guest's, which virtual interfaces are for; or the kernel's own.
-        if message.tcp && segment.opens {
-            return Verdict::of(env.pod_id()).count(Counter::Forwarded);
-        }
-        return Verdict::NEXT;
+    let forwarded = env.is_forwarded();
+    if forwarded && segment.opens {
+        // A guest's, which virtual interfaces are for.
+        let verdict = Verdict::of(env.pod_id());
+        return if message.tcp { verdict.count(Counter::Forwarded) } else { verdict };
     }
     if !segment.opens {
         match env.settled(segment) {
@@ -399,7 +430,7 @@ pub fn on_egress(message: Option<&Message>, hides_tcp: bool, env: &impl Env) -> 
     let pod_id = env.pod_id();
     let next = Verdict::of(pod_id);
     let Some(pod) = env.pod(pod_id) else {
-        // It is being removed, or was never prepared: nobody could decide.
+        // It was never prepared, or somebody has emptied the map: nobody could decide.
         return Verdict { fate: Fate::Drop, ..next.count(Counter::RefusedUnknownPod) };
     };
     if !is_enrolled(pod) {
@@ -407,35 +438,70 @@ pub fn on_egress(message: Option<&Message>, hides_tcp: bool, env: &impl Env) -> 
     }
     if segment.opens {
         if asks && pod & POD_DNS != 0 {
-            let to_lo = to_lo(next.count(Counter::RescuedDns));
-            return if message.tcp { Verdict { settle: Some(WAY_REDIRECTED), ..to_lo } } else { to_lo };
+            return Verdict { settle: message.tcp.then_some(WAY_REDIRECTED), ..to_lo(next) };
         }
-        let excluded = pod & POD_OUTBOUND_RULES != 0
-            && env.excludes_outbound(pod_id, &segment.sender_flow());
-        if !message.tcp || !captures(pod) || excluded {
+        if !message.tcp || !captures(pod) || excludes_outbound(pod_id, pod, segment, env) {
             return next;
         }
         let to_lo = to_lo(next.count(Counter::RescuedOutbound));
         return Verdict { settle: Some(WAY_REDIRECTED), ..to_lo };
     }
     if env.has_connection(segment) {
-        let to_lo = Verdict { settle: Some(WAY_REDIRECTED), ..to_lo(next) };
-        return if segment.accepts { to_lo.count(Counter::RescuedInbound) } else { to_lo };
+        return back_to_proxy(segment, next);
     }
-    let flow = segment.sender_flow();
     if segment.accepts
+        && !forwarded
         && captures(pod)
-        && !env.is_forwarded()
-        && past_proxy(pod_id, pod, &flow, env).is_none()
+        && past_proxy(pod_id, pod, &segment.sender_flow(), env).is_none()
     {
         return Verdict { fate: Fate::Abort, ..next.count(Counter::RefusedPastProxy) };
     }
     Verdict { settle: Some(WAY_DIRECT), ..next }
 }
 
+/// The same for the proxy's packets, or for those of a socket of the application that has got its mark:
+/// such a one has the proxy at its other end.
+#[inline(always)]
+fn on_proxys_egress(segment: &Segment, env: &impl Env) -> Verdict {
+    if !segment.opens {
+        match env.settled(segment) {
+            Some(WAY_REDIRECTED) => return to_lo(Verdict::NEXT),
+            Some(_) => return Verdict::NEXT,
+            None if env.has_connection(segment) => {
+                return back_to_proxy(segment, Verdict::of(env.pod_id()));
+            }
+            None => {}
+        }
+    }
+    Verdict { settle: Some(WAY_DIRECT), ..Verdict::NEXT }
+}
+
+#[inline(always)]
+fn on_hidden_egress(hidden: Hidden, env: &impl Env) -> Verdict {
+    if hidden == Hidden::Nothing || env.is_forwarded() {
+        return Verdict::NEXT;
+    }
+    let pod_id = env.pod_id();
+    let next = Verdict::of(pod_id);
+    let pod = env.pod(pod_id).unwrap_or(POD_ENROLLED | POD_CAPTURE | POD_DNS);
+    let counter = match hidden {
+        // It could open a connection past the proxy.
+        Hidden::Tcp if captures(pod) => Counter::DroppedUnreadable,
+        Hidden::Dns if is_enrolled(pod) && pod & POD_DNS != 0 => Counter::DroppedDnsUnreadable,
+        _ => return next,
+    };
+    Verdict { fate: Fate::Drop, ..next.count(counter) }
+}
+
+#[inline(always)]
+fn back_to_proxy(segment: &Segment, verdict: Verdict) -> Verdict {
+    let count = if segment.accepts { Some(Counter::RescuedInbound) } else { None };
+    Verdict { settle: Some(WAY_REDIRECTED), count, ..to_lo(verdict) }
+}
+
 #[inline(always)]
 fn to_lo(verdict: Verdict) -> Verdict {
-    Verdict { fate: Fate::ToLo, mark: Some(MARK_TO_PROXY), ..verdict }
+    Verdict { fate: Fate::ToLo, mark: Some(MARK_RESCUED), ..verdict }
 }
 
 /// What `sk_lookup` knows when the kernel looks for the listener of a packet.
@@ -478,7 +544,7 @@ pub fn steer(lookup: &Lookup, env: &impl Pods) -> Steer {
         return Steer::Pass(None);
     }
     if !tcp {
-        return dns::steer(lookup, env);
+        return Steer::Pass(None);
     }
     let Some(pod) = env.pod(pod_id) else { return Steer::Refuse(Counter::RefusedUnknownPod) };
     if !is_enrolled(pod) {
@@ -508,13 +574,8 @@ pub fn steer(lookup: &Lookup, env: &impl Pods) -> Steer {
     if !captured {
         return Steer::Pass(None);
     }
-    if is_translated(flow, &hint.flow) {
-        // The proxy would be told the former destination, where nobody listens.
-        match hint_kind {
-            HINT_PAST_PROXY => return Steer::Pass(Some(Counter::BypassedInbound)),
-            HINT_FROM_OUTSIDE => return Steer::Refuse(Counter::RefusedTranslated),
-            _ => {}
-        }
+    if hint_kind == HINT_PAST_PROXY && is_translated(flow, &hint.flow) {
+        return Steer::Pass(Some(Counter::BypassedInbound));
     }
     if flow.local_port == PORT_HBONE {
         return Steer::Redirect(LISTENER_HBONE);

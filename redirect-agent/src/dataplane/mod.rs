@@ -499,8 +499,7 @@ impl Dataplane {
             enrolled: true,
             capture: old.capture,
             rules,
-            // Before the rule that brings the queries, and until that is gone: see `capture`.
-            dns: traffic.captures_dns() || old.dns,
+            dns: old.dns,
             reason,
             ..pod.row()
         };
@@ -594,7 +593,8 @@ impl Dataplane {
     /// When a system call fails; calling again completes it.
     pub fn release(&self, pod: &PodNetns) -> Result<()> {
         self.switch(pod, "mark_all", |kernel| {
-            kernel.pods()?.change(pod.id(), |row| Row { capture: false, ..row })?;
+            let release = |row| Row { capture: false, dns: false, ..row };
+            kernel.pods()?.change(pod.id(), release)?;
             kernel.virtual_interfaces()?.release(pod.id())?;
             Routing::open()?.delete_capture()
         })
@@ -1166,11 +1166,10 @@ impl Kernel {
         for source in pod.sources() {
             routing.set_outbound(source, traffic)?;
         }
-        self.pods()?.change(pod.id(), |row| Row { enrolled: true, capture: true, ..row })?;
-        let interfaces = routing.interfaces()?;
-        self.virtual_interfaces()?.set(pod.id(), &interfaces, traffic, true)?;
         let dns = traffic.captures_dns();
-        self.pods()?.change(pod.id(), |row| Row { dns, ..row })
+        self.pods()?.change(pod.id(), |row| Row { enrolled: true, capture: true, dns, ..row })?;
+        let interfaces = routing.interfaces()?;
+        self.virtual_interfaces()?.set(pod.id(), &interfaces, traffic, true)
     }
 
     fn virtual_interfaces(&mut self) -> Result<VirtualInterfaces<'_>> {

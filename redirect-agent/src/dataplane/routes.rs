@@ -10,7 +10,7 @@ use std::{
 use anyhow::{Context as _, Result};
 use futures_util::{StreamExt as _, TryStreamExt as _};
 use ipnet::{IpNet, Ipv4Net, Ipv6Net};
-use redirect_ebpf::abi::{MARK_MASK, MARK_REDIRECTED, MARK_TO_PROXY, PORT_DNS};
+use redirect_ebpf::abi::{MARK_MASK, MARK_REDIRECTED, MARK_RESCUED, MARK_VIRTUAL};
 use rtnetlink::{
     Error, Handle, IpVersion, RouteMessageBuilder,
     packet_route::{
@@ -46,8 +46,8 @@ const BOUND_METRIC: u32 = 4096;
 pub(super) const LOOPBACK_IFINDEX: u32 = 1;
 
 /// Which connections of the pod take the redirection route, and which do not. All are for what the
-/// pod itself sends, but for those of virtual interfaces, and for TCP, but for [`Rule::Dns`]. They are
-/// declared in the order that the kernel needs.
+/// pod itself sends, but for those of virtual interfaces. They are declared in the order that the kernel
+/// needs.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
 pub(super) enum Rule {
     /// What the guard brings to `lo`.
@@ -56,8 +56,6 @@ pub(super) enum Rule {
     Keep,
     /// Those that come in on this virtual interface and that its program redirects.
     Virtual(Interface),
-    /// What is not marked and goes to port 53.
-    Dns(Dns),
     /// Not those that are not marked and go to these ports: they go on behind [`Rule::Landing`].
     Exclude(Ports),
     /// All that are not marked and go to these ports, or to any.
@@ -90,13 +88,6 @@ fn virtual_interfaces(traffic: &Traffic) -> impl Iterator<Item = Interface> {
     traffic.virtual_interfaces.iter().filter_map(|name| Interface::new(name))
 }
 
-/// A protocol of DNS.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
-pub(super) enum Dns {
-    Udp,
-    Tcp,
-}
-
 impl Rule {
     fn priority(self) -> u32 {
         if self == Self::Landing { PRIORITY_LANDING } else { PRIORITY }
@@ -104,24 +95,15 @@ impl Rule {
 
     fn mark(self) -> u32 {
         match self {
-            Self::Dns(_) | Self::Exclude(_) | Self::Capture(_) | Self::Hold(_) => 0,
+            Self::Exclude(_) | Self::Capture(_) | Self::Hold(_) => 0,
             Self::Keep => MARK_REDIRECTED,
-            Self::Rescue | Self::Virtual(_) | Self::Landing => MARK_TO_PROXY,
-        }
-    }
-
-    /// `None`: whatever it is.
-    fn protocol(self) -> Option<IpProtocol> {
-        match self {
-            Self::Rescue | Self::Landing => None,
-            Self::Dns(Dns::Udp) => Some(IpProtocol::Udp),
-            _ => Some(IpProtocol::Tcp),
+            Self::Virtual(_) => MARK_VIRTUAL,
+            Self::Rescue | Self::Landing => MARK_RESCUED,
         }
     }
 
     fn ports(self) -> Option<Ports> {
         match self {
-            Self::Dns(_) => Some(Ports { first: PORT_DNS, last: PORT_DNS }),
             Self::Exclude(ports) => Some(ports),
             Self::Capture(ports) => ports,
             _ => None,
@@ -139,7 +121,7 @@ impl Rule {
     /// Whether it says what of the pod's own connections is captured; all others stay for as long as
     /// the pod is in the mesh.
     fn captures(self) -> bool {
-        matches!(self, Self::Dns(_) | Self::Exclude(_) | Self::Capture(_) | Self::Hold(_))
+        matches!(self, Self::Exclude(_) | Self::Capture(_) | Self::Hold(_))
     }
 
     /// The rule of ours that the kernel shows.
@@ -160,31 +142,23 @@ impl Rule {
             RuleAttribute::FwMark(mark) => Some(*mark),
             _ => None,
         });
-        let protocol = message.attributes.iter().find_map(|a| match a {
-            RuleAttribute::IpProtocol(protocol) => Some(*protocol),
-            _ => None,
-        });
         let rule = match message.header.action {
             RuleAction::Blackhole => Self::Hold(virtual_interface?),
             RuleAction::Nop => Self::Landing,
             RuleAction::Goto if has(RuleAttribute::Goto(PRIORITY_LANDING)) => Self::Exclude(ports?),
             RuleAction::ToTable if has(RuleAttribute::Table(TABLE)) => Self::Capture(ports),
-            RuleAction::ToTable if has(RuleAttribute::Table(TABLE_KEEP)) => {
-                match (mark, virtual_interface, protocol) {
-                    (Some(MARK_TO_PROXY), Some(interface), _) => Self::Virtual(interface),
-                    (Some(MARK_TO_PROXY), None, _) => Self::Rescue,
-                    (Some(_), ..) => Self::Keep,
-                    (None, _, Some(IpProtocol::Udp)) => Self::Dns(Dns::Udp),
-                    (None, ..) => Self::Dns(Dns::Tcp),
-                }
-            }
+            RuleAction::ToTable if has(RuleAttribute::Table(TABLE_KEEP)) => match mark? {
+                MARK_VIRTUAL => Self::Virtual(virtual_interface?),
+                MARK_RESCUED => Self::Rescue,
+                _ => Self::Keep,
+            },
             _ => return None,
         };
         let whole = priority(message) == rule.priority()
             && input == Some(rule.input().as_str())
             && mark.unwrap_or_default() == rule.mark()
             && has(RuleAttribute::FwMask(MARK_MASK))
-            && protocol == rule.protocol()
+            && has(RuleAttribute::IpProtocol(IpProtocol::Tcp))
             && ports == rule.ports();
         whole.then_some(rule)
     }
@@ -344,7 +318,6 @@ impl Outbound {
         let except = except.iter().copied().chain(link_local);
         let mut rules: Vec<Rule> = port_rules(ports)
             .into_iter()
-            .chain(dns_rules(traffic))
             .chain(virtual_interfaces(traffic).map(Rule::Hold))
             .collect();
         rules.sort_unstable();
@@ -378,11 +351,6 @@ fn keep_rules(traffic: &Traffic) -> impl Iterator<Item = Rule> {
     [Rule::Rescue, Rule::Keep, Rule::Landing]
         .into_iter()
         .chain(virtual_interfaces(traffic).map(Rule::Virtual))
-}
-
-fn dns_rules(traffic: &Traffic) -> impl Iterator<Item = Rule> {
-    let captured = traffic.captures_dns();
-    [Dns::Udp, Dns::Tcp].into_iter().filter(move |_| captured).map(Rule::Dns)
 }
 
 /// The last port that a rule can name. Source: Linux `include/net/fib_rules.h`,
@@ -579,7 +547,7 @@ impl Routing {
                 .filter(|route| route.table == TABLE)
                 .collect();
             Ok(OutboundState {
-                any: rules.iter().any(|rule| matches!(rule, Rule::Dns(_) | Rule::Capture(_))),
+                any: rules.iter().any(|rule| matches!(rule, Rule::Capture(_))),
                 rules: rules == wanted.rules,
                 routes: routes == wanted.routes,
             })
@@ -709,7 +677,7 @@ impl Routing {
             Rule::Exclude(_) => request.table_id(0).action(RuleAction::Goto),
             Rule::Capture(_) => request.table_id(TABLE).action(RuleAction::ToTable),
             // All of it, whatever ranges the other table leaves out.
-            Rule::Rescue | Rule::Keep | Rule::Virtual(_) | Rule::Dns(_) => {
+            Rule::Rescue | Rule::Keep | Rule::Virtual(_) => {
                 request.table_id(TABLE_KEEP).action(RuleAction::ToTable)
             }
             Rule::Hold(_) => request.table_id(0).action(RuleAction::Blackhole),
@@ -721,7 +689,7 @@ impl Routing {
             IpAddr::V6(_) => AddressFamily::Inet6,
         };
         message.attributes.push(RuleAttribute::FwMask(MARK_MASK));
-        message.attributes.extend(rule.protocol().map(RuleAttribute::IpProtocol));
+        message.attributes.push(RuleAttribute::IpProtocol(IpProtocol::Tcp));
         if let Rule::Exclude(_) = rule {
             message.attributes.push(RuleAttribute::Goto(PRIORITY_LANDING));
         }

@@ -1,6 +1,10 @@
 //! The sysctls of an enrolled pod's network namespace. Every function here runs inside it.
 
-use std::{collections::BTreeSet, fs, io};
+use std::{
+    collections::BTreeSet,
+    fs,
+    io::{self, Read as _},
+};
 
 use anyhow::{Context as _, Result};
 use nix::mount::{MsFlags, mount};
@@ -95,14 +99,23 @@ pub(super) fn check() -> Result<Vec<(&'static str, bool)>> {
 
 /// The ports that no socket is given; `None` where the kernel has no such sysctl.
 fn reserved_ports() -> Result<Option<BTreeSet<u16>>> {
-    let text = match fs::read_to_string(format!("{PROC_SYS}/{RESERVED_PORTS}")) {
+    // At once: the kernel shows nothing at any position but the first.
+    let mut text = vec![0; MAX_PORTS_TEXT];
+    let read = fs::File::open(format!("{PROC_SYS}/{RESERVED_PORTS}"))
+        .and_then(|mut file| file.read(&mut text));
+    let length = match read {
         Err(e) if e.kind() == io::ErrorKind::NotFound => return Ok(None),
-        text => text.with_context(|| format!("read sysctl {RESERVED_PORTS}"))?,
+        read => read.with_context(|| format!("read sysctl {RESERVED_PORTS}"))?,
     };
+    text.truncate(length);
+    let text = String::from_utf8_lossy(&text);
     parse_ports(text.trim())
         .map(Some)
         .with_context(|| format!("parse sysctl {RESERVED_PORTS}: {:?}", text.trim()))
 }
+
+/// Every other port, each with five digits and a comma.
+const MAX_PORTS_TEXT: usize = 6 * 32768;
 
 fn reserve_ports(ports: &BTreeSet<u16>) -> Result<()> {
     write(RESERVED_PORTS, &print_ports(ports)).with_context(|| format!("write sysctl {RESERVED_PORTS}"))

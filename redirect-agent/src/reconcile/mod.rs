@@ -50,6 +50,10 @@ const SWEEP: Duration = Duration::from_secs(10);
 const NO_DNS: &str = "the proxy has no DNS (port 15053), so the pod's queries are refused: switch on \
 the proxy's, or DNS capture off (--dns-capture, annotation ambient.istio.io/dns-capture)";
 
+/// What `status` says of a pod with guests (a VM, nested containers) whose calls are not the proxy's.
+const FORWARDS: &str = "connections of guests were forwarded past the proxy (counter forwarded): name \
+the interface they are behind in the annotation istio.io/reroute-virtual-interfaces";
+
 /// How to run on this node.
 #[derive(Clone, Debug)]
 pub struct Settings {
@@ -487,6 +491,10 @@ impl<S: Source> Observer<S> {
                     traffic.dns_capture &= view.standing.prepared;
                     let netns = view.netns.as_ref().map(|netns| netns.netns.inode());
                     let counters = netns.and_then(|inode| counters.remove(&inode));
+                    let forwards = counters.as_ref().is_some_and(|c| c.contains_key("forwarded"));
+                    if forwards && message.is_none() {
+                        message = Some(FORWARDS.to_owned());
+                    }
                     PodStatus {
                         namespace: view.pod.key.namespace,
                         name: view.pod.key.name,
