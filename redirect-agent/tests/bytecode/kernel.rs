@@ -15,7 +15,7 @@ use aya::{
         ProgramArray, SockHash,
         lpm_trie::{Key, LpmTrie},
     },
-    programs::{ProgramFd, SchedClassifier, SkLookup},
+    programs::{ProgramFd, SchedClassifier, SkLookup, TcAttachType},
     util::nr_cpus,
 };
 use redirect_agent::dataplane::{OBJECT, sock_offsets, stub};
@@ -82,8 +82,7 @@ pub struct Kernel {
     /// By protocol (TCP) and family (IPv4).
     ask: BTreeMap<(bool, bool), OwnedFd>,
     pub maps: Maps,
-    /// Holds the other maps.
-    _ebpf: Ebpf,
+    ebpf: Ebpf,
 }
 
 impl Kernel {
@@ -116,7 +115,7 @@ impl Kernel {
                 .collect::<io::Result<_>>()
                 .context("load the questions")?,
             maps: Maps::take(&mut ebpf, cpu)?,
-            _ebpf: ebpf,
+            ebpf,
         })
     }
 
@@ -134,6 +133,14 @@ impl Kernel {
     pub fn attach_lookup(&self, pod_id: PodId, netns: &File) -> Result<OwnedFd> {
         let program = self.lookups[&pod_id].as_fd();
         sys::link_lookup(program, netns.as_fd()).context("attach the pod's program")
+    }
+
+    /// Attaches the guard where packets leave by an interface.
+    pub fn attach_guard(&mut self, interface: &str) -> Result<()> {
+        let program: &mut SchedClassifier =
+            self.ebpf.program_mut("redirect_out").context("find redirect_out")?.try_into()?;
+        program.attach(interface, TcAttachType::Egress).context("attach redirect_out")?;
+        Ok(())
     }
 
     /// Runs `find_proxy`; gives a bit for each listener that it has found.
@@ -484,6 +491,22 @@ impl Maps {
         Ok((hint.kind != HINT_NONE).then_some(hint))
     }
 
+    /// What has been counted, and how often.
+    pub fn counts(&self) -> Result<Vec<((PodId, Counter), u64)>> {
+        let counts = self.counters.iter().map(|entry| {
+            let (key, values) = entry?;
+            Ok(((key.pod_id, counter(&key)?), values.iter().sum()))
+        });
+        counts.collect()
+    }
+
+    pub fn clear_counts(&mut self) -> Result<()> {
+        for key in self.counters.keys().collect::<Result<Vec<_>, _>>()? {
+            self.counters.remove(&key)?;
+        }
+        Ok(())
+    }
+
     /// What has been counted since the last call: one thing, once, on this CPU, or nothing.
     pub fn take_count(&mut self) -> Result<Option<(PodId, Counter)>> {
         let mut counted = None;
@@ -497,8 +520,7 @@ impl Maps {
         }
         let Some(key) = counted else { return Ok(None) };
         self.counters.remove(&key)?;
-        let counter = Counter::ALL.iter().find(|(counter, _)| *counter as u32 == key.counter);
-        Ok(Some((key.pod_id, counter.with_context(|| format!("no such counter: {key:?}"))?.0)))
+        Ok(Some((key.pod_id, counter(&key)?)))
     }
 
     pub fn set_listener(
@@ -579,6 +601,11 @@ impl Maps {
             })
             .collect()
     }
+}
+
+fn counter(key: &CounterKey) -> Result<Counter> {
+    let named = Counter::ALL.iter().find(|(counter, _)| *counter as u32 == key.counter);
+    Ok(named.with_context(|| format!("no such counter: {key:?}"))?.0)
 }
 
 /// To remove what is not there is no error.

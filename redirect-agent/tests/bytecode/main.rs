@@ -10,20 +10,28 @@ mod packet;
 mod sys;
 mod world;
 
-use std::{fs::File, os::fd::AsFd as _, process::Command, thread};
+use std::{
+    fs::{self, File},
+    net::TcpStream,
+    os::fd::AsFd as _,
+    process::Command,
+    sync::mpsc,
+    thread,
+    time::Duration,
+};
 
 use anyhow::{Context as _, Result, ensure};
 use fastrand::Rng;
 use nix::{
     sched::{CloneFlags, CpuSet, sched_getcpu, sched_setaffinity, unshare},
-    unistd::{Pid, geteuid},
+    unistd::{Pid, geteuid, gettid},
 };
 use redirect_ebpf::{
     abi::{
-        Addr, Counter, DECISION_BYPASS, Flow, HINT_FROM_OUTSIDE, HINT_FROM_POD, HINT_FROM_PROXY,
-        HINT_FROM_VIRTUAL, HINT_NONE, HINT_PAST_PROXY, HINT_QUESTION, Hint, LISTENER_HBONE,
-        LISTENER_OUTBOUND, MARK_DIRECT, MARK_PROXY, MARK_REDIRECTED, MARK_TO_PROXY, PORT_PROXY_DNS,
-        PodEntry, PodId,
+        Addr, Counter, DECISION_BYPASS, DECISION_ENROLLED, Flow, HINT_FROM_OUTSIDE, HINT_FROM_POD,
+        HINT_FROM_PROXY, HINT_FROM_VIRTUAL, HINT_NONE, HINT_PAST_PROXY, HINT_QUESTION, Hint,
+        LISTENER_HBONE, LISTENER_OUTBOUND, MARK_DIRECT, MARK_PROXY, MARK_REDIRECTED, MARK_TO_PROXY,
+        POD_CAPTURE, PORT_PROXY_DNS, PodEntry, PodId,
     },
     dns::{self, Dns, Message},
     verdict::{self, Fate, Lookup, Segment, Steer, Verdict, Virtual, mesh_mark, with_mesh_mark},
@@ -62,8 +70,7 @@ fn the_bytecode_and_verdict_rs_give_the_same_verdict_for_generated_packets() -> 
             "route add local default dev lo",
             "-6 route add local default dev lo",
         ] {
-            let status = Command::new("ip").args(command.split(' ')).status().context("run ip")?;
-            ensure!(status.success(), "ip {command}: {status}");
+            ip(command)?;
         }
         let pods = [&[own_id()][..], &world::others()].concat();
         let mut kernel = Kernel::load(cpu, &pods)?;
@@ -102,16 +109,7 @@ fn a_pods_program_and_the_shared_one_do_nothing_without_each_other() -> Result<(
         let pod_id = own_id();
         let mut kernel = Kernel::load(cpu, &[pod_id])?;
         // A pod that bypasses: whoever decides lets everything pass.
-        let none = Addr { octets: [0; 16] };
-        let entry = PodEntry {
-            decision: DECISION_BYPASS,
-            reason: 0,
-            flags: 0,
-            uplink: 0,
-            v4: none,
-            v6: none,
-        };
-        kernel.maps.enter(&[(pod_id, entry)].into(), &[].into())?;
+        kernel.maps.enter(&[(pod_id, entry(DECISION_BYPASS, 0))].into(), &[].into())?;
         for v4 in [true, false] {
             let address = Addr::loopback(v4);
             let (local_port, remote_port) = (80, 40_000);
@@ -130,6 +128,70 @@ fn a_pods_program_and_the_shared_one_do_nothing_without_each_other() -> Result<(
             }
         }
         same("count", &None, &kernel.maps.take_count()?)
+    })
+}
+
+/// What no test run shows: there every packet has a socket.
+#[test]
+fn the_guard_tells_what_the_pod_opens_from_what_it_only_forwards() -> Result<()> {
+    // Nobody is there. The first answer would be sent again after a second.
+    let call = || -> Result<()> {
+        for server in ["192.0.2.1:80", "[2001:db8::1]:80"] {
+            let called = TcpStream::connect_timeout(&server.parse()?, Duration::from_millis(100));
+            ensure!(called.is_err(), "somebody answers at {server}");
+        }
+        Ok(())
+    };
+    in_a_namespace(|cpu| {
+        let pod_id = own_id();
+        let mut kernel = Kernel::load(cpu, &[pod_id])?;
+        let entry = entry(DECISION_ENROLLED, POD_CAPTURE);
+        kernel.maps.enter(&[(pod_id, entry)].into(), &[].into())?;
+        let counted = |kernel: &Kernel, counter| {
+            same("counted", &vec![((pod_id, counter), 2)], &kernel.maps.counts()?)
+        };
+        let (here, guest_id) = mpsc::channel();
+        let (go, started) = mpsc::channel();
+        thread::scope(|scope| {
+            let guest = scope.spawn(move || {
+                unshare(CloneFlags::CLONE_NEWNET).context("make a network namespace")?;
+                here.send(gettid())?;
+                started.recv()?;
+                for command in [
+                    "link set guest up",
+                    "address add 10.0.0.9/24 dev guest",
+                    "address add fd00::9/64 dev guest nodad",
+                    "route add default via 10.0.0.2",
+                    "-6 route add default via fd00::2",
+                ] {
+                    ip(command)?;
+                }
+                started.recv()?;
+                call()
+            });
+            ip("link set lo up")?;
+            ip(&format!("link add pod type veth peer name guest netns {}", guest_id.recv()?))?;
+            for command in [
+                "link set pod up",
+                "address add 10.0.0.2/24 dev pod",
+                "address add fd00::2/64 dev pod nodad",
+                "route add default via 10.0.0.9",
+                "-6 route add default via fd00::9",
+            ] {
+                ip(command)?;
+            }
+            kernel.attach_guard("pod")?;
+            go.send(())?;
+            call()?;
+            counted(&kernel, Counter::RescuedOutbound)?;
+            for sysctl in ["ipv4/ip_forward", "ipv6/conf/all/forwarding"] {
+                fs::write(format!("/proc/sys/net/{sysctl}"), "1").context("forward")?;
+            }
+            kernel.maps.clear_counts()?;
+            go.send(())?;
+            guest.join().unwrap_or_else(|panic| std::panic::resume_unwind(panic))?;
+            counted(&kernel, Counter::Forwarded)
+        })
     })
 }
 
@@ -168,6 +230,19 @@ fn in_a_namespace<T: Send>(f: impl FnOnce(usize) -> Result<T> + Send) -> Result<
         });
         thread.join().unwrap_or_else(|panic| std::panic::resume_unwind(panic))
     })
+}
+
+/// Runs `ip` in the namespace of the calling thread.
+fn ip(command: &str) -> Result<()> {
+    let status = Command::new("ip").args(command.split(' ')).status().context("run ip")?;
+    ensure!(status.success(), "ip {command}: {status}");
+    Ok(())
+}
+
+/// What is decided about a pod.
+fn entry(decision: u32, flags: u32) -> PodEntry {
+    let none = Addr { octets: [0; 16] };
+    PodEntry { decision, reason: 0, flags, uplink: 0, v4: none, v6: none }
 }
 
 fn ensure_root() -> Result<()> {

@@ -497,15 +497,7 @@ fn port_of(kind: u32) -> u16 {
 }
 
 fn pods(rng: &mut Rng) -> BTreeMap<PodId, PodEntry> {
-    let none = Addr { octets: [0; 16] };
-    let entry = |decision, flags, uplink| PodEntry {
-        decision,
-        reason: 1,
-        flags,
-        uplink,
-        v4: none,
-        v6: none,
-    };
+    let entry = |decision, flags, uplink| PodEntry { uplink, ..crate::entry(decision, flags) };
     let others = OTHERS.map(|(pod_id, decision, flags, _)| (pod_id, entry(decision, flags, 1)));
     let mut pods = BTreeMap::from(others);
     let (decision, flags) = match rng.u8(..8) {
