@@ -702,11 +702,11 @@ mod tests {
             assert_eq!(node.ask(&first), PORT);
             for number in 0..3 {
                 node.after(IDLE_NS - 1);
+                assert!(!has_it(node.ask(&rival(number))));
                 assert_eq!(node.sends(&data(first)), goes_on(PORT));
-                assert!(!has_it(node.ask(&rival(number))));
                 node.after(IDLE_NS - 1);
-                assert_eq!(node.answer(&data(first), PORT), from(a.resolvers[0]));
                 assert!(!has_it(node.ask(&rival(number))));
+                assert_eq!(node.answer(&data(first), PORT), from(a.resolvers[0]));
             }
             // Whoever ends it, the rest of its packets still find their way.
             for (number, by_client) in [(10, true), (20, false)] {
@@ -723,9 +723,12 @@ mod tests {
                 let next = rival(number + 1);
                 assert_eq!(node.ask(&next), next.segment.src_port);
                 assert_eq!(node.sends(&data(first)), Dns::Other, "its place is another's");
-                // A new one by the same ports has all the time again.
+                // A new one by the same ports has all the time again, also at once.
                 node.after(IDLE_NS);
                 assert_eq!(node.ask(&first), PORT);
+                assert_eq!(node.sends(&end(first)), goes_on(PORT));
+                assert_eq!(node.ask(&first), PORT);
+                assert_eq!(node.answer(&data(first), PORT), from(a.resolvers[0]));
                 node.after(IDLE_NS - 1);
                 assert!(!has_it(node.ask(&rival(number + 2))));
             }
@@ -784,13 +787,16 @@ mod tests {
             let node = Node::new(&a, CAPTURED);
             node.ask(&query(a.own, a.resolvers[0]));
             let alias = node.ask(&query(a.own, a.resolvers[1]));
-            let owner = from_port(query(a.own, a.resolvers[2]), alias);
-            let port = node.ask(&owner);
-            assert_ne!(port, alias);
-            let expected =
-                Dns::Answer { from: a.resolvers[2], from_port: PORT_DNS, to_port: alias };
-            assert_eq!(node.answer(&owner, port), expected);
-            assert_eq!(node.answer(&owner, alias), from(a.resolvers[1]));
+            // It asks another resolver, or the same.
+            for resolver in [a.resolvers[2], a.resolvers[1]] {
+                let owner = from_port(query(a.own, resolver), alias);
+                let port = node.ask(&owner);
+                assert_ne!(port, alias);
+                let expected = Dns::Answer { from: resolver, from_port: PORT_DNS, to_port: alias };
+                assert_eq!(node.answer(&owner, port), expected);
+                assert_eq!(node.answer(&owner, alias), from(a.resolvers[1]));
+                node.ask(&query(a.own, a.resolvers[1]));
+            }
         }
     }
 

@@ -1355,7 +1355,6 @@ mod tests {
             for (scenario, message) in [
                 ("to loopback", tcp(syn(a.own, a.loopback))),
                 ("to a link-local address", tcp(syn(a.own, link_local()))),
-                ("an answer to a link-local address", tcp(syn_ack(a.own, link_local()))),
                 ("a query to loopback", udp(query(syn(a.own, a.loopback)))),
                 ("a query to a link-local resolver", udp(query(syn(a.own, link_local())))),
                 ("a datagram", udp(syn(a.own, a.stranger))),
