@@ -632,3 +632,1328 @@ fn past_proxy(pod_id: PodId, pod: u32, flow: &Flow, env: &impl Pods) -> Option<C
     }
     env.is_probe_source(&flow.remote).then_some(Counter::ProbeSource)
 }
+
+#[cfg(test)]
+mod tests {
+    use std::{cell::RefCell, net::IpAddr};
+
+    use super::*;
+
+    const OWN: PodId = 1;
+    const NEIGHBOUR: PodId = 2;
+
+    const CLIENT_PORT: u16 = 40_000;
+    const SERVER_PORT: u16 = 8080;
+
+    /// What `pods` says of the pod.
+    const UNKNOWN: Option<u32> = None;
+    /// Without `POD_ENROLLED`, the other flags do not count.
+    const BYPASSING: Option<u32> = Some(POD_CAPTURE | POD_DNS);
+    const PREPARING: Option<u32> = Some(POD_ENROLLED);
+    const CAPTURING: Option<u32> = Some(POD_ENROLLED | POD_CAPTURE);
+
+    fn capturing(flags: u32) -> Option<u32> {
+        CAPTURING.map(|capturing| capturing | flags)
+    }
+
+    /// Who is who, in one family.
+    #[derive(Clone, Copy)]
+    struct Addresses {
+        own: Addr,
+        own_second: Addr,
+        neighbour: Addr,
+        stranger: Addr,
+        /// Nobody's interface has it: behind a virtual interface, or local by a route alone.
+        guest: Addr,
+        loopback: Addr,
+        loopback_other: Addr,
+    }
+
+    fn addr(text: &str) -> Addr {
+        text.parse::<IpAddr>().unwrap().into()
+    }
+
+    fn link_local() -> Addr {
+        addr("fe80::1")
+    }
+
+    fn both_families() -> [Addresses; 2] {
+        [
+            Addresses {
+                own: addr("10.0.0.2"),
+                own_second: addr("10.0.0.3"),
+                neighbour: addr("10.0.0.10"),
+                stranger: addr("192.0.2.1"),
+                guest: addr("10.44.0.2"),
+                loopback: addr("127.0.0.1"),
+                loopback_other: addr("127.8.8.8"),
+            },
+            Addresses {
+                own: addr("fd00::2"),
+                own_second: addr("fd00::3"),
+                neighbour: addr("fd00::10"),
+                stranger: addr("2001:db8::1"),
+                guest: addr("fd44::2"),
+                loopback: addr("::1"),
+                loopback_other: addr("::1"),
+            },
+        ]
+    }
+
+    /// What a decision has asked for besides what maps say.
+    #[derive(Clone, Copy, Debug, PartialEq, Eq)]
+    enum Asked {
+        Application,
+        Open,
+        Connection,
+        Proxy(u32),
+    }
+
+    /// The surroundings of the pod [`OWN`]; nobody may ask about another one.
+    struct Node {
+        pod: Option<u32>,
+        own: [Addr; 2],
+        /// What `inbound_ports` and `inbound_ranges` keep off the proxy.
+        excluded_port: Option<u16>,
+        excluded_peer: Option<Addr>,
+        /// Whose connections are in `kubelet_flows`.
+        kubelet: Option<Addr>,
+        probe_source: Option<Addr>,
+        /// Whom `outbound_ports` and `outbound_ranges` let the pod, or its guests, call.
+        excluded_outbound: Option<Addr>,
+        /// Whether the receiver of the segment has a connection of it here.
+        connection: bool,
+        /// Whether a guest's connection waits in a SYN cookie.
+        cookie: bool,
+        application_listens: bool,
+        is_open: bool,
+        proxy: Proxy,
+        strays: bool,
+        forwarded: bool,
+        settled: Option<u32>,
+        asked: RefCell<Vec<Asked>>,
+    }
+
+    impl Node {
+        fn new(a: &Addresses, pod: Option<u32>) -> Self {
+            Self {
+                pod,
+                own: [a.own, a.own_second],
+                excluded_port: None,
+                excluded_peer: None,
+                kubelet: None,
+                probe_source: None,
+                excluded_outbound: None,
+                connection: false,
+                cookie: false,
+                application_listens: true,
+                is_open: false,
+                proxy: Proxy::Listens,
+                strays: false,
+                forwarded: false,
+                settled: None,
+                asked: RefCell::default(),
+            }
+        }
+
+        fn ask(&self, asked: Asked, answer: bool) -> bool {
+            self.asked.borrow_mut().push(asked);
+            answer
+        }
+
+        /// What has been asked since the last call.
+        #[track_caller]
+        fn assert_asked(&self, asked: &[Asked]) {
+            assert_eq!(self.asked.take(), asked);
+        }
+    }
+
+    #[track_caller]
+    fn only_own(pod_id: PodId) {
+        assert_eq!(pod_id, OWN, "the pod that the program runs in is the only one");
+    }
+
+    impl Pods for Node {
+        fn pod(&self, pod_id: PodId) -> Option<u32> {
+            only_own(pod_id);
+            self.pod
+        }
+
+        fn is_own(&self, pod_id: PodId, addr: &Addr) -> bool {
+            only_own(pod_id);
+            self.own.contains(addr)
+        }
+
+        fn excludes_inbound(&self, pod_id: PodId, flow: &Flow) -> bool {
+            only_own(pod_id);
+            self.excluded_port == Some(flow.local_port) || self.excluded_peer == Some(flow.remote)
+        }
+
+        fn is_kubelets(&self, flow: &Flow) -> bool {
+            self.kubelet == Some(flow.remote)
+        }
+
+        fn is_probe_source(&self, peer: &Addr) -> bool {
+            self.probe_source == Some(*peer)
+        }
+    }
+
+    impl Env for Node {
+        fn pod_id(&self) -> PodId {
+            OWN
+        }
+
+        fn application_listens(&self, _: &Segment) -> bool {
+            self.ask(Asked::Application, self.application_listens)
+        }
+
+        fn is_open(&self, _: &Segment) -> bool {
+            self.ask(Asked::Open, self.is_open)
+        }
+
+        fn has_connection(&self, _: &Segment) -> bool {
+            self.ask(Asked::Connection, self.connection)
+        }
+
+        fn completes_cookie(&self, pod_id: PodId) -> bool {
+            only_own(pod_id);
+            self.cookie
+        }
+
+        fn excludes_outbound(&self, pod_id: PodId, flow: &Flow) -> bool {
+            only_own(pod_id);
+            self.excluded_outbound == Some(flow.remote)
+        }
+
+        fn proxy(&self, pod_id: PodId, kind: u32, _: &Segment) -> Proxy {
+            only_own(pod_id);
+            self.asked.borrow_mut().push(Asked::Proxy(kind));
+            self.proxy
+        }
+
+        fn strays(&self, pod_id: PodId) -> bool {
+            only_own(pod_id);
+            self.strays
+        }
+
+        fn is_forwarded(&self) -> bool {
+            self.forwarded
+        }
+
+        fn settled(&self, _: &Segment) -> Option<u32> {
+            self.settled
+        }
+    }
+
+    const PROXY_STATES: [Proxy; 3] = [Proxy::Listens, Proxy::AwayWithinGrace, Proxy::Away];
+    const PROXYS_PORTS: [u16; 3] = [PORT_OUTBOUND, PORT_INBOUND, PORT_HBONE];
+
+    /// Every way for a stranger to be let in past the proxy, and what it counts as; the pod with it
+    /// has these flags besides.
+    fn past_proxy_ways(a: &Addresses, flags: u32) -> [(Node, Counter); 5] {
+        let new = |more| Node::new(a, Some(POD_ENROLLED | flags | more));
+        let stranger = Some(a.stranger);
+        let rules = || new(POD_INBOUND_RULES);
+        [
+            (new(POD_BYPASS_INBOUND), Counter::BypassedInbound),
+            (Node { excluded_port: Some(SERVER_PORT), ..rules() }, Counter::BypassedInbound),
+            (Node { excluded_peer: stranger, ..rules() }, Counter::BypassedInbound),
+            (Node { kubelet: stranger, ..new(0) }, Counter::KubeletProbe),
+            (Node { probe_source: stranger, ..new(0) }, Counter::ProbeSource),
+        ]
+    }
+
+    /// The client opens a connection.
+    fn syn(src: Addr, dst: Addr) -> Segment {
+        let (src_port, dst_port) = (CLIENT_PORT, SERVER_PORT);
+        Segment { src, dst, src_port, dst_port, opens: true, accepts: false }
+    }
+
+    /// Later on.
+    fn data(src: Addr, dst: Addr) -> Segment {
+        Segment { opens: false, ..syn(src, dst) }
+    }
+
+    /// The server's packets.
+    fn reply(src: Addr, dst: Addr) -> Segment {
+        let (src_port, dst_port) = (SERVER_PORT, CLIENT_PORT);
+        Segment { src_port, dst_port, ..data(src, dst) }
+    }
+
+    fn syn_ack(src: Addr, dst: Addr) -> Segment {
+        Segment { accepts: true, ..reply(src, dst) }
+    }
+
+    fn flow(local: Addr, remote: Addr) -> Flow {
+        Flow { local, remote, local_port: SERVER_PORT, remote_port: CLIENT_PORT }
+    }
+
+    /// Verdicts on the pod itself.
+    const GOES_ON: Verdict = Verdict { pod_id: OWN, ..Verdict::NEXT };
+    const MARKED: Verdict = Verdict { mark: Some(MARK_DIRECT), ..GOES_ON };
+
+    fn refused(verdict: Verdict, fate: Fate, counter: Counter) -> Verdict {
+        Verdict { fate, count: Some(counter), ..verdict }
+    }
+
+    #[test]
+    fn only_the_bits_of_the_mesh_are_read_and_written() {
+        assert_eq!(mesh_mark(0xabcd_e539), MARK_PROXY);
+        assert_eq!(with_mesh_mark(0xabcd_e539, MARK_DIRECT), 0xabcd_e0d1);
+        assert_eq!(with_mesh_mark(0xffff_ffff, 0), 0xffff_f000);
+    }
+
+    #[test]
+    fn the_proxy_delivers_to_the_application() {
+        let hint = Some(HINT_FROM_PROXY);
+        let delivered = Verdict { mark: Some(MARK_REDIRECTED), hint, ..GOES_ON };
+        for a in both_families() {
+            // From a client's address, wherever that client is, to any address of the namespace; and
+            // every packet, not only the SYN.
+            for (client, server) in
+                [(a.stranger, a.own), (a.own, a.own_second), (a.stranger, a.guest)]
+            {
+                for pod in [UNKNOWN, BYPASSING, PREPARING, CAPTURING] {
+                    for mark in [MARK_PROXY, 0xabcd_e000 | MARK_PROXY] {
+                        let node = Node::new(&a, pod);
+                        let open = syn(client, server);
+                        assert_eq!(on_lo(mark, Some(&open), &node), delivered);
+                        node.assert_asked(&[Asked::Open]);
+                        for later in [data(client, server), syn_ack(client, server)] {
+                            assert_eq!(on_lo(mark, Some(&later), &node), delivered);
+                            node.assert_asked(&[]);
+                        }
+                    }
+                }
+            }
+        }
+    }
+
+    #[test]
+    fn the_proxy_calls_by_a_port_that_another_connection_has() {
+        for a in both_families() {
+            for pod in [UNKNOWN, PREPARING, CAPTURING] {
+                let node = Node { is_open: true, ..Node::new(&a, pod) };
+                let found = on_lo(MARK_PROXY, Some(&syn(a.stranger, a.own)), &node);
+                assert_eq!(found, refused(GOES_ON, Fate::Reset, Counter::RefusedPortTaken));
+                let open = on_lo(MARK_PROXY, Some(&data(a.stranger, a.own)), &node);
+                assert_eq!(open.fate, Fate::Next, "it is that connection's");
+            }
+        }
+    }
+
+    #[test]
+    fn on_lo_what_cannot_be_parsed_has_no_hint() {
+        for a in both_families() {
+            let node = Node::new(&a, CAPTURING);
+            let proxys = Verdict { mark: Some(MARK_REDIRECTED), ..Verdict::NEXT };
+            assert_eq!(on_lo(MARK_PROXY, None, &node), proxys);
+            for mark in [0, MARK_DIRECT, MARK_TO_PROXY] {
+                assert_eq!(on_lo(mark, None, &node), Verdict::NEXT);
+            }
+            node.assert_asked(&[]);
+        }
+    }
+
+    const FROM_POD: Verdict = Verdict { hint: Some(HINT_FROM_POD), ..GOES_ON };
+
+    #[test]
+    fn the_pod_opens_a_connection() {
+        for a in both_families() {
+            for (proxy, expected) in [
+                (Proxy::Listens, FROM_POD),
+                (Proxy::AwayWithinGrace, refused(FROM_POD, Fate::Drop, Counter::DroppedProxyAway)),
+                (Proxy::Away, refused(FROM_POD, Fate::Reset, Counter::RefusedProxyAway)),
+            ] {
+                // One that leaves the mesh still needs its proxy on `lo`; and of one that nothing is
+                // known of, nothing gets past it.
+                for pod in [UNKNOWN, PREPARING, CAPTURING, capturing(u32::MAX)] {
+                    // From any address: that of a route, a VIP on `lo`, a forged one. To neighbours,
+                    // too: it is the caller's proxy that counts.
+                    for client in [a.own, a.own_second, a.guest, a.neighbour, a.loopback] {
+                        for server in [a.stranger, a.neighbour, a.guest] {
+                            // Of these only the proxy's mark makes a difference.
+                            for mark in
+                                [0, MARK_REDIRECTED, MARK_DIRECT, MARK_TO_PROXY, 0xabcd_e000]
+                            {
+                                let node = Node { proxy, ..Node::new(&a, pod) };
+                                let found = on_lo(mark, Some(&syn(client, server)), &node);
+                                assert_eq!(found, expected);
+                                node.assert_asked(&[Asked::Proxy(LISTENER_OUTBOUND)]);
+                            }
+                        }
+                    }
+                }
+            }
+        }
+    }
+
+    #[test]
+    fn on_lo_everything_else_goes_on_as_the_pods() {
+        for a in both_families() {
+            for (scenario, pod, segment) in [
+                ("an open connection", CAPTURING, data(a.own, a.stranger)),
+                ("an open connection, answered", CAPTURING, reply(a.own, a.stranger)),
+                ("loopback calls loopback", CAPTURING, syn(a.loopback, a.loopback)),
+                ("loopback answers loopback", CAPTURING, syn_ack(a.loopback, a.loopback)),
+                ("the pod calls loopback", CAPTURING, syn(a.own, a.loopback_other)),
+                ("the pod calls a link-local address", CAPTURING, syn(a.own, link_local())),
+                ("the pod calls itself", CAPTURING, syn(a.own, a.own)),
+                ("the pod calls its other address", CAPTURING, syn(a.own, a.own_second)),
+                ("the pod answers itself", CAPTURING, syn_ack(a.own, a.own_second)),
+                ("a pod that bypasses calls", BYPASSING, syn(a.own, a.stranger)),
+            ] {
+                let node = Node { proxy: Proxy::Away, ..Node::new(&a, pod) };
+                assert_eq!(on_lo(0, Some(&segment), &node), FROM_POD, "{scenario}");
+                assert!(!node.asked.take().contains(&Asked::Proxy(LISTENER_OUTBOUND)));
+            }
+        }
+    }
+
+    #[test]
+    fn an_answer_past_the_proxy_has_lost_its_mark_and_leaves_all_the_same() {
+        let leaves = Verdict { fate: Fate::Leave, strays: true, ..MARKED };
+        for a in both_families() {
+            let accepts = syn_ack(a.own, a.stranger);
+            let later = reply(a.own, a.stranger);
+            for flags in [0, POD_CAPTURE] {
+                for (node, _) in past_proxy_ways(&a, flags) {
+                    let count = Some(Counter::RescuedDirect);
+                    let found = on_lo(0, Some(&accepts), &node);
+                    assert_eq!(found, Verdict { count, ..leaves });
+                    // Connections are counted, not packets; and before one has strayed nobody asks.
+                    node.assert_asked(&[Asked::Connection]);
+                    assert_eq!(on_lo(0, Some(&later), &node), FROM_POD);
+                    node.assert_asked(&[]);
+                    let node = Node { strays: true, ..node };
+                    assert_eq!(on_lo(0, Some(&later), &node), leaves);
+
+                    let peers = [node.kubelet, node.probe_source, node.excluded_peer];
+                    let others = peers.iter().flatten().map(|_| a.neighbour);
+                    for to in [a.own_second, a.loopback].into_iter().chain(others) {
+                        for segment in [syn_ack(a.own, to), reply(a.own, to)] {
+                            assert_eq!(on_lo(0, Some(&segment), &node), FROM_POD, "{to:?}");
+                        }
+                    }
+                    for port in PROXYS_PORTS {
+                        let proxys = Segment { src_port: port, ..accepts };
+                        assert_eq!(on_lo(0, Some(&proxys), &node), FROM_POD, "port {port}");
+                    }
+                    let here = Node { connection: true, ..node };
+                    for segment in [accepts, later] {
+                        assert_eq!(on_lo(0, Some(&segment), &here), FROM_POD, "its peer is here");
+                    }
+                    let unknown = Node { connection: false, pod: UNKNOWN, ..here };
+                    assert_eq!(on_lo(0, Some(&accepts), &unknown), FROM_POD);
+                }
+            }
+        }
+    }
+
+    #[test]
+    fn what_is_not_ip_is_left_alone() {
+        for a in both_families() {
+            let node = Node::new(&a, CAPTURING);
+            assert_eq!(on_interface(false, None, &node), Verdict::NEXT);
+            let interface = Virtual { pod_id: OWN, flags: VIRTUAL_CAPTURE };
+            assert_eq!(on_virtual(false, None, false, &interface, &node), Verdict::NEXT);
+            node.assert_asked(&[]);
+        }
+    }
+
+    #[test]
+    fn what_comes_from_outside_is_marked_and_goes_on() {
+        for a in both_families() {
+            for (scenario, pod, segment) in [
+                ("not TCP, or not to be parsed", CAPTURING, None),
+                ("an open connection", CAPTURING, Some(data(a.stranger, a.own))),
+                ("an answer", CAPTURING, Some(syn_ack(a.stranger, a.own))),
+                ("an open connection, forged", CAPTURING, Some(data(a.own, a.own))),
+                ("to a pod that bypasses", BYPASSING, Some(syn(a.stranger, a.own))),
+                ("to a pod that nothing is known of", UNKNOWN, Some(syn(a.stranger, a.own))),
+            ] {
+                let absent = Node { proxy: Proxy::Away, ..Node::new(&a, pod) };
+                let node = Node { application_listens: false, ..absent };
+                let pod_id = if segment.is_some_and(|s| s.opens) { OWN } else { 0 };
+                let found = on_interface(true, segment.as_ref(), &node);
+                assert_eq!(found, Verdict { pod_id, ..MARKED }, "{scenario}");
+                node.assert_asked(&[]);
+            }
+        }
+    }
+
+    #[test]
+    fn who_pretends_to_be_the_pod_itself_or_its_loopback_is_dropped() {
+        for a in both_families() {
+            for (src, dst) in [
+                (a.own, a.own),
+                (a.own_second, a.own),
+                (a.own, a.guest),
+                (a.loopback, a.own),
+                (a.loopback_other, a.own),
+                (a.stranger, a.loopback),
+                (a.loopback, a.loopback_other),
+            ] {
+                for flags in [0, POD_CAPTURE] {
+                    // No setting lets them in.
+                    for (node, _) in past_proxy_ways(&a, flags) {
+                        for dst_port in [SERVER_PORT, PORT_HBONE] {
+                            let segment = Segment { dst_port, ..syn(src, dst) };
+                            let found = on_interface(true, Some(&segment), &node);
+                            let counter = Counter::RefusedForgedAddress;
+                            assert_eq!(found, refused(MARKED, Fate::Drop, counter));
+                            node.assert_asked(&[]);
+                        }
+                    }
+                }
+            }
+        }
+    }
+
+    #[test]
+    fn nobody_listens_in_the_pod() {
+        for a in both_families() {
+            for own in [a.own, a.own_second] {
+                // Whether the proxy listens does not matter: it is not asked.
+                for proxy in PROXY_STATES {
+                    let deaf = Node { application_listens: false, ..Node::new(&a, CAPTURING) };
+                    let node = Node { proxy, ..deaf };
+                    let found = on_interface(true, Some(&syn(a.stranger, own)), &node);
+                    assert_eq!(found, refused(MARKED, Fate::Reset, Counter::NoListener));
+                    node.assert_asked(&[Asked::Application]);
+                }
+            }
+        }
+    }
+
+    /// What a call from outside is without its proxy, while all calls are captured.
+    fn called(proxy: Proxy) -> Verdict {
+        match proxy {
+            Proxy::AwayWithinGrace => refused(MARKED, Fate::Drop, Counter::DroppedProxyAway),
+            // `sk_lookup` refuses.
+            Proxy::Listens | Proxy::Away => Verdict { hint: Some(HINT_FROM_OUTSIDE), ..MARKED },
+        }
+    }
+
+    #[test]
+    fn an_application_listens_in_the_pod() {
+        for a in both_families() {
+            for proxy in PROXY_STATES {
+                for client in [a.stranger, a.neighbour, link_local()] {
+                    // On the proxy's own ports, too.
+                    for dst_port in [SERVER_PORT, PORT_OUTBOUND, PORT_INBOUND] {
+                        let node = Node { proxy, ..Node::new(&a, CAPTURING) };
+                        let segment = Segment { dst_port, ..syn(client, a.own) };
+                        assert_eq!(on_interface(true, Some(&segment), &node), called(proxy));
+                        node.assert_asked(&[Asked::Application, Asked::Proxy(LISTENER_INBOUND)]);
+                    }
+                }
+            }
+        }
+    }
+
+    #[test]
+    fn an_address_that_only_a_route_makes_the_pods_is_called() {
+        for a in both_families() {
+            for proxy in PROXY_STATES {
+                let deaf = Node { application_listens: false, ..Node::new(&a, CAPTURING) };
+                let node = Node { proxy, ..deaf };
+                let found = on_interface(true, Some(&syn(a.stranger, a.guest)), &node);
+                assert_eq!(found, called(proxy));
+                node.assert_asked(&[Asked::Proxy(LISTENER_INBOUND)]);
+            }
+        }
+    }
+
+    #[test]
+    fn the_listener_is_at_hand_when_capture_begins() {
+        for a in both_families() {
+            for (dst_port, kind) in [(SERVER_PORT, LISTENER_INBOUND), (PORT_HBONE, LISTENER_HBONE)]
+            {
+                for proxy in PROXY_STATES {
+                    let deaf = Node { application_listens: false, ..Node::new(&a, PREPARING) };
+                    let node = Node { proxy, ..deaf };
+                    let segment = Segment { dst_port, ..syn(a.stranger, a.own) };
+                    let found = on_interface(true, Some(&segment), &node);
+                    assert_eq!(found, called(Proxy::Listens), "nothing is captured yet");
+                    node.assert_asked(&[Asked::Proxy(kind)]);
+                }
+            }
+        }
+    }
+
+    #[test]
+    fn hbone_comes_to_the_pod() {
+        for a in both_families() {
+            for flags in [0, POD_BYPASS_INBOUND, POD_INBOUND_RULES] {
+                for proxy in PROXY_STATES {
+                    for dst in [a.own, a.guest] {
+                        // No application has that port: it is not asked for.
+                        let deaf = Node::new(&a, capturing(flags));
+                        let excluded_port = Some(PORT_HBONE);
+                        let deaf = Node { application_listens: false, excluded_port, ..deaf };
+                        let node = Node { proxy, ..deaf };
+                        let segment = Segment { dst_port: PORT_HBONE, ..syn(a.stranger, dst) };
+                        assert_eq!(on_interface(true, Some(&segment), &node), called(proxy));
+                        node.assert_asked(&[Asked::Proxy(LISTENER_HBONE)]);
+                    }
+                }
+            }
+        }
+    }
+
+    #[test]
+    fn what_settings_keep_off_the_proxy_needs_none() {
+        for a in both_families() {
+            for flags in [0, POD_CAPTURE] {
+                for (node, _) in past_proxy_ways(&a, flags) {
+                    let deaf = Node { application_listens: false, ..node };
+                    let node = Node { proxy: Proxy::Away, ..deaf };
+                    let found = on_interface(true, Some(&syn(a.stranger, a.own)), &node);
+                    assert_eq!(found, Verdict { hint: Some(HINT_PAST_PROXY), ..MARKED });
+                    node.assert_asked(&[]);
+                    for dst_port in PROXYS_PORTS {
+                        let node =
+                            Node { excluded_port: Some(dst_port), ..Node::new(&a, node.pod) };
+                        let segment = Segment { dst_port, ..syn(a.stranger, a.own) };
+                        let found = on_interface(true, Some(&segment), &node);
+                        assert_ne!(found.hint, Some(HINT_PAST_PROXY), "not for outsiders");
+                    }
+                }
+            }
+            let without = Node { excluded_port: Some(SERVER_PORT), ..Node::new(&a, CAPTURING) };
+            let found = on_interface(true, Some(&syn(a.stranger, a.own)), &without);
+            assert_eq!(found, called(Proxy::Listens), "without the flag nobody looks at the rules");
+        }
+    }
+
+    const VIRTUAL: Virtual = Virtual { pod_id: OWN, flags: VIRTUAL_CAPTURE };
+    const REROUTED: Verdict = Verdict { mark: Some(MARK_TO_PROXY), ..GOES_ON };
+    const FOR_PROXY: Verdict = Verdict { hint: Some(HINT_FROM_VIRTUAL), ..REROUTED };
+
+    #[test]
+    fn guests_open_connections_by_the_proxy() {
+        for a in both_families() {
+            for (proxy, expected) in [
+                (Proxy::Listens, FOR_PROXY),
+                (Proxy::AwayWithinGrace, refused(MARKED, Fate::Drop, Counter::DroppedProxyAway)),
+                (Proxy::Away, refused(MARKED, Fate::Reset, Counter::RefusedProxyAway)),
+            ] {
+                // Whatever address a guest pretends to have.
+                for (src, dst) in
+                    [(a.guest, a.stranger), (a.guest, a.neighbour), (a.own, a.stranger)]
+                {
+                    let node = Node { proxy, ..Node::new(&a, CAPTURING) };
+                    let found = on_virtual(true, Some(&syn(src, dst)), false, &VIRTUAL, &node);
+                    assert_eq!(found, expected);
+                    node.assert_asked(&[Asked::Proxy(LISTENER_OUTBOUND)]);
+                }
+            }
+        }
+    }
+
+    #[test]
+    fn what_settings_exclude_of_guests_is_forwarded_and_needs_no_proxy() {
+        for a in both_families() {
+            let segment = syn(a.guest, a.stranger);
+            let rules = Virtual { flags: VIRTUAL_CAPTURE | VIRTUAL_RULES, ..VIRTUAL };
+            let away = || Node { proxy: Proxy::Away, ..Node::new(&a, CAPTURING) };
+            let excluded = || Node { excluded_outbound: Some(a.stranger), ..away() };
+            for (interface, node, fate) in [
+                (Virtual { flags: 0, ..VIRTUAL }, away(), Fate::Next),
+                (Virtual { flags: VIRTUAL_RULES, ..VIRTUAL }, away(), Fate::Next),
+                (rules, excluded(), Fate::Next),
+                (rules, away(), Fate::Reset),
+                (VIRTUAL, excluded(), Fate::Reset),
+            ] {
+                let found = on_virtual(true, Some(&segment), false, &interface, &node);
+                match fate {
+                    Fate::Next => {
+                        assert_eq!(found, MARKED);
+                        node.assert_asked(&[]);
+                    }
+                    refused => assert_eq!(found.fate, refused),
+                }
+            }
+        }
+    }
+
+    #[test]
+    fn guests_connections_keep_their_way_whatever_is_captured() {
+        for a in both_families() {
+            for flags in [0, VIRTUAL_CAPTURE, VIRTUAL_CAPTURE | VIRTUAL_RULES] {
+                let interface = Virtual { flags, ..VIRTUAL };
+                let new = || Node { proxy: Proxy::Away, ..Node::new(&a, CAPTURING) };
+                let completes = if flags == 0 { MARKED } else { FOR_PROXY };
+                for segment in [data(a.guest, a.stranger), syn_ack(a.guest, a.stranger)] {
+                    for (node, expected) in [
+                        (new(), MARKED),
+                        (Node { connection: true, ..new() }, REROUTED),
+                        (Node { cookie: true, ..new() }, completes),
+                    ] {
+                        let found = on_virtual(true, Some(&segment), false, &interface, &node);
+                        assert_eq!(found, expected);
+                    }
+                }
+            }
+        }
+    }
+
+    #[test]
+    fn what_guests_send_to_the_pod_itself_is_inbound() {
+        for a in both_families() {
+            let node = Node::new(&a, CAPTURING);
+            for (dst, inbound) in [
+                (a.own, true),
+                (a.own_second, true),
+                (a.neighbour, false),
+                (a.stranger, false),
+                (a.loopback, false),
+            ] {
+                assert_eq!(is_inbound(Some(&syn(a.guest, dst)), OWN, &node), inbound);
+                assert_eq!(is_inbound(Some(&data(a.guest, dst)), OWN, &node), inbound);
+            }
+            assert!(!is_inbound(None, OWN, &node));
+        }
+    }
+
+    #[test]
+    fn of_guests_only_tcp_is_concerned_and_none_of_it_hides() {
+        for a in both_families() {
+            let node = Node { proxy: Proxy::Away, ..Node::new(&a, CAPTURING) };
+            let dropped = refused(MARKED, Fate::Drop, Counter::DroppedUnreadable);
+            let idle = Virtual { flags: 0, ..VIRTUAL };
+            assert_eq!(on_virtual(true, None, false, &VIRTUAL, &node), MARKED);
+            assert_eq!(on_virtual(true, None, true, &VIRTUAL, &node), dropped);
+            assert_eq!(on_virtual(true, None, true, &idle, &node), MARKED);
+            for dst in [link_local(), a.loopback] {
+                let found = on_virtual(true, Some(&syn(a.guest, dst)), false, &VIRTUAL, &node);
+                assert_eq!(found, MARKED);
+            }
+            node.assert_asked(&[]);
+        }
+    }
+
+    const RESCUED: Verdict = Verdict {
+        fate: Fate::ToLo,
+        mark: Some(MARK_TO_PROXY),
+        settle: Some(WAY_REDIRECTED),
+        ..GOES_ON
+    };
+
+    fn tcp(segment: Segment) -> Message {
+        Message { segment, tcp: true, is_query: true, ends: false }
+    }
+
+    fn udp(segment: Segment) -> Message {
+        Message { tcp: false, ..tcp(segment) }
+    }
+
+    fn guarded(message: Message, node: &Node) -> Verdict {
+        on_egress(Some(&message), false, node)
+    }
+
+    #[test]
+    fn the_guard_brings_back_what_the_pod_opens() {
+        let rescued = Verdict { count: Some(Counter::RescuedOutbound), ..RESCUED };
+        for a in both_families() {
+            for (scenario, pod, expected) in [
+                ("capturing", CAPTURING, rescued),
+                ("with settings for inbound", capturing(POD_BYPASS_INBOUND), rescued),
+                ("with rules for outbound", capturing(POD_OUTBOUND_RULES), rescued),
+                ("preparing", PREPARING, GOES_ON),
+                ("bypassing", BYPASSING, GOES_ON),
+                ("unknown", UNKNOWN, refused(GOES_ON, Fate::Drop, Counter::RefusedUnknownPod)),
+            ] {
+                // From any address, and to itself: some route has taken it out here.
+                for (src, dst) in [
+                    (a.own, a.stranger),
+                    (a.guest, a.neighbour),
+                    (a.loopback, a.stranger),
+                    (a.own, a.own_second),
+                ] {
+                    // Ports of the mesh are ports like others; an open connection of the same ports,
+                    // and what another one of the socket was, do not count.
+                    for dst_port in [SERVER_PORT, PORT_HBONE, PORT_DNS] {
+                        for settled in [None, Some(WAY_DIRECT), Some(WAY_REDIRECTED)] {
+                            let node = Node { settled, connection: true, ..Node::new(&a, pod) };
+                            let node = Node { proxy: Proxy::Away, ..node };
+                            let message = tcp(Segment { dst_port, ..syn(src, dst) });
+                            assert_eq!(guarded(message, &node), expected, "{scenario}");
+                            // `lo` asks for the proxy.
+                            node.assert_asked(&[]);
+                        }
+                    }
+                }
+            }
+        }
+    }
+
+    #[test]
+    fn the_guard_lets_out_what_settings_exclude() {
+        for a in both_families() {
+            let rules = capturing(POD_OUTBOUND_RULES);
+            for (pod, excluded, expected) in [
+                (rules, a.stranger, GOES_ON),
+                (rules, a.neighbour, Verdict { count: Some(Counter::RescuedOutbound), ..RESCUED }),
+                // Without the flag nobody looks at the rules.
+                (
+                    CAPTURING,
+                    a.stranger,
+                    Verdict { count: Some(Counter::RescuedOutbound), ..RESCUED },
+                ),
+            ] {
+                let node = Node { excluded_outbound: Some(excluded), ..Node::new(&a, pod) };
+                assert_eq!(guarded(tcp(syn(a.own, a.stranger)), &node), expected);
+            }
+        }
+    }
+
+    #[test]
+    fn the_guard_leaves_loopback_link_local_and_what_is_no_tcp_alone() {
+        let query = |segment| Segment { dst_port: PORT_DNS, ..segment };
+        for a in both_families() {
+            for (scenario, message) in [
+                ("to loopback", tcp(syn(a.own, a.loopback))),
+                ("to a link-local address", tcp(syn(a.own, link_local()))),
+                ("a query to loopback", udp(query(syn(a.own, a.loopback)))),
+                ("a query to a link-local resolver", udp(query(syn(a.own, link_local())))),
+                ("a datagram", udp(syn(a.own, a.stranger))),
+                (
+                    "an answer to who asked from port 53",
+                    Message { is_query: false, ..udp(query(syn(a.own, a.stranger))) },
+                ),
+            ] {
+                for pod in [UNKNOWN, BYPASSING, PREPARING, capturing(POD_DNS)] {
+                    let node = Node { connection: true, ..Node::new(&a, pod) };
+                    assert_eq!(guarded(message, &node), Verdict::NEXT, "{scenario}");
+                    node.assert_asked(&[]);
+                }
+            }
+        }
+    }
+
+    #[test]
+    fn the_guard_brings_queries_to_the_proxys_dns() {
+        let to_lo = Verdict { count: Some(Counter::RescuedDns), ..RESCUED };
+        let unknown = refused(GOES_ON, Fate::Drop, Counter::RefusedUnknownPod);
+        for a in both_families() {
+            let query = Segment { dst_port: PORT_DNS, ..syn(a.own, a.stranger) };
+            for (pod, expected) in [
+                // Whether or not anything else is captured, or excluded.
+                (capturing(POD_DNS), to_lo),
+                (capturing(POD_DNS | POD_OUTBOUND_RULES), to_lo),
+                (PREPARING.map(|pod| pod | POD_DNS), to_lo),
+                (PREPARING, GOES_ON),
+                (BYPASSING, GOES_ON),
+                (UNKNOWN, unknown),
+            ] {
+                let node = Node { excluded_outbound: Some(a.stranger), ..Node::new(&a, pod) };
+                assert_eq!(guarded(tcp(query), &node), expected);
+                // A socket asks many resolvers: nothing is noted of it.
+                assert_eq!(guarded(udp(query), &node), Verdict { settle: None, ..expected });
+            }
+            let node = Node::new(&a, CAPTURING);
+            assert_eq!(guarded(udp(query), &node), GOES_ON, "DNS is not captured");
+            let expected = Verdict { count: Some(Counter::RescuedOutbound), ..RESCUED };
+            assert_eq!(guarded(tcp(query), &node), expected, "it is a connection like any other");
+        }
+    }
+
+    #[test]
+    fn the_guard_lets_out_what_is_only_forwarded() {
+        let counted = Verdict { count: Some(Counter::Forwarded), ..GOES_ON };
+        for a in both_families() {
+            let query = Segment { dst_port: PORT_DNS, ..syn(a.guest, a.stranger) };
+            for (scenario, message, expected) in [
+                ("a guest opens a connection", tcp(syn(a.guest, a.stranger)), counted),
+                ("to a resolver", tcp(query), counted),
+                ("a guest's data", tcp(data(a.guest, a.stranger)), Verdict::NEXT),
+                ("a guest's query", udp(query), Verdict::NEXT),
+            ] {
+                for pod in [UNKNOWN, BYPASSING, PREPARING, capturing(POD_DNS)] {
+                    let node = Node { forwarded: true, connection: true, ..Node::new(&a, pod) };
+                    assert_eq!(guarded(message, &node), expected, "{scenario}");
+                    node.assert_asked(&[]);
+                }
+            }
+        }
+    }
+
+    #[test]
+    fn the_guard_keeps_connections_on_the_way_that_was_found() {
+        let to_lo = Verdict { fate: Fate::ToLo, mark: Some(MARK_TO_PROXY), ..Verdict::NEXT };
+        for a in both_families() {
+            for (way, expected) in [(WAY_REDIRECTED, to_lo), (WAY_DIRECT, Verdict::NEXT)] {
+                for pod in [UNKNOWN, BYPASSING, PREPARING, CAPTURING] {
+                    for segment in [
+                        data(a.own, a.stranger),
+                        reply(a.own, a.stranger),
+                        syn_ack(a.own, a.stranger),
+                    ] {
+                        let node = Node { settled: Some(way), ..Node::new(&a, pod) };
+                        assert_eq!(guarded(tcp(segment), &node), expected);
+                        // It costs no lookup.
+                        node.assert_asked(&[]);
+                    }
+                }
+            }
+        }
+    }
+
+    #[test]
+    fn the_guard_brings_packets_back_whose_peer_is_here() {
+        for a in both_families() {
+            // The proxy's socket has the client's address.
+            let accepts = syn_ack(a.own, a.stranger);
+            let count = Some(Counter::RescuedInbound);
+            for pod in [PREPARING, CAPTURING, capturing(POD_BYPASS_INBOUND)] {
+                // An answer of a listener has no socket that the guard could see.
+                for forwarded in [false, true] {
+                    let node = Node { connection: true, forwarded, ..Node::new(&a, pod) };
+                    assert_eq!(guarded(tcp(accepts), &node), Verdict { count, ..RESCUED });
+                    node.assert_asked(&[Asked::Connection]);
+                }
+                for later in [reply(a.own, a.stranger), data(a.own, a.stranger)] {
+                    let node = Node { connection: true, ..Node::new(&a, pod) };
+                    // Connections are counted, not packets.
+                    assert_eq!(guarded(tcp(later), &node), RESCUED);
+                }
+            }
+            for (pod, expected) in [
+                (BYPASSING, GOES_ON),
+                (UNKNOWN, refused(GOES_ON, Fate::Drop, Counter::RefusedUnknownPod)),
+            ] {
+                for segment in [accepts, reply(a.own, a.stranger)] {
+                    let node = Node { connection: true, ..Node::new(&a, pod) };
+                    assert_eq!(guarded(tcp(segment), &node), expected);
+                }
+            }
+        }
+    }
+
+    #[test]
+    fn the_guard_refuses_who_was_accepted_past_the_proxy() {
+        let direct = Verdict { settle: Some(WAY_DIRECT), ..GOES_ON };
+        let aborted = refused(GOES_ON, Fate::Abort, Counter::RefusedPastProxy);
+        for a in both_families() {
+            let accepts = syn_ack(a.own, a.stranger);
+            let later = reply(a.own, a.stranger);
+            for (scenario, node, segment, expected) in [
+                ("TPROXY in the pod", Node::new(&a, CAPTURING), accepts, aborted),
+                ("nothing is captured yet", Node::new(&a, PREPARING), accepts, direct),
+                (
+                    "a guest accepts",
+                    Node { forwarded: true, ..Node::new(&a, CAPTURING) },
+                    accepts,
+                    direct,
+                ),
+                ("older than enrolment", Node::new(&a, CAPTURING), later, direct),
+                (
+                    "older, the pod's own call",
+                    Node::new(&a, CAPTURING),
+                    data(a.own, a.stranger),
+                    direct,
+                ),
+            ] {
+                assert_eq!(guarded(tcp(segment), &node), expected, "{scenario}");
+                node.assert_asked(&[Asked::Connection]);
+            }
+            for (node, _) in past_proxy_ways(&a, POD_CAPTURE) {
+                assert_eq!(guarded(tcp(accepts), &node), direct, "settings let them in");
+                for src_port in PROXYS_PORTS {
+                    let proxys = Segment { src_port, ..accepts };
+                    assert_eq!(guarded(tcp(proxys), &node), aborted, "not for outsiders");
+                }
+            }
+        }
+    }
+
+    #[test]
+    fn the_guard_drops_tcp_that_it_cannot_read() {
+        let dropped = refused(GOES_ON, Fate::Drop, Counter::DroppedUnreadable);
+        for a in both_families() {
+            for (pod, expected) in [
+                (UNKNOWN, dropped),
+                (BYPASSING, Verdict::NEXT),
+                (PREPARING, Verdict::NEXT),
+                (CAPTURING, dropped),
+            ] {
+                let node = Node::new(&a, pod);
+                assert_eq!(on_egress(None, true, &node), expected);
+                assert_eq!(on_egress(None, false, &node), Verdict::NEXT, "it is no TCP");
+                let node = Node { forwarded: true, ..node };
+                assert_eq!(on_egress(None, true, &node), Verdict::NEXT, "it is not the pod's");
+            }
+        }
+    }
+
+    const LO: bool = true;
+    const OUTSIDE: bool = false;
+    const OUTBOUND: Steer = Steer::Redirect(LISTENER_OUTBOUND);
+    const INBOUND: Steer = Steer::Redirect(LISTENER_INBOUND);
+    const HBONE: Steer = Steer::Redirect(LISTENER_HBONE);
+    const UNTOUCHED: Steer = Steer::Pass(None);
+    const FORGED: Steer = Steer::Refuse(Counter::RefusedForgedAddress);
+
+    /// Every kind of a hint, and one that there is not.
+    const KINDS: [u32; 8] = [
+        HINT_NONE,
+        HINT_FROM_PROXY,
+        HINT_QUESTION,
+        HINT_FROM_POD,
+        HINT_FROM_VIRTUAL,
+        HINT_FROM_OUTSIDE,
+        HINT_PAST_PROXY,
+        99,
+    ];
+
+    fn lookup(local: Addr, remote: Addr, on_lo: bool, kind: u32) -> Lookup {
+        let flow = flow(local, remote);
+        Lookup { pod_id: OWN, tcp: true, flow, on_lo, hint: Hint { flow, pod_id: OWN, kind } }
+    }
+
+    fn to_port(lookup: Lookup, port: u16) -> Lookup {
+        let flow = Flow { local_port: port, ..lookup.flow };
+        Lookup { flow, hint: Hint { flow, ..lookup.hint }, ..lookup }
+    }
+
+    fn counted(counter: Counter) -> Steer {
+        Steer::Pass(Some(counter))
+    }
+
+    /// What each lookup gives while the pod captures, and while it is being prepared.
+    #[track_caller]
+    fn assert_steered(a: &Addresses, rows: &[(&str, Lookup, Steer, Steer)]) {
+        for (scenario, lookup, capturing, preparing) in rows {
+            for (pod, expected) in [(CAPTURING, capturing), (PREPARING, preparing)] {
+                let found = steer(lookup, &Node::new(a, pod));
+                assert_eq!(found, *expected, "{scenario}: {pod:x?}, {lookup:?}");
+            }
+        }
+    }
+
+    #[test]
+    fn the_pod_calls() {
+        let local = counted(Counter::Local);
+        for a in both_families() {
+            let on_lo = |to| lookup(to, a.own, LO, HINT_NONE);
+            let rows = [
+                // Those that are open when the pod leaves the mesh still need the proxy.
+                ("a stranger", on_lo(a.stranger), OUTBOUND, OUTBOUND),
+                ("a pod of this node", on_lo(a.neighbour), OUTBOUND, OUTBOUND),
+                ("HBONE's port", to_port(on_lo(a.neighbour), PORT_HBONE), OUTBOUND, OUTBOUND),
+                (
+                    "by an address that only the namespace knows",
+                    lookup(a.stranger, a.guest, LO, HINT_NONE),
+                    OUTBOUND,
+                    OUTBOUND,
+                ),
+                (
+                    "by a neighbour's address",
+                    lookup(a.stranger, a.neighbour, LO, HINT_NONE),
+                    OUTBOUND,
+                    OUTBOUND,
+                ),
+                (
+                    "from loopback",
+                    lookup(a.stranger, a.loopback, LO, HINT_NONE),
+                    OUTBOUND,
+                    OUTBOUND,
+                ),
+                (
+                    "by a socket that is bound to an interface",
+                    lookup(a.stranger, a.own, OUTSIDE, HINT_FROM_POD),
+                    OUTBOUND,
+                    OUTBOUND,
+                ),
+                ("itself", on_lo(a.own), local, UNTOUCHED),
+                ("its other address", on_lo(a.own_second), local, UNTOUCHED),
+                // The kernel gives the interface that has the address.
+                (
+                    "itself, as if from outside",
+                    lookup(a.own, a.own, OUTSIDE, HINT_FROM_POD),
+                    local,
+                    UNTOUCHED,
+                ),
+                (
+                    "the proxy's port at itself",
+                    to_port(on_lo(a.own), PORT_INBOUND),
+                    local,
+                    UNTOUCHED,
+                ),
+                ("loopback", on_lo(a.loopback), UNTOUCHED, UNTOUCHED),
+                (
+                    "loopback from loopback",
+                    lookup(a.loopback, a.loopback, LO, HINT_NONE),
+                    UNTOUCHED,
+                    UNTOUCHED,
+                ),
+                ("a link-local address", on_lo(link_local()), UNTOUCHED, UNTOUCHED),
+            ];
+            assert_steered(&a, &rows);
+        }
+    }
+
+    #[test]
+    fn the_pod_is_called() {
+        for a in both_families() {
+            let by = |remote| lookup(a.own, remote, OUTSIDE, HINT_FROM_OUTSIDE);
+            let at = |local| lookup(local, a.stranger, OUTSIDE, HINT_NONE);
+            let rows = [
+                ("by a stranger", by(a.stranger), INBOUND, UNTOUCHED),
+                ("by a pod of this node", by(a.neighbour), INBOUND, UNTOUCHED),
+                ("by a link-local address", by(link_local()), INBOUND, UNTOUCHED),
+                ("in fragments: no hint", at(a.own), INBOUND, UNTOUCHED),
+                ("its other address", at(a.own_second), INBOUND, UNTOUCHED),
+                ("an address that only a route makes its own", at(a.guest), INBOUND, UNTOUCHED),
+                ("its link-local address", at(link_local()), INBOUND, UNTOUCHED),
+                (
+                    "the proxy's inbound port",
+                    to_port(by(a.stranger), PORT_INBOUND),
+                    INBOUND,
+                    UNTOUCHED,
+                ),
+                (
+                    "the proxy's outbound port",
+                    to_port(by(a.stranger), PORT_OUTBOUND),
+                    INBOUND,
+                    UNTOUCHED,
+                ),
+                ("with HBONE", to_port(by(a.stranger), PORT_HBONE), HBONE, UNTOUCHED),
+                ("with HBONE, in fragments", to_port(at(a.own), PORT_HBONE), HBONE, UNTOUCHED),
+                (
+                    "with HBONE by a neighbour",
+                    to_port(by(a.neighbour), PORT_HBONE),
+                    HBONE,
+                    UNTOUCHED,
+                ),
+            ];
+            assert_steered(&a, &rows);
+        }
+    }
+
+    #[test]
+    fn who_pretends_to_be_the_pod_itself_or_its_loopback_is_refused() {
+        for a in both_families() {
+            for (local, remote) in [
+                (a.own, a.own),
+                (a.own, a.own_second),
+                (a.guest, a.own),
+                (a.stranger, a.own),
+                (a.own, a.loopback),
+                (a.own, a.loopback_other),
+                (a.loopback, a.stranger),
+            ] {
+                for kind in [HINT_NONE, HINT_FROM_OUTSIDE, HINT_PAST_PROXY] {
+                    let found = lookup(local, remote, OUTSIDE, kind);
+                    let hbone = to_port(found, PORT_HBONE);
+                    assert_steered(
+                        &a,
+                        &[("TCP", found, FORGED, FORGED), ("HBONE", hbone, FORGED, FORGED)],
+                    );
+                    for (node, _) in past_proxy_ways(&a, POD_CAPTURE) {
+                        assert_eq!(steer(&found, &node), FORGED, "no setting lets it in");
+                    }
+                }
+            }
+        }
+    }
+
+    #[test]
+    fn settings_keep_calls_to_the_pod_off_the_proxy() {
+        for a in both_families() {
+            for kind in [HINT_PAST_PROXY, HINT_NONE] {
+                let by = |remote| lookup(a.own, remote, OUTSIDE, kind);
+                for (node, counter) in past_proxy_ways(&a, POD_CAPTURE) {
+                    assert_eq!(steer(&by(a.stranger), &node), counted(counter));
+                    for port in [PORT_OUTBOUND, PORT_INBOUND] {
+                        assert_eq!(steer(&to_port(by(a.stranger), port), &node), INBOUND);
+                    }
+                    assert_eq!(steer(&to_port(by(a.stranger), PORT_HBONE), &node), HBONE);
+                    let calls = lookup(a.stranger, a.own, LO, HINT_NONE);
+                    assert_eq!(steer(&calls, &node), OUTBOUND, "outbound is captured all the same");
+                    let from_proxy = lookup(a.own, a.stranger, LO, HINT_FROM_PROXY);
+                    assert_eq!(steer(&from_proxy, &node), counted(Counter::FromProxy));
+                }
+                for (node, _) in past_proxy_ways(&a, 0) {
+                    assert_eq!(steer(&by(a.stranger), &node), UNTOUCHED);
+                }
+                let rules = || Node::new(&a, capturing(POD_INBOUND_RULES));
+                let port = Node { excluded_port: Some(SERVER_PORT), ..rules() };
+                assert_eq!(steer(&to_port(by(a.stranger), 9090), &port), INBOUND);
+                for node in [
+                    Node { excluded_peer: Some(a.stranger), ..rules() },
+                    Node { kubelet: Some(a.stranger), ..rules() },
+                    Node { probe_source: Some(a.stranger), ..rules() },
+                    Node { excluded_port: Some(SERVER_PORT), ..Node::new(&a, CAPTURING) },
+                ] {
+                    assert_eq!(steer(&by(a.neighbour), &node), INBOUND);
+                }
+            }
+        }
+    }
+
+    #[test]
+    fn a_call_whose_destination_was_translated_in_the_pod_is_refused() {
+        const TRANSLATED: Steer = Steer::Refuse(Counter::RefusedTranslated);
+        for a in both_families() {
+            let seen = flow(a.own, a.stranger);
+            for flow in [
+                // `REDIRECT`, and `DNAT` to an address of the pod.
+                Flow { local_port: 9090, ..seen },
+                Flow { local_port: PORT_HBONE, ..seen },
+                Flow { local: a.own_second, ..seen },
+                Flow { local: a.guest, local_port: 9090, ..seen },
+            ] {
+                for (kind, expected) in [
+                    (HINT_FROM_OUTSIDE, TRANSLATED),
+                    (HINT_PAST_PROXY, counted(Counter::BypassedInbound)),
+                ] {
+                    let hint = Hint { flow: seen, pod_id: OWN, kind };
+                    let found = Lookup { flow, hint, ..lookup(a.own, a.stranger, OUTSIDE, kind) };
+                    assert_steered(&a, &[("translated", found, expected, UNTOUCHED)]);
+                    // What another packet, or another pod's, has left behind says nothing.
+                    let as_ever = if flow.local_port == PORT_HBONE { HBONE } else { INBOUND };
+                    for stale in [
+                        Hint { pod_id: NEIGHBOUR, ..hint },
+                        Hint { flow: Flow { remote: a.neighbour, ..seen }, ..hint },
+                        Hint { flow: Flow { remote_port: CLIENT_PORT + 1, ..seen }, ..hint },
+                        Hint { kind: HINT_FROM_PROXY, ..hint },
+                        Hint { kind: HINT_NONE, ..hint },
+                    ] {
+                        let found = Lookup { hint: stale, ..found };
+                        assert_steered(&a, &[("stale", found, as_ever, UNTOUCHED)]);
+                    }
+                }
+            }
+        }
+    }
+
+    #[test]
+    fn the_proxy_calls_the_application() {
+        let from_proxy = counted(Counter::FromProxy);
+        for a in both_families() {
+            for (local, remote) in [
+                (a.own, a.stranger),
+                (a.own, a.neighbour),
+                (a.own, a.own),
+                (a.own, a.loopback),
+                // Local by a route alone.
+                (a.guest, a.stranger),
+                (a.guest, a.guest),
+            ] {
+                // The kernel gives the interface that has the address.
+                for on_lo in [LO, OUTSIDE] {
+                    let found = lookup(local, remote, on_lo, HINT_FROM_PROXY);
+                    assert_steered(&a, &[("the proxy", found, from_proxy, UNTOUCHED)]);
+                }
+            }
+        }
+    }
+
+    #[test]
+    fn guests_are_the_pods_whose_interface_they_are_behind() {
+        for a in both_families() {
+            for (local, remote) in [
+                (a.stranger, a.guest),
+                (a.neighbour, a.guest),
+                // Whatever address it pretends to have.
+                (a.stranger, a.own),
+                (a.stranger, a.loopback),
+            ] {
+                for on_lo in [LO, OUTSIDE] {
+                    let found = lookup(local, remote, on_lo, HINT_FROM_VIRTUAL);
+                    assert_steered(&a, &[("a guest", found, OUTBOUND, OUTBOUND)]);
+                }
+            }
+        }
+    }
+
+    #[test]
+    fn a_hint_is_for_one_flow_of_one_pod() {
+        for a in both_families() {
+            for kind in [HINT_FROM_PROXY, HINT_QUESTION, HINT_FROM_POD, HINT_FROM_VIRTUAL] {
+                let good = lookup(a.own, a.stranger, OUTSIDE, kind);
+                assert_ne!(steer(&good, &Node::new(&a, CAPTURING)), INBOUND);
+                let Lookup { flow, hint, .. } = good;
+                let rows = [
+                    ("local", Hint { flow: Flow { local: a.own_second, ..flow }, ..hint }),
+                    ("remote", Hint { flow: Flow { remote: a.neighbour, ..flow }, ..hint }),
+                    ("local port", Hint { flow: Flow { local_port: 9090, ..flow }, ..hint }),
+                    ("remote port", Hint { flow: Flow { remote_port: 9090, ..flow }, ..hint }),
+                    ("pod", Hint { pod_id: NEIGHBOUR, ..hint }),
+                ]
+                .map(|(other, hint)| (other, Lookup { hint, ..good }, INBOUND, UNTOUCHED));
+                assert_steered(&a, &rows);
+            }
+            // So it is on `lo`, after a packet of the proxy.
+            let hint = Hint { flow: flow(a.own, a.stranger), pod_id: OWN, kind: HINT_FROM_PROXY };
+            let found = Lookup { hint, ..lookup(a.stranger, a.own, LO, HINT_NONE) };
+            assert_steered(&a, &[("the pod's call", found, OUTBOUND, OUTBOUND)]);
+        }
+    }
+
+    #[test]
+    fn what_tcx_asks_the_kernel_answers_and_nobody_counts() {
+        for a in both_families() {
+            for (local, remote) in
+                [(a.own, a.stranger), (a.stranger, a.own), (a.own, a.own), (a.loopback, a.loopback)]
+            {
+                for port in [SERVER_PORT, PORT_OUTBOUND, PORT_INBOUND, PORT_HBONE] {
+                    for on_lo in [LO, OUTSIDE] {
+                        let asked = to_port(lookup(local, remote, on_lo, HINT_QUESTION), port);
+                        for pod in [UNKNOWN, BYPASSING, PREPARING, CAPTURING] {
+                            assert_eq!(steer(&asked, &Node::new(&a, pod)), UNTOUCHED);
+                        }
+                    }
+                }
+            }
+        }
+    }
+
+    #[test]
+    fn in_a_pod_that_nothing_is_known_of_nobody_is_reached_and_one_that_bypasses_is_left_alone() {
+        let unknown = Steer::Refuse(Counter::RefusedUnknownPod);
+        for a in both_families() {
+            for (local, remote, on_lo) in [
+                (a.own, a.stranger, OUTSIDE),
+                (a.own, a.own, OUTSIDE),
+                (a.stranger, a.own, LO),
+                (a.own, a.own, LO),
+                (a.loopback, a.loopback, LO),
+            ] {
+                for kind in KINDS.into_iter().filter(|kind| *kind != HINT_QUESTION) {
+                    let tcp = lookup(local, remote, on_lo, kind);
+                    let udp = Lookup { tcp: false, ..tcp };
+                    assert_eq!(steer(&tcp, &Node::new(&a, UNKNOWN)), unknown);
+                    assert_eq!(steer(&udp, &Node::new(&a, UNKNOWN)), UNTOUCHED);
+                    for lookup in [tcp, udp] {
+                        assert_eq!(steer(&lookup, &Node::new(&a, BYPASSING)), UNTOUCHED);
+                    }
+                }
+            }
+        }
+    }
+
+    #[test]
+    fn datagrams_are_left_alone() {
+        for a in both_families() {
+            for (local, remote, on_lo) in
+                [(a.own, a.stranger, OUTSIDE), (a.stranger, a.own, LO), (a.own, a.own, OUTSIDE)]
+            {
+                for kind in KINDS {
+                    let found = Lookup { tcp: false, ..lookup(local, remote, on_lo, kind) };
+                    assert_steered(&a, &[("UDP", found, UNTOUCHED, UNTOUCHED)]);
+                }
+            }
+        }
+    }
+
+    #[test]
+    fn redirections_are_counted_by_their_direction() {
+        assert_eq!(redirected(LISTENER_OUTBOUND), Counter::RedirectedOutbound);
+        assert_eq!(redirected(LISTENER_INBOUND), Counter::RedirectedInbound);
+        assert_eq!(redirected(LISTENER_HBONE), Counter::Hbone);
+    }
+}

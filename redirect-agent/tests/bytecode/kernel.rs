@@ -4,29 +4,31 @@ use std::{
     collections::{BTreeMap, BTreeSet},
     fs::File,
     io,
-    os::fd::{AsFd as _, AsRawFd as _, OwnedFd},
+    os::fd::{AsFd as _, AsRawFd as _, BorrowedFd, OwnedFd},
 };
 
 use anyhow::{Context as _, Result, ensure};
 use aya::{
     Ebpf, EbpfLoader,
     maps::{
-        HashMap, Map, MapData, MapError, PerCpuArray, PerCpuHashMap, PerCpuValues, SockHash,
+        Array, HashMap, Map, MapData, MapError, PerCpuArray, PerCpuHashMap, PerCpuValues,
+        ProgramArray, SockHash,
         lpm_trie::{Key, LpmTrie},
     },
-    programs::{ProgramFd, SchedClassifier, SkLookup},
+    programs::{ProgramFd, SchedClassifier, SkLookup, TcAttachType},
     util::nr_cpus,
 };
-use redirect_agent::dataplane::{OBJECT, sock_offsets};
+use redirect_agent::dataplane::{OBJECT, sock_offsets, stub};
 use redirect_ebpf::abi::{
     Addr, Counter, CounterKey, DnsFlow, DnsKey, EVERY_POD, Flow, HINT_NONE, Hint, INBOUND_BYPASS,
-    INBOUND_REDIRECT, ListenerKey, PodEntry, PodId, PodPeer, PodPort, VirtualInterface,
+    INBOUND_REDIRECT, ListenerKey, OwnAddress, PodEntry, PodId, PodPeer, PodPort, ThisPod,
+    VirtualInterface,
 };
 
 use crate::{
     packet::LINK_HEADER,
     sys::{self, Insn},
-    world::{Key as PodAndKind, LONG_AGO, Listener, NOW, Since},
+    world::{Key as PodAndKind, LEASES, Listener, NOW, Since},
 };
 
 /// Longer than any machine takes for one step of the test.
@@ -44,11 +46,13 @@ const SK_BUFF_MARK: std::ops::Range<usize> = 8..12;
 const SK_LOOKUP: usize = 72;
 
 /// Where a tcx program is attached.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
 pub enum Tcx {
     Lo,
     Interface,
     Virtual,
+    /// Egress of an interface.
+    Out,
 }
 
 /// What a tcx program has done.
@@ -66,24 +70,45 @@ pub struct RanLookup {
 }
 
 pub struct Kernel {
-    ebpf: Ebpf,
-    lo: ProgramFd,
-    interface: ProgramFd,
-    virtual_interface: ProgramFd,
-    lookup: ProgramFd,
+    tcx: BTreeMap<Tcx, ProgramFd>,
+    find_proxy: ProgramFd,
+    /// The program that the pods' own call.
+    shared: ProgramFd,
+    /// The pods' own.
+    lookups: BTreeMap<PodId, OwnedFd>,
+    this_pod: PerCpuArray<MapData, ThisPod>,
+    /// Emptied by the kernel when nobody has it open.
+    programs: ProgramArray<MapData>,
     /// By protocol (TCP) and family (IPv4).
     ask: BTreeMap<(bool, bool), OwnedFd>,
     pub maps: Maps,
+    ebpf: Ebpf,
 }
 
 impl Kernel {
-    pub fn load(cpu: usize) -> Result<Self> {
+    /// Loads the programs, and one of their own for `pods`; that does nothing before [`Self::share`].
+    pub fn load(cpu: usize, pods: &[PodId]) -> Result<Self> {
         let mut ebpf = load(false)?;
+        let programs = [
+            (Tcx::Lo, "redirect_lo"),
+            (Tcx::Interface, "redirect_ext"),
+            (Tcx::Virtual, "redirect_virt"),
+            (Tcx::Out, "redirect_out"),
+        ];
+        let tcx = programs.into_iter().map(|(at, name)| Ok((at, classifier(&mut ebpf, name)?)));
+        let tcx = tcx.collect::<Result<_>>()?;
+        let (this_pod, programs) = (map_fd(&ebpf, "this_pod")?, map_fd(&ebpf, "programs")?);
+        let own = |pod_id: &PodId| {
+            let program = stub::load(*pod_id, this_pod.as_fd(), programs.as_fd());
+            Ok((*pod_id, program.with_context(|| format!("load the program of pod {pod_id}"))?))
+        };
         Ok(Self {
-            lo: classifier(&mut ebpf, "redirect_lo")?,
-            interface: classifier(&mut ebpf, "redirect_ext")?,
-            virtual_interface: classifier(&mut ebpf, "redirect_virt")?,
-            lookup: lookup(&mut ebpf)?,
+            tcx,
+            find_proxy: classifier(&mut ebpf, "find_proxy")?,
+            shared: lookup(&mut ebpf)?,
+            lookups: pods.iter().map(own).collect::<Result<_>>()?,
+            this_pod: ebpf.take_map("this_pod").context("find map this_pod")?.try_into()?,
+            programs: ebpf.take_map("programs").context("find map programs")?.try_into()?,
             ask: [(true, true), (true, false), (false, true), (false, false)]
                 .into_iter()
                 .map(|(tcp, v4)| Ok(((tcp, v4), sys::load_tc(&ask(tcp, v4))?)))
@@ -94,24 +119,43 @@ impl Kernel {
         })
     }
 
-    /// From here on the kernel asks `redirect_lookup` for listeners in this namespace.
-    pub fn attach_lookup(&mut self, netns: &File) -> Result<()> {
-        let program: &mut SkLookup =
-            self.ebpf.program_mut("redirect_lookup").context("find redirect_lookup")?.try_into()?;
-        program.attach(netns).context("attach redirect_lookup")?;
+    /// From here on the pods' own programs call the shared one.
+    pub fn share(&mut self) -> Result<()> {
+        self.programs.set(stub::SHARED, &self.shared, 0).context("write map programs")
+    }
+
+    /// And from here on there is none.
+    pub fn unshare(&mut self) -> Result<()> {
+        self.programs.clear_index(&stub::SHARED).context("write map programs")
+    }
+
+    /// The kernel asks the pod's program for listeners in this namespace, as long as the link is held.
+    pub fn attach_lookup(&self, pod_id: PodId, netns: &File) -> Result<OwnedFd> {
+        let program = self.lookups[&pod_id].as_fd();
+        sys::link_lookup(program, netns.as_fd()).context("attach the pod's program")
+    }
+
+    /// Attaches the guard where packets leave by an interface.
+    pub fn attach_guard(&mut self, interface: &str) -> Result<()> {
+        let program: &mut SchedClassifier =
+            self.ebpf.program_mut("redirect_out").context("find redirect_out")?.try_into()?;
+        program.attach(interface, TcAttachType::Egress).context("attach redirect_out")?;
         Ok(())
     }
 
+    /// Runs `find_proxy`; gives a bit for each listener that it has found.
+    pub fn find_proxy(&self) -> Result<u32> {
+        let packet = [0; LINK_HEADER + 40];
+        let ran = sys::run(self.find_proxy.as_fd(), &packet, &[0; SK_BUFF], 1);
+        Ok(ran.context("run find_proxy")?.ret)
+    }
+
     /// Runs a tcx program; `None` when the kernel does not take so short a packet.
-    pub fn run_tcx(&self, at: Tcx, packet: &[u8], mark: u32) -> Result<Option<RanTcx>> {
-        let program = match at {
-            Tcx::Lo => &self.lo,
-            Tcx::Interface => &self.interface,
-            Tcx::Virtual => &self.virtual_interface,
-        };
+    pub fn run_tcx(&self, at: Tcx, packet: &[u8], mark: u32, times: u32) -> Result<Option<RanTcx>> {
+        let program = &self.tcx[&at];
         let mut context = [0; SK_BUFF];
         context[SK_BUFF_MARK].copy_from_slice(&mark.to_ne_bytes());
-        match sys::run(program.as_fd(), packet, &context) {
+        match sys::run(program.as_fd(), packet, &context, times) {
             // A link header, and an IPv6 header at most.
             Err(e) if e.raw_os_error() == Some(libc::EINVAL) && packet.len() < LINK_HEADER + 40 => {
                 Ok(None)
@@ -124,27 +168,18 @@ impl Kernel {
         }
     }
 
-    /// Runs the `sk_lookup` program for a packet that did not come in on `lo`.
-    pub fn run_lookup(&self, v4: bool, tcp: bool, flow: &Flow) -> Result<RanLookup> {
-        let mut context = [0; SK_LOOKUP];
-        let mut put =
-            |at: usize, bytes: &[u8]| context[at..at + bytes.len()].copy_from_slice(bytes);
-        put(8, &(if v4 { AF_INET } else { AF_INET6 }).to_ne_bytes());
-        put(12, &(if tcp { IPPROTO_TCP } else { IPPROTO_UDP }).to_ne_bytes());
-        if v4 {
-            put(16, &flow.remote.octets[12..]);
-            put(40, &flow.local.octets[12..]);
-        } else {
-            put(20, &flow.remote.octets);
-            put(44, &flow.local.octets);
-        }
-        put(36, &flow.remote_port.to_be_bytes());
-        put(60, &u32::from(flow.local_port).to_ne_bytes());
-        let ran = sys::run(self.lookup.as_fd(), &[], &context).context("run redirect_lookup")?;
-        let cookie = u64::from_ne_bytes(array(&ran.context[..8])?);
-        Ok(RanLookup { ret: ran.ret, cookie: (cookie != 0).then_some(cookie) })
+    /// Runs a pod's `sk_lookup` program for a packet that did not come in on `lo`.
+    pub fn run_lookup(&self, pod_id: PodId, v4: bool, tcp: bool, flow: &Flow) -> Result<RanLookup> {
+        run_lookup(self.lookups[&pod_id].as_fd(), v4, tcp, flow)
     }
 
+    /// Runs the shared program as if it were attached itself, where another context is noted.
+    pub fn run_shared(&mut self, pod_id: PodId, tcp: bool, flow: &Flow) -> Result<RanLookup> {
+        let this = ThisPod { context: u64::MAX, pod_id, padding: 0 };
+        let cpus = nr_cpus().map_err(|(_, e)| e).context("count the CPUs")?;
+        self.this_pod.set(0, PerCpuValues::try_from(vec![this; cpus])?, 0)?;
+        run_lookup(self.shared.as_fd(), flow.local.is_v4(), tcp, flow)
+    }
     /// Lets the kernel look for the socket of a flow that comes in on `lo`; gives its local port.
     pub fn ask_on_lo(&self, tcp: bool, flow: &Flow) -> Result<Option<u16>> {
         let skip = if flow.local.is_v4() { 12 } else { 0 };
@@ -154,10 +189,29 @@ impl Kernel {
         packet.extend(&flow.local.octets[skip..]);
         packet.extend(flow.remote_port.to_be_bytes());
         packet.extend(flow.local_port.to_be_bytes());
-        let ran = sys::run(program.as_fd(), &packet, &[0; SK_BUFF]).context("ask on lo")?;
+        let ran = sys::run(program.as_fd(), &packet, &[0; SK_BUFF], 1).context("ask on lo")?;
         let port = u16::try_from(ran.ret).with_context(|| format!("ask on lo: {:#x}", ran.ret))?;
         Ok((port != 0).then_some(port))
     }
+}
+
+fn run_lookup(program: BorrowedFd<'_>, v4: bool, tcp: bool, flow: &Flow) -> Result<RanLookup> {
+    let mut context = [0; SK_LOOKUP];
+    let mut put = |at: usize, bytes: &[u8]| context[at..at + bytes.len()].copy_from_slice(bytes);
+    put(8, &(if v4 { AF_INET } else { AF_INET6 }).to_ne_bytes());
+    put(12, &(if tcp { IPPROTO_TCP } else { IPPROTO_UDP }).to_ne_bytes());
+    if v4 {
+        put(16, &flow.remote.octets[12..]);
+        put(40, &flow.local.octets[12..]);
+    } else {
+        put(20, &flow.remote.octets);
+        put(44, &flow.local.octets);
+    }
+    put(36, &flow.remote_port.to_be_bytes());
+    put(60, &u32::from(flow.local_port).to_ne_bytes());
+    let ran = sys::run(program, &[], &context, 1).context("run redirect_lookup")?;
+    let cookie = u64::from_ne_bytes(array(&ran.context[..8])?);
+    Ok(RanLookup { ret: ran.ret, cookie: (cookie != 0).then_some(cookie) })
 }
 
 /// The programs, by name, as loaded.
@@ -175,6 +229,7 @@ pub fn programs(log: bool) -> Result<Programs> {
         ("redirect_lo", classifier(&mut ebpf, "redirect_lo")?),
         ("redirect_ext", classifier(&mut ebpf, "redirect_ext")?),
         ("redirect_virt", classifier(&mut ebpf, "redirect_virt")?),
+        ("redirect_out", classifier(&mut ebpf, "redirect_out")?),
         ("redirect_lookup", lookup(&mut ebpf)?),
     ]);
     let Map::RingBuf(map) = ebpf.map("AYA_LOGS").context("find map AYA_LOGS")? else {
@@ -215,6 +270,14 @@ fn lookup(ebpf: &mut Ebpf) -> Result<ProgramFd> {
         ebpf.program_mut("redirect_lookup").context("find redirect_lookup")?.try_into()?;
     program.load().context("load redirect_lookup")?;
     Ok(program.fd()?.try_clone()?)
+}
+
+fn map_fd(ebpf: &Ebpf, name: &str) -> Result<OwnedFd> {
+    let map = ebpf.map(name).with_context(|| format!("find map {name}"))?;
+    let (Map::PerCpuArray(map) | Map::ProgramArray(map)) = map else {
+        anyhow::bail!("map {name} has another type");
+    };
+    Ok(map.fd().as_fd().try_clone_to_owned()?)
 }
 
 /// A `tc` program that lets the kernel look for a TCP or UDP socket by the `struct bpf_sock_tuple`
@@ -265,7 +328,8 @@ fn ask(tcp: bool, v4: bool) -> [Insn; 20] {
 /// The maps of the programs.
 pub struct Maps {
     cpu: usize,
-    pods: HashMap<MapData, Addr, PodEntry>,
+    pods: HashMap<MapData, PodId, PodEntry>,
+    addresses: HashMap<MapData, OwnAddress, u32>,
     counters: PerCpuHashMap<MapData, CounterKey, u64>,
     listeners: SockHash<MapData, ListenerKey>,
     missing: HashMap<MapData, ListenerKey, u64>,
@@ -277,6 +341,8 @@ pub struct Maps {
     virtual_interfaces: HashMap<MapData, VirtualInterface, u32>,
     dns_flows: HashMap<MapData, DnsKey, DnsFlow>,
     kubelet_flows: HashMap<MapData, Flow, u64>,
+    any_strays: Array<MapData, u32>,
+    strays: HashMap<MapData, PodId, u32>,
 }
 
 impl Maps {
@@ -287,6 +353,7 @@ impl Maps {
         Ok(Self {
             cpu,
             pods: map("pods")?.try_into()?,
+            addresses: map("addresses")?.try_into()?,
             counters: map("counters")?.try_into()?,
             listeners: map("listeners")?.try_into()?,
             missing: map("proxy_missing")?.try_into()?,
@@ -298,12 +365,19 @@ impl Maps {
             virtual_interfaces: map("virtual_ifs")?.try_into()?,
             dns_flows: map("dns_flows")?.try_into()?,
             kubelet_flows: map("kubelet_flows")?.try_into()?,
+            any_strays: map("any_strays")?.try_into()?,
+            strays: map("strays")?.try_into()?,
         })
     }
 
-    /// The pods that there are.
-    pub fn enter(&mut self, pods: &BTreeMap<Addr, PodEntry>) -> Result<()> {
-        pods.iter().try_for_each(|(addr, entry)| self.pods.insert(addr, entry, 0))?;
+    /// The pods that there are, and their addresses.
+    pub fn enter(
+        &mut self,
+        pods: &BTreeMap<PodId, PodEntry>,
+        addresses: &BTreeSet<OwnAddress>,
+    ) -> Result<()> {
+        pods.iter().try_for_each(|(pod_id, entry)| self.pods.insert(pod_id, entry, 0))?;
+        addresses.iter().try_for_each(|address| self.addresses.insert(address, 1, 0))?;
         Ok(())
     }
 
@@ -370,9 +444,13 @@ impl Maps {
 
     /// Empties all of them.
     pub fn clear(&mut self) -> Result<()> {
-        for addr in self.pods.keys().collect::<Result<Vec<_>, _>>()? {
-            self.pods.remove(&addr)?;
+        for pod_id in self.pods.keys().collect::<Result<Vec<_>, _>>()? {
+            self.pods.remove(&pod_id)?;
         }
+        for address in self.addresses.keys().collect::<Result<Vec<_>, _>>()? {
+            self.addresses.remove(&address)?;
+        }
+        self.set_strays(&BTreeSet::new(), false)?;
         for key in self.inbound_ports.keys().collect::<Result<Vec<_>, _>>()? {
             self.inbound_ports.remove(&key)?;
         }
@@ -413,6 +491,22 @@ impl Maps {
         Ok((hint.kind != HINT_NONE).then_some(hint))
     }
 
+    /// What has been counted, and how often.
+    pub fn counts(&self) -> Result<Vec<((PodId, Counter), u64)>> {
+        let counts = self.counters.iter().map(|entry| {
+            let (key, values) = entry?;
+            Ok(((key.pod_id, counter(&key)?), values.iter().sum()))
+        });
+        counts.collect()
+    }
+
+    pub fn clear_counts(&mut self) -> Result<()> {
+        for key in self.counters.keys().collect::<Result<Vec<_>, _>>()? {
+            self.counters.remove(&key)?;
+        }
+        Ok(())
+    }
+
     /// What has been counted since the last call: one thing, once, on this CPU, or nothing.
     pub fn take_count(&mut self) -> Result<Option<(PodId, Counter)>> {
         let mut counted = None;
@@ -426,8 +520,7 @@ impl Maps {
         }
         let Some(key) = counted else { return Ok(None) };
         self.counters.remove(&key)?;
-        let counter = Counter::ALL.iter().find(|(counter, _)| *counter as u32 == key.counter);
-        Ok(Some((key.pod_id, counter.with_context(|| format!("no such counter: {key:?}"))?.0)))
+        Ok(Some((key.pod_id, counter(&key)?)))
     }
 
     pub fn set_listener(
@@ -459,11 +552,25 @@ impl Maps {
         Ok(())
     }
 
+    /// The pods in `strays`, and whether any is said to be there.
+    pub fn set_strays(&mut self, pods: &BTreeSet<PodId>, any: bool) -> Result<()> {
+        for pod_id in self.strays.keys().collect::<Result<Vec<_>, _>>()? {
+            self.strays.remove(&pod_id)?;
+        }
+        pods.iter().try_for_each(|pod_id| self.strays.insert(pod_id, 1, 0))?;
+        Ok(self.any_strays.set(0, u32::from(any), 0)?)
+    }
+
+    pub fn strays(&self) -> Result<(BTreeSet<PodId>, bool)> {
+        let pods = self.strays.keys().collect::<Result<_, _>>()?;
+        Ok((pods, self.any_strays.get(&0, 0)? != 0))
+    }
+
     /// Enters a flow, from the model's time.
     pub fn set_flow(&mut self, key: &DnsKey, flow: &DnsFlow) -> Result<()> {
+        let lease = flow.needed_until_ns.wrapping_sub(NOW);
         // See `set_missing`.
-        let age = if flow.used_ns == NOW { 0 } else { LONG_NS };
-        let flow = DnsFlow { used_ns: sys::now().wrapping_sub(age), ..*flow };
+        let flow = DnsFlow { needed_until_ns: sys::now().wrapping_add(lease), ..*flow };
         self.dns_flows.insert(key, flow, 0)?;
         Ok(())
     }
@@ -473,8 +580,11 @@ impl Maps {
         let now = sys::now();
         let entries = self.dns_flows.iter().map(|entry| {
             let (key, flow) = entry?;
-            let recent = now.wrapping_sub(flow.used_ns) < LONG_NS / 2;
-            Ok((key, DnsFlow { used_ns: if recent { NOW } else { LONG_AGO }, ..flow }))
+            // It was whole a moment ago.
+            let left = flow.needed_until_ns.wrapping_sub(now).cast_signed();
+            let lease = LEASES.into_iter().find(|lease| left <= *lease);
+            let lease = lease.with_context(|| format!("{left} ns are left of {flow:?}"))?;
+            Ok((key, DnsFlow { needed_until_ns: NOW.wrapping_add_signed(lease), ..flow }))
         });
         entries.collect()
     }
@@ -491,6 +601,11 @@ impl Maps {
             })
             .collect()
     }
+}
+
+fn counter(key: &CounterKey) -> Result<Counter> {
+    let named = Counter::ALL.iter().find(|(counter, _)| *counter as u32 == key.counter);
+    Ok(named.with_context(|| format!("no such counter: {key:?}"))?.0)
 }
 
 /// To remove what is not there is no error.

@@ -10,22 +10,31 @@ mod packet;
 mod sys;
 mod world;
 
-use std::{fs::File, os::fd::AsFd as _, process::Command, thread};
+use std::{
+    fs::{self, File},
+    net::TcpStream,
+    os::fd::AsFd as _,
+    process::Command,
+    sync::mpsc,
+    thread,
+    time::Duration,
+};
 
 use anyhow::{Context as _, Result, ensure};
 use fastrand::Rng;
 use nix::{
     sched::{CloneFlags, CpuSet, sched_getcpu, sched_setaffinity, unshare},
-    unistd::{Pid, geteuid},
+    unistd::{Pid, geteuid, gettid},
 };
 use redirect_ebpf::{
     abi::{
-        Addr, Counter, Flow, HINT_FROM_POD, HINT_FROM_PROXY, HINT_FROM_VIRTUAL, HINT_NO_LISTENER,
-        HINT_NONE, HINT_QUESTION, Hint, LISTENER_OUTBOUND, MARK_DIRECT, MARK_PROXY,
-        MARK_REDIRECTED, PORT_PROXY_DNS, PodId,
+        Addr, Counter, DECISION_BYPASS, DECISION_ENROLLED, Flow, HINT_FROM_OUTSIDE, HINT_FROM_POD,
+        HINT_FROM_PROXY, HINT_FROM_VIRTUAL, HINT_NONE, HINT_PAST_PROXY, HINT_QUESTION, Hint,
+        LISTENER_HBONE, LISTENER_OUTBOUND, MARK_DIRECT, MARK_PROXY, MARK_REDIRECTED, MARK_TO_PROXY,
+        POD_CAPTURE, PORT_PROXY_DNS, PodEntry, PodId,
     },
     dns::{self, Dns, Message},
-    verdict::{self, Fate, Ingress, Lookup, Segment, Steer, Virtual, with_mesh_mark},
+    verdict::{self, Fate, Lookup, Segment, Steer, Verdict, Virtual, mesh_mark, with_mesh_mark},
 };
 
 use crate::{
@@ -52,7 +61,6 @@ fn the_bytecode_and_verdict_rs_give_the_same_verdict_for_generated_packets() -> 
     };
     let seen = in_a_namespace(|cpu| {
         let mut rng = Rng::with_seed(seed);
-        let mut kernel = Kernel::load(cpu)?;
         let neighbour = world::Listener::open("[::]:0".parse()?, false, MARK_PROXY)?;
         // The listeners of the other pods are in namespaces of their own, this one here.
         unshare(CloneFlags::CLONE_NEWNET).context("make a network namespace")?;
@@ -62,14 +70,17 @@ fn the_bytecode_and_verdict_rs_give_the_same_verdict_for_generated_packets() -> 
             "route add local default dev lo",
             "-6 route add local default dev lo",
         ] {
-            let status = Command::new("ip").args(command.split(' ')).status().context("run ip")?;
-            ensure!(status.success(), "ip {command}: {status}");
+            ip(command)?;
         }
-        kernel.attach_lookup(&File::open("/proc/thread-self/ns/net")?)?;
+        let pods = [&[own_id()][..], &world::others()].concat();
+        let mut kernel = Kernel::load(cpu, &pods)?;
+        kernel.share()?;
+        let netns = File::open("/proc/thread-self/ns/net")?;
+        let _attached = kernel.attach_lookup(own_id(), &netns)?;
         let mut seen = Seen::default();
         for number in 0..WORLDS {
             let world = World::random(&mut rng)?;
-            kernel.maps.enter(&world.pods)?;
+            kernel.maps.enter(&world.pods, &world.addresses)?;
             kernel.maps.exclude(own_id(), world.excluded)?;
             kernel.maps.set_virtual(own_id(), world.virtual_flags, world.excluded_outbound)?;
             if let Some(source) = world.probe_source {
@@ -90,6 +101,98 @@ fn the_bytecode_and_verdict_rs_give_the_same_verdict_for_generated_packets() -> 
     // The generator is worth what it reaches.
     println!("BYTECODE_SEED={seed}: {seen:#?}");
     seen.check().with_context(|| format!("BYTECODE_SEED={seed}"))
+}
+
+#[test]
+fn a_pods_program_and_the_shared_one_do_nothing_without_each_other() -> Result<()> {
+    in_a_namespace(|cpu| {
+        let pod_id = own_id();
+        let mut kernel = Kernel::load(cpu, &[pod_id])?;
+        // A pod that bypasses: whoever decides lets everything pass.
+        kernel.maps.enter(&[(pod_id, entry(DECISION_BYPASS, 0))].into(), &[].into())?;
+        for v4 in [true, false] {
+            let address = Addr::loopback(v4);
+            let (local_port, remote_port) = (80, 40_000);
+            let flow = Flow { local: address, remote: address, local_port, remote_port };
+            for tcp in [true, false] {
+                let stub =
+                    |kernel: &Kernel| anyhow::Ok(kernel.run_lookup(pod_id, v4, tcp, &flow)?.ret);
+                same("without the shared one", &SK_DROP, &stub(&kernel)?)?;
+                kernel.share()?;
+                same("with it", &SK_PASS, &stub(&kernel)?)?;
+                let shared = kernel.run_shared(pod_id, tcp, &flow)?;
+                same("the shared one alone", &SK_DROP, &shared.ret)?;
+                same("socket", &None, &shared.cookie)?;
+                kernel.unshare()?;
+                same("without it again", &SK_DROP, &stub(&kernel)?)?;
+            }
+        }
+        same("count", &None, &kernel.maps.take_count()?)
+    })
+}
+
+/// What no test run shows: there every packet has a socket.
+#[test]
+fn the_guard_tells_what_the_pod_opens_from_what_it_only_forwards() -> Result<()> {
+    // Nobody is there. The first answer would be sent again after a second.
+    let call = || -> Result<()> {
+        for server in ["192.0.2.1:80", "[2001:db8::1]:80"] {
+            let called = TcpStream::connect_timeout(&server.parse()?, Duration::from_millis(100));
+            ensure!(called.is_err(), "somebody answers at {server}");
+        }
+        Ok(())
+    };
+    in_a_namespace(|cpu| {
+        let pod_id = own_id();
+        let mut kernel = Kernel::load(cpu, &[pod_id])?;
+        let entry = entry(DECISION_ENROLLED, POD_CAPTURE);
+        kernel.maps.enter(&[(pod_id, entry)].into(), &[].into())?;
+        let counted = |kernel: &Kernel, counter| {
+            same("counted", &vec![((pod_id, counter), 2)], &kernel.maps.counts()?)
+        };
+        let (here, guest_id) = mpsc::channel();
+        let (go, started) = mpsc::channel();
+        thread::scope(|scope| {
+            let guest = scope.spawn(move || {
+                unshare(CloneFlags::CLONE_NEWNET).context("make a network namespace")?;
+                here.send(gettid())?;
+                started.recv()?;
+                for command in [
+                    "link set guest up",
+                    "address add 10.0.0.9/24 dev guest",
+                    "address add fd00::9/64 dev guest nodad",
+                    "route add default via 10.0.0.2",
+                    "-6 route add default via fd00::2",
+                ] {
+                    ip(command)?;
+                }
+                started.recv()?;
+                call()
+            });
+            ip("link set lo up")?;
+            ip(&format!("link add pod type veth peer name guest netns {}", guest_id.recv()?))?;
+            for command in [
+                "link set pod up",
+                "address add 10.0.0.2/24 dev pod",
+                "address add fd00::2/64 dev pod nodad",
+                "route add default via 10.0.0.9",
+                "-6 route add default via fd00::9",
+            ] {
+                ip(command)?;
+            }
+            kernel.attach_guard("pod")?;
+            go.send(())?;
+            call()?;
+            counted(&kernel, Counter::RescuedOutbound)?;
+            for sysctl in ["ipv4/ip_forward", "ipv6/conf/all/forwarding"] {
+                fs::write(format!("/proc/sys/net/{sysctl}"), "1").context("forward")?;
+            }
+            kernel.maps.clear_counts()?;
+            go.send(())?;
+            guest.join().unwrap_or_else(|panic| std::panic::resume_unwind(panic))?;
+            counted(&kernel, Counter::Forwarded)
+        })
+    })
 }
 
 #[test]
@@ -129,6 +232,19 @@ fn in_a_namespace<T: Send>(f: impl FnOnce(usize) -> Result<T> + Send) -> Result<
     })
 }
 
+/// Runs `ip` in the namespace of the calling thread.
+fn ip(command: &str) -> Result<()> {
+    let status = Command::new("ip").args(command.split(' ')).status().context("run ip")?;
+    ensure!(status.success(), "ip {command}: {status}");
+    Ok(())
+}
+
+/// What is decided about a pod.
+fn entry(decision: u32, flags: u32) -> PodEntry {
+    let none = Addr { octets: [0; 16] };
+    PodEntry { decision, reason: 0, flags, uplink: 0, v4: none, v6: none }
+}
+
 fn ensure_root() -> Result<()> {
     ensure!(
         geteuid().is_root(),
@@ -147,10 +263,26 @@ struct Seen {
     port_taken: usize,
     hint_from_proxy: usize,
     hint_from_pod: usize,
-    hint_no_listener: usize,
+    hint_from_outside: usize,
+    hint_past_proxy: usize,
     hint_from_virtual: usize,
     sent_back: usize,
-    virtual_unreadable: usize,
+    no_listener: usize,
+    forged: usize,
+    leaves: usize,
+    leaves_later: usize,
+    cannot_leave: usize,
+    guard_proxys: usize,
+    rescued_outbound: usize,
+    rescued_inbound: usize,
+    rescued_later: usize,
+    rescued_dns: usize,
+    refused_past_proxy: usize,
+    unwritable_abort: usize,
+    settled_direct: usize,
+    unknown_pod: usize,
+    unreadable: [usize; 2],
+    found_proxy: usize,
     too_short_for_the_kernel: usize,
     pass: usize,
     counted_pass: usize,
@@ -159,6 +291,9 @@ struct Seen {
     probe_source: usize,
     outbound: usize,
     inbound: usize,
+    hbone: usize,
+    translated: usize,
+    refused_forged: usize,
     neighbours_listener: usize,
     no_listener_to_redirect_to: usize,
     refuse: usize,
@@ -167,6 +302,7 @@ struct Seen {
     dns_answer: usize,
     dns_drop: usize,
     dns_busy: usize,
+    dns_leaves: usize,
     dns_servfail: usize,
     dns_unanswerable: usize,
     dns_unreadable: usize,
@@ -183,10 +319,27 @@ impl Seen {
             ("reset by a port that is taken", self.port_taken),
             ("hint from proxy", self.hint_from_proxy),
             ("hint from the pod", self.hint_from_pod),
-            ("hint no listener", self.hint_no_listener),
+            ("hint from outside", self.hint_from_outside),
+            ("hint past the proxy", self.hint_past_proxy),
             ("hint from a virtual interface", self.hint_from_virtual),
             ("reset sent back", self.sent_back),
-            ("TCP of a guest that cannot be parsed", self.virtual_unreadable),
+            ("nobody listens", self.no_listener),
+            ("a forged address", self.forged),
+            ("a stray answer leaves", self.leaves),
+            ("a stray packet leaves", self.leaves_later),
+            ("a stray answer, and no interface", self.cannot_leave),
+            ("the guard: the proxy's", self.guard_proxys),
+            ("the guard: rescued outbound", self.rescued_outbound),
+            ("the guard: rescued inbound", self.rescued_inbound),
+            ("the guard: a later packet rescued", self.rescued_later),
+            ("the guard: rescued DNS", self.rescued_dns),
+            ("the guard: refused past the proxy", self.refused_past_proxy),
+            ("the guard: what cannot be rewritten", self.unwritable_abort),
+            ("the guard: direct", self.settled_direct),
+            ("the guard: an unknown pod", self.unknown_pod),
+            ("the guard: TCP that cannot be parsed", self.unreadable[0]),
+            ("TCP of a guest that cannot be parsed", self.unreadable[1]),
+            ("find_proxy finds", self.found_proxy),
             ("pass", self.pass),
             ("counted pass", self.counted_pass),
             ("bypassed inbound", self.bypassed_inbound),
@@ -194,6 +347,9 @@ impl Seen {
             ("a probe by its source", self.probe_source),
             ("redirect outbound", self.outbound),
             ("redirect inbound", self.inbound),
+            ("HBONE", self.hbone),
+            ("a translated destination", self.translated),
+            ("a forged address at sk_lookup", self.refused_forged),
             ("a neighbour's listener", self.neighbours_listener),
             ("no listener to redirect to", self.no_listener_to_redirect_to),
             ("refuse", self.refuse),
@@ -201,6 +357,7 @@ impl Seen {
             ("DNS by another port", self.dns_alias),
             ("DNS to the client", self.dns_answer),
             ("DNS dropped", self.dns_drop),
+            ("DNS that is no query leaves", self.dns_leaves),
             ("SERVFAIL", self.dns_servfail),
             ("DNS refused and not answered", self.dns_unanswerable),
             ("DNS that cannot be parsed", self.dns_unreadable),
@@ -222,14 +379,18 @@ struct Checks<'a> {
 impl Checks<'_> {
     fn one(&mut self, rng: &mut Rng, seen: &mut Seen) -> Result<()> {
         self.change_state(rng)?;
-        match rng.u8(..10) {
-            0..3 => self.ingress(Tcx::Lo, rng, seen)?,
-            3..6 => self.ingress(Tcx::Interface, rng, seen)?,
-            6..8 => self.ingress(Tcx::Virtual, rng, seen)?,
+        match rng.u8(..24) {
+            0..6 => self.tcx(Tcx::Lo, rng, seen)?,
+            6..10 => self.tcx(Tcx::Interface, rng, seen)?,
+            10..13 => self.tcx(Tcx::Virtual, rng, seen)?,
+            13..18 => self.tcx(Tcx::Out, rng, seen)?,
+            18 => self.find_proxy(rng, seen)?,
             _ => self.lookup(rng, seen)?,
         }
         let state = self.world.state.borrow();
         let maps = &self.kernel.maps;
+        same("hint", &state.hint, &maps.hint()?)?;
+        same("maps strays and any_strays", &state.strays, &maps.strays()?)?;
         same("map listeners", &state.listeners.keys().copied().collect(), &maps.listeners()?)?;
         same("map proxy_missing", &state.missing, &maps.missing()?)?;
         same("map dns_flows", &state.flows, &maps.flows()?)
@@ -240,7 +401,12 @@ impl Checks<'_> {
         let key = self.world.random_key(rng);
         let mut state = self.world.state.borrow_mut();
         let maps = &mut self.kernel.maps;
-        match rng.u8(..9) {
+        match rng.u8(..10) {
+            9 => {
+                let pods = [own_id(), world::pod_id(rng)].into_iter().filter(|_| rng.bool());
+                state.strays = (pods.collect(), rng.u8(..4) > 0);
+                maps.set_strays(&state.strays.0, state.strays.1)?;
+            }
             7.. => {
                 let (key, flow) = world::dns_flow(rng);
                 maps.set_flow(&key, &flow)?;
@@ -286,22 +452,49 @@ impl Checks<'_> {
         Ok(())
     }
 
-    fn ingress(&mut self, at: Tcx, rng: &mut Rng, seen: &mut Seen) -> Result<()> {
+    /// An earlier packet has left a hint behind, for this very flow or for another one.
+    fn set_hint(&mut self, hint: Hint) -> Result<()> {
+        self.world.state.borrow_mut().hint = (hint.kind != HINT_NONE).then_some(hint);
+        self.kernel.maps.set_hint(hint)
+    }
+
+    fn find_proxy(&mut self, rng: &mut Rng, seen: &mut Seen) -> Result<()> {
+        self.world.open = None;
+        self.set_hint(stale_hint(rng))?;
+        let found = self.world.find_proxy();
+        seen.found_proxy += usize::from(found != 0);
+        same("what find_proxy finds", &found, &self.kernel.find_proxy()?)
+    }
+
+    fn tcx(&mut self, at: Tcx, rng: &mut Rng, seen: &mut Seen) -> Result<()> {
         let packet = Packet::random(rng);
-        let mark = mark(rng);
-        self.kernel.maps.set_hint(stale_hint(rng))?;
+        let mark = match &packet.message {
+            Some(answer) if answer.segment.src_port == PORT_PROXY_DNS && rng.bool() => MARK_PROXY,
+            _ => mark(rng),
+        };
+        self.set_hint(stale_hint(rng))?;
         self.world.open = None;
         if let Some(segment) = &packet.segment {
-            self.note_kubelets(rng, segment.receiver_flow())?;
-            if rng.u8(..8) == 0 {
+            // An answer's is that of its sender.
+            let flows = [segment.receiver_flow(), segment.sender_flow()];
+            let flow = choose(rng, &flows);
+            self.note_kubelets(rng, flow)?;
+            if rng.u8(..6) == 0 {
                 self.world.open = Connection::open(segment.receiver_flow());
             }
         }
-        let Some(ran) = self.kernel.run_tcx(at, &packet.bytes, mark)? else {
+        let Some(ran) = self.kernel.run_tcx(at, &packet.bytes, mark, 1)? else {
+            // Who knows what hint it would have left.
+            self.set_hint(stale_hint(rng))?;
             seen.too_short_for_the_kernel += 1;
             return Ok(());
         };
-        if let (Tcx::Lo, Some(message)) = (at, &packet.message) {
+        if at != Tcx::Out {
+            self.world.state.borrow_mut().hint = None;
+        }
+        if let (Tcx::Lo, Some(message)) = (at, &packet.message)
+            && dns::concerns(message)
+        {
             let dns = dns::on_lo(mark, message, &self.world);
             if dns != Dns::Other {
                 return self.dns(dns, message, &packet, mark, &ran, seen).with_context(|| {
@@ -317,61 +510,125 @@ impl Checks<'_> {
             let count = Some((pod_id, Counter::DroppedDnsUnreadable));
             return same("count", &count, &self.kernel.maps.take_count()?);
         }
-        let Ingress { fate, mark: new, hint, count } = match at {
-            Tcx::Lo => verdict::on_lo(mark, packet.segment.as_ref(), &self.world),
-            Tcx::Interface => {
-                verdict::on_interface(packet.ip, packet.segment.as_ref(), &self.world)
-            }
-            Tcx::Virtual => self.on_virtual(&packet),
-        };
+        let verdict = self.verdict(at, mark, &packet);
         let mut compare = || {
-            let unwritable = fate == Fate::Reset && !packet.has_checksum;
-            let sent_back = at == Tcx::Virtual && fate == Fate::Reset;
-            let returned = match fate {
-                Fate::Reset if sent_back && !unwritable => TC_ACT_REDIRECT,
-                Fate::Next | Fate::Reset if !unwritable => TC_ACT_UNSPEC,
-                _ => TC_ACT_SHOT,
-            };
-            same("return value", &returned, &ran.ret)?;
-            same("mark", &new.map_or(mark, |new| with_mesh_mark(mark, new)), &ran.mark)?;
-            same("hint", &hint, &self.kernel.maps.hint()?)?;
-            let counted = count.filter(|_| !unwritable || sent_back);
-            same("count", &counted, &self.kernel.maps.take_count()?)?;
-            match fate {
-                Fate::Reset if unwritable => seen.unwritable_reset += 1,
-                Fate::Reset if sent_back => {
-                    seen.sent_back += 1;
-                    packet.check_sent_back(&ran.packet)?;
-                }
-                Fate::Reset => {
-                    seen.reset += 1;
-                    let taken = matches!(count, Some((_, Counter::RefusedPortTaken)));
-                    seen.port_taken += usize::from(taken);
-                    packet.check_reset(&ran.packet)?;
-                }
-                _ => same("packet", &packet.bytes, &ran.packet)?,
-            }
-            match fate {
-                Fate::Next => seen.next += 1,
-                Fate::Drop => seen.drop += 1,
-                Fate::Reset => {}
-            }
-            match hint.map(|hint| hint.kind) {
-                Some(HINT_FROM_PROXY) => seen.hint_from_proxy += 1,
-                Some(HINT_FROM_POD) => seen.hint_from_pod += 1,
-                Some(HINT_NO_LISTENER) => seen.hint_no_listener += 1,
-                Some(HINT_FROM_VIRTUAL) => seen.hint_from_virtual += 1,
-                _ => {}
-            }
-            if matches!(count, Some((_, Counter::DroppedVirtualUnreadable))) {
-                seen.virtual_unreadable += 1;
+            self.compare(at, &verdict, mark, &packet, &ran, seen)?;
+            if verdict.settle.is_some() && verdict.count == Some(Counter::RescuedInbound) {
+                // The second packet of a socket finds what the first one has noted: it is not counted.
+                self.kernel.run_tcx(at, &packet.bytes, mark, 2)?;
+                let count = Some((own_id(), Counter::RescuedInbound));
+                same("count of two", &count, &self.kernel.maps.take_count()?)?;
             }
             anyhow::Ok(())
         };
-        compare().with_context(|| format!("{at:?}, mark {mark:#x}: {packet:?}"))
+        compare().with_context(|| format!("{verdict:?}, {at:?}, mark {mark:#x}: {packet:?}"))
     }
 
-    fn on_virtual(&self, packet: &Packet) -> Ingress {
+    /// What the decisions say, and the hint that is left.
+    fn verdict(&self, at: Tcx, mark: u32, packet: &Packet) -> Verdict {
+        let (segment, world) = (packet.segment.as_ref(), &self.world);
+        let verdict = match at {
+            Tcx::Lo => verdict::on_lo(mark, segment, world),
+            Tcx::Interface => verdict::on_interface(packet.ip, segment, world),
+            Tcx::Virtual => self.on_virtual(packet),
+            Tcx::Out if !packet.ip || mesh_mark(mark) == MARK_PROXY => Verdict::NEXT,
+            Tcx::Out => verdict::on_egress(packet.message.as_ref(), packet.hides_tcp, world),
+        };
+        let mut state = world.state.borrow_mut();
+        if let (Some(kind), Some(segment)) = (verdict.hint, segment) {
+            let (flow, pod_id) = (segment.receiver_flow(), verdict.pod_id);
+            state.hint = Some(Hint { flow, pod_id, kind });
+        }
+        if verdict.strays {
+            state.strays.0.insert(verdict.pod_id);
+            state.strays.1 = true;
+        }
+        verdict
+    }
+
+    fn compare(
+        &mut self,
+        at: Tcx,
+        verdict: &Verdict,
+        mark: u32,
+        packet: &Packet,
+        ran: &RanTcx,
+        seen: &mut Seen,
+    ) -> Result<()> {
+        let Verdict { fate, mark: new, hint, pod_id, count, .. } = *verdict;
+        let written = packet.has_checksum;
+        let returned = match fate {
+            Fate::Next => TC_ACT_UNSPEC,
+            Fate::Reset if at == Tcx::Lo && written => TC_ACT_UNSPEC,
+            Fate::Reset if written => TC_ACT_REDIRECT,
+            Fate::Abort if written => TC_ACT_UNSPEC,
+            Fate::Leave => self.leaves(),
+            Fate::ToLo => TC_ACT_REDIRECT,
+            Fate::Drop | Fate::Reset | Fate::Abort => TC_ACT_SHOT,
+        };
+        same("return value", &returned, &ran.ret)?;
+        same("mark", &new.map_or(mark, |new| with_mesh_mark(mark, new)), &ran.mark)?;
+        let counted = count.map(|counter| (pod_id, counter));
+        same("count", &counted, &self.kernel.maps.take_count()?)?;
+        match fate {
+            Fate::Reset if !written => seen.unwritable_reset += 1,
+            Fate::Reset if at == Tcx::Lo => {
+                seen.reset += 1;
+                packet.check_reset(&ran.packet)?;
+            }
+            Fate::Reset => {
+                seen.sent_back += 1;
+                packet.check_sent_back(&ran.packet)?;
+            }
+            Fate::Abort if !written => seen.unwritable_abort += 1,
+            Fate::Abort => packet.check_aborted(&ran.packet)?,
+            Fate::ToLo => packet.check_to_lo(&ran.packet)?,
+            Fate::Next | Fate::Drop | Fate::Leave => same("packet", &packet.bytes, &ran.packet)?,
+        }
+        match (fate, count) {
+            (Fate::Leave, _) if returned == TC_ACT_SHOT => seen.cannot_leave += 1,
+            (Fate::Leave, Some(_)) => seen.leaves += 1,
+            (Fate::Leave, None) => seen.leaves_later += 1,
+            (Fate::ToLo, Some(Counter::RescuedOutbound)) => seen.rescued_outbound += 1,
+            (Fate::ToLo, Some(Counter::RescuedInbound)) => seen.rescued_inbound += 1,
+            (Fate::ToLo, Some(_)) => seen.rescued_dns += 1,
+            (Fate::ToLo, None) => seen.rescued_later += 1,
+            (Fate::Abort, _) => seen.refused_past_proxy += 1,
+            (Fate::Reset, Some(Counter::RefusedPortTaken)) => seen.port_taken += 1,
+            (Fate::Reset, Some(Counter::NoListener)) => seen.no_listener += 1,
+            (Fate::Drop, Some(Counter::RefusedForgedAddress)) => seen.forged += 1,
+            (Fate::Drop, Some(Counter::RefusedUnknownPod)) => seen.unknown_pod += 1,
+            (Fate::Drop, Some(Counter::DroppedUnreadable)) => {
+                seen.unreadable[usize::from(at == Tcx::Virtual)] += 1;
+            }
+            (Fate::Drop, _) => seen.drop += 1,
+            (Fate::Next, _) if verdict.settle.is_some() => seen.settled_direct += 1,
+            (Fate::Next, _) if at == Tcx::Out && mesh_mark(mark) == MARK_PROXY => {
+                seen.guard_proxys += 1;
+            }
+            (Fate::Next, _) => seen.next += 1,
+            (Fate::Reset, _) => {}
+        }
+        match hint {
+            Some(HINT_FROM_PROXY) => seen.hint_from_proxy += 1,
+            Some(HINT_FROM_POD) => seen.hint_from_pod += 1,
+            Some(HINT_FROM_OUTSIDE) => seen.hint_from_outside += 1,
+            Some(HINT_PAST_PROXY) => seen.hint_past_proxy += 1,
+            Some(HINT_FROM_VIRTUAL) => seen.hint_from_virtual += 1,
+            _ => {}
+        }
+        Ok(())
+    }
+
+    /// What a program returns for a packet that leaves.
+    fn leaves(&self) -> u32 {
+        match self.world.pods.get(&own_id()) {
+            Some(PodEntry { uplink: 1.., .. }) => TC_ACT_REDIRECT,
+            _ => TC_ACT_SHOT,
+        }
+    }
+
+    fn on_virtual(&self, packet: &Packet) -> Verdict {
         let (segment, world) = (packet.segment.as_ref(), &self.world);
         let pod_id = own_id();
         match world.virtual_flags {
@@ -393,9 +650,10 @@ impl Checks<'_> {
         seen: &mut Seen,
     ) -> Result<()> {
         let old = &message.segment;
-        let (goes_on, new_mark, count) = match dns {
-            Dns::Other => (true, mark, None),
-            Dns::Ask { from_port, count } => {
+        let returned = |written| if written { TC_ACT_UNSPEC } else { TC_ACT_SHOT };
+        let (returned, new_mark, count) = match dns {
+            Dns::Other => (TC_ACT_UNSPEC, mark, None),
+            Dns::Ask { pod_id, from_port, count } => {
                 let new = Segment {
                     dst: Addr::loopback(old.dst.is_v4()),
                     dst_port: PORT_PROXY_DNS,
@@ -408,7 +666,8 @@ impl Checks<'_> {
                 }
                 seen.dns_ask += 1;
                 seen.dns_alias += usize::from(from_port != old.src_port);
-                (written, with_mesh_mark(mark, MARK_PROXY), count)
+                let count = count.map(|counter| (pod_id, counter));
+                (returned(written), with_mesh_mark(mark, MARK_PROXY), count)
             }
             Dns::Answer { from, from_port, to_port } => {
                 let new = Segment { src: from, src_port: from_port, dst_port: to_port, ..*old };
@@ -417,14 +676,19 @@ impl Checks<'_> {
                     packet.check_readdressed(&ran.packet, &new)?;
                 }
                 seen.dns_answer += 1;
-                (written, with_mesh_mark(mark, MARK_REDIRECTED), None)
+                (returned(written), with_mesh_mark(mark, MARK_REDIRECTED), None)
             }
             Dns::Drop(pod_id, counter) => {
                 seen.dns_drop += 1;
-                (false, mark, Some((pod_id, counter)))
+                (TC_ACT_SHOT, mark, Some((pod_id, counter)))
+            }
+            Dns::Leave(pod_id, counter) => {
+                seen.dns_leaves += 1;
+                same("packet", &packet.bytes, &ran.packet)?;
+                (self.leaves(), with_mesh_mark(mark, MARK_DIRECT), Some((pod_id, counter)))
             }
             Dns::Refuse(pod_id, counter) => {
-                let written = if message.tcp { packet.has_checksum } else { packet.is_query };
+                let written = if message.tcp { packet.has_checksum } else { packet.answerable };
                 match (written, message.tcp) {
                     (false, _) => seen.dns_unanswerable += 1,
                     (true, true) => packet.check_reset(&ran.packet)?,
@@ -434,13 +698,11 @@ impl Checks<'_> {
                     }
                 }
                 seen.dns_busy += usize::from(counter == Counter::RefusedDnsBusy);
-                (written, mark, Some((pod_id, counter)))
+                (returned(written), mark, Some((pod_id, counter)))
             }
         };
-        let returned = if goes_on { TC_ACT_UNSPEC } else { TC_ACT_SHOT };
         same("return value", &returned, &ran.ret)?;
         same("mark", &new_mark, &ran.mark)?;
-        same("hint", &None, &self.kernel.maps.hint()?)?;
         same("count", &count, &self.kernel.maps.take_count()?)
     }
 
@@ -450,17 +712,19 @@ impl Checks<'_> {
         let (remote, local) = world::addresses(rng, v4);
         let flow =
             Flow { local, remote, local_port: world::port(rng), remote_port: world::port(rng) };
-        let hint = lookup_hint(rng, flow);
-        self.kernel.maps.set_hint(hint)?;
         self.note_kubelets(rng, flow)?;
         // A test run of `sk_lookup` has no interface; the kernel's own question on `lo` has, but
         // cannot ask for an IPv4 address in IPv6.
         let on_lo = rng.bool() && v4 == local.is_v4() && v4 == remote.is_v4();
         let tcp = rng.u8(..8) > 0;
-        let lookup = Lookup { tcp, flow, on_lo, hint };
+        // On `lo` it is the program that is attached.
+        let pod_id = if on_lo || rng.bool() { own_id() } else { world::pod_id(rng) };
+        let hint = lookup_hint(rng, flow, pod_id);
+        self.set_hint(hint)?;
+        let lookup = Lookup { pod_id, tcp, flow, on_lo, hint };
         let steer = verdict::steer(&lookup, &self.world);
 
-        let (returned, count, chosen) = self.steered(v4, steer);
+        let (returned, count, chosen) = self.steered(pod_id, v4, steer);
         let mut compare = || {
             if on_lo {
                 let found = match (returned, chosen) {
@@ -472,51 +736,53 @@ impl Checks<'_> {
                 let asked = self.kernel.ask_on_lo(tcp, &flow)?;
                 same("port of the socket", &found, &asked)?;
             } else {
-                let ran = self.kernel.run_lookup(v4, tcp, &flow)?;
+                let ran = self.kernel.run_lookup(pod_id, v4, tcp, &flow)?;
                 same("return value", &returned, &ran.ret)?;
                 same("cookie of the socket", &chosen, &ran.cookie)?;
             }
-            same("hint", &Some(hint).filter(|h| h.kind != HINT_NONE), &self.kernel.maps.hint()?)?;
             same("count", &count, &self.kernel.maps.take_count()?)
         };
         compare().with_context(|| format!("{lookup:?} gives {steer:?}"))?;
         match steer {
             Steer::Pass(None) => seen.pass += 1,
-            Steer::Pass(Some((_, Counter::BypassedInbound))) => seen.bypassed_inbound += 1,
-            Steer::Pass(Some((_, Counter::KubeletProbe))) => seen.kubelet_probe += 1,
-            Steer::Pass(Some((_, Counter::ProbeSource))) => seen.probe_source += 1,
+            Steer::Pass(Some(Counter::BypassedInbound)) => seen.bypassed_inbound += 1,
+            Steer::Pass(Some(Counter::KubeletProbe)) => seen.kubelet_probe += 1,
+            Steer::Pass(Some(Counter::ProbeSource)) => seen.probe_source += 1,
             Steer::Pass(Some(_)) => seen.counted_pass += 1,
-            Steer::Refuse(_, Counter::DroppedDnsUnreadable) => seen.dns_unreadable += 1,
-            Steer::Refuse(..) => seen.refuse += 1,
-            Steer::Redirect { .. } if chosen.is_none() => seen.no_listener_to_redirect_to += 1,
-            Steer::Redirect { .. } if chosen == Some(self.neighbour.cookie) => {
+            Steer::Refuse(Counter::DroppedDnsUnreadable) => seen.dns_unreadable += 1,
+            Steer::Refuse(Counter::RefusedTranslated) => seen.translated += 1,
+            Steer::Refuse(Counter::RefusedForgedAddress) => seen.refused_forged += 1,
+            Steer::Refuse(_) => seen.refuse += 1,
+            Steer::Redirect(_) if chosen.is_none() => seen.no_listener_to_redirect_to += 1,
+            Steer::Redirect(_) if chosen == Some(self.neighbour.cookie) => {
                 seen.neighbours_listener += 1;
             }
-            Steer::Redirect { kind: LISTENER_OUTBOUND, .. } => seen.outbound += 1,
-            Steer::Redirect { .. } => seen.inbound += 1,
+            Steer::Redirect(LISTENER_OUTBOUND) => seen.outbound += 1,
+            Steer::Redirect(LISTENER_HBONE) => seen.hbone += 1,
+            Steer::Redirect(_) => seen.inbound += 1,
         }
         Ok(())
     }
 
     /// What the program makes of the decision: its return value, what it counts, and the socket.
-    fn steered(&self, v4: bool, steer: Steer) -> (u32, Option<(PodId, Counter)>, Option<u64>) {
-        match steer {
-            Steer::Pass(count) => (SK_PASS, count, None),
-            Steer::Refuse(pod_id, counter) => (SK_DROP, Some((pod_id, counter)), None),
-            Steer::Redirect { pod_id, kind } => {
+    fn steered(
+        &self,
+        pod_id: PodId,
+        v4: bool,
+        steer: Steer,
+    ) -> (u32, Option<(PodId, Counter)>, Option<u64>) {
+        let (returned, counter, chosen) = match steer {
+            Steer::Pass(counter) => (SK_PASS, counter, None),
+            Steer::Refuse(counter) => (SK_DROP, Some(counter), None),
+            Steer::Redirect(kind) => {
                 let cookie = self.world.state.borrow().listeners.get(&(pod_id, kind)).copied();
                 match cookie.filter(|cookie| self.takes(*cookie, v4)) {
-                    Some(cookie) => {
-                        let counter = match kind {
-                            LISTENER_OUTBOUND => Counter::RedirectedOutbound,
-                            _ => Counter::RedirectedInbound,
-                        };
-                        (SK_PASS, Some((pod_id, counter)), Some(cookie))
-                    }
-                    None => (SK_DROP, Some((pod_id, Counter::RefusedProxyAway)), None),
+                    Some(cookie) => (SK_PASS, Some(verdict::redirected(kind)), Some(cookie)),
+                    None => (SK_DROP, Some(Counter::RefusedProxyAway), None),
                 }
             }
-        }
+        };
+        (returned, counter.map(|counter| (pod_id, counter)), chosen)
     }
 
     fn takes(&self, cookie: u64, v4: bool) -> bool {
@@ -542,7 +808,8 @@ fn same<T: PartialEq + std::fmt::Debug>(what: &str, model: &T, kernel: &T) -> Re
 }
 
 fn mark(rng: &mut Rng) -> u32 {
-    let mesh = choose(rng, &[0, 0, 0, MARK_PROXY, MARK_REDIRECTED, MARK_DIRECT, 0x538]);
+    let mesh =
+        choose(rng, &[0, 0, 0, MARK_PROXY, MARK_REDIRECTED, MARK_DIRECT, MARK_TO_PROXY, 0x538]);
     choose(rng, &[0, 0, 0x1234_5000, 0xffff_f000]) | mesh
 }
 
@@ -551,27 +818,37 @@ fn stale_hint(rng: &mut Rng) -> Hint {
     let v4 = rng.bool();
     let (local, remote) = world::addresses(rng, v4);
     let flow = Flow { local, remote, local_port: world::port(rng), remote_port: world::port(rng) };
-    Hint { pod_id: own_id(), ..Hint::new(flow, rng.u32(..7)) }
+    Hint { flow, pod_id: own_id(), kind: rng.u32(..8) }
 }
 
-/// A hint for this very flow, mostly; or for one that differs in one place.
-fn lookup_hint(rng: &mut Rng, mut flow: Flow) -> Hint {
-    match rng.u8(..12) {
-        0 => flow.local = flow.remote,
-        1 => flow.remote.octets[15] ^= 1,
-        2 => flow.local_port ^= 0x100,
-        3 => flow.remote_port ^= 1,
-        4 => std::mem::swap(&mut flow.local, &mut flow.remote),
-        _ => {}
-    }
+/// A hint for this very flow of this pod, mostly; or for one that differs in one place.
+fn lookup_hint(rng: &mut Rng, mut flow: Flow, pod_id: PodId) -> Hint {
+    let pod_id = if rng.u8(..4) > 0 { pod_id } else { world::pod_id(rng) };
     let kinds = [
         HINT_NONE,
         HINT_FROM_PROXY,
         HINT_QUESTION,
-        HINT_NO_LISTENER,
         HINT_FROM_POD,
         HINT_FROM_VIRTUAL,
-        6,
+        HINT_FROM_OUTSIDE,
+        HINT_PAST_PROXY,
+        7,
     ];
-    Hint { flow, kind: choose(rng, &kinds), pod_id: world::pod_id(rng) }
+    let mut kind = choose(rng, &kinds);
+    match rng.u8(..12) {
+        0 => flow.local = flow.remote,
+        1 => flow.remote.octets[15] ^= 1,
+        2 => flow.remote_port ^= 1,
+        3 => std::mem::swap(&mut flow.local, &mut flow.remote),
+        // The destination that a packet from outside had before it was translated.
+        changed @ 4..6 => {
+            match changed {
+                4 => flow.local_port ^= 0x100,
+                _ => flow.local.octets[15] ^= 1,
+            }
+            kind = choose(rng, &[kind, HINT_FROM_OUTSIDE, HINT_PAST_PROXY]);
+        }
+        _ => {}
+    }
+    Hint { flow, pod_id, kind }
 }

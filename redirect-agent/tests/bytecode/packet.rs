@@ -35,8 +35,8 @@ pub struct Packet {
     pub unread: Option<(Addr, Addr)>,
     /// Whether it is IP, no such segment, and all the same TCP, or may be.
     pub hides_tcp: bool,
-    /// Whether a datagram has a DNS query's header whole.
-    pub is_query: bool,
+    /// Whether a datagram has a DNS query's header whole, and so can be answered.
+    pub answerable: bool,
     /// Whether the TCP header reaches as far as its checksum.
     pub has_checksum: bool,
     /// Whether nothing is cut off.
@@ -58,11 +58,11 @@ impl Packet {
         let v4 = rng.bool();
         let (src, dst) = world::addresses(rng, v4);
         let [src_port, dst_port] = [world::port(rng), world::port(rng)];
-        let flags = if rng.u8(..10) < 7 {
-            // With or without the flags of ECN, which are no part of the question.
-            SYN | choose(rng, &[0, 0, 0xc0])
-        } else {
-            choose(rng, &[SYN | ACK, ACK, RST, RST | ACK, FIN | ACK, SYN | RST, SYN | FIN, 0])
+        // With or without the flags of ECN, which are no part of the question.
+        let flags = match rng.u8(..10) {
+            0..6 => SYN | choose(rng, &[0, 0, 0xc0]),
+            6 | 7 => SYN | ACK | choose(rng, &[0, 0, 0x40]),
+            _ => choose(rng, &[ACK, ACK, RST, RST | ACK, FIN | ACK, SYN | RST, SYN | FIN, 0]),
         };
         let sequence = rng.u32(..);
         let protocol = if rng.u8(..10) < 9 {
@@ -104,19 +104,31 @@ impl Packet {
         }
         // What the programs read: ports, sequence numbers, flags.
         let tcp_len = bytes.len().saturating_sub(LINK_HEADER + header.len());
-        let opens = protocol == UDP || flags & (SYN | ACK | RST) == SYN;
-        let found = Segment { src, dst, src_port, dst_port, opens };
+        let opening = if protocol == UDP { SYN } else { flags & (SYN | ACK | RST) };
+        let (opens, accepts) = (opening == SYN, opening == SYN | ACK);
+        let found = Segment { src, dst, src_port, dst_port, opens, accepts };
         let segment = (ip && plain && protocol == TCP && tcp_len >= 14).then_some(found);
         let datagram = (ip && plain && protocol == UDP && tcp_len >= 8).then_some(found);
+        // RFC 1035, 4.1.1: QR, and one question. Only what is for a resolver's port is looked at.
+        let asks = dst_port != PORT_DNS
+            || bytes
+                .get(LINK_HEADER + header.len() + 8..)
+                .is_some_and(|dns| matches!(dns, [_, _, flags, _, 0, 1, ..] if flags & 0x80 == 0));
+        let ends = flags & (FIN | RST) != 0;
         let message = segment
-            .map(|segment| Message { segment, tcp: true })
-            .or(datagram.map(|segment| Message { segment, tcp: false }));
+            .map(|segment| Message { segment, tcp: true, is_query: true, ends })
+            .or(datagram.map(|segment| Message {
+                segment,
+                tcp: false,
+                is_query: asks,
+                ends: false,
+            }));
         let header_len = if v4 { 20 } else { 40 };
         let unread = (ip && message.is_none() && bytes.len() >= LINK_HEADER + header_len)
             .then_some((src, dst));
         let hides_tcp = ip && segment.is_none() && hides_tcp(&bytes[LINK_HEADER..], v4);
         let has_checksum = protocol == UDP || tcp_len >= 18;
-        let is_query = is_query && tcp_len >= 20;
+        let answerable = is_query && tcp_len >= 20;
         let whole = bytes.len() == len;
         Self {
             bytes,
@@ -125,7 +137,7 @@ impl Packet {
             message,
             unread,
             hides_tcp,
-            is_query,
+            answerable,
             has_checksum,
             whole,
             sequence,
@@ -183,6 +195,20 @@ impl Packet {
         }
         ensure!(frame == expected, "{frame:02x?} where {expected:02x?} should be");
         Ok(())
+    }
+
+    /// Checks that `frame` is this packet as if `lo` had delivered it.
+    pub fn check_to_lo(&self, frame: &[u8]) -> Result<()> {
+        let mut expected = self.bytes.clone();
+        expected[..12].fill(0);
+        ensure!(frame == expected, "{frame:02x?} where {expected:02x?} should be");
+        Ok(())
+    }
+
+    /// Checks that `frame` is this SYN with ACK, made a RST with ACK.
+    pub fn check_aborted(&self, frame: &[u8]) -> Result<()> {
+        let asked = self.segment.context("no segment")?;
+        self.check_changed(frame, &asked, |tcp| tcp[13] = RST | ACK)
     }
 
     /// Checks that `reply` is that RST on its way back to where this SYN came from.
@@ -353,6 +379,12 @@ fn datagram(rng: &mut Rng, [src, dst]: [Addr; 2], ports: [u16; 2], query: bool) 
     udp.extend((0..payload).map(|_| rng.u8(..)));
     if let Some(flags) = udp.get_mut(10) {
         *flags = if query { *flags & 0x7f } else { *flags | 0x80 };
+    }
+    // Mostly it asks one question.
+    if let Some(questions) = udp.get_mut(12..14)
+        && rng.u8(..8) > 0
+    {
+        questions.copy_from_slice(&[0, 1]);
     }
     if rng.u8(..6) > 0 {
         seal(&mut udp, UDP, 6, &src, &dst);

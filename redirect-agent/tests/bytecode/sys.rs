@@ -1,5 +1,6 @@
 //! The calls of bpf(2) that the tests need and that aya does not wrap: running an `sk_lookup`
-//! program, reading a program as the verifier left it, loading a few instructions. And its clock.
+//! program, attaching one that is not from an object file, reading a program as the verifier left it,
+//! loading a few instructions. And its clock.
 #![expect(unsafe_code, reason = "system calls that take structs by address")]
 
 use std::{
@@ -8,7 +9,7 @@ use std::{
     os::fd::{AsRawFd as _, BorrowedFd, FromRawFd as _, OwnedFd},
 };
 
-use aya_obj::generated::{bpf_attr, bpf_cmd, bpf_prog_info, bpf_prog_type};
+use aya_obj::generated::{bpf_attach_type, bpf_attr, bpf_cmd, bpf_prog_info, bpf_prog_type};
 
 /// One instruction, as the kernel takes it.
 pub type Insn = [u8; 8];
@@ -21,12 +22,13 @@ pub struct Ran {
     pub context: Vec<u8>,
 }
 
-/// Runs a program once on a packet (none for `sk_lookup`) and a context.
-pub fn run(program: BorrowedFd<'_>, packet: &[u8], context: &[u8]) -> io::Result<Ran> {
+/// Runs a program on a packet (none for `sk_lookup`) and a context, so often in a row: each run finds
+/// what the one before has left, and the same socket.
+pub fn run(program: BorrowedFd<'_>, packet: &[u8], context: &[u8], times: u32) -> io::Result<Ran> {
     let mut ran = Ran { ret: 0, packet: packet.to_vec(), context: context.to_vec() };
     let mut attr = zeroed();
     attr.test.prog_fd = program.as_raw_fd() as u32;
-    attr.test.repeat = u32::from(!packet.is_empty());
+    attr.test.repeat = if packet.is_empty() { 0 } else { times };
     attr.test.ctx_in = context.as_ptr() as u64;
     attr.test.ctx_size_in = context.len() as u32;
     attr.test.ctx_out = ran.context.as_mut_ptr() as u64;
@@ -53,6 +55,17 @@ pub fn load_tc(program: &[Insn]) -> io::Result<OwnedFd> {
     attr.__bindgen_anon_3.insn_cnt = program.len() as u32;
     attr.__bindgen_anon_3.license = c"GPL".as_ptr() as u64;
     let fd = bpf(bpf_cmd::BPF_PROG_LOAD, &mut attr)?;
+    // SAFETY: the kernel has just made this descriptor for us.
+    Ok(unsafe { OwnedFd::from_raw_fd(fd) })
+}
+
+/// Attaches an `sk_lookup` program to a network namespace, for as long as the link is held.
+pub fn link_lookup(program: BorrowedFd<'_>, netns: BorrowedFd<'_>) -> io::Result<OwnedFd> {
+    let mut attr = zeroed();
+    attr.link_create.__bindgen_anon_1.prog_fd = program.as_raw_fd() as u32;
+    attr.link_create.__bindgen_anon_2.target_fd = netns.as_raw_fd() as u32;
+    attr.link_create.attach_type = bpf_attach_type::BPF_SK_LOOKUP as u32;
+    let fd = bpf(bpf_cmd::BPF_LINK_CREATE, &mut attr)?;
     // SAFETY: the kernel has just made this descriptor for us.
     Ok(unsafe { OwnedFd::from_raw_fd(fd) })
 }

@@ -5,7 +5,7 @@
 
 use std::{
     cell::RefCell,
-    collections::BTreeMap,
+    collections::{BTreeMap, BTreeSet},
     net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr},
     os::unix::fs::MetadataExt as _,
 };
@@ -15,14 +15,14 @@ use fastrand::Rng;
 use nix::sys::socket::{setsockopt, sockopt::TcpRepair};
 use redirect_ebpf::{
     abi::{
-        Addr, DECISION_BYPASS, DECISION_ENROLLED, DnsFlow, DnsKey, Flow, LISTENER_HBONE,
-        LISTENER_INBOUND, LISTENER_OUTBOUND, MARK_PROXY, MARK_REDIRECTED, POD_BYPASS_INBOUND,
-        POD_CAPTURE, POD_DNS, POD_INBOUND_RULES, PORT_DNS, PORT_HBONE, PORT_INBOUND, PORT_OUTBOUND,
-        PORT_PROXY_DNS, PROTOCOL_TCP, PROTOCOL_UDP, PodEntry, PodId, VIRTUAL_CAPTURE,
-        VIRTUAL_RULES,
+        Addr, DECISION_BYPASS, DECISION_ENROLLED, DNS_PLACES, DnsFlow, DnsKey, Flow, HINT_QUESTION,
+        Hint, LISTENER_HBONE, LISTENER_INBOUND, LISTENER_OUTBOUND, MARK_PROXY, MARK_REDIRECTED,
+        OwnAddress, POD_BYPASS_INBOUND, POD_CAPTURE, POD_DNS, POD_ENROLLED, POD_INBOUND_RULES,
+        PORT_DNS, PORT_HBONE, PORT_INBOUND, PORT_OUTBOUND, PORT_PROXY_DNS, PROTOCOL_TCP,
+        PROTOCOL_UDP, PodEntry, PodId, VIRTUAL_CAPTURE, VIRTUAL_RULES,
     },
-    dns::{DnsEnv, Message},
-    verdict::{Env, Pods, Proxy, Segment, VirtualEnv},
+    dns::{self, DnsEnv, Message},
+    verdict::{Env, Pods, Proxy, Segment},
 };
 use socket2::{Domain, Socket, Type};
 
@@ -39,7 +39,13 @@ pub fn own_id() -> PodId {
 
 /// The pod's own, or another one's.
 pub fn pod_id(rng: &mut Rng) -> PodId {
-    if rng.bool() { own_id() } else { choose(rng, &OTHERS).0 }
+    if rng.bool() { own_id() } else { choose(rng, &others()) }
+}
+
+/// Those of the other pods, the last one of which nobody knows.
+pub fn others() -> [PodId; 4] {
+    let [a, b, c] = OTHERS.map(|(pod_id, ..)| pod_id);
+    [a, b, c, 4_026_532_005]
 }
 
 /// The node's other pods: the decision, the flags, the addresses.
@@ -189,9 +195,12 @@ impl Connection {
             setsockopt(&socket, TcpRepair, &1)?;
             socket.bind(&local.into())?;
             socket.connect(&remote.into())?;
-            std::io::Result::Ok(socket)
+            let bound = socket.local_addr()?.as_socket();
+            std::io::Result::Ok((socket, bound))
         };
-        open().ok().map(|socket| Self { flow, _socket: socket })
+        // From a broadcast address the kernel connects by another one.
+        let (socket, bound) = open().ok()?;
+        (bound == Some(local)).then_some(Self { flow, _socket: socket })
     }
 }
 
@@ -216,17 +225,22 @@ pub struct State {
     pub missing: BTreeMap<Key, Since>,
     /// The map `dns_flows`, but for the times, which are those of [`World::now`].
     pub flows: BTreeMap<DnsKey, DnsFlow>,
+    /// The maps `strays` and `any_strays`.
+    pub strays: (BTreeSet<PodId>, bool),
+    /// The map `hints`, if there is one: questions are part of it.
+    pub hint: Option<Hint>,
 }
 
 /// The surroundings.
 #[derive(Debug)]
 pub struct World {
-    pub pods: BTreeMap<Addr, PodEntry>,
+    pub pods: BTreeMap<PodId, PodEntry>,
+    pub addresses: BTreeSet<OwnAddress>,
     /// What keeps calls to the pod itself off the proxy: a port, a peer.
     pub excluded: (Option<u16>, Option<Addr>),
     /// Bits of `VIRTUAL_*` of the virtual interface, if there is one.
     pub virtual_flags: Option<u32>,
-    /// What keeps its guests' calls off the proxy: a port, an address.
+    /// What keeps calls of the pod and of its guests off the proxy: a port, an address.
     pub excluded_outbound: (Option<u16>, Option<Addr>),
     /// Where probes come from.
     pub probe_source: Option<Addr>,
@@ -272,6 +286,7 @@ impl World {
         let excluded_peer = rng.bool().then(|| any(rng, v4));
         Ok(Self {
             pods: pods(rng),
+            addresses: own_addresses(rng),
             excluded: (port, peer),
             virtual_flags,
             excluded_outbound: (excluded_port, excluded_peer),
@@ -299,6 +314,28 @@ impl World {
         (pod_id(rng), choose(rng, &KINDS).0)
     }
 
+    /// What the programs find for a kind at a loopback address.
+    fn proxys_listener(&self, kind: u32, loopback: &Addr) -> Option<&Listener> {
+        self.listener(loopback, port_of(kind)).filter(|socket| socket.marked)
+    }
+
+    /// Enters the proxy's listeners, as `find_proxy` does; gives a bit for each.
+    pub fn find_proxy(&self) -> u32 {
+        let mut state = self.state.borrow_mut();
+        state.hint = None;
+        let mut found = 0;
+        for (kind, _) in KINDS {
+            let mut families = [false, true].into_iter();
+            let socket = families.find_map(|v4| self.proxys_listener(kind, &Addr::loopback(v4)));
+            if let Some(socket) = socket {
+                state.listeners.insert((own_id(), kind), socket.cookie);
+                state.missing.remove(&(own_id(), kind));
+                found |= 1 << kind;
+            }
+        }
+        found
+    }
+
     /// The proxy's socket for a kind.
     pub fn proxy_socket(&self, kind: u32) -> Option<&Listener> {
         self.sockets.iter().find(|socket| socket.marked && socket.bound.port() == port_of(kind))
@@ -306,8 +343,13 @@ impl World {
 }
 
 impl Pods for World {
-    fn pod(&self, addr: &Addr) -> Option<PodEntry> {
-        self.pods.get(addr).copied()
+    fn pod(&self, pod_id: PodId) -> Option<u32> {
+        let PodEntry { decision, flags, .. } = self.pods.get(&pod_id)?;
+        Some(if *decision == DECISION_ENROLLED { flags | POD_ENROLLED } else { *flags })
+    }
+
+    fn is_own(&self, pod_id: PodId, addr: &Addr) -> bool {
+        self.addresses.contains(&OwnAddress { pod_id, addr: *addr })
     }
 
     fn excludes_inbound(&self, pod_id: PodId, flow: &Flow) -> bool {
@@ -325,12 +367,30 @@ impl Pods for World {
 }
 
 impl Env for World {
+    fn pod_id(&self) -> PodId {
+        own_id()
+    }
+
     fn application_listens(&self, segment: &Segment) -> bool {
-        self.is_open(segment) || self.listener(&segment.dst, segment.dst_port).is_some()
+        self.has_connection(segment) || self.listener(&segment.dst, segment.dst_port).is_some()
     }
 
     fn is_open(&self, segment: &Segment) -> bool {
+        self.has_connection(segment)
+    }
+
+    fn has_connection(&self, segment: &Segment) -> bool {
+        self.state.borrow_mut().hint = None;
         self.open.as_ref().is_some_and(|open| open.flow == segment.receiver_flow())
+    }
+
+    fn completes_cookie(&self, _: PodId) -> bool {
+        false
+    }
+
+    fn excludes_outbound(&self, pod_id: PodId, flow: &Flow) -> bool {
+        let (port, peer) = self.excluded_outbound;
+        pod_id == own_id() && (port == Some(flow.remote_port) || peer == Some(flow.remote))
     }
 
     fn proxy(&self, pod_id: PodId, kind: u32, segment: &Segment) -> Proxy {
@@ -339,33 +399,36 @@ impl Env for World {
         if state.listeners.contains_key(&key) {
             return Proxy::Listens;
         }
-        let loopback = known(if segment.dst.is_v4() { "127.0.0.1" } else { "::1" });
-        match self.listener(&loopback, port_of(kind)) {
-            Some(socket) if socket.marked && pod_id == own_id() => {
+        let loopback = Addr::loopback(segment.dst.is_v4());
+        let (local, remote, local_port) = (loopback, loopback, port_of(kind));
+        let flow = Flow { local, remote, local_port, remote_port: 1 };
+        state.hint = Some(Hint { flow, pod_id, kind: HINT_QUESTION });
+        match self.proxys_listener(kind, &loopback) {
+            Some(socket) => {
                 state.missing.remove(&key);
                 state.listeners.insert(key, socket.cookie);
                 Proxy::Listens
             }
-            _ => match state.missing.entry(key).or_insert(Since::Now) {
+            None => match state.missing.entry(key).or_insert(Since::Now) {
                 Since::Now => Proxy::AwayWithinGrace,
                 Since::LongAgo => Proxy::Away,
             },
         }
     }
-}
 
-impl VirtualEnv for World {
-    fn excludes_outbound(&self, pod_id: PodId, flow: &Flow) -> bool {
-        let (port, peer) = self.excluded_outbound;
-        pod_id == own_id() && (port == Some(flow.remote_port) || peer == Some(flow.remote))
+    fn strays(&self, pod_id: PodId) -> bool {
+        let (pods, any) = &self.state.borrow().strays;
+        *any && pods.contains(&pod_id)
     }
 
-    fn has_connection(&self, segment: &Segment) -> bool {
-        self.is_open(segment)
-    }
-
-    fn completes_cookie(&self, _: PodId) -> bool {
+    fn is_forwarded(&self) -> bool {
+        // In a test run the packet has a socket,
         false
+    }
+
+    fn settled(&self, _: &Segment) -> Option<u32> {
+        // and each run another one.
+        None
     }
 }
 
@@ -385,11 +448,9 @@ impl DnsEnv for World {
         self.state.borrow().flows.get(key).copied()
     }
 
-    fn touch(&self, key: &DnsKey, now: u64, from_client: bool) {
+    fn touch(&self, key: &DnsKey, message: &Message, from_client: bool) {
         if let Some(flow) = self.state.borrow_mut().flows.get_mut(key) {
-            flow.used_ns = now;
-            let number = if from_client { &mut flow.asked } else { &mut flow.answered };
-            *number = number.wrapping_add(1);
+            dns::touched(flow, message, from_client, NOW);
         }
     }
 
@@ -399,23 +460,30 @@ impl DnsEnv for World {
     }
 }
 
-/// The model's time. The kernel's is translated into it: a moment ago, or long ago.
+/// The model's time. The kernel's is translated into it.
 pub const NOW: u64 = 1 << 60;
-pub const LONG_AGO: u64 = 0;
+/// For how long a flow of DNS may be needed from now on, ns: it has not been for an hour; no longer;
+/// for as long as a connection that ends, a query, a connection is.
+pub const LEASES: [i64; 5] =
+    [-3_600_000_000_000, 0, 5_000_000_000, 30_000_000_000, 600_000_000_000];
 
 /// An entry of `dns_flows`, in the model's time.
 pub fn dns_flow(rng: &mut Rng) -> (DnsKey, DnsFlow) {
     let v4 = rng.bool();
     let protocol = choose(rng, &[PROTOCOL_TCP, PROTOCOL_UDP]);
-    let key = DnsKey { client: own(rng, v4), alias: port(rng), protocol };
+    // Sometimes that of another port with the same place.
+    let alias = port(rng).wrapping_add(DNS_PLACES * choose(rng, &[0, 0, 0, 1]));
+    let key = DnsKey { pod_id: own_id(), place: alias % DNS_PLACES, protocol };
     let flow = DnsFlow {
-        used_ns: choose(rng, &[NOW, LONG_AGO]),
+        needed_until_ns: NOW.wrapping_add_signed(choose(rng, &LEASES)),
+        client: own(rng, v4),
         resolver: any(rng, v4),
-        pod_id: own_id(),
         asked: rng.u32(..3),
         answered: rng.u32(..3),
+        alias,
         resolver_port: PORT_DNS,
-        client_port: if rng.bool() { key.alias } else { port(rng) },
+        client_port: if rng.bool() { alias } else { port(rng) },
+        ended: rng.u16(..2),
     };
     (key, flow)
 }
@@ -428,31 +496,40 @@ fn port_of(kind: u32) -> u16 {
     }
 }
 
-fn pods(rng: &mut Rng) -> BTreeMap<Addr, PodEntry> {
-    let mut pods = BTreeMap::new();
-    for (pod_id, decision, flags, addresses) in OTHERS {
-        let entry = PodEntry { pod_id, decision, reason: 1, flags };
-        pods.extend(addresses.map(|address| (known(address), entry)));
-    }
+fn pods(rng: &mut Rng) -> BTreeMap<PodId, PodEntry> {
+    let entry = |decision, flags, uplink| PodEntry { uplink, ..crate::entry(decision, flags) };
+    let others = OTHERS.map(|(pod_id, decision, flags, _)| (pod_id, entry(decision, flags, 1)));
+    let mut pods = BTreeMap::from(others);
     let (decision, flags) = match rng.u8(..8) {
         0 => (DECISION_BYPASS, 0),
         // The decision counts, whatever the flags.
         1 => (DECISION_BYPASS, POD_CAPTURE),
         2 => (DECISION_ENROLLED, 0),
-        3 => (DECISION_ENROLLED, POD_CAPTURE | (rng.u32(..) & !POD_CAPTURE)),
+        3 => (DECISION_ENROLLED, POD_CAPTURE | (rng.u32(..) & !POD_ENROLLED)),
         4 => (DECISION_ENROLLED, POD_CAPTURE | POD_INBOUND_RULES),
         _ => {
-            let others = POD_CAPTURE | POD_BYPASS_INBOUND | POD_INBOUND_RULES;
+            let others = POD_CAPTURE | POD_BYPASS_INBOUND | POD_INBOUND_RULES | POD_ENROLLED;
             (DECISION_ENROLLED, POD_CAPTURE | (rng.u32(..) & !others))
         }
     };
     let flags = if rng.u8(..4) > 0 { flags | POD_DNS } else { flags };
-    let entry = PodEntry { pod_id: own_id(), decision, reason: 2, flags };
-    pods.extend(OWN.map(|address| (known(address), entry)));
-    if rng.u8(..4) == 0 {
-        pods.remove(&known(choose(rng, &OWN)));
+    if rng.u8(..12) > 0 {
+        pods.insert(own_id(), entry(decision, flags, choose(rng, &[0, 1, 1])));
     }
     pods
+}
+
+/// Those of all pods; of the pod itself one may be missing.
+fn own_addresses(rng: &mut Rng) -> BTreeSet<OwnAddress> {
+    let of = |pod_id| move |text: &str| OwnAddress { pod_id, addr: known(text) };
+    let mut addresses: BTreeSet<_> = OWN.into_iter().map(of(own_id())).collect();
+    if rng.u8(..4) == 0 {
+        addresses.remove(&of(own_id())(choose(rng, &OWN)));
+    }
+    for (pod_id, _, _, others) in OTHERS {
+        addresses.extend(others.into_iter().map(of(pod_id)));
+    }
+    addresses
 }
 
 /// The proxy's listener, or who has its port instead.
