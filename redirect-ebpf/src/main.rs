@@ -454,9 +454,13 @@ pub fn redirect_lookup(ctx: SkLookupContext) -> u32 {
 #[inline(always)]
 fn this_pod(ctx: &SkLookupContext) -> Option<PodId> {
     let slot = THIS_POD.get_ptr(0)?;
+    // The context last: whoever comes in between changes both.
     // SAFETY: the pointer is to this CPU's own value.
-    let this = unsafe { *slot };
-    if this.context == ctx.as_ptr() as u64 { Some(this.pod_id) } else { None }
+    let (pod_id, context) = unsafe {
+        let pod_id = core::ptr::read_volatile(&raw const (*slot).pod_id);
+        (pod_id, core::ptr::read_volatile(&raw const (*slot).context))
+    };
+    if context == ctx.as_ptr() as u64 { Some(pod_id) } else { None }
 }
 
 /// Attached for a moment while a pod enters or leaves the mesh or its settings change, where its
@@ -626,6 +630,19 @@ fn has_proxy_sent(ctx: &TcContext, segment: &Segment) -> bool {
 }
 
 #[inline(never)]
+fn sender_listens(ctx: &TcContext, segment: &Segment) -> bool {
+    // Whom a caller from another port would reach: never the connection itself.
+    let caller = Segment {
+        src: segment.dst,
+        dst: segment.src,
+        src_port: 0,
+        dst_port: segment.src_port,
+        ..*segment
+    };
+    ask(ctx, &caller, sockets::listens)
+}
+
+#[inline(never)]
 fn application_listens(ctx: &TcContext, segment: &Segment) -> bool {
     ask(ctx, segment, sockets::any)
 }
@@ -762,6 +779,11 @@ impl Env for Tc<'_> {
     #[inline(always)]
     fn has_proxy_sent(&self, segment: &Segment) -> bool {
         has_proxy_sent(self.ctx, segment)
+    }
+
+    #[inline(always)]
+    fn sender_listens(&self, segment: &Segment) -> bool {
+        sender_listens(self.ctx, segment)
     }
 
     #[inline(always)]

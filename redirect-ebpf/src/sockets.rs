@@ -47,6 +47,12 @@ pub fn any(ctx: *mut c_void, segment: &Segment) -> bool {
     state(ctx, segment) != NO_SOCKET
 }
 
+/// The same, for a listener.
+#[inline(always)]
+pub fn listens(ctx: *mut c_void, segment: &Segment) -> bool {
+    state(ctx, segment) == TCP_LISTEN
+}
+
 /// The same, for a socket that is no listener.
 #[inline(always)]
 pub fn has_connection(ctx: *mut c_void, segment: &Segment) -> bool {

@@ -109,6 +109,8 @@ pub trait Env: Pods {
     fn is_proxys(&self) -> bool;
     /// Whether the socket here that has sent this segment is the proxy's.
     fn has_proxy_sent(&self, segment: &Segment) -> bool;
+    /// Whether anybody here listens where this segment comes from.
+    fn sender_listens(&self, segment: &Segment) -> bool;
     /// The way that was found for this connection of the socket that has sent it, one of `WAY_*`.
     fn settled(&self, segment: &Segment) -> Option<u32>;
 }
@@ -250,8 +252,10 @@ fn strays(pod_id: PodId, segment: &Segment, env: &impl Env) -> bool {
     if segment.opens {
         return excludes_outbound(pod_id, pod, segment, env) || env.has_proxy_sent(segment);
     }
+    // What the proxy has left behind by its end is none of them: it would leave in plaintext.
+    let inbound = past_proxy(pod_id, pod, &segment.sender_flow(), env).is_some();
     !env.has_connection(segment)
-        && (past_proxy(pod_id, pod, &segment.sender_flow(), env).is_some()
+        && ((inbound && env.sender_listens(segment))
             || excludes_outbound(pod_id, pod, segment, env)
             || env.has_proxy_sent(segment))
 }
@@ -283,10 +287,13 @@ pub fn on_interface(ip: bool, segment: Option<&Segment>, env: &impl Env) -> Verd
     if past_proxy(pod_id, pod, &segment.receiver_flow(), env).is_some() {
         return Verdict { hint: Some(HINT_PAST_PROXY), ..next };
     }
+    if !env.is_own(pod_id, &segment.dst) {
+        // It is forwarded, or for an address that only a route makes the pod's.
+        return next;
+    }
     let captured = captures(pod);
     let hbone = segment.dst_port == PORT_HBONE;
-    // What is for somebody else is forwarded, or for an address that only a route makes the pod's.
-    if captured && !hbone && env.is_own(pod_id, &segment.dst) && !env.application_listens(segment) {
+    if captured && !hbone && !env.application_listens(segment) {
         // The proxy would accept first and find out later. Nor is it left to the kernel: whoever begins
         // to listen by then, or what the pod's netfilter gives it to, would be reached past the proxy.
         return Verdict { fate: Fate::Reset, ..next.count(Counter::NoListener) };
@@ -407,7 +414,7 @@ pub fn on_egress(mark: u32, message: Result<&Message, Hidden>, env: &impl Env) -
         Err(hidden) => return on_hidden_egress(hidden, env),
     };
     let segment = &message.segment;
-    if segment.dst.is_loopback() || segment.dst.is_link_local() {
+    if segment.dst.is_loopback() || (segment.opens && segment.dst.is_link_local()) {
         return Verdict::NEXT;
     }
     let asks = segment.opens && segment.dst_port == PORT_DNS && message.is_query;
@@ -415,6 +422,11 @@ pub fn on_egress(mark: u32, message: Result<&Message, Hidden>, env: &impl Env) -
         return Verdict::NEXT;
     }
     let forwarded = env.is_forwarded();
+    if forwarded && mesh_mark(mark) == MARK_RESCUED {
+        // It has been on `lo`, and the rule that would have kept it there is gone.
+        let drop = Verdict { fate: Fate::Drop, ..Verdict::of(env.pod_id()) };
+        return drop.count(Counter::RefusedPastProxy);
+    }
     if forwarded && segment.opens {
         // A guest's, which virtual interfaces are for.
         let verdict = Verdict::of(env.pod_id());
@@ -449,8 +461,9 @@ pub fn on_egress(mark: u32, message: Result<&Message, Hidden>, env: &impl Env) -
     if env.has_connection(segment) {
         return back_to_proxy(segment, next);
     }
-    if segment.accepts
-        && !forwarded
+    // Under SYN cookies no socket has sent it.
+    let answers = segment.accepts && (!forwarded || env.is_own(pod_id, &segment.src));
+    if answers
         && captures(pod)
         && past_proxy(pod_id, pod, &segment.sender_flow(), env).is_none()
     {
@@ -574,7 +587,7 @@ pub fn steer(lookup: &Lookup, env: &impl Pods) -> Steer {
     if !captured {
         return Steer::Pass(None);
     }
-    if hint_kind == HINT_PAST_PROXY && is_translated(flow, &hint.flow) {
+    if hint_kind == HINT_PAST_PROXY && is_translated(flow, &hint.flow) && !is_proxys_port(flow) {
         return Steer::Pass(Some(Counter::BypassedInbound));
     }
     if flow.local_port == PORT_HBONE {
@@ -614,12 +627,17 @@ fn captures(pod: u32) -> bool {
     pod & (POD_ENROLLED | POD_CAPTURE) == POD_ENROLLED | POD_CAPTURE
 }
 
+#[inline(always)]
+fn is_proxys_port(flow: &Flow) -> bool {
+    matches!(flow.local_port, PORT_OUTBOUND | PORT_INBOUND | PORT_HBONE)
+}
+
 /// Whether a connection to the pod goes to the application directly, and what it then counts as. The
 /// proxy's own ports are not for outsiders, whatever the settings: its outbound listener would take
 /// them for the pod.
 #[inline(always)]
 fn past_proxy(pod_id: PodId, pod: u32, flow: &Flow, env: &impl Pods) -> Option<Counter> {
-    if matches!(flow.local_port, PORT_OUTBOUND | PORT_INBOUND | PORT_HBONE) {
+    if is_proxys_port(flow) {
         return None;
     }
     if pod & POD_BYPASS_INBOUND != 0

@@ -25,6 +25,9 @@ const SYSCTLS: [&str; 11] = [
     "net/ipv4/conf/lo/rp_filter",
     "net/ipv4/conf/all/accept_local",
     "net/ipv4/conf/all/route_localnet",
+    "net/ipv4/conf/lo/accept_local",
+    "net/ipv4/conf/lo/route_localnet",
+    "net/ipv4/ip_local_reserved_ports",
     "net/ipv4/ip_forward",
 ];
 

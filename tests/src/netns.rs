@@ -1,7 +1,7 @@
 //! A network namespace that goes away with its owner, and threads that live in it.
 
 use std::fs::{self, File};
-use std::io::Write as _;
+use std::io::{Read as _, Write as _};
 use std::net::{IpAddr, Ipv4Addr, Ipv6Addr};
 use std::os::unix::fs::MetadataExt as _;
 use std::panic::resume_unwind;
@@ -311,9 +311,12 @@ impl Netns {
     /// Reads a sysctl of the namespace, `net/ipv4/ip_forward` say.
     pub fn sysctl(&self, name: &str) -> Result<String> {
         self.run(|| {
-            let value = fs::read_to_string(Path::new("/proc/sys").join(name))
-                .with_context(|| format!("read sysctl {name}"))?;
-            Ok(value.trim().to_owned())
+            // At once: the kernel shows nothing of some at any position but the first.
+            let mut value = vec![0; 1 << 16];
+            let read = fs::File::open(Path::new("/proc/sys").join(name))
+                .and_then(|mut file| file.read(&mut value));
+            value.truncate(read.with_context(|| format!("read sysctl {name}"))?);
+            Ok(String::from_utf8_lossy(&value).trim().to_owned())
         })
     }
 

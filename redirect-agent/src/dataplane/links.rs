@@ -44,13 +44,13 @@ impl PodLinks {
     pub(super) fn ensure_lookup(
         &self,
         netns: &Netns,
-        load: impl FnOnce() -> io::Result<OwnedFd>,
+        load: impl FnOnce() -> Result<OwnedFd>,
     ) -> Result<()> {
         let pin = self.lookup_pin();
         if adopt(&pin, netns.inode().into())?.is_some() {
             return Ok(());
         }
-        let program = load().context("load the sk_lookup program of the pod")?;
+        let program = load()?;
         let link =
             sys::link_lookup(program.as_fd(), netns.as_fd()).context("attach sk_lookup")?;
         sys::obj_pin(link.as_fd(), &pin).with_context(|| format!("pin {}", pin.display()))

@@ -513,7 +513,7 @@ impl Dataplane {
         let saved = pod.netns.run(sysctl::read)??;
         kernel.save_sysctls(pod.id(), saved)?;
 
-        kernel.attach_lookup(&links, &pod.netns)?;
+        links.ensure_lookup(&pod.netns, || kernel.load_stub(&pod.netns))?;
         pod.netns.run(|| {
             sysctl::set()?;
             let routing = Routing::open()?;
@@ -1051,8 +1051,8 @@ impl Kernel {
         programs.set(stub::SHARED, &program, 0).context("write map programs")
     }
 
-    /// Attaches the pod's own program.
-    fn attach_lookup(&mut self, links: &PodLinks, netns: &Netns) -> Result<()> {
+    /// Loads the pod's own program.
+    fn load_stub(&self, netns: &Netns) -> Result<OwnedFd> {
         let fd = |name: &str| -> Result<OwnedFd> {
             let map = self.0.map(name).with_context(|| format!("find map {name}"))?;
             let (Map::PerCpuArray(map) | Map::ProgramArray(map)) = map else {
@@ -1061,8 +1061,8 @@ impl Kernel {
             map.fd().as_fd().try_clone_to_owned().with_context(|| format!("take map {name}"))
         };
         let (this_pod, programs) = (fd(THIS_POD)?, fd(PROGRAMS)?);
-        let load = || stub::load(netns.inode(), this_pod.as_fd(), programs.as_fd());
-        links.ensure_lookup(netns, load)
+        stub::load(netns.inode(), this_pod.as_fd(), programs.as_fd())
+            .context("load the sk_lookup program of the pod")
     }
 
     fn pods(&mut self) -> Result<Pods<'_>> {

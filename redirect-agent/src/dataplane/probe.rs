@@ -4,6 +4,7 @@
 use std::{
     io,
     net::{IpAddr, Ipv4Addr, Ipv6Addr},
+    os::fd::AsFd as _,
     path::Path,
     thread,
 };
@@ -13,7 +14,8 @@ use aya::{Btf, EbpfLoader, programs::TcAttachType};
 use nix::sched::{CloneFlags, unshare};
 
 use super::{
-    ITERATORS, Kernel, OBJECT, TCX_PROGRAMS, links::attach_tcx, routes::Routing, sockets, sysctl,
+    ITERATORS, Kernel, OBJECT, TCX_PROGRAMS, links::attach_tcx, routes::Routing, sockets, sys,
+    sysctl,
 };
 use crate::netns::Netns;
 
@@ -76,10 +78,11 @@ fn kernel() -> Result<Kernel> {
 
 fn sk_lookup() -> Result<()> {
     let mut kernel = kernel()?;
-    let program = kernel.lookup()?;
-    program.load().context("load the sk_lookup program")?;
+    kernel.lookup()?.load().context("load the sk_lookup program")?;
+    kernel.share_lookup()?;
     let here = Netns::open(Path::new("/proc/thread-self/ns/net"))?;
-    program.attach(&here).context("attach the sk_lookup program")?;
+    let program = kernel.load_stub(&here)?;
+    sys::link_lookup(program.as_fd(), here.as_fd()).context("attach the sk_lookup program")?;
     Ok(())
 }
 

@@ -102,6 +102,15 @@ impl Rule {
         }
     }
 
+    /// `None`: whatever it is. Packets that come in are not looked into for rules of `lo`. Source: Linux
+    /// `include/net/fib_rules.h`, `fib_rule_requires_fldissect`.
+    fn protocol(self) -> Option<IpProtocol> {
+        match self {
+            Self::Rescue | Self::Landing => None,
+            _ => Some(IpProtocol::Tcp),
+        }
+    }
+
     fn ports(self) -> Option<Ports> {
         match self {
             Self::Exclude(ports) => Some(ports),
@@ -158,7 +167,7 @@ impl Rule {
             && input == Some(rule.input().as_str())
             && mark.unwrap_or_default() == rule.mark()
             && has(RuleAttribute::FwMask(MARK_MASK))
-            && has(RuleAttribute::IpProtocol(IpProtocol::Tcp))
+            && rule.protocol().is_none_or(|protocol| has(RuleAttribute::IpProtocol(protocol)))
             && ports == rule.ports();
         whole.then_some(rule)
     }
@@ -490,6 +499,10 @@ impl Routing {
             for route in self.deliveries(source).await?.keep_routes() {
                 self.add_route(route).await?;
             }
+            // Those of another layout, say: nobody else's lead there.
+            for stale in self.rules(version(source)).await?.into_iter().filter(is_stale) {
+                done(self.handle.rule().del(stale).execute().await).context("delete a stale rule")?;
+            }
             let present = self.our_rules(version(source)).await?;
             for rule in keep_rules(traffic).filter(|rule| !present.contains(rule)) {
                 self.add_rule(source, rule).await?;
@@ -689,7 +702,7 @@ impl Routing {
             IpAddr::V6(_) => AddressFamily::Inet6,
         };
         message.attributes.push(RuleAttribute::FwMask(MARK_MASK));
-        message.attributes.push(RuleAttribute::IpProtocol(IpProtocol::Tcp));
+        message.attributes.extend(rule.protocol().map(RuleAttribute::IpProtocol));
         if let Rule::Exclude(_) = rule {
             message.attributes.push(RuleAttribute::Goto(PRIORITY_LANDING));
         }
@@ -795,6 +808,12 @@ impl Routing {
         routes.retain(|route| route.attributes.iter().any(within));
         Ok(routes)
     }
+}
+
+/// Whether a rule leads to a table of ours and is none of ours.
+fn is_stale(rule: &RuleMessage) -> bool {
+    let tables = [RuleAttribute::Table(TABLE), RuleAttribute::Table(TABLE_KEEP)];
+    tables.iter().any(|table| rule.attributes.contains(table)) && Rule::read(rule).is_none()
 }
 
 /// Whether a rule is istio-cni's.

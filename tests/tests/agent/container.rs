@@ -247,7 +247,7 @@ fn agent_does_all_of_its_work_with_what_the_daemon_set_gives_it(family: Family) 
     ensure!(counted(&setting.managed.cluster, "kubelet_probe")? == 3);
 
     // What is gone is put back.
-    server.netns.output("ip", &["-4", "rule", "del", "priority", "15001"])?;
+    server.netns.output("ip", &["-4", "rule", "del", "table", "15001"])?;
     server.netns.set_sysctl("net/ipv4/tcp_fwmark_accept", "0")?;
     setting.managed.wait_for_event(server, "Repaired")?;
     node.wait_until_complete(server)?;

@@ -19,6 +19,7 @@ use serde_json::json;
 use socket2::{Domain, SockRef, Socket, Type};
 
 use crate::cluster::{Cluster, Manifest, SOON};
+use crate::drift::{detach, index};
 
 both_families! {
     dig_is_answered_by_the_proxy_from_the_resolver_it_has_asked,
@@ -34,7 +35,7 @@ both_families! {
     fragments_get_neither_past_the_proxy_nor_to_the_application,
     client_is_gone_when_the_answer_comes,
     excluded_ranges_make_no_difference_and_the_excluded_port_does,
-    rule_that_somebody_removes_is_put_back,
+    guard_that_somebody_detaches_is_put_back,
     agent_restarts_and_queries_are_answered_all_the_while,
 }
 
@@ -647,23 +648,16 @@ fn excluded_ranges_make_no_difference_and_the_excluded_port_does(family: Family)
     Ok(())
 }
 
-fn rule_that_somebody_removes_is_put_back(family: Family) -> Result<()> {
+fn guard_that_somebody_detaches_is_put_back(family: Family) -> Result<()> {
     let dns = Dns::with_flags(family, &["--verify-interval", "500ms"], true)?;
-    let version = match family {
-        Family::V4 => "-4",
-        Family::V6 => "-6",
-    };
-    for protocol in ["udp", "tcp"] {
-        let rule = ["rule", "del", "priority", "14999", "ipproto", protocol];
-        dns.netns().output("ip", &[&[version][..], &rule].concat())?;
-        wait_for("the rule to be put back", SOON, || {
-            let rules =
-                dns.netns().output("ip", &[version, "rule", "show", "priority", "14999"])?;
-            Ok(rules.contains(&format!("ipproto {protocol}")).then_some(()))
-        })?;
-        dns.assert_captured()?;
-    }
-    Ok(())
+    let node = &dns.cluster.node;
+    let guard = format!("out_{}", index(&dns.cluster.server, "eth0")?);
+    detach(&node.links(&dns.cluster.server)?.join(guard))?;
+    wait_for("the guard to be put back", SOON, || {
+        let kernel = node.pod(&dns.cluster.server)?.and_then(|pod| pod.kernel);
+        Ok(kernel.is_some_and(|kernel| kernel.complete).then_some(()))
+    })?;
+    dns.assert_captured()
 }
 
 fn agent_restarts_and_queries_are_answered_all_the_while(family: Family) -> Result<()> {

@@ -1,6 +1,5 @@
 //! What somebody removes behind the agent's back is put back.
 
-use std::net::IpAddr;
 use std::path::Path;
 use std::process::Command;
 use std::time::Duration;
@@ -35,20 +34,19 @@ fn what_is_removed_behind_the_agents_back_is_put_back(family: Family) -> Result<
     };
     let pins = node.links(server)?;
     let eth0 = index(server, "eth0")?;
-    let rows =
-        || [server.v4.into(), server.v6.into()].into_iter().try_for_each(|ip| delete_row(node, ip));
-
-    let removals: [(&str, &dyn Fn() -> Result<()>); 12] = [
-        ("the capture rule", &|| ip("rule del priority 15001")),
-        ("the drain rule", &|| ip("rule del priority 15002")),
+    let removals: [(&str, &dyn Fn() -> Result<()>); 15] = [
+        ("the capture rule", &|| ip("rule del table 15001")),
+        ("the drain rule", &|| ip("rule del fwmark 0x111/0xfff")),
+        ("the guard's rule", &|| ip("rule del fwmark 0xd3/0xfff table 15002")),
         ("the route", &|| ip("route flush table 15001")),
         ("rules and route", &|| {
-            ip("rule del priority 15001")?;
-            ip("rule del priority 15002")?;
+            ip("rule del table 15001")?;
+            ip("rule del table 15002")?;
             ip("route flush table 15001")
         }),
-        ("the program on lo", &|| detach(&pins.join("tcx_1"))),
-        ("the program on eth0", &|| detach(&pins.join(format!("tcx_{eth0}")))),
+        ("the program on lo", &|| detach(&pins.join("in_1"))),
+        ("the program on eth0", &|| detach(&pins.join(format!("in_{eth0}")))),
+        ("the guard on eth0", &|| detach(&pins.join(format!("out_{eth0}")))),
         ("sk_lookup", &|| detach(&pins.join("lookup"))),
         ("the pin of sk_lookup", &|| {
             std::fs::remove_file(pins.join("lookup")).context("remove a pin")
@@ -56,7 +54,10 @@ fn what_is_removed_behind_the_agents_back_is_put_back(family: Family) -> Result<
         ("all pins", &|| std::fs::remove_dir_all(&pins).context("remove the pins")),
         ("one sysctl", &|| server.netns.set_sysctl("net/ipv4/tcp_fwmark_accept", "0")),
         ("another sysctl", &|| server.netns.set_sysctl("net/ipv4/conf/all/src_valid_mark", "0")),
-        ("the rows", &rows),
+        ("a port of the proxy's that is reserved", &|| {
+            server.netns.set_sysctl("net/ipv4/ip_local_reserved_ports", "15001")
+        }),
+        ("the row", &|| delete_row(node, server)),
     ];
     for (what, remove) in removals {
         remove().with_context(|| format!("remove {what}"))?;
@@ -78,13 +79,13 @@ fn change_is_noticed_when_it_happens(family: Family) -> Result<()> {
     let before = footprint(&server.netns)?;
     let flag = if family == Family::V4 { "-4" } else { "-6" };
     for _ in 0..3 {
-        server.netns.output("ip", &[flag, "rule", "del", "priority", "15001"])?;
+        server.netns.output("ip", &[flag, "rule", "del", "table", "15001"])?;
         wait_for("the rule", Duration::from_secs(5), || {
             Ok((footprint(&server.netns)? == before).then_some(()))
         })?;
     }
     server.netns.ip("link add net1 type veth peer name net2\nlink set net1 up")?;
-    let pin = node.links(server)?.join(format!("tcx_{}", index(server, "net1")?));
+    let pin = node.links(server)?.join(format!("in_{}", index(server, "net1")?));
     wait_for("a program on the new interface", Duration::from_secs(5), || {
         Ok(pin.exists().then_some(()))
     })?;
@@ -102,7 +103,7 @@ fn rules_of_an_older_agent_are_removed(family: Family) -> Result<()> {
     server.netns.output("ip", &add)?;
     node.enrol(server)?;
     let rules = server.netns.output("ip", &[flag, "rule", "show", "priority", "15002"])?;
-    assert_eq!(rules.lines().count(), 1, "{rules}");
+    assert_eq!(rules.lines().count(), 0, "{rules}");
     cluster.assert_redirected(family)?;
     node.write(&Manifest::of(server).mode("none"))?;
     node.wait_for_state(server, PodState::Bypassing)?;
@@ -119,11 +120,8 @@ pub fn detach(pin: &Path) -> Result<()> {
     succeed(Command::new("bpftool").args(["link", "detach", "pinned"]).arg(pin)).map(drop)
 }
 
-fn delete_row(node: &Node, address: IpAddr) -> Result<()> {
-    let octets = match address {
-        IpAddr::V4(ip) => ip.to_ipv6_mapped().octets(),
-        IpAddr::V6(ip) => ip.octets(),
-    };
+fn delete_row(node: &Node, pod: &Pod) -> Result<()> {
+    let octets = u32::try_from(pod.netns.inode()?)?.to_ne_bytes();
     let mut command = Command::new("bpftool");
     command.args(["map", "delete", "pinned"]).arg(node.bpffs().join("pods")).args(["key", "hex"]);
     succeed(command.args(octets.map(|octet| format!("{octet:02x}")))).map(drop)

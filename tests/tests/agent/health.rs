@@ -35,7 +35,7 @@ fn agent_tells_its_health_and_what_it_has_counted() -> Result<()> {
     assert_has(address, "redirect_connections_total{verdict=\"redirected_inbound\"} 2")?;
     assert_has(address, "redirect_enrolment_duration_seconds_count 1")?;
 
-    cluster.server.netns.output("ip", &["-4", "rule", "del", "priority", "15001"])?;
+    cluster.server.netns.output("ip", &["-4", "rule", "del", "table", "15001"])?;
     assert_has(address, "redirect_drift_total{kind=\"rule\"} 1")
 }
 

@@ -159,7 +159,7 @@ fn interfaces_come_and_go_in_an_enrolled_pod(family: Family) -> Result<()> {
     load.during(|| {
         for _ in 0..2 {
             server.netns.ip("link add net1 type veth peer name net2\nlink set net1 up")?;
-            let pin = dir.join(format!("tcx_{}", index(server, "net1")?));
+            let pin = dir.join(format!("in_{}", index(server, "net1")?));
             wait_for("a program on the new interface", SOON, || Ok(pin.exists().then_some(())))?;
             cluster.assert_redirected(family)?;
 

@@ -174,11 +174,10 @@ const TPROXY: &str = "-t mangle -A PREROUTING -i eth0 -p tcp --dport 80 -j TPROX
                       --tproxy-mark 1";
 
 /// Each, whether somebody listens on [`TRANSLATED`] itself, and which counters say that a call was refused.
-/// TPROXY asks for a listener as the stack does, so it may also find the proxy's: then whoever listens
-/// on that very port has the call, by the proxy.
+/// Where somebody does, he has it, by the proxy, which is told the port that was called.
 const TRANSLATIONS: [(&str, bool, &[&str]); 4] = [
     (REDIRECT, false, &["no_listener"]),
-    (REDIRECT, true, &["refused_translated"]),
+    (REDIRECT, true, &["redirected_inbound"]),
     (TPROXY, false, &["no_listener"]),
     (TPROXY, true, &["refused_past_proxy", "redirected_inbound"]),
 ];

@@ -607,11 +607,11 @@ fn what_is_removed_of_a_virtual_interface_is_put_back(family: Family) -> Result<
     reroute(node, server, "veth1")?;
     let before = footprint(&server.netns)?;
     let flag = if family == Family::V4 { "-4" } else { "-6" };
-    let rule = |priority| {
-        let args = [flag, "rule", "del", "priority", priority, "iif", "veth1"];
+    let rule = |action: &[&str]| {
+        let args = [&[flag, "rule", "del", "iif", "veth1"], action].concat();
         server.netns.output("ip", &args).map(drop)
     };
-    let pin = node.links(server)?.join(format!("tcx_{}", index(server, "veth1")?));
+    let pin = node.links(server)?.join(format!("in_{}", index(server, "veth1")?));
     let entries = || {
         let map = node.bpffs().join("virtual_ifs");
         let mut key = u32::try_from(server.netns.inode()?)?.to_ne_bytes().to_vec();
@@ -621,8 +621,8 @@ fn what_is_removed_of_a_virtual_interface_is_put_back(family: Family) -> Result<
         succeed(command.args(key.iter().map(|byte| format!("{byte:02x}")))).map(drop)
     };
     let removals: [(&str, &dyn Fn() -> Result<()>); 4] = [
-        ("the rule that redirects", &|| rule("15002")),
-        ("the rule that holds back", &|| rule("15001")),
+        ("the rule that redirects", &|| rule(&["table", "15002"])),
+        ("the rule that holds back", &|| rule(&["blackhole"])),
         ("the program", &|| detach(&pin)),
         ("the entry", &entries),
     ];
