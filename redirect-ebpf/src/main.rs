@@ -308,7 +308,7 @@ fn on_egress(ctx: &TcContext, readable: bool, parsed: &Parsed) -> i32 {
         if readable { Ok(&parsed.message) } else { Err(packet::hidden(ctx, packet::network(ctx))) };
     let verdict = verdict::on_egress(mark(ctx), message, &Tc { ctx });
     if let Some(way) = verdict.settle {
-        sockets::settle(ctx, &parsed.segment().sender_flow(), way);
+        sockets::settle(ctx, &parsed.segment().sender_flow(), way.get());
     }
     let next = apply(ctx, &verdict, None);
     match verdict.fate {
@@ -381,10 +381,10 @@ fn count_and_log(ctx: &TcContext, pod_id: PodId, counter: u32) {
 #[inline(always)]
 fn apply(ctx: &TcContext, verdict: &Verdict, parsed: Option<&Parsed>) -> i32 {
     if let Some(new) = verdict.mark {
-        set_mesh_mark(ctx, new);
+        set_mesh_mark(ctx, new.get());
     }
     if let (Some(kind), Some(parsed)) = (verdict.hint, parsed) {
-        set_hint(verdict.pod_id, &parsed.segment().receiver_flow(), kind);
+        set_hint(verdict.pod_id, &parsed.segment().receiver_flow(), kind.get());
     }
     if let Some(counter) = verdict.count {
         count_and_log(ctx, verdict.pod_id, counter as u32);

@@ -489,20 +489,27 @@ pub fn headers(ctx: &TcContext) -> Option<([u8; 40], u32, [u8; 20])> {
     }
 }
 
-/// The inode number of the network namespace that the packet is in.
+/// The address of the network namespace that the packet is in; 0 where it cannot be read.
 #[inline(always)]
-pub fn netns_inode(ctx: &TcContext) -> Option<PodId> {
+pub fn netns(ctx: &TcContext) -> u64 {
     let offsets = config::sock_offsets();
     // The verifier lets nobody compute with the context's address; as a number it does.
     let slot = core::hint::black_box(ctx.skb.skb);
     // SAFETY: the helper copes with any address.
     unsafe {
-        let skb: u64 = bpf_probe_read_kernel(core::ptr::from_ref(&slot).cast()).ok()?;
-        let device = bpf_probe_read_kernel((skb + u64::from(offsets.packet_device)) as *const u64);
-        let net = (device.ok()? + u64::from(offsets.device_net)) as *const u64;
-        let net: u64 = bpf_probe_read_kernel(net).ok()?;
-        bpf_probe_read_kernel((net + u64::from(offsets.net_inode)) as *const PodId).ok()
+        let skb: u64 = bpf_probe_read_kernel(core::ptr::from_ref(&slot).cast()).unwrap_or(0);
+        let device = (skb + u64::from(offsets.packet_device)) as *const u64;
+        let device = bpf_probe_read_kernel(device).unwrap_or(0);
+        bpf_probe_read_kernel((device + u64::from(offsets.device_net)) as *const u64).unwrap_or(0)
     }
+}
+
+/// The inode number of that.
+#[inline(always)]
+pub fn netns_inode(ctx: &TcContext) -> Option<PodId> {
+    let inode = (netns(ctx) + u64::from(config::sock_offsets().net_inode)) as *const PodId;
+    // SAFETY: the helper copes with any address.
+    unsafe { bpf_probe_read_kernel(inode) }.ok()
 }
 
 /// The IPv4 address's octets.

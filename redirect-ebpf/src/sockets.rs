@@ -10,7 +10,7 @@ use aya_ebpf::{
     },
     cty::{c_long, c_void},
     helpers::{
-        bpf_get_listener_sock, bpf_ktime_get_ns, bpf_map_lookup_elem, bpf_map_update_elem, bpf_sk_assign,
+        bpf_get_listener_sock, bpf_ktime_get_ns, bpf_map_lookup_elem, bpf_map_update_elem, bpf_probe_read_kernel, bpf_sk_assign,
         bpf_sk_fullsock, bpf_sk_lookup_tcp, bpf_sk_lookup_udp, bpf_sk_release, bpf_sk_storage_get,
         bpf_skc_lookup_tcp, bpf_tcp_check_syncookie,
     },
@@ -182,21 +182,39 @@ pub fn find_listener(ctx: &TcContext, key: &ListenerKey, v4: bool, client_port: 
 }
 
 /// Whether the packet has no socket here that has sent it.
-#[inline(always)]
+#[inline(never)]
 pub fn is_forwarded(ctx: &TcContext) -> bool {
+    sender(ctx).is_none()
+}
+
+/// The socket that has sent the packet. One of another namespace, which a packet keeps as long as no
+/// stack has received it, has nothing to do with this one.
+#[inline(always)]
+fn sender(ctx: &TcContext) -> Option<*mut bpf_sock> {
     // SAFETY: the context is valid while the program runs.
-    unsafe { (*ctx.skb.skb).__bindgen_anon_2.sk.is_null() }
+    let sk = unsafe { (*ctx.skb.skb).__bindgen_anon_2.sk };
+    if sk.is_null() || netns(sk) != packet::netns(ctx) { None } else { Some(sk) }
+}
+
+/// The address of the socket's network namespace.
+#[inline(always)]
+fn netns(sk: *mut bpf_sock) -> u64 {
+    let offset = u64::from(config::sock_offsets().net);
+    // The verifier lets nobody compute with a socket's address; as a number it does.
+    let slot = core::hint::black_box(sk);
+    // SAFETY: the helper copes with any address.
+    unsafe {
+        let sk: u64 = bpf_probe_read_kernel(ptr::from_ref(&slot).cast()).unwrap_or(0);
+        bpf_probe_read_kernel((sk + offset) as *const u64).unwrap_or(0)
+    }
 }
 
 /// Whether the socket that has sent the packet, or the listener that it answers for, is the proxy's.
-#[inline(always)]
+#[inline(never)]
 pub fn sender_is_proxys(ctx: &TcContext) -> bool {
-    // SAFETY: the context is valid while the program runs; the helpers check what they are given.
+    let Some(sk) = sender(ctx) else { return false };
+    // SAFETY: the helpers check what they are given.
     unsafe {
-        let sk = (*ctx.skb.skb).__bindgen_anon_2.sk;
-        if sk.is_null() {
-            return false;
-        }
         let full = bpf_sk_fullsock(sk);
         if !full.is_null() {
             return is_proxys(full);
@@ -229,14 +247,16 @@ pub fn has_proxy_sent(ctx: &TcContext, segment: &Segment) -> bool {
 /// which have one each.
 #[inline(always)]
 pub fn settled_once(ctx: &TcContext) -> Option<u32> {
+    // SAFETY: the context is valid while the program runs.
+    let sk = unsafe { (*ctx.skb.skb).__bindgen_anon_2.sk };
     // SAFETY: the pointer is to a live map value.
-    storage(ctx, ptr::null_mut(), 0).map(|settled| unsafe { (*settled).way })
+    storage(sk, ptr::null_mut(), 0).map(|settled| unsafe { (*settled).way })
 }
 
 /// What was found for this connection of the socket that has sent the packet.
 #[inline(always)]
 pub fn settled(ctx: &TcContext, flow: &Flow) -> Option<u32> {
-    let settled = storage(ctx, ptr::null_mut(), 0)?;
+    let settled = storage(sender(ctx)?, ptr::null_mut(), 0)?;
     // SAFETY: the pointer is to a live map value.
     unsafe { if (*settled).flow == *flow { Some((*settled).way) } else { None } }
 }
@@ -245,20 +265,20 @@ pub fn settled(ctx: &TcContext, flow: &Flow) -> Option<u32> {
 #[inline(always)]
 pub fn settle(ctx: &TcContext, flow: &Flow, way: u32) {
     let mut new = Settled { flow: *flow, way };
-    if let Some(settled) = storage(ctx, &raw mut new, u64::from(BPF_SK_STORAGE_GET_F_CREATE)) {
+    let Some(sk) = sender(ctx) else { return };
+    if let Some(settled) = storage(sk, &raw mut new, u64::from(BPF_SK_STORAGE_GET_F_CREATE)) {
         // SAFETY: the pointer is to a live map value; the socket's packets leave one by one.
         unsafe { *settled = new }
     }
 }
 
 #[inline(always)]
-fn storage(ctx: &TcContext, new: *mut Settled, flags: u64) -> Option<*mut Settled> {
-    // SAFETY: the context is valid while the program runs; the helpers check what they are given.
+fn storage(sk: *mut bpf_sock, new: *mut Settled, flags: u64) -> Option<*mut Settled> {
+    if sk.is_null() {
+        return None;
+    }
+    // SAFETY: the helpers check what they are given.
     unsafe {
-        let sk = (*ctx.skb.skb).__bindgen_anon_2.sk;
-        if sk.is_null() {
-            return None;
-        }
         let sk = bpf_sk_fullsock(sk);
         if sk.is_null() {
             return None;

@@ -5,6 +5,8 @@
 //! decision is about is the one whose network namespace the program runs in: no address in a packet
 //! has a say in that.
 
+use core::num::NonZeroU32;
+
 use crate::abi::{
     Addr, Counter, Flow, HINT_FROM_POD, HINT_FROM_PROXY,
     HINT_FROM_VIRTUAL, HINT_NONE, HINT_PAST_PROXY, HINT_QUESTION, Hint, LISTENER_HBONE,
@@ -138,15 +140,15 @@ pub struct Verdict {
     /// What happens to the packet.
     pub fate: Fate,
     /// The packet's new mark under [`MARK_MASK`], or `None` to leave it.
-    pub mark: Option<u32>,
+    pub mark: Option<NonZeroU32>,
     /// The hint for `sk_lookup`, its kind; `None` for none. Its flow is the receiver's.
-    pub hint: Option<u32>,
+    pub hint: Option<NonZeroU32>,
     /// The pod, where it had to be found out.
     pub pod_id: PodId,
     /// What to count for it.
     pub count: Option<Counter>,
     /// What to note at the socket that has sent the packet: one of `WAY_*`.
-    pub settle: Option<u32>,
+    pub settle: Option<NonZeroU32>,
     /// From now on every packet of the pod on `lo` is asked for its socket.
     pub strays: bool,
 }
@@ -172,6 +174,13 @@ impl Verdict {
     }
 }
 
+/// A number in a [`Verdict`]. None of them is 0, so that `None` leaves nothing undefined, which the
+/// verifier would object to.
+#[inline(always)]
+pub const fn code(number: u32) -> Option<NonZeroU32> {
+    NonZeroU32::new(number)
+}
+
 /// The bits of `mark` that belong to the mesh.
 #[inline(always)]
 pub fn mesh_mark(mark: u32) -> u32 {
@@ -190,7 +199,7 @@ pub fn with_mesh_mark(mark: u32, mesh: u32) -> u32 {
 pub fn on_lo(mark: u32, segment: Option<&Segment>, env: &impl Env) -> Verdict {
     let proxys = mesh_mark(mark) == MARK_PROXY;
     let Some(segment) = segment else {
-        return Verdict { mark: if proxys { Some(MARK_REDIRECTED) } else { None }, ..Verdict::NEXT };
+        return Verdict { mark: if proxys { code(MARK_REDIRECTED) } else { None }, ..Verdict::NEXT };
     };
     let pod_id = env.pod_id();
     let next = Verdict::of(pod_id);
@@ -206,10 +215,10 @@ pub fn on_lo(mark: u32, segment: Option<&Segment>, env: &impl Env) -> Verdict {
         // Every packet, not only the SYN: under SYN cookies the ACK looks for the listener.
         // The accepted socket takes the mark, and so its replies come back here, also while the pod
         // leaves the mesh.
-        return Verdict { mark: Some(MARK_REDIRECTED), hint: Some(HINT_FROM_PROXY), ..next };
+        return Verdict { mark: code(MARK_REDIRECTED), hint: code(HINT_FROM_PROXY), ..next };
     }
     // Every packet, for the same reason.
-    let next = Verdict { hint: Some(HINT_FROM_POD), ..next };
+    let next = Verdict { hint: code(HINT_FROM_POD), ..next };
     if segment.dst.is_loopback() {
         return next;
     }
@@ -221,7 +230,7 @@ pub fn on_lo(mark: u32, segment: Option<&Segment>, env: &impl Env) -> Verdict {
         let first = segment.opens || segment.accepts;
         let count = if first { Some(Counter::RescuedDirect) } else { None };
         // The guard lets pass what has this mark.
-        let mark = Some(MARK_PROXY);
+        let mark = code(MARK_PROXY);
         return Verdict { fate: Fate::Leave, mark, hint: None, strays: true, count, ..next };
     }
     if !segment.opens
@@ -272,7 +281,7 @@ pub fn on_interface(ip: bool, segment: Option<&Segment>, env: &impl Env) -> Verd
     if !ip {
         return Verdict::NEXT;
     }
-    let next = Verdict { mark: Some(MARK_DIRECT), ..Verdict::NEXT };
+    let next = Verdict { mark: code(MARK_DIRECT), ..Verdict::NEXT };
     let Some(segment) = segment else { return next };
     if !segment.opens {
         return next;
@@ -285,7 +294,7 @@ pub fn on_interface(ip: bool, segment: Option<&Segment>, env: &impl Env) -> Verd
         return Verdict { fate: Fate::Drop, ..next.count(Counter::RefusedForgedAddress) };
     }
     if past_proxy(pod_id, pod, &segment.receiver_flow(), env).is_some() {
-        return Verdict { hint: Some(HINT_PAST_PROXY), ..next };
+        return Verdict { hint: code(HINT_PAST_PROXY), ..next };
     }
     if !env.is_own(pod_id, &segment.dst) {
         // It is forwarded, or for an address that only a route makes the pod's.
@@ -350,8 +359,8 @@ pub fn on_virtual(
         return Verdict::NEXT;
     }
     let Virtual { pod_id, flags } = *interface;
-    let forwarded = Verdict { mark: Some(MARK_DIRECT), ..Verdict::of(pod_id) };
-    let redirected = Verdict { mark: Some(MARK_VIRTUAL), ..Verdict::of(pod_id) };
+    let forwarded = Verdict { mark: code(MARK_DIRECT), ..Verdict::of(pod_id) };
+    let redirected = Verdict { mark: code(MARK_VIRTUAL), ..Verdict::of(pod_id) };
     let captures = flags & VIRTUAL_CAPTURE != 0;
     let Some(segment) = segment else {
         if hides_tcp && captures {
@@ -363,7 +372,7 @@ pub fn on_virtual(
     if segment.dst.is_loopback() || segment.dst.is_link_local() {
         return forwarded;
     }
-    let for_proxy = Verdict { hint: Some(HINT_FROM_VIRTUAL), ..redirected };
+    let for_proxy = Verdict { hint: code(HINT_FROM_VIRTUAL), ..redirected };
     if !segment.opens {
         if env.has_connection(segment) {
             return redirected;
@@ -450,13 +459,13 @@ pub fn on_egress(mark: u32, message: Result<&Message, Hidden>, env: &impl Env) -
     }
     if segment.opens {
         if asks && pod & POD_DNS != 0 {
-            return Verdict { settle: message.tcp.then_some(WAY_REDIRECTED), ..to_lo(next) };
+            return Verdict { settle: if message.tcp { code(WAY_REDIRECTED) } else { None }, ..to_lo(next) };
         }
         if !message.tcp || !captures(pod) || excludes_outbound(pod_id, pod, segment, env) {
             return next;
         }
         let to_lo = to_lo(next.count(Counter::RescuedOutbound));
-        return Verdict { settle: Some(WAY_REDIRECTED), ..to_lo };
+        return Verdict { settle: code(WAY_REDIRECTED), ..to_lo };
     }
     if env.has_connection(segment) {
         return back_to_proxy(segment, next);
@@ -469,7 +478,7 @@ pub fn on_egress(mark: u32, message: Result<&Message, Hidden>, env: &impl Env) -
     {
         return Verdict { fate: Fate::Abort, ..next.count(Counter::RefusedPastProxy) };
     }
-    Verdict { settle: Some(WAY_DIRECT), ..next }
+    Verdict { settle: code(WAY_DIRECT), ..next }
 }
 
 /// The same for the proxy's packets, or for those of a socket of the application that has got its mark:
@@ -486,7 +495,7 @@ fn on_proxys_egress(segment: &Segment, env: &impl Env) -> Verdict {
             None => {}
         }
     }
-    Verdict { settle: Some(WAY_DIRECT), ..Verdict::NEXT }
+    Verdict { settle: code(WAY_DIRECT), ..Verdict::NEXT }
 }
 
 #[inline(always)]
@@ -509,12 +518,12 @@ fn on_hidden_egress(hidden: Hidden, env: &impl Env) -> Verdict {
 #[inline(always)]
 fn back_to_proxy(segment: &Segment, verdict: Verdict) -> Verdict {
     let count = if segment.accepts { Some(Counter::RescuedInbound) } else { None };
-    Verdict { settle: Some(WAY_REDIRECTED), count, ..to_lo(verdict) }
+    Verdict { settle: code(WAY_REDIRECTED), count, ..to_lo(verdict) }
 }
 
 #[inline(always)]
 fn to_lo(verdict: Verdict) -> Verdict {
-    Verdict { fate: Fate::ToLo, mark: Some(MARK_RESCUED), ..verdict }
+    Verdict { fate: Fate::ToLo, mark: code(MARK_RESCUED), ..verdict }
 }
 
 /// What `sk_lookup` knows when the kernel looks for the listener of a packet.
@@ -908,7 +917,7 @@ mod tests {
 
     /// Verdicts on the pod itself.
     const GOES_ON: Verdict = Verdict { pod_id: OWN, ..Verdict::NEXT };
-    const MARKED: Verdict = Verdict { mark: Some(MARK_DIRECT), ..GOES_ON };
+    const MARKED: Verdict = Verdict { mark: code(MARK_DIRECT), ..GOES_ON };
 
     fn refused(verdict: Verdict, fate: Fate, counter: Counter) -> Verdict {
         Verdict { fate, count: Some(counter), ..verdict }
@@ -924,7 +933,7 @@ mod tests {
     #[test]
     fn the_proxy_delivers_to_the_application() {
         let hint = Some(HINT_FROM_PROXY);
-        let delivered = Verdict { mark: Some(MARK_REDIRECTED), hint, ..GOES_ON };
+        let delivered = Verdict { mark: code(MARK_REDIRECTED), hint, ..GOES_ON };
         for a in both_families() {
             // From a client's address, wherever that client is, to any address of the namespace; and
             // every packet, not only the SYN.
@@ -964,7 +973,7 @@ mod tests {
     fn on_lo_what_cannot_be_parsed_has_no_hint() {
         for a in both_families() {
             let node = Node::new(&a, CAPTURING);
-            let proxys = Verdict { mark: Some(MARK_REDIRECTED), ..Verdict::NEXT };
+            let proxys = Verdict { mark: code(MARK_REDIRECTED), ..Verdict::NEXT };
             assert_eq!(on_lo(MARK_PROXY, None, &node), proxys);
             for mark in [0, MARK_DIRECT, MARK_TO_PROXY] {
                 assert_eq!(on_lo(mark, None, &node), Verdict::NEXT);
@@ -973,7 +982,7 @@ mod tests {
         }
     }
 
-    const FROM_POD: Verdict = Verdict { hint: Some(HINT_FROM_POD), ..GOES_ON };
+    const FROM_POD: Verdict = Verdict { hint: code(HINT_FROM_POD), ..GOES_ON };
 
     #[test]
     fn the_pod_opens_a_connection() {
@@ -1149,7 +1158,7 @@ mod tests {
         match proxy {
             Proxy::AwayWithinGrace => refused(MARKED, Fate::Drop, Counter::DroppedProxyAway),
             // `sk_lookup` refuses.
-            Proxy::Listens | Proxy::Away => Verdict { hint: Some(HINT_FROM_OUTSIDE), ..MARKED },
+            Proxy::Listens | Proxy::Away => Verdict { hint: code(HINT_FROM_OUTSIDE), ..MARKED },
         }
     }
 
@@ -1228,7 +1237,7 @@ mod tests {
                     let deaf = Node { application_listens: false, ..node };
                     let node = Node { proxy: Proxy::Away, ..deaf };
                     let found = on_interface(true, Some(&syn(a.stranger, a.own)), &node);
-                    assert_eq!(found, Verdict { hint: Some(HINT_PAST_PROXY), ..MARKED });
+                    assert_eq!(found, Verdict { hint: code(HINT_PAST_PROXY), ..MARKED });
                     node.assert_asked(&[]);
                     for dst_port in PROXYS_PORTS {
                         let node =
@@ -1246,8 +1255,8 @@ mod tests {
     }
 
     const VIRTUAL: Virtual = Virtual { pod_id: OWN, flags: VIRTUAL_CAPTURE };
-    const REROUTED: Verdict = Verdict { mark: Some(MARK_TO_PROXY), ..GOES_ON };
-    const FOR_PROXY: Verdict = Verdict { hint: Some(HINT_FROM_VIRTUAL), ..REROUTED };
+    const REROUTED: Verdict = Verdict { mark: code(MARK_TO_PROXY), ..GOES_ON };
+    const FOR_PROXY: Verdict = Verdict { hint: code(HINT_FROM_VIRTUAL), ..REROUTED };
 
     #[test]
     fn guests_open_connections_by_the_proxy() {
@@ -1354,8 +1363,8 @@ mod tests {
 
     const RESCUED: Verdict = Verdict {
         fate: Fate::ToLo,
-        mark: Some(MARK_TO_PROXY),
-        settle: Some(WAY_REDIRECTED),
+        mark: code(MARK_TO_PROXY),
+        settle: code(WAY_REDIRECTED),
         ..GOES_ON
     };
 
@@ -1500,7 +1509,7 @@ mod tests {
 
     #[test]
     fn the_guard_keeps_connections_on_the_way_that_was_found() {
-        let to_lo = Verdict { fate: Fate::ToLo, mark: Some(MARK_TO_PROXY), ..Verdict::NEXT };
+        let to_lo = Verdict { fate: Fate::ToLo, mark: code(MARK_TO_PROXY), ..Verdict::NEXT };
         for a in both_families() {
             for (way, expected) in [(WAY_REDIRECTED, to_lo), (WAY_DIRECT, Verdict::NEXT)] {
                 for pod in [UNKNOWN, BYPASSING, PREPARING, CAPTURING] {
@@ -1552,7 +1561,7 @@ mod tests {
 
     #[test]
     fn the_guard_refuses_who_was_accepted_past_the_proxy() {
-        let direct = Verdict { settle: Some(WAY_DIRECT), ..GOES_ON };
+        let direct = Verdict { settle: code(WAY_DIRECT), ..GOES_ON };
         let aborted = refused(GOES_ON, Fate::Abort, Counter::RefusedPastProxy);
         for a in both_families() {
             let accepts = syn_ack(a.own, a.stranger);

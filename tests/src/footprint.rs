@@ -14,7 +14,7 @@ use crate::netns::Netns;
 use crate::process::wait_for;
 
 /// The sysctls that redirections of one kind or another are known to change.
-const SYSCTLS: [&str; 11] = [
+const SYSCTLS: [&str; 14] = [
     "net/ipv4/tcp_fwmark_accept",
     "net/ipv4/fwmark_reflect",
     "net/ipv6/fwmark_reflect",
