@@ -630,6 +630,11 @@ fn has_proxy_sent(ctx: &TcContext, segment: &Segment) -> bool {
 }
 
 #[inline(never)]
+fn has_peer(ctx: &TcContext, segment: &Segment) -> bool {
+    ask(ctx, segment, sockets::has_peer)
+}
+
+#[inline(never)]
 fn sender_listens(ctx: &TcContext, segment: &Segment) -> bool {
     // Whom a caller from another port would reach: never the connection itself.
     let caller = Segment {
@@ -742,6 +747,11 @@ impl Env for Tc<'_> {
     #[inline(always)]
     fn has_connection(&self, segment: &Segment) -> bool {
         has_connection(self.ctx, segment)
+    }
+
+    #[inline(always)]
+    fn has_peer(&self, segment: &Segment) -> bool {
+        has_peer(self.ctx, segment)
     }
 
     #[inline(always)]

@@ -59,6 +59,12 @@ pub fn has_connection(ctx: *mut c_void, segment: &Segment) -> bool {
     !matches!(state(ctx, segment), NO_SOCKET | TCP_LISTEN)
 }
 
+/// The same, for one that is not in TIME_WAIT either.
+#[inline(always)]
+pub fn has_peer(ctx: *mut c_void, segment: &Segment) -> bool {
+    !matches!(state(ctx, segment), NO_SOCKET | TCP_LISTEN | TCP_TIME_WAIT)
+}
+
 /// Whether that is of an open connection. One that is about to open is the segment's own, maybe, sent
 /// again; a TIME_WAIT makes room.
 #[inline(always)]

@@ -95,6 +95,8 @@ pub trait Env: Pods {
     /// Whether a socket in the namespace has the connection of this segment: open, half open or
     /// closing. A listener has none.
     fn has_connection(&self, segment: &Segment) -> bool;
+    /// The same, but one in TIME_WAIT does not count: another connection may have its ports by now.
+    fn has_peer(&self, segment: &Segment) -> bool;
     /// Whether this segment completes a connection to the proxy's outbound listener that so far is
     /// nothing but a SYN cookie.
     fn completes_cookie(&self, pod_id: PodId) -> bool;
@@ -263,7 +265,7 @@ fn strays(pod_id: PodId, segment: &Segment, env: &impl Env) -> bool {
     }
     // What the proxy has left behind by its end is none of them: it would leave in plaintext.
     let inbound = past_proxy(pod_id, pod, &segment.sender_flow(), env).is_some();
-    !env.has_connection(segment)
+    !env.has_peer(segment)
         && ((inbound && env.sender_listens(segment))
             || excludes_outbound(pod_id, pod, segment, env)
             || env.has_proxy_sent(segment))
@@ -467,7 +469,7 @@ pub fn on_egress(mark: u32, message: Result<&Message, Hidden>, env: &impl Env) -
         let to_lo = to_lo(next.count(Counter::RescuedOutbound));
         return Verdict { settle: code(WAY_REDIRECTED), ..to_lo };
     }
-    if env.has_connection(segment) {
+    if env.has_peer(segment) {
         return back_to_proxy(segment, next);
     }
     // Under SYN cookies no socket has sent it.
@@ -489,7 +491,7 @@ fn on_proxys_egress(segment: &Segment, env: &impl Env) -> Verdict {
         match env.settled(segment) {
             Some(WAY_REDIRECTED) => return to_lo(Verdict::NEXT),
             Some(_) => return Verdict::NEXT,
-            None if env.has_connection(segment) => {
+            None if env.has_peer(segment) => {
                 return back_to_proxy(segment, Verdict::of(env.pod_id()));
             }
             None => {}

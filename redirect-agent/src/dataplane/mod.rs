@@ -740,14 +740,14 @@ impl Dataplane {
     }
 
     /// Drops what the maps and bpffs hold for namespaces that are dead, the pins of interfaces that
-    /// are gone, and the rows of pods that are neither `alive` nor have links. A link that somebody has
+    /// are gone, and the rows of pods that are neither `known` nor have links. A link that somebody has
     /// detached looks as if its namespace were dead: those that are known to be `alive` have to be
     /// named.
     ///
     /// # Errors
     ///
     /// When a system call fails.
-    pub fn sweep(&self, alive: &BTreeSet<PodId>) -> Result<()> {
+    pub fn sweep(&self, known: &BTreeSet<PodId>, alive: &BTreeSet<PodId>) -> Result<()> {
         for pod_id in self.linked_pods()? {
             // One lock, lest a new namespace of that number is set up in between.
             let mut locked = self.lock()?;
@@ -763,7 +763,7 @@ impl Dataplane {
         let mut locked = self.lock()?;
         let mut pods = locked.pods()?;
         for pod_id in pods.ids()? {
-            if !alive.contains(&pod_id) && !linked.contains(&pod_id) {
+            if !known.contains(&pod_id) && !linked.contains(&pod_id) {
                 pods.delete(pod_id)?;
             }
         }

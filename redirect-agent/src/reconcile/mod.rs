@@ -354,8 +354,10 @@ impl<S: Source> Reconciler<S> {
         let swept = spawn_blocking(move || {
             finder.records().sweep(&recorded, uids.as_ref());
             let found = netns::in_dir(finder.netns_dir())?;
-            let alive = held.iter().map(|pod| &pod.netns).chain(&found).map(Netns::inode);
-            dataplane.sweep(&alive.chain(noted).collect())
+            let held = held.iter().map(|pod| pod.netns.inode());
+            let known: BTreeSet<u32> = held.chain(noted).collect();
+            let alive = found.iter().map(Netns::inode).chain(known.iter().copied()).collect();
+            dataplane.sweep(&known, &alive)
         })
         .await;
         if let Err(e) = swept.map_err(Into::into).flatten() {

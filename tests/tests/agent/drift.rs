@@ -18,6 +18,7 @@ both_families! {
     what_is_removed_behind_the_agents_back_is_put_back,
     change_is_noticed_when_it_happens,
     rules_of_an_older_agent_are_removed,
+    rule_of_the_pod_that_comes_before_ours_is_named_and_harmless,
 }
 
 const OFTEN: &[&str] = &["--verify-interval", "300ms"];
@@ -105,6 +106,32 @@ fn rules_of_an_older_agent_are_removed(family: Family) -> Result<()> {
     let rules = server.netns.output("ip", &[flag, "rule", "show", "priority", "15002"])?;
     assert_eq!(rules.lines().count(), 0, "{rules}");
     cluster.assert_redirected(family)?;
+    node.write(&Manifest::of(server).mode("none"))?;
+    node.wait_for_state(server, PodState::Bypassing)?;
+    assert_unchanged(&server.netns, &before)
+}
+
+fn rule_of_the_pod_that_comes_before_ours_is_named_and_harmless(family: Family) -> Result<()> {
+    let cluster = &Cluster::start()?;
+    let Cluster { node, server, client, .. } = cluster;
+    let _apps = (echo(server)?, echo(client)?);
+    let flag = if family == Family::V4 { "-4" } else { "-6" };
+    let ip = |what: &str| {
+        let args: Vec<&str> = [flag].into_iter().chain(what.split(' ')).collect();
+        server.netns.output("ip", &args)
+    };
+    let default = ip("route show default")?;
+    let default = default.lines().next().context("no default route")?.trim();
+    ip(&format!("route add {default} table 200"))?;
+    ip("rule add priority 0 lookup 200")?;
+    let before = footprint(&server.netns)?;
+
+    node.enrol(server)?;
+    cluster.assert_redirected(family)?;
+    let pod = node.pod(server)?.context("no status")?;
+    assert!(pod.counters.get("rescued_outbound").is_some_and(|n| *n > 0), "{:?}", pod.counters);
+    let named = format!("{} rule 0", if family == Family::V4 { "ipv4" } else { "ipv6" });
+    assert!(pod.message.as_ref().is_some_and(|m| m.contains(&named)), "{:?}", pod.message);
     node.write(&Manifest::of(server).mode("none"))?;
     node.wait_for_state(server, PodState::Bypassing)?;
     assert_unchanged(&server.netns, &before)

@@ -126,7 +126,7 @@ fn interface_that_comes_later_is_captured_until_it_goes(family: Family) -> Resul
     let before = footprint(&server.netns)?;
     add_network(cluster)?;
     let second = second_address(family)?;
-    let capture = format!("capture of {second}");
+    let capture = format!("address {second}");
     node.wait_for_pod("to have the new network captured", server, |p| {
         p.kernel.as_ref().is_some_and(|k| k.complete && k.present.contains(&capture))
     })?;
@@ -188,7 +188,7 @@ fn address_that_comes_later_is_captured_until_it_goes(family: Family) -> Result<
     host.ip(&format!("route add {second}/{prefix} dev {}", server.host_interface))?;
     let nodad = if family == Family::V6 { "nodad" } else { "" };
     server.netns.ip(&format!("addr add {second}/{prefix} dev eth0 {nodad}"))?;
-    let capture = format!("capture of {second}");
+    let capture = format!("address {second}");
     let captured = |is: bool| {
         node.wait_for_pod("to have its addresses captured", server, |p| {
             let kernel = p.kernel.as_ref();

@@ -204,6 +204,8 @@ const COMING: &[Oddity] = &[
             "-t mangle -A PREROUTING -j CONNMARK --restore-mark",
             "-t mangle -A POSTROUTING -j CONNMARK --save-mark",
         ],
+        // The application's answers get the proxy's mark, and the guard's is taken from them on `lo`.
+        limits: &[Cell::Inbound, Cell::InboundHbone],
         ..PLAIN
     },
     Oddity {
