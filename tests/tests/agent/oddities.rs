@@ -45,7 +45,7 @@ const EXCLUDED: u16 = 8082;
 const NOBODY: u16 = 80;
 
 /// A kind of traffic.
-#[derive(Clone, Copy, Debug)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
 enum Cell {
     /// To a pod without a mesh.
     Outbound,
