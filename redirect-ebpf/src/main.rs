@@ -25,10 +25,11 @@ use aya_ebpf::{
 use aya_log_ebpf::info;
 use redirect_ebpf::{
     abi::{
-        Addr, Counter, CounterKey, DECISION_ENROLLED, DnsFlow, DnsKey, EVERY_POD, Flow, HINT_NONE, HINT_QUESTION,
-        Hint, INBOUND_BYPASS, LISTENER_HBONE, LISTENER_INBOUND, LISTENER_OUTBOUND, ListenerKey,
-        MARK_PROXY, MARK_REDIRECTED, OwnAddress, POD_ENROLLED, POD_WAYS, PORT_PROXY_DNS,
-        PodFlow, PodId, PodPeer, PodPort, VirtualInterface, WAY_DIRECT, WAY_REDIRECTED,
+        Addr, Counter, CounterKey, DECISION_ENROLLED, DnsFlow, DnsKey, EVERY_POD, Flow, HINT_NONE,
+        HINT_QUESTION, Hint, INBOUND_BYPASS, LISTENER_HBONE, LISTENER_INBOUND, LISTENER_OUTBOUND,
+        ListenerKey, MARK_PROXY, MARK_REDIRECTED, OwnAddress, POD_ENROLLED, POD_WAYS,
+        PORT_PROXY_DNS, PodFlow, PodId, PodPeer, PodPort, VirtualInterface, WAY_DIRECT,
+        WAY_REDIRECTED,
     },
     dns::{self, Dns, DnsEnv, Message},
     verdict::{
@@ -427,7 +428,8 @@ pub fn redirect_lookup(ctx: SkLookupContext) -> u32 {
         Steer::Pass(None) => return SK_PASS,
         Steer::Pass(Some(counter)) => (SK_PASS, counter),
         Steer::Refuse(counter) => (SK_DROP, counter),
-        Steer::Redirect(kind) => match sockets::assign(ctx.as_ptr(), &ListenerKey { pod_id, kind }) {
+        Steer::Redirect(kind) => match sockets::assign(ctx.as_ptr(), &ListenerKey { pod_id, kind })
+        {
             Ok(()) => (SK_PASS, verdict::redirected(kind)),
             // Fail closed: never fall through to the application.
             Err(_) => (SK_DROP, Counter::RefusedProxyAway),

@@ -10,9 +10,9 @@ use aya_ebpf::{
     },
     cty::{c_long, c_void},
     helpers::{
-        bpf_get_listener_sock, bpf_ktime_get_ns, bpf_map_lookup_elem, bpf_map_update_elem, bpf_sk_assign,
-        bpf_sk_fullsock, bpf_sk_lookup_tcp, bpf_sk_lookup_udp, bpf_sk_release, bpf_sk_storage_get,
-        bpf_skc_lookup_tcp, bpf_tcp_check_syncookie,
+        bpf_get_listener_sock, bpf_ktime_get_ns, bpf_map_lookup_elem, bpf_map_update_elem,
+        bpf_sk_assign, bpf_sk_fullsock, bpf_sk_lookup_tcp, bpf_sk_lookup_udp, bpf_sk_release,
+        bpf_sk_storage_get, bpf_skc_lookup_tcp, bpf_tcp_check_syncookie,
     },
     programs::TcContext,
 };

@@ -43,8 +43,7 @@ use aya::{
     Btf, Ebpf, EbpfLoader,
     maps::{HashMap, Map, MapData, MapError, PerCpuHashMap, ProgramArray},
     programs::{
-        Iter, Program, SchedClassifier, SkLookup, SockOps, TcAttachType,
-        tc::SchedClassifierLink,
+        Iter, Program, SchedClassifier, SkLookup, SockOps, TcAttachType, tc::SchedClassifierLink,
     },
 };
 use aya_log::EbpfLogger;
@@ -495,14 +494,8 @@ impl Dataplane {
         // Before the links, so that the programs know the pod when they are attached.
         kernel.set_addresses(pod)?;
         let old = kernel.pods()?.row(pod.id())?.unwrap_or_default();
-        let row = Row {
-            enrolled: true,
-            capture: old.capture,
-            rules,
-            dns: old.dns,
-            reason,
-            ..pod.row()
-        };
+        let row =
+            Row { enrolled: true, capture: old.capture, rules, dns: old.dns, reason, ..pod.row() };
         kernel.pods()?.put(pod.id(), row)?;
         if rules & POD_INBOUND_RULES == 0 {
             kernel.set_inbound(pod.id(), traffic)?;

@@ -501,7 +501,8 @@ impl Routing {
             }
             // Those of another layout, say: nobody else's lead there.
             for stale in self.rules(version(source)).await?.into_iter().filter(is_stale) {
-                done(self.handle.rule().del(stale).execute().await).context("delete a stale rule")?;
+                done(self.handle.rule().del(stale).execute().await)
+                    .context("delete a stale rule")?;
             }
             let present = self.our_rules(version(source)).await?;
             for rule in keep_rules(traffic).filter(|rule| !present.contains(rule)) {
