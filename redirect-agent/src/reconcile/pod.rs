@@ -569,8 +569,7 @@ impl<S: Source> PodTask<S> {
     /// Looks for the proxy's listeners, which the programs then know, and for rules of others that come
     /// before ours.
     async fn look_for_oddities(&mut self, netns: &Arc<PodNetns>) -> Result<()> {
-        let look =
-            |d: &Dataplane, pod: &PodNetns| Ok((d.proxy_listens(pod)?, d.foreign_rules(pod)?));
+        let look = |d: &Dataplane, pod: &PodNetns| Ok((d.proxy_listens(pod)?, d.foreign_rules(pod)?));
         let (missing, foreign) = self.on_netns(Arc::clone(netns), look).await?;
         let list = |ports: &[u16]| ports.iter().map(u16::to_string).collect::<Vec<_>>().join(", ");
         let odd = [
