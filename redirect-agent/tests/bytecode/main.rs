@@ -167,25 +167,36 @@ fn the_guard_tells_what_the_pod_opens_from_what_it_only_forwards() -> Result<()>
                     "address add fd00::9/64 dev guest nodad",
                     "route add default via 10.0.0.2",
                     "-6 route add default via fd00::2",
+                    "neighbour add 10.0.0.2 lladdr 02:00:00:00:00:02 dev guest",
+                    "neighbour add fd00::2 lladdr 02:00:00:00:00:02 dev guest",
                 ] {
                     ip(command)?;
                 }
+                here.send(gettid())?;
                 started.recv()?;
                 call()
             });
             ip("link set lo up")?;
-            ip(&format!("link add pod type veth peer name guest netns {}", guest_id.recv()?))?;
+            // Who waits for an answer to the question where a neighbour is has sent nothing yet.
+            ip(&format!(
+                "link add pod address 02:00:00:00:00:02 type veth \
+                 peer name guest address 02:00:00:00:00:09 netns {}",
+                guest_id.recv()?
+            ))?;
             for command in [
                 "link set pod up",
                 "address add 10.0.0.2/24 dev pod",
                 "address add fd00::2/64 dev pod nodad",
                 "route add default via 10.0.0.9",
                 "-6 route add default via fd00::9",
+                "neighbour add 10.0.0.9 lladdr 02:00:00:00:00:09 dev pod",
+                "neighbour add fd00::9 lladdr 02:00:00:00:00:09 dev pod",
             ] {
                 ip(command)?;
             }
             kernel.attach_guard("pod")?;
             go.send(())?;
+            guest_id.recv()?;
             call()?;
             counted(&kernel, Counter::RescuedOutbound)?;
             for sysctl in ["ipv4/ip_forward", "ipv6/conf/all/forwarding"] {
