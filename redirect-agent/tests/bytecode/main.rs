@@ -425,8 +425,8 @@ impl Checks<'_> {
         let maps = &mut self.kernel.maps;
         match rng.u8(..10) {
             9 => {
-                let pods = [own_id(), world::pod_id(rng)].into_iter().filter(|_| rng.bool());
-                state.strays = (pods.collect(), rng.u8(..4) > 0);
+                let pods = [own_id(), world::pod_id(rng)].into_iter().filter(|_| rng.u8(..4) > 0);
+                state.strays = (pods.collect(), rng.u8(..8) > 0);
                 maps.set_strays(&state.strays.0, state.strays.1)?;
             }
             7.. => {
