@@ -14,12 +14,11 @@
 
 use crate::{
     abi::{
-        Addr, Counter, DNS_PLACES, DnsFlow, DnsKey, LISTENER_OUTBOUND, MARK_PROXY,
-        POD_DNS, POD_ENROLLED, PORT_DNS, PORT_PROXY_DNS, PROTOCOL_TCP, PROTOCOL_UDP, PodId,
+        Addr, Counter, DNS_PLACES, DnsFlow, DnsKey, LISTENER_OUTBOUND, MARK_PROXY, POD_DNS,
+        POD_ENROLLED, PORT_DNS, PORT_PROXY_DNS, PROTOCOL_TCP, PROTOCOL_UDP, PodId,
     },
     verdict::{Env, Pods, Proxy, Segment, mesh_mark},
 };
-
 
 /// In how many places a flow may have its entry: so many resolvers can one port ask at once.
 const PLACES: u16 = 8;
@@ -207,11 +206,7 @@ fn answer(pod_id: PodId, message: &Message, env: &impl DnsEnv) -> Dns {
     }
     // Without its query's entry it would come from the wrong address, and maybe to a socket that has
     // not asked.
-    if captured(pod_id, env) {
-        Dns::Drop(pod_id, Counter::DroppedDnsAnswer)
-    } else {
-        Dns::Other
-    }
+    if captured(pod_id, env) { Dns::Drop(pod_id, Counter::DroppedDnsAnswer) } else { Dns::Other }
 }
 
 /// Ingress of `lo`, for an IP packet that could not be parsed: whether it is dropped, and counted for
@@ -320,15 +315,15 @@ mod tests {
     };
 
     use super::*;
-    use crate::{
-        abi::{Flow, HINT_NONE, Hint, MARK_REDIRECTED, MARK_TO_PROXY, POD_CAPTURE},
-        verdict,
-    };
+    use crate::abi::{Flow, MARK_DIRECT, MARK_REDIRECTED, MARK_RESCUED, MARK_VIRTUAL, POD_CAPTURE};
 
     const OWN: PodId = 7;
     const NEIGHBOUR: PodId = 8;
     const PORT: u16 = 40_000;
     const START: u64 = 1_000_000_000_000;
+    /// All but the proxy's; the guard's for what it brings here.
+    const MARKS: [u32; 6] =
+        [0, MARK_RESCUED, MARK_REDIRECTED, MARK_DIRECT, MARK_VIRTUAL, 0xabcd_e538];
 
     const CAPTURED: Option<u32> = Some(POD_ENROLLED | POD_CAPTURE | POD_DNS);
     const UNCAPTURED_DNS: Option<u32> = Some(POD_ENROLLED | POD_CAPTURE);
@@ -478,6 +473,10 @@ mod tests {
             panic!("DNS asks for no connection")
         }
 
+        fn has_peer(&self, _: &Segment) -> bool {
+            panic!("DNS asks for no connection")
+        }
+
         fn completes_cookie(&self, _: PodId) -> bool {
             panic!("DNS asks for no connection")
         }
@@ -497,6 +496,18 @@ mod tests {
 
         fn is_forwarded(&self) -> bool {
             panic!("DNS is not forwarded")
+        }
+
+        fn is_proxys(&self) -> bool {
+            panic!("DNS goes by marks and ports")
+        }
+
+        fn has_proxy_sent(&self, _: &Segment) -> bool {
+            panic!("DNS goes by marks and ports")
+        }
+
+        fn sender_listens(&self, _: &Segment) -> bool {
+            panic!("DNS does not stray")
         }
 
         fn settled(&self, _: &Segment) -> Option<u32> {
@@ -586,7 +597,7 @@ mod tests {
                     for (message, port) in asked.iter().zip(ports) {
                         assert_eq!(node.ask(message), port);
                         if message.tcp {
-                            for mark in [0, MARK_REDIRECTED, MARK_TO_PROXY, 0xabcd_e000] {
+                            for mark in [0, MARK_REDIRECTED, MARK_RESCUED, 0xabcd_e000] {
                                 let found = on_lo(mark, &data(*message), &node);
                                 assert_eq!(found, goes_on(port));
                             }
@@ -842,7 +853,7 @@ mod tests {
                         let node = Node { without_dns, full, ..Node::new(&a, pod) };
                         for client in [a.own, a.any_ip, a.resolvers[0], link_local()] {
                             for resolver in a.resolvers {
-                                for mark in [0, MARK_REDIRECTED, MARK_TO_PROXY, 0x538] {
+                                for mark in MARKS {
                                     for open in [query, syn] {
                                         let found = on_lo(mark, &open(client, resolver), &node);
                                         let stays = matches!(
@@ -863,17 +874,16 @@ mod tests {
     #[test]
     fn a_server_answers_who_has_asked_from_port_53() {
         for a in both_families() {
-            let answers = Message { is_query: false, ..query(a.own, a.resolvers[0]) };
-            let node = Node { without_dns: Some(Proxy::Away), ..Node::new(&a, CAPTURED) };
-            assert_eq!(node.sends(&answers), Dns::Leave(OWN, Counter::RescuedDirect));
-            for pod in [None, BYPASSING, UNCAPTURED_DNS] {
-                assert_eq!(Node::new(&a, pod).sends(&answers), Dns::Other);
+            for pod in [None, BYPASSING, UNCAPTURED_DNS, CAPTURED] {
+                let node = Node { without_dns: Some(Proxy::Away), ..Node::new(&a, pod) };
+                for to in [a.resolvers[0], a.own_second, a.loopback, link_local()] {
+                    let answers = Message { is_query: false, ..query(a.own, to) };
+                    for mark in MARKS {
+                        assert_eq!(on_lo(mark, &answers, &node), Dns::Other, "it is no query");
+                    }
+                }
+                assert!(node.flows.borrow().is_empty());
             }
-            for to in [a.own_second, a.loopback, link_local()] {
-                let answers = Message { is_query: false, ..query(a.own, to) };
-                assert_eq!(node.sends(&answers), Dns::Other);
-            }
-            assert!(node.flows.borrow().is_empty());
         }
     }
 
@@ -1014,39 +1024,6 @@ mod tests {
             let Segment { dst, .. } = direct.segment;
             let expected = Dns::Answer { from: dst, from_port: PORT_PROXY_DNS, to_port: PORT };
             assert_eq!(node.answer(&direct, port), expected);
-        }
-    }
-
-    #[test]
-    fn query_that_cannot_be_parsed_is_for_nobody_in_the_pod() {
-        let refused = Steer::Refuse(Counter::DroppedDnsUnreadable);
-        let pass = Steer::Pass(None);
-        for a in both_families() {
-            let resolver = a.resolvers[0];
-            for (scenario, pod, local, local_port, on_lo, expected) in [
-                ("a query", CAPTURED, resolver, PORT_DNS, true, refused),
-                (
-                    "to an address that only a route has",
-                    CAPTURED,
-                    a.any_ip,
-                    PORT_DNS,
-                    true,
-                    refused,
-                ),
-                ("another port", CAPTURED, resolver, 5353, true, pass),
-                ("to the pod itself", CAPTURED, a.own_second, PORT_DNS, true, pass),
-                ("from outside", CAPTURED, a.own, PORT_DNS, false, pass),
-                ("on loopback", CAPTURED, a.loopback, PORT_DNS, true, pass),
-                ("at a link-local address", CAPTURED, link_local(), PORT_DNS, true, pass),
-                ("DNS is not captured", UNCAPTURED_DNS, resolver, PORT_DNS, true, pass),
-                ("a pod that bypasses", BYPASSING, resolver, PORT_DNS, true, pass),
-                ("a pod that nothing is known of", None, resolver, PORT_DNS, true, pass),
-            ] {
-                let flow = Flow { local, remote: a.own, local_port, remote_port: PORT };
-                let hint = Hint { flow, pod_id: OWN, kind: HINT_NONE };
-                let lookup = Lookup { pod_id: OWN, tcp: false, flow, on_lo, hint };
-                assert_eq!(verdict::steer(&lookup, &Node::new(&a, pod)), expected, "{scenario}");
-            }
         }
     }
 

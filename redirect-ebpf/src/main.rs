@@ -25,10 +25,11 @@ use aya_ebpf::{
 use aya_log_ebpf::info;
 use redirect_ebpf::{
     abi::{
-        Addr, Counter, CounterKey, DECISION_ENROLLED, DnsFlow, DnsKey, EVERY_POD, Flow, HINT_NONE, HINT_QUESTION,
-        Hint, INBOUND_BYPASS, LISTENER_HBONE, LISTENER_INBOUND, LISTENER_OUTBOUND, ListenerKey,
-        MARK_PROXY, MARK_REDIRECTED, OwnAddress, POD_ENROLLED, POD_WAYS, PORT_PROXY_DNS,
-        PodFlow, PodId, PodPeer, PodPort, VirtualInterface, WAY_DIRECT, WAY_REDIRECTED,
+        Addr, Counter, CounterKey, DECISION_ENROLLED, DnsFlow, DnsKey, EVERY_POD, Flow, HINT_NONE,
+        HINT_QUESTION, Hint, INBOUND_BYPASS, LISTENER_HBONE, LISTENER_INBOUND, LISTENER_OUTBOUND,
+        ListenerKey, MARK_PROXY, MARK_REDIRECTED, OwnAddress, POD_ENROLLED, POD_WAYS,
+        PORT_PROXY_DNS, PodFlow, PodId, PodPeer, PodPort, VirtualInterface, WAY_DIRECT,
+        WAY_REDIRECTED,
     },
     dns::{self, Dns, DnsEnv, Message},
     verdict::{
@@ -427,7 +428,8 @@ pub fn redirect_lookup(ctx: SkLookupContext) -> u32 {
         Steer::Pass(None) => return SK_PASS,
         Steer::Pass(Some(counter)) => (SK_PASS, counter),
         Steer::Refuse(counter) => (SK_DROP, counter),
-        Steer::Redirect(kind) => match sockets::assign(ctx.as_ptr(), &ListenerKey { pod_id, kind }) {
+        Steer::Redirect(kind) => match sockets::assign(ctx.as_ptr(), &ListenerKey { pod_id, kind })
+        {
             Ok(()) => (SK_PASS, verdict::redirected(kind)),
             // Fail closed: never fall through to the application.
             Err(_) => (SK_DROP, Counter::RefusedProxyAway),
@@ -626,7 +628,14 @@ fn has_connection(ctx: &TcContext, segment: &Segment) -> bool {
 
 #[inline(never)]
 fn has_proxy_sent(ctx: &TcContext, segment: &Segment) -> bool {
-    sockets::has_proxy_sent(ctx, segment)
+    ask(ctx, &answer_to(segment), sockets::is_proxys_connection)
+}
+
+/// A segment of whom this one is sent to.
+#[inline(always)]
+fn answer_to(segment: &Segment) -> Segment {
+    let Segment { src, dst, src_port, dst_port, .. } = *segment;
+    Segment { src: dst, dst: src, src_port: dst_port, dst_port: src_port, ..*segment }
 }
 
 #[inline(never)]
@@ -636,14 +645,8 @@ fn has_peer(ctx: &TcContext, segment: &Segment) -> bool {
 
 #[inline(never)]
 fn sender_listens(ctx: &TcContext, segment: &Segment) -> bool {
-    // Whom a caller from another port would reach: never the connection itself.
-    let caller = Segment {
-        src: segment.dst,
-        dst: segment.src,
-        src_port: 0,
-        dst_port: segment.src_port,
-        ..*segment
-    };
+    // From another port: it would reach a listener, and never the connection itself.
+    let caller = Segment { src_port: 0, ..answer_to(segment) };
     ask(ctx, &caller, sockets::listens)
 }
 

@@ -2,7 +2,10 @@
 
 use aya_ebpf::{
     bindings::BPF_F_NO_PREALLOC,
-    btf_maps::{Array, HashMap, LpmTrie, LruHashMap, PerCpuArray, PerCpuHashMap, ProgramArray, SkStorage, SockHash},
+    btf_maps::{
+        Array, HashMap, LpmTrie, LruHashMap, PerCpuArray, PerCpuHashMap, ProgramArray, SkStorage,
+        SockHash,
+    },
     macros::btf_map,
 };
 use redirect_ebpf::abi::{
@@ -35,7 +38,8 @@ pub static PROGRAMS: ProgramArray<1> = ProgramArray::new();
 
 /// Pod and what is counted → how often. Only programs of the pod itself count for it.
 #[btf_map(name = "counters")]
-pub static COUNTERS: PerCpuHashMap<CounterKey, u64, { PODS * 32 }, AS_IT_COMES> = PerCpuHashMap::new();
+pub static COUNTERS: PerCpuHashMap<CounterKey, u64, { PODS * 32 }, AS_IT_COMES> =
+    PerCpuHashMap::new();
 
 /// Pod and kind → the proxy's listening socket. The kernel drops an entry when its socket closes.
 #[btf_map(name = "listeners")]

@@ -392,8 +392,7 @@ pub fn leave(interface: u32) -> i32 {
 #[inline(always)]
 fn link_header(ctx: &TcContext, network: Network) -> Option<u32> {
     let start: [u8; 15] = ctx.load(0).ok()?;
-    let (ethertype, version) =
-        if network == Network::V4 { (ETH_P_IP, 4) } else { (ETH_P_IPV6, 6) };
+    let (ethertype, version) = if network == Network::V4 { (ETH_P_IP, 4) } else { (ETH_P_IPV6, 6) };
     if u16::from_be_bytes([start[12], start[13]]) == ethertype && start[14] >> 4 == version {
         Some(ETHERNET)
     } else if start[0] >> 4 == version {

@@ -10,9 +10,10 @@ use aya_ebpf::{
     },
     cty::{c_long, c_void},
     helpers::{
-        bpf_get_listener_sock, bpf_ktime_get_ns, bpf_map_lookup_elem, bpf_map_update_elem, bpf_probe_read_kernel, bpf_sk_assign,
-        bpf_sk_fullsock, bpf_sk_lookup_tcp, bpf_sk_lookup_udp, bpf_sk_release, bpf_sk_storage_get,
-        bpf_skc_lookup_tcp, bpf_tcp_check_syncookie,
+        bpf_get_listener_sock, bpf_ktime_get_ns, bpf_map_lookup_elem, bpf_map_update_elem,
+        bpf_probe_read_kernel, bpf_sk_assign, bpf_sk_fullsock, bpf_sk_lookup_tcp,
+        bpf_sk_lookup_udp, bpf_sk_release, bpf_sk_storage_get, bpf_skc_lookup_tcp,
+        bpf_tcp_check_syncookie,
     },
     programs::TcContext,
 };
@@ -230,16 +231,14 @@ pub fn sender_is_proxys(ctx: &TcContext) -> bool {
     }
 }
 
-/// Whether the socket here that has sent this segment is the proxy's.
+/// Whether the socket of this segment's receiver is the proxy's. The caller sets the hint first.
 #[inline(always)]
-pub fn has_proxy_sent(ctx: &TcContext, segment: &Segment) -> bool {
+pub fn is_proxys_connection(ctx: *mut c_void, segment: &Segment) -> bool {
     let Segment { src, dst, src_port, dst_port, .. } = segment;
-    // As its receiver would answer.
-    let (mut tuple, len) = tuple(dst, *dst_port, src, *src_port);
+    let (mut tuple, len) = tuple(src, *src_port, dst, *dst_port);
     // SAFETY: the tuple is initialized for `len` bytes; the reference is released.
     unsafe {
-        let skb = ctx.skb.skb.cast();
-        let sk = bpf_sk_lookup_tcp(skb, &raw mut tuple, len, BPF_F_CURRENT_NETNS as u64, 0);
+        let sk = bpf_sk_lookup_tcp(ctx, &raw mut tuple, len, BPF_F_CURRENT_NETNS as u64, 0);
         if sk.is_null() {
             return false;
         }

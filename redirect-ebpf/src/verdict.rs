@@ -8,12 +8,12 @@
 use core::num::NonZeroU32;
 
 use crate::abi::{
-    Addr, Counter, Flow, HINT_FROM_POD, HINT_FROM_PROXY,
-    HINT_FROM_VIRTUAL, HINT_NONE, HINT_PAST_PROXY, HINT_QUESTION, Hint, LISTENER_HBONE,
-    LISTENER_INBOUND, LISTENER_OUTBOUND, MARK_DIRECT, MARK_MASK, MARK_PROXY, MARK_REDIRECTED,
-    MARK_RESCUED, MARK_VIRTUAL, POD_BYPASS_INBOUND, POD_CAPTURE, POD_DNS, POD_ENROLLED, POD_INBOUND_RULES, POD_OUTBOUND_RULES,
-    PORT_DNS, PORT_HBONE, PORT_INBOUND, PORT_OUTBOUND, PodId, VIRTUAL_CAPTURE,
-    VIRTUAL_RULES, WAY_DIRECT, WAY_REDIRECTED,
+    Addr, Counter, Flow, HINT_FROM_POD, HINT_FROM_PROXY, HINT_FROM_VIRTUAL, HINT_NONE,
+    HINT_PAST_PROXY, HINT_QUESTION, Hint, LISTENER_HBONE, LISTENER_INBOUND, LISTENER_OUTBOUND,
+    MARK_DIRECT, MARK_MASK, MARK_PROXY, MARK_REDIRECTED, MARK_RESCUED, MARK_VIRTUAL,
+    POD_BYPASS_INBOUND, POD_CAPTURE, POD_DNS, POD_ENROLLED, POD_INBOUND_RULES, POD_OUTBOUND_RULES,
+    PORT_DNS, PORT_HBONE, PORT_INBOUND, PORT_OUTBOUND, PodId, VIRTUAL_CAPTURE, VIRTUAL_RULES,
+    WAY_DIRECT, WAY_REDIRECTED,
 };
 use crate::dns::Message;
 
@@ -201,7 +201,10 @@ pub fn with_mesh_mark(mark: u32, mesh: u32) -> u32 {
 pub fn on_lo(mark: u32, segment: Option<&Segment>, env: &impl Env) -> Verdict {
     let proxys = mesh_mark(mark) == MARK_PROXY;
     let Some(segment) = segment else {
-        return Verdict { mark: if proxys { code(MARK_REDIRECTED) } else { None }, ..Verdict::NEXT };
+        return Verdict {
+            mark: if proxys { code(MARK_REDIRECTED) } else { None },
+            ..Verdict::NEXT
+        };
     };
     let pod_id = env.pod_id();
     let next = Verdict::of(pod_id);
@@ -263,12 +266,17 @@ fn strays(pod_id: PodId, segment: &Segment, env: &impl Env) -> bool {
     if segment.opens {
         return excludes_outbound(pod_id, pod, segment, env) || env.has_proxy_sent(segment);
     }
-    // What the proxy has left behind by its end is none of them: it would leave in plaintext.
-    let inbound = past_proxy(pod_id, pod, &segment.sender_flow(), env).is_some();
-    !env.has_peer(segment)
-        && ((inbound && env.sender_listens(segment))
-            || excludes_outbound(pod_id, pod, segment, env)
-            || env.has_proxy_sent(segment))
+    if env.has_peer(segment) {
+        return false;
+    }
+    // Who has accepted it listens, and who has opened it does not. What the proxy has left behind by
+    // its end is none of these: it would leave in plaintext.
+    let settings = if env.sender_listens(segment) {
+        past_proxy(pod_id, pod, &segment.sender_flow(), env).is_some()
+    } else {
+        excludes_outbound(pod_id, pod, segment, env)
+    };
+    settings || env.has_proxy_sent(segment)
 }
 
 #[inline(always)]
@@ -461,7 +469,10 @@ pub fn on_egress(mark: u32, message: Result<&Message, Hidden>, env: &impl Env) -
     }
     if segment.opens {
         if asks && pod & POD_DNS != 0 {
-            return Verdict { settle: if message.tcp { code(WAY_REDIRECTED) } else { None }, ..to_lo(next) };
+            return Verdict {
+                settle: if message.tcp { code(WAY_REDIRECTED) } else { None },
+                ..to_lo(next)
+            };
         }
         if !message.tcp || !captures(pod) || excludes_outbound(pod_id, pod, segment, env) {
             return next;
@@ -474,10 +485,7 @@ pub fn on_egress(mark: u32, message: Result<&Message, Hidden>, env: &impl Env) -
     }
     // Under SYN cookies no socket has sent it.
     let answers = segment.accepts && (!forwarded || env.is_own(pod_id, &segment.src));
-    if answers
-        && captures(pod)
-        && past_proxy(pod_id, pod, &segment.sender_flow(), env).is_none()
-    {
+    if answers && captures(pod) && past_proxy(pod_id, pod, &segment.sender_flow(), env).is_none() {
         return Verdict { fate: Fate::Abort, ..next.count(Counter::RefusedPastProxy) };
     }
     Verdict { settle: code(WAY_DIRECT), ..next }
@@ -667,6 +675,7 @@ mod tests {
     use std::{cell::RefCell, net::IpAddr};
 
     use super::*;
+    use crate::abi::PORT_PROXY_DNS;
 
     const OWN: PodId = 1;
     const NEIGHBOUR: PodId = 2;
@@ -735,6 +744,8 @@ mod tests {
         Application,
         Open,
         Connection,
+        ProxySent,
+        SenderListens,
         Proxy(u32),
     }
 
@@ -759,6 +770,12 @@ mod tests {
         proxy: Proxy,
         strays: bool,
         forwarded: bool,
+        /// Whether the packet's socket is the proxy's, whatever its mark.
+        proxys: bool,
+        /// Whether a socket of the proxy here has the connection as its sender.
+        proxy_sent: bool,
+        /// Whether anybody listens where the segment comes from.
+        sender_listens: bool,
         settled: Option<u32>,
         asked: RefCell<Vec<Asked>>,
     }
@@ -780,6 +797,9 @@ mod tests {
                 proxy: Proxy::Listens,
                 strays: false,
                 forwarded: false,
+                proxys: false,
+                proxy_sent: false,
+                sender_listens: true,
                 settled: None,
                 asked: RefCell::default(),
             }
@@ -844,6 +864,10 @@ mod tests {
             self.ask(Asked::Connection, self.connection)
         }
 
+        fn has_peer(&self, segment: &Segment) -> bool {
+            self.has_connection(segment)
+        }
+
         fn completes_cookie(&self, pod_id: PodId) -> bool {
             only_own(pod_id);
             self.cookie
@@ -867,6 +891,18 @@ mod tests {
 
         fn is_forwarded(&self) -> bool {
             self.forwarded
+        }
+
+        fn is_proxys(&self) -> bool {
+            self.proxys
+        }
+
+        fn has_proxy_sent(&self, _: &Segment) -> bool {
+            self.ask(Asked::ProxySent, self.proxy_sent)
+        }
+
+        fn sender_listens(&self, _: &Segment) -> bool {
+            self.ask(Asked::SenderListens, self.sender_listens)
         }
 
         fn settled(&self, _: &Segment) -> Option<u32> {
@@ -934,7 +970,7 @@ mod tests {
 
     #[test]
     fn the_proxy_delivers_to_the_application() {
-        let hint = Some(HINT_FROM_PROXY);
+        let hint = code(HINT_FROM_PROXY);
         let delivered = Verdict { mark: code(MARK_REDIRECTED), hint, ..GOES_ON };
         for a in both_families() {
             // From a client's address, wherever that client is, to any address of the namespace; and
@@ -951,6 +987,31 @@ mod tests {
                         for later in [data(client, server), syn_ack(client, server)] {
                             assert_eq!(on_lo(mark, Some(&later), &node), delivered);
                             node.assert_asked(&[]);
+                        }
+                    }
+                }
+            }
+        }
+    }
+
+    #[test]
+    fn the_proxy_delivers_although_its_mark_is_lost() {
+        let hint = code(HINT_FROM_PROXY);
+        let delivered = Verdict { mark: code(MARK_REDIRECTED), hint, ..GOES_ON };
+        for a in both_families() {
+            for pod in [UNKNOWN, BYPASSING, PREPARING, CAPTURING] {
+                for mark in [0, MARK_REDIRECTED, MARK_RESCUED, 0xabcd_e000] {
+                    for server in [a.own, a.own_second] {
+                        let node = Node { proxy_sent: true, ..Node::new(&a, pod) };
+                        let open = syn(a.stranger, server);
+                        assert_eq!(on_lo(mark, Some(&open), &node), delivered);
+                        node.assert_asked(&[Asked::ProxySent, Asked::Open]);
+                        let node = Node { is_open: true, ..node };
+                        let taken = refused(GOES_ON, Fate::Reset, Counter::RefusedPortTaken);
+                        assert_eq!(on_lo(mark, Some(&open), &node), taken);
+                        // The application's listener has the mark from the SYN.
+                        for later in [data(a.stranger, server), syn_ack(a.stranger, server)] {
+                            assert_eq!(on_lo(mark, Some(&later), &node), FROM_POD);
                         }
                     }
                 }
@@ -977,7 +1038,7 @@ mod tests {
             let node = Node::new(&a, CAPTURING);
             let proxys = Verdict { mark: code(MARK_REDIRECTED), ..Verdict::NEXT };
             assert_eq!(on_lo(MARK_PROXY, None, &node), proxys);
-            for mark in [0, MARK_DIRECT, MARK_TO_PROXY] {
+            for mark in [0, MARK_DIRECT, MARK_VIRTUAL, MARK_RESCUED] {
                 assert_eq!(on_lo(mark, None, &node), Verdict::NEXT);
             }
             node.assert_asked(&[]);
@@ -1002,10 +1063,21 @@ mod tests {
                     for client in [a.own, a.own_second, a.guest, a.neighbour, a.loopback] {
                         for server in [a.stranger, a.neighbour, a.guest] {
                             // Of these only the proxy's mark makes a difference.
-                            for mark in
-                                [0, MARK_REDIRECTED, MARK_DIRECT, MARK_TO_PROXY, 0xabcd_e000]
+                            for mark in [0, MARK_REDIRECTED, MARK_DIRECT, MARK_VIRTUAL, 0xabcd_e000]
                             {
                                 let node = Node { proxy, ..Node::new(&a, pod) };
+                                let found = on_lo(mark, Some(&syn(client, server)), &node);
+                                assert_eq!(found, expected);
+                                let asked = node.asked.take();
+                                assert_eq!(asked.last(), Some(&Asked::Proxy(LISTENER_OUTBOUND)));
+                                let strays = pod.map_or(&[][..], |_| &[Asked::ProxySent]);
+                                assert_eq!(asked[..asked.len() - 1], *strays);
+                            }
+                            // What the guard has brought is at home here, whoever has sent it.
+                            let excluded_outbound = Some(server);
+                            let node = Node { excluded_outbound, ..Node::new(&a, pod) };
+                            let node = Node { proxy, proxy_sent: true, strays: true, ..node };
+                            for mark in [MARK_RESCUED, 0xabcd_e000 | MARK_RESCUED] {
                                 let found = on_lo(mark, Some(&syn(client, server)), &node);
                                 assert_eq!(found, expected);
                                 node.assert_asked(&[Asked::Proxy(LISTENER_OUTBOUND)]);
@@ -1039,23 +1111,31 @@ mod tests {
         }
     }
 
+    /// The guard lets it pass.
+    const LEAVES: Verdict =
+        Verdict { fate: Fate::Leave, mark: code(MARK_PROXY), strays: true, ..GOES_ON };
+    const LEAVES_FIRST: Verdict = Verdict { count: Some(Counter::RescuedDirect), ..LEAVES };
+
     #[test]
     fn an_answer_past_the_proxy_has_lost_its_mark_and_leaves_all_the_same() {
-        let leaves = Verdict { fate: Fate::Leave, strays: true, ..MARKED };
         for a in both_families() {
             let accepts = syn_ack(a.own, a.stranger);
             let later = reply(a.own, a.stranger);
             for flags in [0, POD_CAPTURE] {
                 for (node, _) in past_proxy_ways(&a, flags) {
-                    let count = Some(Counter::RescuedDirect);
-                    let found = on_lo(0, Some(&accepts), &node);
-                    assert_eq!(found, Verdict { count, ..leaves });
+                    assert_eq!(on_lo(0, Some(&accepts), &node), LEAVES_FIRST);
+                    node.assert_asked(&[Asked::Connection, Asked::SenderListens]);
                     // Connections are counted, not packets; and before one has strayed nobody asks.
-                    node.assert_asked(&[Asked::Connection]);
                     assert_eq!(on_lo(0, Some(&later), &node), FROM_POD);
                     node.assert_asked(&[]);
                     let node = Node { strays: true, ..node };
-                    assert_eq!(on_lo(0, Some(&later), &node), leaves);
+                    assert_eq!(on_lo(0, Some(&later), &node), LEAVES);
+                    node.assert_asked(&[Asked::Connection, Asked::SenderListens]);
+                    for segment in [accepts, later] {
+                        let home = on_lo(MARK_RESCUED, Some(&segment), &node);
+                        assert_eq!(home, FROM_POD, "the guard has brought it");
+                        node.assert_asked(&[]);
+                    }
 
                     let peers = [node.kubelet, node.probe_source, node.excluded_peer];
                     let others = peers.iter().flatten().map(|_| a.neighbour);
@@ -1068,12 +1148,99 @@ mod tests {
                         let proxys = Segment { src_port: port, ..accepts };
                         assert_eq!(on_lo(0, Some(&proxys), &node), FROM_POD, "port {port}");
                     }
-                    let here = Node { connection: true, ..node };
+                    let calls = Node { sender_listens: false, ..node };
+                    for segment in [accepts, later] {
+                        let found = on_lo(0, Some(&segment), &calls);
+                        assert_eq!(found, FROM_POD, "it is the pod that has called");
+                    }
+                    let here = Node { connection: true, sender_listens: true, ..calls };
                     for segment in [accepts, later] {
                         assert_eq!(on_lo(0, Some(&segment), &here), FROM_POD, "its peer is here");
                     }
                     let unknown = Node { connection: false, pod: UNKNOWN, ..here };
                     assert_eq!(on_lo(0, Some(&accepts), &unknown), FROM_POD);
+                }
+            }
+        }
+    }
+
+    #[test]
+    fn a_call_that_settings_exclude_is_brought_to_lo_and_leaves_all_the_same() {
+        for a in both_families() {
+            let open = syn(a.own, a.stranger);
+            let later = [data(a.own, a.stranger), reply(a.own, a.stranger)];
+            let excluding =
+                |pod| Node { excluded_outbound: Some(a.stranger), ..Node::new(&a, pod) };
+            for pod in [capturing(POD_OUTBOUND_RULES), PREPARING.map(|p| p | POD_OUTBOUND_RULES)] {
+                for proxy in PROXY_STATES {
+                    // That nobody listens there, and who has a socket here, does not matter.
+                    for connection in [false, true] {
+                        let node = Node { proxy, connection, ..excluding(pod) };
+                        let node = Node { sender_listens: false, ..node };
+                        for mark in [0, MARK_REDIRECTED, MARK_DIRECT, MARK_VIRTUAL, 0xabcd_e000] {
+                            assert_eq!(on_lo(mark, Some(&open), &node), LEAVES_FIRST);
+                            node.assert_asked(&[]);
+                        }
+                    }
+                }
+                let node = Node { sender_listens: false, ..excluding(pod) };
+                for segment in later {
+                    assert_eq!(on_lo(0, Some(&segment), &node), FROM_POD, "nothing has strayed");
+                    node.assert_asked(&[]);
+                }
+                let accepts = syn_ack(a.own, a.stranger);
+                assert_eq!(on_lo(0, Some(&accepts), &node), LEAVES_FIRST);
+                let node = Node { strays: true, ..node };
+                for segment in later {
+                    assert_eq!(on_lo(0, Some(&segment), &node), LEAVES);
+                }
+                node.asked.take();
+                for to in [a.own_second, a.loopback] {
+                    let node = Node { excluded_outbound: Some(to), ..excluding(pod) };
+                    let node = Node { strays: true, ..node };
+                    for segment in [syn(a.own, to), syn_ack(a.own, to), data(a.own, to)] {
+                        assert_eq!(on_lo(0, Some(&segment), &node), FROM_POD, "it is here");
+                    }
+                }
+                let here = Node { connection: true, ..node };
+                for segment in later.into_iter().chain([accepts]) {
+                    assert_eq!(on_lo(0, Some(&segment), &here), FROM_POD, "its peer is here");
+                    here.assert_asked(&[Asked::Connection]);
+                }
+            }
+            // Without the flag nobody looks at the rules.
+            for pod in [CAPTURING, PREPARING, UNKNOWN] {
+                let node = Node { strays: true, ..excluding(pod) };
+                for segment in later.into_iter().chain([open]) {
+                    assert_eq!(on_lo(0, Some(&segment), &node), FROM_POD);
+                }
+            }
+        }
+    }
+
+    #[test]
+    fn the_proxys_own_call_has_lost_its_mark_and_leaves_all_the_same() {
+        for a in both_families() {
+            for pod in [BYPASSING, PREPARING, CAPTURING, capturing(POD_OUTBOUND_RULES)] {
+                for server in [a.stranger, a.neighbour, a.guest, link_local()] {
+                    let open = syn(a.own, server);
+                    let node = Node { proxy_sent: true, ..Node::new(&a, pod) };
+                    assert_eq!(on_lo(0, Some(&open), &node), LEAVES_FIRST);
+                    node.assert_asked(&[Asked::ProxySent]);
+                    let later = data(a.own, server);
+                    assert_eq!(on_lo(0, Some(&later), &node), FROM_POD, "nothing has strayed");
+                    node.assert_asked(&[]);
+                    let node = Node { strays: true, ..node };
+                    assert_eq!(on_lo(0, Some(&later), &node), LEAVES);
+                    node.assert_asked(&[Asked::Connection, Asked::SenderListens, Asked::ProxySent]);
+                    let here = Node { connection: true, ..node };
+                    assert_eq!(on_lo(0, Some(&later), &here), FROM_POD, "its peer is here");
+                    let others = Node { connection: false, proxy_sent: false, ..here };
+                    assert_eq!(on_lo(0, Some(&later), &others), FROM_POD, "somebody else's");
+                    let unknown = Node { pod: UNKNOWN, proxy_sent: true, ..others };
+                    for segment in [open, later] {
+                        assert_eq!(on_lo(0, Some(&segment), &unknown), FROM_POD);
+                    }
                 }
             }
         }
@@ -1160,7 +1327,7 @@ mod tests {
         match proxy {
             Proxy::AwayWithinGrace => refused(MARKED, Fate::Drop, Counter::DroppedProxyAway),
             // `sk_lookup` refuses.
-            Proxy::Listens | Proxy::Away => Verdict { hint: code(HINT_FROM_OUTSIDE), ..MARKED },
+            Proxy::Listens | Proxy::Away => MARKED,
         }
     }
 
@@ -1182,14 +1349,24 @@ mod tests {
     }
 
     #[test]
-    fn an_address_that_only_a_route_makes_the_pods_is_called() {
+    fn who_comes_for_another_address_is_nobodys_here() {
         for a in both_families() {
-            for proxy in PROXY_STATES {
-                let deaf = Node { application_listens: false, ..Node::new(&a, CAPTURING) };
-                let node = Node { proxy, ..deaf };
+            for pod in [PREPARING, CAPTURING, capturing(POD_INBOUND_RULES)] {
+                // It is forwarded, or a route alone makes the address the pod's.
+                for dst in [a.guest, a.neighbour, a.stranger, link_local()] {
+                    for dst_port in [SERVER_PORT, PORT_OUTBOUND, PORT_INBOUND, PORT_HBONE] {
+                        let away = Node { proxy: Proxy::Away, ..Node::new(&a, pod) };
+                        let node = Node { application_listens: false, ..away };
+                        let segment = Segment { dst_port, ..syn(a.neighbour, dst) };
+                        assert_eq!(on_interface(true, Some(&segment), &node), MARKED);
+                        node.assert_asked(&[]);
+                    }
+                }
+            }
+            for (node, _) in past_proxy_ways(&a, POD_CAPTURE) {
                 let found = on_interface(true, Some(&syn(a.stranger, a.guest)), &node);
-                assert_eq!(found, called(proxy));
-                node.assert_asked(&[Asked::Proxy(LISTENER_INBOUND)]);
+                assert_eq!(found, Verdict { hint: code(HINT_PAST_PROXY), ..MARKED });
+                node.assert_asked(&[]);
             }
         }
     }
@@ -1216,7 +1393,7 @@ mod tests {
         for a in both_families() {
             for flags in [0, POD_BYPASS_INBOUND, POD_INBOUND_RULES] {
                 for proxy in PROXY_STATES {
-                    for dst in [a.own, a.guest] {
+                    for dst in [a.own, a.own_second] {
                         // No application has that port: it is not asked for.
                         let deaf = Node::new(&a, capturing(flags));
                         let excluded_port = Some(PORT_HBONE);
@@ -1246,7 +1423,7 @@ mod tests {
                             Node { excluded_port: Some(dst_port), ..Node::new(&a, node.pod) };
                         let segment = Segment { dst_port, ..syn(a.stranger, a.own) };
                         let found = on_interface(true, Some(&segment), &node);
-                        assert_ne!(found.hint, Some(HINT_PAST_PROXY), "not for outsiders");
+                        assert_ne!(found.hint, code(HINT_PAST_PROXY), "not for outsiders");
                     }
                 }
             }
@@ -1257,7 +1434,7 @@ mod tests {
     }
 
     const VIRTUAL: Virtual = Virtual { pod_id: OWN, flags: VIRTUAL_CAPTURE };
-    const REROUTED: Verdict = Verdict { mark: code(MARK_TO_PROXY), ..GOES_ON };
+    const REROUTED: Verdict = Verdict { mark: code(MARK_VIRTUAL), ..GOES_ON };
     const FOR_PROXY: Verdict = Verdict { hint: code(HINT_FROM_VIRTUAL), ..REROUTED };
 
     #[test]
@@ -1365,7 +1542,7 @@ mod tests {
 
     const RESCUED: Verdict = Verdict {
         fate: Fate::ToLo,
-        mark: code(MARK_TO_PROXY),
+        mark: code(MARK_RESCUED),
         settle: code(WAY_REDIRECTED),
         ..GOES_ON
     };
@@ -1379,8 +1556,10 @@ mod tests {
     }
 
     fn guarded(message: Message, node: &Node) -> Verdict {
-        on_egress(Some(&message), false, node)
+        on_egress(0, Ok(&message), node)
     }
+
+    const DIRECT: Verdict = Verdict { settle: code(WAY_DIRECT), ..GOES_ON };
 
     #[test]
     fn the_guard_brings_back_what_the_pod_opens() {
@@ -1464,15 +1643,15 @@ mod tests {
 
     #[test]
     fn the_guard_brings_queries_to_the_proxys_dns() {
-        let to_lo = Verdict { count: Some(Counter::RescuedDns), ..RESCUED };
         let unknown = refused(GOES_ON, Fate::Drop, Counter::RefusedUnknownPod);
         for a in both_families() {
             let query = Segment { dst_port: PORT_DNS, ..syn(a.own, a.stranger) };
             for (pod, expected) in [
                 // Whether or not anything else is captured, or excluded.
-                (capturing(POD_DNS), to_lo),
-                (capturing(POD_DNS | POD_OUTBOUND_RULES), to_lo),
-                (PREPARING.map(|pod| pod | POD_DNS), to_lo),
+                // `lo` counts them.
+                (capturing(POD_DNS), RESCUED),
+                (capturing(POD_DNS | POD_OUTBOUND_RULES), RESCUED),
+                (PREPARING.map(|pod| pod | POD_DNS), RESCUED),
                 (PREPARING, GOES_ON),
                 (BYPASSING, GOES_ON),
                 (UNKNOWN, unknown),
@@ -1490,20 +1669,148 @@ mod tests {
     }
 
     #[test]
+    fn the_guard_judges_of_link_local_traffic_what_is_open() {
+        let aborted = refused(GOES_ON, Fate::Abort, Counter::RefusedPastProxy);
+        for a in both_families() {
+            let accepts = syn_ack(a.own, link_local());
+            let later = reply(a.own, link_local());
+            for (node, segment, expected) in [
+                (Node::new(&a, CAPTURING), accepts, aborted),
+                (Node::new(&a, CAPTURING), later, DIRECT),
+                (Node::new(&a, PREPARING), accepts, DIRECT),
+                (Node { connection: true, ..Node::new(&a, CAPTURING) }, later, RESCUED),
+            ] {
+                assert_eq!(guarded(tcp(segment), &node), expected);
+            }
+        }
+    }
+
+    #[test]
     fn the_guard_lets_out_what_is_only_forwarded() {
         let counted = Verdict { count: Some(Counter::Forwarded), ..GOES_ON };
         for a in both_families() {
             let query = Segment { dst_port: PORT_DNS, ..syn(a.guest, a.stranger) };
             for (scenario, message, expected) in [
                 ("a guest opens a connection", tcp(syn(a.guest, a.stranger)), counted),
+                ("by the pod's address", tcp(syn(a.own, a.stranger)), counted),
                 ("to a resolver", tcp(query), counted),
-                ("a guest's data", tcp(data(a.guest, a.stranger)), Verdict::NEXT),
-                ("a guest's query", udp(query), Verdict::NEXT),
+                ("a guest's query", udp(query), GOES_ON),
+                ("a guest's datagram", udp(syn(a.guest, a.stranger)), Verdict::NEXT),
             ] {
                 for pod in [UNKNOWN, BYPASSING, PREPARING, capturing(POD_DNS)] {
-                    let node = Node { forwarded: true, connection: true, ..Node::new(&a, pod) };
-                    assert_eq!(guarded(message, &node), expected, "{scenario}");
-                    node.assert_asked(&[]);
+                    for mark in [0, MARK_DIRECT, MARK_VIRTUAL, MARK_REDIRECTED, 0xabcd_e000] {
+                        let node = Node { forwarded: true, connection: true, ..Node::new(&a, pod) };
+                        assert_eq!(on_egress(mark, Ok(&message), &node), expected, "{scenario}");
+                        node.assert_asked(&[]);
+                    }
+                }
+            }
+            for (pod, expected, asked) in [
+                (UNKNOWN, refused(GOES_ON, Fate::Drop, Counter::RefusedUnknownPod), &[][..]),
+                (BYPASSING, GOES_ON, &[]),
+                (PREPARING, DIRECT, &[Asked::Connection]),
+                (CAPTURING, DIRECT, &[Asked::Connection]),
+            ] {
+                let node = Node { forwarded: true, ..Node::new(&a, pod) };
+                for segment in [data(a.guest, a.stranger), syn_ack(a.guest, a.stranger)] {
+                    assert_eq!(guarded(tcp(segment), &node), expected, "a guest's, later on");
+                    node.assert_asked(asked);
+                }
+            }
+        }
+    }
+
+    #[test]
+    fn what_the_guard_has_brought_to_lo_is_not_forwarded() {
+        let dropped = refused(GOES_ON, Fate::Drop, Counter::RefusedPastProxy);
+        for a in both_families() {
+            let query = Segment { dst_port: PORT_DNS, ..syn(a.own, a.stranger) };
+            for pod in [UNKNOWN, BYPASSING, PREPARING, capturing(POD_DNS)] {
+                for mark in [MARK_RESCUED, 0xabcd_e000 | MARK_RESCUED] {
+                    for connection in [false, true] {
+                        let node = Node { forwarded: true, connection, ..Node::new(&a, pod) };
+                        for message in [
+                            tcp(syn(a.own, a.stranger)),
+                            tcp(syn_ack(a.own, a.stranger)),
+                            tcp(data(a.own, a.stranger)),
+                            tcp(data(a.own, link_local())),
+                            tcp(query),
+                            udp(query),
+                        ] {
+                            assert_eq!(on_egress(mark, Ok(&message), &node), dropped);
+                        }
+                        for message in [udp(syn(a.own, a.stranger)), tcp(data(a.own, a.loopback))] {
+                            // The guard brings none of these.
+                            assert_eq!(on_egress(mark, Ok(&message), &node), Verdict::NEXT);
+                        }
+                        node.assert_asked(&[]);
+                    }
+                }
+            }
+            // Whoever marks its own socket so gains nothing.
+            let node = Node::new(&a, CAPTURING);
+            for segment in
+                [syn(a.own, a.stranger), syn_ack(a.own, a.stranger), data(a.own, a.stranger)]
+            {
+                let message = tcp(segment);
+                let found = on_egress(MARK_RESCUED, Ok(&message), &node);
+                assert_eq!(found, guarded(message, &node));
+            }
+        }
+    }
+
+    #[test]
+    fn the_guard_lets_out_what_is_the_proxys() {
+        let direct = Verdict { settle: code(WAY_DIRECT), ..Verdict::NEXT };
+        let back = Verdict { fate: Fate::ToLo, mark: code(MARK_RESCUED), ..Verdict::NEXT };
+        for a in both_families() {
+            let query = Segment { dst_port: PORT_DNS, ..syn(a.own, a.stranger) };
+            let accepts = syn_ack(a.own, a.stranger);
+            let later = [data(a.own, a.stranger), reply(a.own, a.stranger)];
+            // By its mark; by its socket, where netfilter has taken or changed that.
+            for (mark, proxys) in [
+                (MARK_PROXY, false),
+                (0xabcd_e000 | MARK_PROXY, true),
+                (0, true),
+                (MARK_RESCUED, true),
+                (MARK_DIRECT, true),
+            ] {
+                for pod in [UNKNOWN, BYPASSING, PREPARING, capturing(POD_DNS)] {
+                    let new = || Node { proxys, ..Node::new(&a, pod) };
+                    let judged =
+                        |message: Message, node: &Node| on_egress(mark, Ok(&message), node);
+                    // Another connection by the same ports, and another one of the socket, do not
+                    // count.
+                    for settled in [None, Some(WAY_DIRECT), Some(WAY_REDIRECTED)] {
+                        let node = Node { connection: true, settled, ..new() };
+                        for open in [syn(a.own, a.stranger), query] {
+                            assert_eq!(judged(tcp(open), &node), direct);
+                        }
+                        for datagram in [syn(a.own, a.stranger), query] {
+                            assert_eq!(judged(udp(datagram), &node), Verdict::NEXT);
+                        }
+                        for hidden in [Hidden::Nothing, Hidden::Tcp, Hidden::Dns] {
+                            let found = on_egress(mark, Err(hidden), &node);
+                            assert_eq!(found, Verdict::NEXT);
+                        }
+                        node.assert_asked(&[]);
+                    }
+                    for segment in later.into_iter().chain([accepts]) {
+                        for (way, expected) in [(WAY_DIRECT, Verdict::NEXT), (WAY_REDIRECTED, back)]
+                        {
+                            let node = Node { settled: Some(way), connection: true, ..new() };
+                            assert_eq!(judged(tcp(segment), &node), expected);
+                            node.assert_asked(&[]);
+                        }
+                        let node = new();
+                        assert_eq!(judged(tcp(segment), &node), direct);
+                        node.assert_asked(&[Asked::Connection]);
+                        // It is the application's, and its peer, which is here, is the proxy.
+                        let count = segment.accepts.then_some(Counter::RescuedInbound);
+                        let node = Node { connection: true, ..new() };
+                        assert_eq!(judged(tcp(segment), &node), Verdict { count, ..RESCUED });
+                        node.assert_asked(&[Asked::Connection]);
+                    }
                 }
             }
         }
@@ -1511,7 +1818,7 @@ mod tests {
 
     #[test]
     fn the_guard_keeps_connections_on_the_way_that_was_found() {
-        let to_lo = Verdict { fate: Fate::ToLo, mark: code(MARK_TO_PROXY), ..Verdict::NEXT };
+        let to_lo = Verdict { fate: Fate::ToLo, mark: code(MARK_RESCUED), ..Verdict::NEXT };
         for a in both_families() {
             for (way, expected) in [(WAY_REDIRECTED, to_lo), (WAY_DIRECT, Verdict::NEXT)] {
                 for pod in [UNKNOWN, BYPASSING, PREPARING, CAPTURING] {
@@ -1563,33 +1870,53 @@ mod tests {
 
     #[test]
     fn the_guard_refuses_who_was_accepted_past_the_proxy() {
-        let direct = Verdict { settle: code(WAY_DIRECT), ..GOES_ON };
         let aborted = refused(GOES_ON, Fate::Abort, Counter::RefusedPastProxy);
         for a in both_families() {
             let accepts = syn_ack(a.own, a.stranger);
             let later = reply(a.own, a.stranger);
             for (scenario, node, segment, expected) in [
                 ("TPROXY in the pod", Node::new(&a, CAPTURING), accepts, aborted),
-                ("nothing is captured yet", Node::new(&a, PREPARING), accepts, direct),
+                ("nothing is captured yet", Node::new(&a, PREPARING), accepts, DIRECT),
+                (
+                    "under SYN cookies, where it has no socket",
+                    Node { forwarded: true, ..Node::new(&a, CAPTURING) },
+                    accepts,
+                    aborted,
+                ),
+                (
+                    "under SYN cookies, and nothing is captured yet",
+                    Node { forwarded: true, ..Node::new(&a, PREPARING) },
+                    accepts,
+                    DIRECT,
+                ),
                 (
                     "a guest accepts",
                     Node { forwarded: true, ..Node::new(&a, CAPTURING) },
-                    accepts,
-                    direct,
+                    syn_ack(a.guest, a.stranger),
+                    DIRECT,
                 ),
-                ("older than enrolment", Node::new(&a, CAPTURING), later, direct),
+                (
+                    "by an address that only a route makes the pod's",
+                    Node::new(&a, CAPTURING),
+                    syn_ack(a.guest, a.stranger),
+                    aborted,
+                ),
+                ("older than enrolment", Node::new(&a, CAPTURING), later, DIRECT),
                 (
                     "older, the pod's own call",
                     Node::new(&a, CAPTURING),
                     data(a.own, a.stranger),
-                    direct,
+                    DIRECT,
                 ),
             ] {
                 assert_eq!(guarded(tcp(segment), &node), expected, "{scenario}");
                 node.assert_asked(&[Asked::Connection]);
             }
             for (node, _) in past_proxy_ways(&a, POD_CAPTURE) {
-                assert_eq!(guarded(tcp(accepts), &node), direct, "settings let them in");
+                let cookies = Node { forwarded: true, ..node };
+                assert_eq!(guarded(tcp(accepts), &cookies), DIRECT, "settings let them in");
+                let node = Node { forwarded: false, ..cookies };
+                assert_eq!(guarded(tcp(accepts), &node), DIRECT, "settings let them in");
                 for src_port in PROXYS_PORTS {
                     let proxys = Segment { src_port, ..accepts };
                     assert_eq!(guarded(tcp(proxys), &node), aborted, "not for outsiders");
@@ -1599,20 +1926,32 @@ mod tests {
     }
 
     #[test]
-    fn the_guard_drops_tcp_that_it_cannot_read() {
-        let dropped = refused(GOES_ON, Fate::Drop, Counter::DroppedUnreadable);
+    fn the_guard_drops_what_it_cannot_read_and_would_have_brought_to_lo() {
+        let tcp = refused(GOES_ON, Fate::Drop, Counter::DroppedUnreadable);
+        let dns = refused(GOES_ON, Fate::Drop, Counter::DroppedDnsUnreadable);
         for a in both_families() {
-            for (pod, expected) in [
-                (UNKNOWN, dropped),
-                (BYPASSING, Verdict::NEXT),
-                (PREPARING, Verdict::NEXT),
-                (CAPTURING, dropped),
+            for (pod, hides_tcp, hides_dns) in [
+                (UNKNOWN, tcp, dns),
+                (BYPASSING, GOES_ON, GOES_ON),
+                (PREPARING, GOES_ON, GOES_ON),
+                (PREPARING.map(|pod| pod | POD_DNS), GOES_ON, dns),
+                (CAPTURING, tcp, GOES_ON),
+                (capturing(POD_DNS), tcp, dns),
             ] {
-                let node = Node::new(&a, pod);
-                assert_eq!(on_egress(None, true, &node), expected);
-                assert_eq!(on_egress(None, false, &node), Verdict::NEXT, "it is no TCP");
-                let node = Node { forwarded: true, ..node };
-                assert_eq!(on_egress(None, true, &node), Verdict::NEXT, "it is not the pod's");
+                for (hidden, expected) in [
+                    (Hidden::Nothing, Verdict::NEXT),
+                    (Hidden::Tcp, hides_tcp),
+                    (Hidden::Dns, hides_dns),
+                ] {
+                    for mark in [0, MARK_DIRECT, MARK_VIRTUAL, MARK_RESCUED, 0xabcd_e000] {
+                        let node = Node::new(&a, pod);
+                        assert_eq!(on_egress(mark, Err(hidden), &node), expected);
+                        let node = Node { forwarded: true, ..node };
+                        let found = on_egress(mark, Err(hidden), &node);
+                        assert_eq!(found, Verdict::NEXT, "it is not the pod's");
+                        node.assert_asked(&[]);
+                    }
+                }
             }
         }
     }
@@ -1626,13 +1965,12 @@ mod tests {
     const FORGED: Steer = Steer::Refuse(Counter::RefusedForgedAddress);
 
     /// Every kind of a hint, and one that there is not.
-    const KINDS: [u32; 8] = [
+    const KINDS: [u32; 7] = [
         HINT_NONE,
         HINT_FROM_PROXY,
         HINT_QUESTION,
         HINT_FROM_POD,
         HINT_FROM_VIRTUAL,
-        HINT_FROM_OUTSIDE,
         HINT_PAST_PROXY,
         99,
     ];
@@ -1727,13 +2065,12 @@ mod tests {
     #[test]
     fn the_pod_is_called() {
         for a in both_families() {
-            let by = |remote| lookup(a.own, remote, OUTSIDE, HINT_FROM_OUTSIDE);
+            let by = |remote| lookup(a.own, remote, OUTSIDE, HINT_NONE);
             let at = |local| lookup(local, a.stranger, OUTSIDE, HINT_NONE);
             let rows = [
                 ("by a stranger", by(a.stranger), INBOUND, UNTOUCHED),
                 ("by a pod of this node", by(a.neighbour), INBOUND, UNTOUCHED),
                 ("by a link-local address", by(link_local()), INBOUND, UNTOUCHED),
-                ("in fragments: no hint", at(a.own), INBOUND, UNTOUCHED),
                 ("its other address", at(a.own_second), INBOUND, UNTOUCHED),
                 ("an address that only a route makes its own", at(a.guest), INBOUND, UNTOUCHED),
                 ("its link-local address", at(link_local()), INBOUND, UNTOUCHED),
@@ -1750,7 +2087,6 @@ mod tests {
                     UNTOUCHED,
                 ),
                 ("with HBONE", to_port(by(a.stranger), PORT_HBONE), HBONE, UNTOUCHED),
-                ("with HBONE, in fragments", to_port(at(a.own), PORT_HBONE), HBONE, UNTOUCHED),
                 (
                     "with HBONE by a neighbour",
                     to_port(by(a.neighbour), PORT_HBONE),
@@ -1774,7 +2110,7 @@ mod tests {
                 (a.own, a.loopback_other),
                 (a.loopback, a.stranger),
             ] {
-                for kind in [HINT_NONE, HINT_FROM_OUTSIDE, HINT_PAST_PROXY] {
+                for kind in [HINT_NONE, HINT_PAST_PROXY] {
                     let found = lookup(local, remote, OUTSIDE, kind);
                     let hbone = to_port(found, PORT_HBONE);
                     assert_steered(
@@ -1824,38 +2160,49 @@ mod tests {
     }
 
     #[test]
-    fn a_call_whose_destination_was_translated_in_the_pod_is_refused() {
-        const TRANSLATED: Steer = Steer::Refuse(Counter::RefusedTranslated);
+    fn the_pods_netfilter_gives_a_call_another_destination() {
+        let past = counted(Counter::BypassedInbound);
         for a in both_families() {
             let seen = flow(a.own, a.stranger);
-            for flow in [
-                // `REDIRECT`, and `DNAT` to an address of the pod.
-                Flow { local_port: 9090, ..seen },
-                Flow { local_port: PORT_HBONE, ..seen },
-                Flow { local: a.own_second, ..seen },
-                Flow { local: a.guest, local_port: 9090, ..seen },
-            ] {
-                for (kind, expected) in [
-                    (HINT_FROM_OUTSIDE, TRANSLATED),
-                    (HINT_PAST_PROXY, counted(Counter::BypassedInbound)),
+            // `REDIRECT`, and `DNAT` to an address of the pod.
+            let translated = |flow: Flow| {
+                [
+                    Flow { local_port: 9090, ..flow },
+                    Flow { local: a.own_second, ..flow },
+                    Flow { local: a.guest, local_port: 9090, ..flow },
+                ]
+            };
+            for flow in translated(seen) {
+                let hint = Hint { flow: seen, pod_id: OWN, kind: HINT_PAST_PROXY };
+                let none = lookup(a.own, a.stranger, OUTSIDE, HINT_NONE);
+                let found = Lookup { flow, hint, ..none };
+                let to = |local_port| Lookup { flow: Flow { local_port, ..flow }, ..found };
+                assert_steered(
+                    &a,
+                    &[
+                        ("of a call past the proxy", found, past, UNTOUCHED),
+                        // These are not for outsiders, however they come there.
+                        ("the outbound port", to(PORT_OUTBOUND), INBOUND, UNTOUCHED),
+                        ("the inbound port", to(PORT_INBOUND), INBOUND, UNTOUCHED),
+                        ("HBONE's port", to(PORT_HBONE), HBONE, UNTOUCHED),
+                        ("the port of the proxy's DNS", to(PORT_PROXY_DNS), past, UNTOUCHED),
+                    ],
+                );
+                // What another packet, or another pod's, has left behind says nothing.
+                for (stale, hint) in [
+                    ("another pod", Hint { pod_id: NEIGHBOUR, ..hint }),
+                    ("another peer", Hint { flow: Flow { remote: a.neighbour, ..seen }, ..hint }),
+                    ("another port", Hint { flow: Flow { remote_port: 9090, ..seen }, ..hint }),
+                    ("the proxy's", Hint { kind: HINT_FROM_PROXY, ..hint }),
+                    ("none", Hint { kind: HINT_NONE, ..hint }),
                 ] {
-                    let hint = Hint { flow: seen, pod_id: OWN, kind };
-                    let found = Lookup { flow, hint, ..lookup(a.own, a.stranger, OUTSIDE, kind) };
-                    assert_steered(&a, &[("translated", found, expected, UNTOUCHED)]);
-                    // What another packet, or another pod's, has left behind says nothing.
-                    let as_ever = if flow.local_port == PORT_HBONE { HBONE } else { INBOUND };
-                    for stale in [
-                        Hint { pod_id: NEIGHBOUR, ..hint },
-                        Hint { flow: Flow { remote: a.neighbour, ..seen }, ..hint },
-                        Hint { flow: Flow { remote_port: CLIENT_PORT + 1, ..seen }, ..hint },
-                        Hint { kind: HINT_FROM_PROXY, ..hint },
-                        Hint { kind: HINT_NONE, ..hint },
-                    ] {
-                        let found = Lookup { hint: stale, ..found };
-                        assert_steered(&a, &[("stale", found, as_ever, UNTOUCHED)]);
-                    }
+                    let found = Lookup { hint, ..found };
+                    assert_steered(&a, &[(stale, found, INBOUND, UNTOUCHED)]);
                 }
             }
+            // Where it was going is what settings are about, when it goes there.
+            let found = lookup(a.own, a.stranger, OUTSIDE, HINT_PAST_PROXY);
+            assert_steered(&a, &[("the same", found, INBOUND, UNTOUCHED)]);
         }
     }
 

@@ -51,8 +51,7 @@ impl PodLinks {
             return Ok(());
         }
         let program = load()?;
-        let link =
-            sys::link_lookup(program.as_fd(), netns.as_fd()).context("attach sk_lookup")?;
+        let link = sys::link_lookup(program.as_fd(), netns.as_fd()).context("attach sk_lookup")?;
         sys::obj_pin(link.as_fd(), &pin).with_context(|| format!("pin {}", pin.display()))
     }
 

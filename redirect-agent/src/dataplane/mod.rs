@@ -43,8 +43,7 @@ use aya::{
     Btf, Ebpf, EbpfLoader,
     maps::{HashMap, Map, MapData, MapError, PerCpuHashMap, ProgramArray},
     programs::{
-        Iter, Program, SchedClassifier, SkLookup, SockOps, TcAttachType,
-        tc::SchedClassifierLink,
+        Iter, Program, SchedClassifier, SkLookup, SockOps, TcAttachType, tc::SchedClassifierLink,
     },
 };
 use aya_log::EbpfLogger;
@@ -319,6 +318,8 @@ pub enum PartKind {
     DrainRoute,
     /// The drain rule of a family.
     DrainRule,
+    /// That no rule of others comes before ours.
+    RuleOrder,
     /// A sysctl.
     Sysctl,
 }
@@ -338,6 +339,7 @@ impl PartKind {
             PartKind::Rule => "rule",
             PartKind::DrainRoute => "drain_route",
             PartKind::DrainRule => "drain_rule",
+            PartKind::RuleOrder => "rule_order",
             PartKind::Sysctl => "sysctl",
         }
     }
@@ -360,6 +362,7 @@ impl fmt::Display for Part {
             PartKind::InboundRanges => "inbound ranges",
             PartKind::DrainRoute => "drain route",
             PartKind::DrainRule => "drain rule",
+            PartKind::RuleOrder => "precedence of our rules",
             kind => kind.as_str(),
         };
         match &self.of {
@@ -495,14 +498,8 @@ impl Dataplane {
         // Before the links, so that the programs know the pod when they are attached.
         kernel.set_addresses(pod)?;
         let old = kernel.pods()?.row(pod.id())?.unwrap_or_default();
-        let row = Row {
-            enrolled: true,
-            capture: old.capture,
-            rules,
-            dns: old.dns,
-            reason,
-            ..pod.row()
-        };
+        let row =
+            Row { enrolled: true, capture: old.capture, rules, dns: old.dns, reason, ..pod.row() };
         kernel.pods()?.put(pod.id(), row)?;
         if rules & POD_INBOUND_RULES == 0 {
             kernel.set_inbound(pod.id(), traffic)?;
@@ -521,6 +518,7 @@ impl Dataplane {
             for source in pod.sources() {
                 routing.add_keep(source, traffic)?;
             }
+            routing.precede_foreign_rules()?;
             for (index, name) in interfaces {
                 for &at in tcx_directions(index) {
                     let program = if at == TcAttachType::Egress {
@@ -690,6 +688,7 @@ impl Dataplane {
                 found.add(route, PartKind::DrainRoute, family());
                 found.add(rule, PartKind::DrainRule, family());
             }
+            found.add(!routing.has_foreign_rules()?, PartKind::RuleOrder, None);
             for (name, right) in sysctl::check()? {
                 found.add(right, PartKind::Sysctl, name.to_owned());
             }
@@ -824,15 +823,6 @@ impl Dataplane {
             Some(row) if !row.enrolled => pods.delete(pod_id),
             _ => Ok(()),
         }
-    }
-
-    /// The rules of others in a pod that come before ours.
-    ///
-    /// # Errors
-    ///
-    /// When the namespace cannot be entered.
-    pub fn foreign_rules(&self, pod: &PodNetns) -> Result<Vec<String>> {
-        pod.netns.run(|| Routing::open()?.foreign_rules())?
     }
 
     /// The pods that have links.
@@ -1166,6 +1156,7 @@ impl Kernel {
         for source in pod.sources() {
             routing.set_outbound(source, traffic)?;
         }
+        routing.precede_foreign_rules()?;
         let dns = traffic.captures_dns();
         self.pods()?.change(pod.id(), |row| Row { enrolled: true, capture: true, dns, ..row })?;
         let interfaces = routing.interfaces()?;

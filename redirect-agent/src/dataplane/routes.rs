@@ -501,7 +501,8 @@ impl Routing {
             }
             // Those of another layout, say: nobody else's lead there.
             for stale in self.rules(version(source)).await?.into_iter().filter(is_stale) {
-                done(self.handle.rule().del(stale).execute().await).context("delete a stale rule")?;
+                done(self.handle.rule().del(stale).execute().await)
+                    .context("delete a stale rule")?;
             }
             let present = self.our_rules(version(source)).await?;
             for rule in keep_rules(traffic).filter(|rule| !present.contains(rule)) {
@@ -598,25 +599,49 @@ impl Routing {
         })
     }
 
-    /// The rules of others that come before ours, in either family: they may lead what should be
-    /// captured elsewhere, and the guard brings it back.
-    pub(super) fn foreign_rules(&self) -> Result<Vec<String>> {
+    /// Whether rules of others come before ours, in either family: they may lead elsewhere what is to
+    /// be captured, or what the guard has brought back.
+    pub(super) fn has_foreign_rules(&self) -> Result<bool> {
         self.runtime.block_on(async {
-            let mut foreign = Vec::new();
-            for (family, name) in [(IpVersion::V4, "ipv4"), (IpVersion::V6, "ipv6")] {
-                let rules = self.rules(family).await?;
-                let Some(ours) = rules.iter().position(|rule| Rule::read(rule).is_some()) else {
-                    continue;
-                };
-                let local = |rule: &&RuleMessage| {
-                    rule.header.action == RuleAction::ToTable
-                        && u32::from(rule.header.table) == TABLE_LOCAL
-                };
-                let before = rules.iter().take(ours).filter(|rule| !local(rule));
-                foreign.extend(before.map(|rule| format!("{name} rule {}", priority(rule))));
+            for family in [IpVersion::V4, IpVersion::V6] {
+                if !self.foreign_rules(family).await?.is_empty() {
+                    return Ok(true);
+                }
             }
-            Ok(foreign)
+            Ok(false)
         })
+    }
+
+    /// Lets the rules of others follow ours: they are added once more, in their order, and their first
+    /// copies deleted.
+    pub(super) fn precede_foreign_rules(&self) -> Result<()> {
+        self.runtime.block_on(async {
+            for family in [IpVersion::V4, IpVersion::V6] {
+                let foreign = self.foreign_rules(family).await?;
+                for rule in &foreign {
+                    let mut request = self.handle.rule().add().replace();
+                    *request.message_mut() = rule.clone();
+                    request.execute().await.context("add a rule of the pod behind ours")?;
+                }
+                for rule in foreign {
+                    done(self.handle.rule().del(rule).execute().await)
+                        .context("delete a rule of the pod before ours")?;
+                }
+            }
+            Ok(())
+        })
+    }
+
+    /// The rules of others before the last one of ours. The kernel's own, `local`, stays the first.
+    async fn foreign_rules(&self, family: IpVersion) -> Result<Vec<RuleMessage>> {
+        let mut rules = self.rules(family).await?;
+        let ours = |rule: &RuleMessage| Rule::read(rule).is_some_and(|rule| rule != Rule::Landing);
+        rules.truncate(rules.iter().rposition(ours).unwrap_or(0));
+        let local = |rule: &RuleMessage| {
+            rule.header.action == RuleAction::ToTable && u32::from(rule.header.table) == TABLE_LOCAL
+        };
+        rules.retain(|rule| Rule::read(rule).is_none() && !local(rule));
+        Ok(rules)
     }
 
     /// Whether istio-cni's rule is there, in either family.

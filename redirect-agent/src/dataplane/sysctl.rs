@@ -48,8 +48,11 @@ pub(super) fn read() -> Result<SavedSysctls> {
         *value = get(name)?;
     }
     if let Some(reserved) = reserved_ports()? {
-        saved.values[SYSCTLS.len()] =
-            (0..).zip(PROXY_PORTS).filter(|(_, port)| reserved.contains(port)).map(|(n, _)| 1 << n).sum();
+        saved.values[SYSCTLS.len()] = (0..)
+            .zip(PROXY_PORTS)
+            .filter(|(_, port)| reserved.contains(port))
+            .map(|(n, _)| 1 << n)
+            .sum();
     }
     Ok(saved)
 }
@@ -118,7 +121,8 @@ fn reserved_ports() -> Result<Option<BTreeSet<u16>>> {
 const MAX_PORTS_TEXT: usize = 6 * 32768;
 
 fn reserve_ports(ports: &BTreeSet<u16>) -> Result<()> {
-    write(RESERVED_PORTS, &print_ports(ports)).with_context(|| format!("write sysctl {RESERVED_PORTS}"))
+    write(RESERVED_PORTS, &print_ports(ports))
+        .with_context(|| format!("write sysctl {RESERVED_PORTS}"))
 }
 
 /// Source: Linux `kernel/sysctl.c`, `proc_do_large_bitmap`: `1,3-5`.

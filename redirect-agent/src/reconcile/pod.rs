@@ -41,9 +41,6 @@ const ISTIO_CNI_BESIDE: &str = "istio-cni redirects this pod, too: never both on
 istio-cni and have its rules removed (--take-over)";
 /// What is said of a pod whose proxy has lost listeners: what they are for is refused.
 const PROXY_DEAF: &str = "the proxy does not listen in this pod on port";
-/// What is said of a pod that has rules of its own before ours.
-const FOREIGN_RULES: &str = "routing rules of the pod come before the redirection; what they lead \
-elsewhere is brought back to the proxy (counters rescued_*)";
 /// What is said of a static pod while it has no mirror.
 const MIRROR_GONE: &str = "its mirror pod was deleted; it stays as it is while it runs";
 /// How often a pod that leaves the mesh is asked whether redirected connections are left.
@@ -74,8 +71,8 @@ pub(super) struct PodTask<S> {
     displacing: Option<Instant>,
     /// The pod id whose row of the map `pods` says why the pod bypasses.
     noted: Option<u32>,
-    /// What is odd in its namespace, and does no harm, or only to itself.
-    odd: Vec<String>,
+    /// Which of its ports the proxy does not listen on, in words.
+    deaf: Option<String>,
     problem: Option<String>,
     /// Whether that is a failure, and not just something that is awaited.
     failing: bool,
@@ -130,7 +127,7 @@ impl<S: Source> PodTask<S> {
             beside: false,
             displacing: None,
             noted: None,
-            odd: Vec::new(),
+            deaf: None,
             problem: None,
             failing: false,
             failures: 0,
@@ -332,7 +329,7 @@ impl<S: Source> PodTask<S> {
                     return Ok(false);
                 }
                 let netns = self.open_netns().await?;
-                self.look_for_oddities(&netns).await?;
+                self.look_for_proxy(&netns).await?;
                 self.standing.served = true;
             }
             Step::Capture => {
@@ -415,7 +412,7 @@ impl<S: Source> PodTask<S> {
             Step::Remove => {
                 let netns = self.open_netns().await?;
                 self.noted = Some(netns.netns.inode());
-                self.odd.clear();
+                self.deaf = None;
                 self.on_netns(netns, |d, pod| d.remove(pod)).await?;
                 self.standing.prepared = false;
                 (self.beside, self.displacing) = (false, None);
@@ -539,7 +536,7 @@ impl<S: Source> PodTask<S> {
         if self.displacing.is_none() {
             self.meet_istio_cni(&netns).await?;
         }
-        self.look_for_oddities(&netns).await?;
+        self.look_for_proxy(&netns).await?;
         let traffic = self.traffic();
         let inspect = move |d: &Dataplane, pod: &PodNetns| {
             let inspection = d.inspect(pod, &traffic)?;
@@ -566,21 +563,15 @@ impl<S: Source> PodTask<S> {
         Ok(())
     }
 
-    /// Looks for the proxy's listeners, which the programs then know, and for rules of others that come
-    /// before ours.
-    async fn look_for_oddities(&mut self, netns: &Arc<PodNetns>) -> Result<()> {
-        let look = |d: &Dataplane, pod: &PodNetns| Ok((d.proxy_listens(pod)?, d.foreign_rules(pod)?));
-        let (missing, foreign) = self.on_netns(Arc::clone(netns), look).await?;
-        let list = |ports: &[u16]| ports.iter().map(u16::to_string).collect::<Vec<_>>().join(", ");
-        let odd = [
-            (!missing.is_empty()).then(|| format!("{PROXY_DEAF} {}", list(&missing))),
-            (!foreign.is_empty()).then(|| format!("{FOREIGN_RULES}: {}", foreign.join(", "))),
-        ];
-        let odd: Vec<String> = odd.into_iter().flatten().collect();
-        for news in odd.iter().filter(|odd| !self.odd.contains(odd)) {
-            warn!(pod = %self.key, "{news}");
+    /// Looks for the proxy's listeners, which the programs then know.
+    async fn look_for_proxy(&mut self, netns: &Arc<PodNetns>) -> Result<()> {
+        let missing = self.on_netns(Arc::clone(netns), |d, pod| d.proxy_listens(pod)).await?;
+        let ports: Vec<String> = missing.iter().map(u16::to_string).collect();
+        let deaf = (!ports.is_empty()).then(|| format!("{PROXY_DEAF} {}", ports.join(", ")));
+        if let Some(deaf) = deaf.as_ref().filter(|_| self.deaf != deaf) {
+            warn!(pod = %self.key, "{deaf}");
         }
-        self.odd = odd;
+        self.deaf = deaf;
         Ok(())
     }
 
@@ -813,7 +804,7 @@ impl<S: Source> PodTask<S> {
             .into_iter()
             .chain(self.misread.iter().cloned())
             .chain(beside)
-            .chain(self.odd.iter().cloned())
+            .chain(self.deaf.clone())
             .collect();
         (!told.is_empty()).then(|| told.join("; "))
     }

@@ -507,20 +507,26 @@ impl Maps {
         Ok(())
     }
 
-    /// What has been counted since the last call: one thing, once, on this CPU, or nothing.
-    pub fn take_count(&mut self) -> Result<Option<(PodId, Counter)>> {
-        let mut counted = None;
+    /// What has been counted since the last call, each of it so often as it is in there; all on this
+    /// CPU.
+    pub fn take_counts(&mut self) -> Result<Vec<(PodId, Counter)>> {
+        let mut counted = Vec::new();
         for entry in self.counters.iter() {
             let (key, values) = entry?;
-            let on_this_cpu =
-                values.iter().enumerate().all(|(c, n)| *n == u64::from(c == self.cpu));
+            let on_this_cpu = values.iter().enumerate().all(|(c, n)| (*n != 0) == (c == self.cpu));
             ensure!(on_this_cpu, "counted {values:?} of {key:?}");
-            ensure!(counted.is_none(), "counted twice: {counted:?} and {key:?}");
-            counted = Some(key);
+            let what = (key.pod_id, counter(&key)?);
+            counted.extend((0..values[self.cpu]).map(|_| what));
         }
-        let Some(key) = counted else { return Ok(None) };
-        self.counters.remove(&key)?;
-        Ok(Some((key.pod_id, counter(&key)?)))
+        self.clear_counts()?;
+        Ok(counted)
+    }
+
+    /// What has been counted since the last call: one thing, once, on this CPU, or nothing.
+    pub fn take_count(&mut self) -> Result<Option<(PodId, Counter)>> {
+        let counted = self.take_counts()?;
+        ensure!(counted.len() < 2, "counted twice: {counted:?}");
+        Ok(counted.first().copied())
     }
 
     pub fn set_listener(

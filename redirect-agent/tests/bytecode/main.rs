@@ -13,6 +13,7 @@ mod world;
 use std::{
     fs::{self, File},
     net::TcpStream,
+    num::NonZeroU32,
     os::fd::AsFd as _,
     process::Command,
     sync::mpsc,
@@ -28,13 +29,15 @@ use nix::{
 };
 use redirect_ebpf::{
     abi::{
-        Addr, Counter, DECISION_BYPASS, DECISION_ENROLLED, Flow, HINT_FROM_OUTSIDE, HINT_FROM_POD,
-        HINT_FROM_PROXY, HINT_FROM_VIRTUAL, HINT_NONE, HINT_PAST_PROXY, HINT_QUESTION, Hint,
-        LISTENER_HBONE, LISTENER_OUTBOUND, MARK_DIRECT, MARK_PROXY, MARK_REDIRECTED, MARK_TO_PROXY,
+        Addr, Counter, DECISION_BYPASS, DECISION_ENROLLED, Flow, HINT_FROM_POD, HINT_FROM_PROXY,
+        HINT_FROM_VIRTUAL, HINT_NONE, HINT_PAST_PROXY, HINT_QUESTION, Hint, LISTENER_HBONE,
+        LISTENER_OUTBOUND, MARK_DIRECT, MARK_PROXY, MARK_REDIRECTED, MARK_RESCUED, MARK_VIRTUAL,
         POD_CAPTURE, PORT_PROXY_DNS, PodEntry, PodId,
     },
     dns::{self, Dns, Message},
-    verdict::{self, Fate, Lookup, Segment, Steer, Verdict, Virtual, mesh_mark, with_mesh_mark},
+    verdict::{
+        self, Fate, Hidden, Lookup, Segment, Steer, Verdict, Virtual, mesh_mark, with_mesh_mark,
+    },
 };
 
 use crate::{
@@ -153,6 +156,8 @@ fn the_guard_tells_what_the_pod_opens_from_what_it_only_forwards() -> Result<()>
         let (here, guest_id) = mpsc::channel();
         let (go, started) = mpsc::channel();
         thread::scope(|scope| {
+            // The guest does not wait for who has failed.
+            let go = go;
             let guest = scope.spawn(move || {
                 unshare(CloneFlags::CLONE_NEWNET).context("make a network namespace")?;
                 here.send(gettid())?;
@@ -163,25 +168,36 @@ fn the_guard_tells_what_the_pod_opens_from_what_it_only_forwards() -> Result<()>
                     "address add fd00::9/64 dev guest nodad",
                     "route add default via 10.0.0.2",
                     "-6 route add default via fd00::2",
+                    "neighbour add 10.0.0.2 lladdr 02:00:00:00:00:02 dev guest",
+                    "neighbour add fd00::2 lladdr 02:00:00:00:00:02 dev guest",
                 ] {
                     ip(command)?;
                 }
+                here.send(gettid())?;
                 started.recv()?;
                 call()
             });
             ip("link set lo up")?;
-            ip(&format!("link add pod type veth peer name guest netns {}", guest_id.recv()?))?;
+            // Who waits for an answer to the question where a neighbour is has sent nothing yet.
+            ip(&format!(
+                "link add pod address 02:00:00:00:00:02 type veth \
+                 peer name guest address 02:00:00:00:00:09 netns {}",
+                guest_id.recv()?
+            ))?;
             for command in [
                 "link set pod up",
                 "address add 10.0.0.2/24 dev pod",
                 "address add fd00::2/64 dev pod nodad",
                 "route add default via 10.0.0.9",
                 "-6 route add default via fd00::9",
+                "neighbour add 10.0.0.9 lladdr 02:00:00:00:00:09 dev pod",
+                "neighbour add fd00::9 lladdr 02:00:00:00:00:09 dev pod",
             ] {
                 ip(command)?;
             }
             kernel.attach_guard("pod")?;
             go.send(())?;
+            guest_id.recv()?;
             call()?;
             counted(&kernel, Counter::RescuedOutbound)?;
             for sysctl in ["ipv4/ip_forward", "ipv6/conf/all/forwarding"] {
@@ -263,20 +279,22 @@ struct Seen {
     port_taken: usize,
     hint_from_proxy: usize,
     hint_from_pod: usize,
-    hint_from_outside: usize,
     hint_past_proxy: usize,
     hint_from_virtual: usize,
     sent_back: usize,
     no_listener: usize,
     forged: usize,
-    leaves: usize,
-    leaves_later: usize,
+    /// An answer, a call, a later packet.
+    leaves: [usize; 3],
+    proxys_leaves: [usize; 2],
+    deaf_stray: usize,
+    proxy_without_mark: usize,
     cannot_leave: usize,
-    guard_proxys: usize,
+    guard_proxys: [usize; 3],
     rescued_outbound: usize,
     rescued_inbound: usize,
     rescued_later: usize,
-    rescued_dns: usize,
+    rescued_dns: [usize; 2],
     refused_past_proxy: usize,
     unwritable_abort: usize,
     settled_direct: usize,
@@ -302,7 +320,6 @@ struct Seen {
     dns_answer: usize,
     dns_drop: usize,
     dns_busy: usize,
-    dns_leaves: usize,
     dns_servfail: usize,
     dns_unanswerable: usize,
     dns_unreadable: usize,
@@ -319,20 +336,27 @@ impl Seen {
             ("reset by a port that is taken", self.port_taken),
             ("hint from proxy", self.hint_from_proxy),
             ("hint from the pod", self.hint_from_pod),
-            ("hint from outside", self.hint_from_outside),
             ("hint past the proxy", self.hint_past_proxy),
             ("hint from a virtual interface", self.hint_from_virtual),
             ("reset sent back", self.sent_back),
             ("nobody listens", self.no_listener),
             ("a forged address", self.forged),
-            ("a stray answer leaves", self.leaves),
-            ("a stray packet leaves", self.leaves_later),
-            ("a stray answer, and no interface", self.cannot_leave),
-            ("the guard: the proxy's", self.guard_proxys),
+            ("a stray answer leaves", self.leaves[0]),
+            ("a stray call leaves", self.leaves[1]),
+            ("a stray packet leaves", self.leaves[2]),
+            ("the proxy's stray call leaves", self.proxys_leaves[0]),
+            ("the proxy's stray packet leaves", self.proxys_leaves[1]),
+            ("a stray answer, and nobody listens", self.deaf_stray),
+            ("a stray packet, and no interface", self.cannot_leave),
+            ("the proxy's call without its mark", self.proxy_without_mark),
+            ("the guard: the proxy's", self.guard_proxys[0]),
+            ("the guard: noted of the proxy's", self.guard_proxys[1]),
+            ("the guard: the proxy's mark, but the application's", self.guard_proxys[2]),
             ("the guard: rescued outbound", self.rescued_outbound),
             ("the guard: rescued inbound", self.rescued_inbound),
             ("the guard: a later packet rescued", self.rescued_later),
-            ("the guard: rescued DNS", self.rescued_dns),
+            ("the guard: rescued DNS over UDP", self.rescued_dns[0]),
+            ("the guard: rescued DNS over TCP", self.rescued_dns[1]),
             ("the guard: refused past the proxy", self.refused_past_proxy),
             ("the guard: what cannot be rewritten", self.unwritable_abort),
             ("the guard: direct", self.settled_direct),
@@ -357,10 +381,9 @@ impl Seen {
             ("DNS by another port", self.dns_alias),
             ("DNS to the client", self.dns_answer),
             ("DNS dropped", self.dns_drop),
-            ("DNS that is no query leaves", self.dns_leaves),
             ("SERVFAIL", self.dns_servfail),
             ("DNS refused and not answered", self.dns_unanswerable),
-            ("DNS that cannot be parsed", self.dns_unreadable),
+            ("the guard: DNS that cannot be parsed", self.dns_unreadable),
             ("an answer that cannot be parsed", self.dns_unread_answer),
         ] {
             ensure!(times > 0, "no packet reaches the outcome `{outcome}`");
@@ -403,8 +426,8 @@ impl Checks<'_> {
         let maps = &mut self.kernel.maps;
         match rng.u8(..10) {
             9 => {
-                let pods = [own_id(), world::pod_id(rng)].into_iter().filter(|_| rng.bool());
-                state.strays = (pods.collect(), rng.u8(..4) > 0);
+                let pods = [own_id(), world::pod_id(rng)].into_iter().filter(|_| rng.u8(..4) > 0);
+                state.strays = (pods.collect(), rng.u8(..8) > 0);
                 maps.set_strays(&state.strays.0, state.strays.1)?;
             }
             7.. => {
@@ -479,8 +502,14 @@ impl Checks<'_> {
             let flows = [segment.receiver_flow(), segment.sender_flow()];
             let flow = choose(rng, &flows);
             self.note_kubelets(rng, flow)?;
-            if rng.u8(..6) == 0 {
-                self.world.open = Connection::open(segment.receiver_flow());
+            match rng.u8(..6) {
+                0 => self.world.open = Connection::open(segment.receiver_flow(), 0),
+                // The one that has sent it.
+                1 if at == Tcx::Lo => {
+                    let mark = choose(rng, &[MARK_PROXY, 0x0abc_0000 | MARK_PROXY, 0]);
+                    self.world.open = Connection::open(segment.sender_flow(), mark);
+                }
+                _ => {}
             }
         }
         let Some(ran) = self.kernel.run_tcx(at, &packet.bytes, mark, 1)? else {
@@ -511,6 +540,7 @@ impl Checks<'_> {
             return same("count", &count, &self.kernel.maps.take_count()?);
         }
         let verdict = self.verdict(at, mark, &packet);
+        self.note_seen(at, &verdict, mark, &packet, seen);
         let mut compare = || {
             self.compare(at, &verdict, mark, &packet, &ran, seen)?;
             if verdict.settle.is_some() && verdict.count == Some(Counter::RescuedInbound) {
@@ -531,13 +561,15 @@ impl Checks<'_> {
             Tcx::Lo => verdict::on_lo(mark, segment, world),
             Tcx::Interface => verdict::on_interface(packet.ip, segment, world),
             Tcx::Virtual => self.on_virtual(packet),
-            Tcx::Out if !packet.ip || mesh_mark(mark) == MARK_PROXY => Verdict::NEXT,
-            Tcx::Out => verdict::on_egress(packet.message.as_ref(), packet.hides_tcp, world),
+            Tcx::Out if !packet.ip => Verdict::NEXT,
+            Tcx::Out => {
+                verdict::on_egress(mark, packet.message.as_ref().ok_or(packet.hidden), world)
+            }
         };
         let mut state = world.state.borrow_mut();
         if let (Some(kind), Some(segment)) = (verdict.hint, segment) {
             let (flow, pod_id) = (segment.receiver_flow(), verdict.pod_id);
-            state.hint = Some(Hint { flow, pod_id, kind });
+            state.hint = Some(Hint { flow, pod_id, kind: kind.get() });
         }
         if verdict.strays {
             state.strays.0.insert(verdict.pod_id);
@@ -567,9 +599,13 @@ impl Checks<'_> {
             Fate::Drop | Fate::Reset | Fate::Abort => TC_ACT_SHOT,
         };
         same("return value", &returned, &ran.ret)?;
-        same("mark", &new.map_or(mark, |new| with_mesh_mark(mark, new)), &ran.mark)?;
-        let counted = count.map(|counter| (pod_id, counter));
-        same("count", &counted, &self.kernel.maps.take_count()?)?;
+        same("mark", &new.map_or(mark, |new| with_mesh_mark(mark, new.get())), &ran.mark)?;
+        let mut counted: Vec<_> = count.map(|counter| (pod_id, counter)).into_iter().collect();
+        let mut found = self.kernel.maps.take_counts()?;
+        for counts in [&mut counted, &mut found] {
+            counts.sort_unstable_by_key(|(_, counter)| *counter as u32);
+        }
+        same("counts", &counted, &found)?;
         match fate {
             Fate::Reset if !written => seen.unwritable_reset += 1,
             Fate::Reset if at == Tcx::Lo => {
@@ -587,12 +623,16 @@ impl Checks<'_> {
         }
         match (fate, count) {
             (Fate::Leave, _) if returned == TC_ACT_SHOT => seen.cannot_leave += 1,
-            (Fate::Leave, Some(_)) => seen.leaves += 1,
-            (Fate::Leave, None) => seen.leaves_later += 1,
+            (Fate::Leave, Some(_)) => {
+                seen.leaves[usize::from(packet.segment.is_some_and(|s| s.opens))] += 1;
+            }
+            (Fate::Leave, None) => seen.leaves[2] += 1,
             (Fate::ToLo, Some(Counter::RescuedOutbound)) => seen.rescued_outbound += 1,
             (Fate::ToLo, Some(Counter::RescuedInbound)) => seen.rescued_inbound += 1,
-            (Fate::ToLo, Some(_)) => seen.rescued_dns += 1,
-            (Fate::ToLo, None) => seen.rescued_later += 1,
+            (Fate::ToLo, _) if packet.message.is_some_and(|message| message.segment.opens) => {
+                seen.rescued_dns[usize::from(packet.segment.is_some())] += 1;
+            }
+            (Fate::ToLo, _) => seen.rescued_later += 1,
             (Fate::Abort, _) => seen.refused_past_proxy += 1,
             (Fate::Reset, Some(Counter::RefusedPortTaken)) => seen.port_taken += 1,
             (Fate::Reset, Some(Counter::NoListener)) => seen.no_listener += 1,
@@ -601,23 +641,46 @@ impl Checks<'_> {
             (Fate::Drop, Some(Counter::DroppedUnreadable)) => {
                 seen.unreadable[usize::from(at == Tcx::Virtual)] += 1;
             }
+            (Fate::Drop, Some(Counter::DroppedDnsUnreadable)) => seen.dns_unreadable += 1,
             (Fate::Drop, _) => seen.drop += 1,
-            (Fate::Next, _) if verdict.settle.is_some() => seen.settled_direct += 1,
             (Fate::Next, _) if at == Tcx::Out && mesh_mark(mark) == MARK_PROXY => {
-                seen.guard_proxys += 1;
+                seen.guard_proxys[usize::from(verdict.settle.is_some())] += 1;
             }
+            (Fate::Next, _) if verdict.settle.is_some() => seen.settled_direct += 1,
             (Fate::Next, _) => seen.next += 1,
             (Fate::Reset, _) => {}
         }
-        match hint {
+        match hint.map(NonZeroU32::get) {
             Some(HINT_FROM_PROXY) => seen.hint_from_proxy += 1,
             Some(HINT_FROM_POD) => seen.hint_from_pod += 1,
-            Some(HINT_FROM_OUTSIDE) => seen.hint_from_outside += 1,
             Some(HINT_PAST_PROXY) => seen.hint_past_proxy += 1,
             Some(HINT_FROM_VIRTUAL) => seen.hint_from_virtual += 1,
             _ => {}
         }
         Ok(())
+    }
+
+    /// What the surroundings have made of a packet.
+    fn note_seen(&self, at: Tcx, verdict: &Verdict, mark: u32, packet: &Packet, seen: &mut Seen) {
+        let Some(segment) = &packet.segment else { return };
+        let deaf = std::mem::take(&mut self.world.state.borrow_mut().deaf);
+        seen.deaf_stray += usize::from(deaf);
+        let proxys = mesh_mark(mark) == MARK_PROXY;
+        let by_proxy = self
+            .world
+            .open
+            .as_ref()
+            .is_some_and(|open| open.marked && open.flow == segment.sender_flow());
+        match (at, verdict.fate) {
+            (Tcx::Lo, Fate::Leave) if by_proxy => {
+                seen.proxys_leaves[usize::from(!segment.opens)] += 1;
+            }
+            (Tcx::Lo, Fate::Next) if by_proxy && !proxys && verdict.mark.is_some() => {
+                seen.proxy_without_mark += 1;
+            }
+            (Tcx::Out, Fate::ToLo) if proxys => seen.guard_proxys[2] += 1,
+            _ => {}
+        }
     }
 
     /// What a program returns for a packet that leaves.
@@ -634,7 +697,8 @@ impl Checks<'_> {
         match world.virtual_flags {
             Some(flags) if !verdict::is_inbound(segment, pod_id, world) => {
                 let interface = Virtual { pod_id, flags };
-                verdict::on_virtual(packet.ip, segment, packet.hides_tcp, &interface, world)
+                let hides_tcp = packet.hidden == Hidden::Tcp;
+                verdict::on_virtual(packet.ip, segment, hides_tcp, &interface, world)
             }
             _ => verdict::on_interface(packet.ip, segment, world),
         }
@@ -681,11 +745,6 @@ impl Checks<'_> {
             Dns::Drop(pod_id, counter) => {
                 seen.dns_drop += 1;
                 (TC_ACT_SHOT, mark, Some((pod_id, counter)))
-            }
-            Dns::Leave(pod_id, counter) => {
-                seen.dns_leaves += 1;
-                same("packet", &packet.bytes, &ran.packet)?;
-                (self.leaves(), with_mesh_mark(mark, MARK_DIRECT), Some((pod_id, counter)))
             }
             Dns::Refuse(pod_id, counter) => {
                 let written = if message.tcp { packet.has_checksum } else { packet.answerable };
@@ -745,12 +804,13 @@ impl Checks<'_> {
         compare().with_context(|| format!("{lookup:?} gives {steer:?}"))?;
         match steer {
             Steer::Pass(None) => seen.pass += 1,
+            Steer::Pass(Some(Counter::BypassedInbound)) if hint.flow != flow => {
+                seen.translated += 1;
+            }
             Steer::Pass(Some(Counter::BypassedInbound)) => seen.bypassed_inbound += 1,
             Steer::Pass(Some(Counter::KubeletProbe)) => seen.kubelet_probe += 1,
             Steer::Pass(Some(Counter::ProbeSource)) => seen.probe_source += 1,
             Steer::Pass(Some(_)) => seen.counted_pass += 1,
-            Steer::Refuse(Counter::DroppedDnsUnreadable) => seen.dns_unreadable += 1,
-            Steer::Refuse(Counter::RefusedTranslated) => seen.translated += 1,
             Steer::Refuse(Counter::RefusedForgedAddress) => seen.refused_forged += 1,
             Steer::Refuse(_) => seen.refuse += 1,
             Steer::Redirect(_) if chosen.is_none() => seen.no_listener_to_redirect_to += 1,
@@ -771,22 +831,9 @@ impl Checks<'_> {
         v4: bool,
         steer: Steer,
     ) -> (u32, Option<(PodId, Counter)>, Option<u64>) {
-        let (returned, counter, chosen) = match steer {
-            Steer::Pass(counter) => (SK_PASS, counter, None),
-            Steer::Refuse(counter) => (SK_DROP, Some(counter), None),
-            Steer::Redirect(kind) => {
-                let cookie = self.world.state.borrow().listeners.get(&(pod_id, kind)).copied();
-                match cookie.filter(|cookie| self.takes(*cookie, v4)) {
-                    Some(cookie) => (SK_PASS, Some(verdict::redirected(kind)), Some(cookie)),
-                    None => (SK_DROP, Some(Counter::RefusedProxyAway), None),
-                }
-            }
-        };
-        (returned, counter.map(|counter| (pod_id, counter)), chosen)
-    }
-
-    fn takes(&self, cookie: u64, v4: bool) -> bool {
-        self.socket(cookie).is_some_and(|socket| socket.takes(v4))
+        let (chosen, counter) = self.world.steered(pod_id, v4, steer, Some(self.neighbour));
+        let returned = if chosen.is_ok() { SK_PASS } else { SK_DROP };
+        (returned, counter.map(|counter| (pod_id, counter)), chosen.unwrap_or_default())
     }
 
     fn port(&self, cookie: u64) -> Option<u16> {
@@ -808,8 +855,10 @@ fn same<T: PartialEq + std::fmt::Debug>(what: &str, model: &T, kernel: &T) -> Re
 }
 
 fn mark(rng: &mut Rng) -> u32 {
-    let mesh =
-        choose(rng, &[0, 0, 0, MARK_PROXY, MARK_REDIRECTED, MARK_DIRECT, MARK_TO_PROXY, 0x538]);
+    let mesh = choose(
+        rng,
+        &[0, 0, 0, MARK_PROXY, MARK_REDIRECTED, MARK_DIRECT, MARK_VIRTUAL, MARK_RESCUED, 0x538],
+    );
     choose(rng, &[0, 0, 0x1234_5000, 0xffff_f000]) | mesh
 }
 
@@ -830,7 +879,6 @@ fn lookup_hint(rng: &mut Rng, mut flow: Flow, pod_id: PodId) -> Hint {
         HINT_QUESTION,
         HINT_FROM_POD,
         HINT_FROM_VIRTUAL,
-        HINT_FROM_OUTSIDE,
         HINT_PAST_PROXY,
         7,
     ];
@@ -846,7 +894,7 @@ fn lookup_hint(rng: &mut Rng, mut flow: Flow, pod_id: PodId) -> Hint {
                 4 => flow.local_port ^= 0x100,
                 _ => flow.local.octets[15] ^= 1,
             }
-            kind = choose(rng, &[kind, HINT_FROM_OUTSIDE, HINT_PAST_PROXY]);
+            kind = choose(rng, &[kind, HINT_PAST_PROXY]);
         }
         _ => {}
     }

@@ -8,7 +8,7 @@ use fastrand::Rng;
 use redirect_ebpf::{
     abi::{Addr, PORT_DNS, PORT_PROXY_DNS},
     dns::Message,
-    verdict::Segment,
+    verdict::{Hidden, Segment},
 };
 
 use crate::world;
@@ -33,8 +33,8 @@ pub struct Packet {
     pub message: Option<Message>,
     /// The addresses of what is neither, but is IP.
     pub unread: Option<(Addr, Addr)>,
-    /// Whether it is IP, no such segment, and all the same TCP, or may be.
-    pub hides_tcp: bool,
+    /// What it is if it is IP, and neither of them.
+    pub hidden: Hidden,
     /// Whether a datagram has a DNS query's header whole, and so can be answered.
     pub answerable: bool,
     /// Whether the TCP header reaches as far as its checksum.
@@ -126,7 +126,10 @@ impl Packet {
         let header_len = if v4 { 20 } else { 40 };
         let unread = (ip && message.is_none() && bytes.len() >= LINK_HEADER + header_len)
             .then_some((src, dst));
-        let hides_tcp = ip && segment.is_none() && hides_tcp(&bytes[LINK_HEADER..], v4);
+        let hidden = match ip && message.is_none() {
+            true => hidden(&bytes[LINK_HEADER..], v4),
+            false => Hidden::Nothing,
+        };
         let has_checksum = protocol == UDP || tcp_len >= 18;
         let answerable = is_query && tcp_len >= 20;
         let whole = bytes.len() == len;
@@ -136,7 +139,7 @@ impl Packet {
             segment,
             message,
             unread,
-            hides_tcp,
+            hidden,
             answerable,
             has_checksum,
             whole,
@@ -321,30 +324,47 @@ fn ipv6(rng: &mut Rng, src: Addr, dst: Addr, protocol: u8, tcp: &[u8]) -> (u16, 
     (0x86dd, header, count == 0 && !mapped)
 }
 
-/// Whether what begins with this IP header, and is no plain segment, may be TCP all the same: by
-/// RFC 8200, as far as the headers are there.
-fn hides_tcp(ip: &[u8], v4: bool) -> bool {
+/// What begins with this IP header, and is no plain segment or datagram, may be all the same: by RFC
+/// 791 and RFC 8200, as far as the headers are there. Of what is in doubt the worst.
+fn hidden(ip: &[u8], v4: bool) -> Hidden {
     if v4 {
-        return ip.get(9) == Some(&TCP);
+        let offset = ip.get(6..8).map_or(0, |field| u16::from_be_bytes([field[0], field[1]]));
+        return match ip.get(9) {
+            Some(&TCP) => Hidden::Tcp,
+            Some(&UDP) if offset & 0x1fff == 0 => {
+                let header = usize::from(ip[0] & 0xf) * 4;
+                hidden_datagram(ip.get(header..).unwrap_or_default())
+            }
+            _ => Hidden::Nothing,
+        };
     }
-    let Some(&(mut next)) = ip.get(6) else { return false };
+    let Some(&(mut next)) = ip.get(6) else { return Hidden::Nothing };
     let mut rest = ip.get(40..).unwrap_or_default();
     for _ in 0..8 {
         let len = match (next, rest) {
-            (TCP, _) => return true,
+            (TCP, _) => return Hidden::Tcp,
+            (UDP, _) => return hidden_datagram(rest),
             (44, [after, _, hi, lo, ..]) if u16::from_be_bytes([*hi, *lo]) & 0xfff8 != 0 => {
-                return *after == TCP;
+                return if *after == TCP { Hidden::Tcp } else { Hidden::Nothing };
             }
             (44, [_, _, _, _, ..]) => 8,
             (51, [_, len, ..]) => (usize::from(*len) + 2) * 4,
             (0 | 43 | 60 | 135 | 139 | 140, [_, len, ..]) => (usize::from(*len) + 1) * 8,
-            (0 | 43 | 44 | 51 | 60 | 135 | 139 | 140, _) => return true,
-            _ => return false,
+            (0 | 43 | 44 | 51 | 60 | 135 | 139 | 140, _) => return Hidden::Tcp,
+            _ => return Hidden::Nothing,
         };
         next = rest[0];
         rest = rest.get(len..).unwrap_or_default();
     }
-    true
+    Hidden::Tcp
+}
+
+/// A datagram whose header may be cut off.
+fn hidden_datagram(udp: &[u8]) -> Hidden {
+    match udp.get(2..4) {
+        Some(port) if port != PORT_DNS.to_be_bytes() => Hidden::Nothing,
+        _ => Hidden::Dns,
+    }
 }
 
 fn segment(

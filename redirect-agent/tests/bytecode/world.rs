@@ -15,14 +15,14 @@ use fastrand::Rng;
 use nix::sys::socket::{setsockopt, sockopt::TcpRepair};
 use redirect_ebpf::{
     abi::{
-        Addr, DECISION_BYPASS, DECISION_ENROLLED, DNS_PLACES, DnsFlow, DnsKey, Flow, HINT_QUESTION,
-        Hint, LISTENER_HBONE, LISTENER_INBOUND, LISTENER_OUTBOUND, MARK_PROXY, MARK_REDIRECTED,
-        OwnAddress, POD_BYPASS_INBOUND, POD_CAPTURE, POD_DNS, POD_ENROLLED, POD_INBOUND_RULES,
-        PORT_DNS, PORT_HBONE, PORT_INBOUND, PORT_OUTBOUND, PORT_PROXY_DNS, PROTOCOL_TCP,
-        PROTOCOL_UDP, PodEntry, PodId, VIRTUAL_CAPTURE, VIRTUAL_RULES,
+        Addr, Counter, DECISION_BYPASS, DECISION_ENROLLED, DNS_PLACES, DnsFlow, DnsKey, Flow,
+        HINT_QUESTION, Hint, LISTENER_HBONE, LISTENER_INBOUND, LISTENER_OUTBOUND, MARK_PROXY,
+        MARK_REDIRECTED, OwnAddress, POD_BYPASS_INBOUND, POD_CAPTURE, POD_DNS, POD_ENROLLED,
+        POD_INBOUND_RULES, PORT_DNS, PORT_HBONE, PORT_INBOUND, PORT_OUTBOUND, PORT_PROXY_DNS,
+        PROTOCOL_TCP, PROTOCOL_UDP, PodEntry, PodId, VIRTUAL_CAPTURE, VIRTUAL_RULES,
     },
     dns::{self, DnsEnv, Message},
-    verdict::{Env, Pods, Proxy, Segment},
+    verdict::{self, Env, Pods, Proxy, Segment, Steer},
 };
 use socket2::{Domain, Socket, Type};
 
@@ -177,13 +177,15 @@ impl Listener {
 #[derive(Debug)]
 pub struct Connection {
     pub flow: Flow,
+    /// Whether it is the proxy's.
+    pub marked: bool,
     _socket: Socket,
 }
 
 impl Connection {
     /// Opens one without a packet, and without anybody at the other end; `None` where the kernel lets
     /// nobody connect so.
-    pub fn open(flow: Flow) -> Option<Self> {
+    pub fn open(flow: Flow, mark: u32) -> Option<Self> {
         let local = SocketAddr::new(flow.local.to_ip(), flow.local_port);
         let remote = SocketAddr::new(flow.remote.to_ip(), flow.remote_port);
         let open = || {
@@ -192,6 +194,7 @@ impl Connection {
                 true => socket.set_freebind_v4(true)?,
                 false => socket.set_freebind_v6(true)?,
             }
+            socket.set_mark(mark)?;
             setsockopt(&socket, TcpRepair, &1)?;
             socket.bind(&local.into())?;
             socket.connect(&remote.into())?;
@@ -200,7 +203,8 @@ impl Connection {
         };
         // From a broadcast address the kernel connects by another one.
         let (socket, bound) = open().ok()?;
-        (bound == Some(local)).then_some(Self { flow, _socket: socket })
+        let marked = mark & 0xfff == MARK_PROXY;
+        (bound == Some(local)).then_some(Self { flow, marked, _socket: socket })
     }
 }
 
@@ -229,6 +233,8 @@ pub struct State {
     pub strays: (BTreeSet<PodId>, bool),
     /// The map `hints`, if there is one: questions are part of it.
     pub hint: Option<Hint>,
+    /// Whether nobody listened where an answer came from.
+    pub deaf: bool,
 }
 
 /// The surroundings.
@@ -336,6 +342,28 @@ impl World {
         found
     }
 
+    /// What the shared program makes of a decision: the socket that it chooses, or `None` to pass; and
+    /// what it counts. An error is a refusal.
+    pub fn steered(
+        &self,
+        pod_id: PodId,
+        v4: bool,
+        steer: Steer,
+        others: Option<&Listener>,
+    ) -> (Result<Option<u64>, ()>, Option<Counter>) {
+        let kind = match steer {
+            Steer::Pass(counter) => return (Ok(None), counter),
+            Steer::Refuse(counter) => return (Err(()), Some(counter)),
+            Steer::Redirect(kind) => kind,
+        };
+        let cookie = self.state.borrow().listeners.get(&(pod_id, kind)).copied();
+        let mut sockets = self.sockets.iter().chain(others);
+        match sockets.find(|socket| Some(socket.cookie) == cookie && socket.takes(v4)) {
+            Some(socket) => (Ok(Some(socket.cookie)), Some(verdict::redirected(kind))),
+            None => (Err(()), Some(Counter::RefusedProxyAway)),
+        }
+    }
+
     /// The proxy's socket for a kind.
     pub fn proxy_socket(&self, kind: u32) -> Option<&Listener> {
         self.sockets.iter().find(|socket| socket.marked && socket.bound.port() == port_of(kind))
@@ -384,6 +412,10 @@ impl Env for World {
         self.open.as_ref().is_some_and(|open| open.flow == segment.receiver_flow())
     }
 
+    fn has_peer(&self, segment: &Segment) -> bool {
+        self.has_connection(segment)
+    }
+
     fn completes_cookie(&self, _: PodId) -> bool {
         false
     }
@@ -426,9 +458,28 @@ impl Env for World {
         false
     }
 
+    fn is_proxys(&self) -> bool {
+        // without a mark,
+        false
+    }
+
     fn settled(&self, _: &Segment) -> Option<u32> {
         // and each run another one.
         None
+    }
+
+    fn has_proxy_sent(&self, segment: &Segment) -> bool {
+        self.state.borrow_mut().hint = None;
+        let flow = segment.sender_flow();
+        self.open.as_ref().is_some_and(|open| open.flow == flow && open.marked)
+    }
+
+    fn sender_listens(&self, segment: &Segment) -> bool {
+        let listens = self.listener(&segment.src, segment.src_port).is_some();
+        let mut state = self.state.borrow_mut();
+        state.hint = None;
+        state.deaf = !listens;
+        listens
     }
 }
 

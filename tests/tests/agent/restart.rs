@@ -57,6 +57,11 @@ fn agent_is_killed_and_the_next_one_takes_over_under_load(family: Family) -> Res
         before.1.iter().map(id).collect::<Vec<_>>()
     );
     for (new, old) in programs.iter().zip(&before.1) {
+        if new.0 == "lookup" {
+            // The pod's own never changes; what it calls does.
+            assert_eq!(new.2, old.2);
+            continue;
+        }
         assert_ne!(new.2, old.2, "{} runs the program of an agent that is dead", new.0);
     }
     Ok(())

@@ -5,9 +5,9 @@
 mod addresses;
 mod bad_input;
 mod enrolment;
+mod first_packets;
 mod held_attacks;
 mod isolation;
-mod first_packets;
 mod load;
 mod no_proxy;
 mod proxy_ports;
