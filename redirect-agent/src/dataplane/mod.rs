@@ -591,10 +591,11 @@ impl Dataplane {
     /// When a system call fails; calling again completes it.
     pub fn release(&self, pod: &PodNetns) -> Result<()> {
         self.switch(pod, "mark_all", |kernel| {
-            let release = |row| Row { capture: false, dns: false, ..row };
-            kernel.pods()?.change(pod.id(), release)?;
+            kernel.pods()?.change(pod.id(), |row| Row { capture: false, ..row })?;
             kernel.virtual_interfaces()?.release(pod.id())?;
-            Routing::open()?.delete_capture()
+            Routing::open()?.delete_capture()?;
+            // Last: a connection to a resolver that the capture rule brings to `lo` is one for the DNS.
+            kernel.pods()?.change(pod.id(), |row| Row { dns: false, ..row })
         })
     }
 
@@ -1153,11 +1154,13 @@ impl Kernel {
     /// Redirects the pod's new connections; called inside its namespace.
     fn redirect(&mut self, pod: &PodNetns, traffic: &Traffic) -> Result<()> {
         let routing = Routing::open()?;
+        let dns = traffic.captures_dns();
+        // Before the rule that brings connections to resolvers to `lo`.
+        self.pods()?.change(pod.id(), |row| Row { dns: dns || row.dns, ..row })?;
         for source in pod.sources() {
             routing.set_outbound(source, traffic)?;
         }
         routing.precede_foreign_rules()?;
-        let dns = traffic.captures_dns();
         self.pods()?.change(pod.id(), |row| Row { enrolled: true, capture: true, dns, ..row })?;
         let interfaces = routing.interfaces()?;
         self.virtual_interfaces()?.set(pod.id(), &interfaces, traffic, true)

@@ -437,8 +437,16 @@ fn answers_dns_all_the_while(backend: Backend, family: Family) -> Result<()> {
         });
         let connections = scope.spawn(|| {
             asks(&|| {
-                let mut stream = dns::connect(netns, resolver)?;
-                ensure!(dns::ask_tcp(&mut stream, dns::SERVICE, resolver)? == service);
+                // One that istio-cni's rules translate may end while they go, and is opened again.
+                let mut failed = None;
+                let answer =
+                    wait_for("a connection to the resolver", Duration::from_secs(1), || {
+                        let asked = dns::connect(netns, resolver).and_then(|mut stream| {
+                            dns::ask_tcp(&mut stream, dns::SERVICE, resolver)
+                        });
+                        Ok(asked.map_err(|error| failed = Some(error)).ok())
+                    });
+                ensure!(answer.with_context(|| format!("{failed:?}"))? == service);
                 Ok(())
             })
         });
