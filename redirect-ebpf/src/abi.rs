@@ -409,7 +409,7 @@ pub enum Counter {
     FromProxy = 3,
     /// Connections of the pod to itself.
     Local = 4,
-    /// Connections to ports that nobody listens on; answered with RST by the kernel.
+    /// Connections to ports that nobody listens on; answered with RST.
     NoListener = 5,
     /// SYNs dropped because no proxy listens, within the grace; the client sends them again.
     DroppedProxyAway = 6,

@@ -116,8 +116,7 @@ pub fn on_lo(mark: u32, message: &Message, env: &impl DnsEnv) -> Dns {
     if mesh_mark(mark) == MARK_PROXY {
         return Dns::Other;
     }
-    let asker = who_asks(pod_id, message, env);
-    if asker == NOBODY {
+    if !is_for_dns(pod_id, message, env) {
         return Dns::Other;
     }
     let place = find(pod_id, message, env);
@@ -163,27 +162,19 @@ pub fn on_lo(mark: u32, message: &Message, env: &impl DnsEnv) -> Dns {
     }
 }
 
-/// Nobody's DNS, as [`who_asks`] says it: no inode of a namespace has this number.
-const NOBODY: PodId = PodId::MAX;
-/// Nor this: a pod whose DNS is not captured, or who is not in the mesh.
-const UNCAPTURED: PodId = 0;
-
-/// The pod, if the message is for its DNS; [`UNCAPTURED`] for one of a connection that may be older
-/// than the capture; [`NOBODY`] for everything else.
+/// Whether a message of the pod is for the proxy's DNS, or may be of a connection to it that is older than
+/// the end of the capture.
 // A function of its own, as `find`: behind its one return there are few cases left.
 #[inline(never)]
-fn who_asks(pod_id: PodId, message: &Message, env: &impl DnsEnv) -> PodId {
+fn is_for_dns(pod_id: PodId, message: &Message, env: &impl DnsEnv) -> bool {
     let Segment { dst, dst_port, opens, .. } = &message.segment;
     // Whoever asks the proxy's DNS itself from the pod's address must not meet an alias.
     let asks = *dst_port == PORT_DNS && !dst.is_loopback() && !dst.is_link_local()
         || *dst_port == PORT_PROXY_DNS && dst.is_loopback();
     if !asks || !message.is_query || message.segment.src.is_loopback() {
-        return NOBODY;
+        return false;
     }
-    if captured(pod_id, env) {
-        return if env.is_own(pod_id, dst) { NOBODY } else { pod_id };
-    }
-    if message.tcp && !opens { UNCAPTURED } else { NOBODY }
+    if captured(pod_id, env) { !env.is_own(pod_id, dst) } else { message.tcp && !opens }
 }
 
 #[inline(always)]

@@ -304,6 +304,8 @@ pub enum PartKind {
     InboundPorts,
     /// The inbound settings of ranges in the map `inbound_ranges`.
     InboundRanges,
+    /// The outbound settings in the maps `outbound_ports` and `outbound_ranges`.
+    Outbound,
     /// The `sk_lookup` link.
     Lookup,
     /// A tcx link.
@@ -332,6 +334,7 @@ impl PartKind {
             PartKind::Address => "address",
             PartKind::InboundPorts => "inbound_ports",
             PartKind::InboundRanges => "inbound_ranges",
+            PartKind::Outbound => "outbound",
             PartKind::Lookup => "sk_lookup",
             PartKind::Tcx => "tcx",
             PartKind::Reroute => "reroute",
@@ -360,6 +363,7 @@ impl fmt::Display for Part {
             PartKind::Row => "capture",
             PartKind::InboundPorts => "inbound ports",
             PartKind::InboundRanges => "inbound ranges",
+            PartKind::Outbound => "outbound exclusions",
             PartKind::DrainRoute => "drain route",
             PartKind::DrainRule => "drain rule",
             PartKind::RuleOrder => "precedence of our rules",
@@ -664,7 +668,7 @@ impl Dataplane {
         for ip in pod.own_addresses() {
             found.add(!missing.contains(&ip), PartKind::Address, ip.to_string());
         }
-        let rerouted = kernel.has_outbound(pod.id(), traffic)?;
+        found.add(kernel.has_outbound(pod.id(), traffic)?, PartKind::Outbound, None);
         let (ports, ranges) = kernel.has_inbound(pod.id(), traffic)?;
         found.add(ports, PartKind::InboundPorts, None);
         found.add(ranges, PartKind::InboundRanges, None);
@@ -676,7 +680,7 @@ impl Dataplane {
                 if traffic.reroutes(&name) {
                     let captured =
                         kernel.virtual_interfaces()?.is_captured(pod.id(), index, traffic)?;
-                    found.add(captured && rerouted, PartKind::Reroute, name.clone());
+                    found.add(captured, PartKind::Reroute, name.clone());
                 }
                 found.add(links.has_tcx(index)?, PartKind::Tcx, name);
             }
