@@ -227,10 +227,12 @@ pub fn on_lo(mark: u32, segment: Option<&Segment>, env: &impl Env) -> Verdict {
     if segment.dst.is_loopback() {
         return next;
     }
-    let first = segment.opens || segment.accepts;
-    // An answer that the guard has brought is at home here.
-    let rescued = mesh_mark(mark) == MARK_RESCUED && !segment.opens;
-    if !rescued && (first || env.strays(pod_id)) && strays(pod_id, segment, env) {
+    // What the guard has brought is at home here.
+    if mesh_mark(mark) != MARK_RESCUED
+        && (segment.opens || segment.accepts || env.strays(pod_id))
+        && strays(pod_id, segment, env)
+    {
+        let first = segment.opens || segment.accepts;
         let count = if first { Some(Counter::RescuedDirect) } else { None };
         // The guard lets pass what has this mark.
         let mark = code(MARK_PROXY);
@@ -1061,9 +1063,8 @@ mod tests {
                     for client in [a.own, a.own_second, a.guest, a.neighbour, a.loopback] {
                         for server in [a.stranger, a.neighbour, a.guest] {
                             // Of these only the proxy's mark makes a difference.
-                            // What the guard has brought is as any other.
-                            let others = [MARK_REDIRECTED, MARK_DIRECT, MARK_VIRTUAL, MARK_RESCUED];
-                            for mark in others.into_iter().chain([0, 0xabcd_e000]) {
+                            for mark in [0, MARK_REDIRECTED, MARK_DIRECT, MARK_VIRTUAL, 0xabcd_e000]
+                            {
                                 let node = Node { proxy, ..Node::new(&a, pod) };
                                 let found = on_lo(mark, Some(&syn(client, server)), &node);
                                 assert_eq!(found, expected);
@@ -1071,6 +1072,15 @@ mod tests {
                                 assert_eq!(asked.last(), Some(&Asked::Proxy(LISTENER_OUTBOUND)));
                                 let strays = pod.map_or(&[][..], |_| &[Asked::ProxySent]);
                                 assert_eq!(asked[..asked.len() - 1], *strays);
+                            }
+                            // What the guard has brought is at home here, whoever has sent it.
+                            let excluded_outbound = Some(server);
+                            let node = Node { excluded_outbound, ..Node::new(&a, pod) };
+                            let node = Node { proxy, proxy_sent: true, strays: true, ..node };
+                            for mark in [MARK_RESCUED, 0xabcd_e000 | MARK_RESCUED] {
+                                let found = on_lo(mark, Some(&syn(client, server)), &node);
+                                assert_eq!(found, expected);
+                                node.assert_asked(&[Asked::Proxy(LISTENER_OUTBOUND)]);
                             }
                         }
                     }

@@ -154,7 +154,13 @@ const MARKED: &[Oddity] = &[
     Oddity { name: "SO_MARK 0xca6c", mark: Some(0xca6c), ..PLAIN },
     Oddity { name: "SO_MARK 0xd1", mark: Some(0xd1), ..PLAIN },
     Oddity { name: "SO_MARK 0xd2", mark: Some(0xd2), ..PLAIN },
-    Oddity { name: "SO_MARK 0xd3", mark: Some(0xd3), limits: &[Cell::UdpServer], ..PLAIN },
+    // That is the guard's own: what has it comes to `lo`.
+    Oddity {
+        name: "SO_MARK 0xd3",
+        mark: Some(0xd3),
+        limits: &[Cell::OutboundExcluded, Cell::InboundExcluded, Cell::Probe, Cell::UdpServer],
+        ..PLAIN
+    },
     Oddity { name: "SO_MARK 0x111", mark: Some(0x111), ..PLAIN },
 ];
 
