@@ -381,8 +381,6 @@ pub const HINT_FROM_POD: u32 = 3;
 /// [`Hint::kind`]: somebody behind a virtual interface of the pod opens a connection to somebody
 /// else.
 pub const HINT_FROM_VIRTUAL: u32 = 4;
-/// [`Hint::kind`]: somebody outside opens a connection to the pod, which goes past the proxy.
-pub const HINT_PAST_PROXY: u32 = 5;
 
 /// Key of the map `counters`; the value is a `u64`, per CPU.
 #[repr(C)]

@@ -191,8 +191,8 @@ fn carry_out_dns(ctx: &TcContext, parsed: &Parsed, decided: &Decided) -> i32 {
     }
     let written = match decided.kind {
         DNS_ASK => {
-            // What the kernel itself answers to it has the mark, too, and finds its way back.
-            set_mesh_mark(ctx, MARK_PROXY);
+            // Not the proxy's mark: who accepts it, be it the application, would have that.
+            set_mesh_mark(ctx, MARK_REDIRECTED);
             packet::readdress(ctx, parsed, &decided.new)
         }
         DNS_ANSWER => {
@@ -308,10 +308,15 @@ fn on_egress(ctx: &TcContext, readable: bool, parsed: &Parsed) -> i32 {
     let message =
         if readable { Ok(&parsed.message) } else { Err(packet::hidden(ctx, packet::network(ctx))) };
     let verdict = verdict::on_egress(mark(ctx), message, &Tc { ctx });
-    if let Some(way) = verdict.settle {
-        sockets::settle(ctx, &parsed.segment().sender_flow(), way.get());
-    }
+    let noted = match verdict.settle {
+        Some(way) => sockets::settle(ctx, &parsed.segment().sender_flow(), way.get()),
+        None => true,
+    };
     let next = apply(ctx, &verdict, None);
+    if !noted && parsed.segment().opens {
+        // Later packets would be taken for those of a connection that is older than the capture.
+        return TC_ACT_SHOT;
+    }
     match verdict.fate {
         Fate::ToLo => packet::to_lo(ctx),
         Fate::Abort if packet::abort(ctx, parsed).is_none() => TC_ACT_SHOT,

@@ -140,7 +140,10 @@ pub fn parse_any(ctx: &TcContext, network: Network, udp: bool) -> Option<Parsed>
         // The header has to be whole.
         let _length_and_checksum: [u8; 4] = load(ctx, offset + 4)?;
         if dst_port == PORT_DNS {
-            is_query = is_dns_query(ctx, offset + 8);
+            // Of several datagrams in one, any may be a query.
+            // SAFETY: the context is valid while the program runs.
+            let several = unsafe { (*ctx.skb.skb).gso_size } != 0;
+            is_query = several || is_dns_query(ctx, offset + 8);
         }
     }
     let opening = tcp[9] & (TCP_SYN | TCP_ACK | TCP_RST);
@@ -351,8 +354,13 @@ fn send_reset_back(ctx: &TcContext, parsed: &Parsed) -> Option<i32> {
 /// Turns a SYN with ACK that leaves into the RST that its receiver takes for a refusal.
 #[inline(always)]
 pub fn abort(ctx: &TcContext, parsed: &Parsed) -> Option<()> {
-    let link = link_header(ctx, parsed.network)?;
-    make_reset(ctx, link + parsed.offset, &parsed.tcp)
+    let tcp = link_header(ctx, parsed.network)? + parsed.offset;
+    let old = &parsed.tcp;
+    // The number that would let its receiver go on as if nothing had happened is not told.
+    let sequence = u32::from_ne_bytes([old[0], old[1], old[2], old[3]]);
+    csum_replace(ctx, tcp + 16, sequence, 0, 4)?;
+    store(ctx, tcp + 4, &0u32)?;
+    make_reset(ctx, tcp, old)
 }
 
 /// Brings a packet that is about to leave by an interface to `lo`, as if it came in there; gives what

@@ -266,15 +266,17 @@ pub fn settled(ctx: &TcContext, flow: &Flow) -> Option<u32> {
     unsafe { if (*settled).flow == *flow { Some((*settled).way) } else { None } }
 }
 
-/// Notes that.
+/// Notes that. Fails where there is such a socket, and no memory.
 #[inline(always)]
-pub fn settle(ctx: &TcContext, flow: &Flow, way: u32) {
+pub fn settle(ctx: &TcContext, flow: &Flow, way: u32) -> bool {
     let mut new = Settled { flow: *flow, way };
-    let Some(sk) = sender(ctx) else { return };
-    if let Some(settled) = storage(sk, &raw mut new, u64::from(BPF_SK_STORAGE_GET_F_CREATE)) {
-        // SAFETY: the pointer is to a live map value; the socket's packets leave one by one.
-        unsafe { *settled = new }
-    }
+    let Some(sk) = sender(ctx) else { return true };
+    let Some(settled) = storage(sk, &raw mut new, u64::from(BPF_SK_STORAGE_GET_F_CREATE)) else {
+        return false;
+    };
+    // SAFETY: the pointer is to a live map value; the socket's packets leave one by one.
+    unsafe { *settled = new }
+    true
 }
 
 #[inline(always)]

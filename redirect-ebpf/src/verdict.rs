@@ -9,11 +9,11 @@ use core::num::NonZeroU32;
 
 use crate::abi::{
     Addr, Counter, Flow, HINT_FROM_POD, HINT_FROM_PROXY, HINT_FROM_VIRTUAL, HINT_NONE,
-    HINT_PAST_PROXY, HINT_QUESTION, Hint, LISTENER_HBONE, LISTENER_INBOUND, LISTENER_OUTBOUND,
-    MARK_DIRECT, MARK_MASK, MARK_PROXY, MARK_REDIRECTED, MARK_RESCUED, MARK_VIRTUAL,
-    POD_BYPASS_INBOUND, POD_CAPTURE, POD_DNS, POD_ENROLLED, POD_INBOUND_RULES, POD_OUTBOUND_RULES,
-    PORT_DNS, PORT_HBONE, PORT_INBOUND, PORT_OUTBOUND, PodId, VIRTUAL_CAPTURE, VIRTUAL_RULES,
-    WAY_DIRECT, WAY_REDIRECTED,
+    HINT_QUESTION, Hint, LISTENER_HBONE, LISTENER_INBOUND, LISTENER_OUTBOUND, MARK_DIRECT,
+    MARK_MASK, MARK_PROXY, MARK_REDIRECTED, MARK_RESCUED, MARK_VIRTUAL, POD_BYPASS_INBOUND,
+    POD_CAPTURE, POD_DNS, POD_ENROLLED, POD_INBOUND_RULES, POD_OUTBOUND_RULES, PORT_DNS,
+    PORT_HBONE, PORT_INBOUND, PORT_OUTBOUND, PodId, VIRTUAL_CAPTURE, VIRTUAL_RULES, WAY_DIRECT,
+    WAY_REDIRECTED,
 };
 use crate::dns::Message;
 
@@ -304,7 +304,7 @@ pub fn on_interface(ip: bool, segment: Option<&Segment>, env: &impl Env) -> Verd
         return Verdict { fate: Fate::Drop, ..next.count(Counter::RefusedForgedAddress) };
     }
     if past_proxy(pod_id, pod, &segment.receiver_flow(), env).is_some() {
-        return Verdict { hint: code(HINT_PAST_PROXY), ..next };
+        return next;
     }
     if !env.is_own(pod_id, &segment.dst) {
         // It is forwarded, or for an address that only a route makes the pod's.
@@ -570,8 +570,7 @@ pub enum Steer {
 pub fn steer(lookup: &Lookup, env: &impl Pods) -> Steer {
     let Lookup { pod_id, tcp, flow, on_lo, hint } = lookup;
     let pod_id = *pod_id;
-    let hint_kind = if hint.pod_id != pod_id { HINT_NONE } else { hint.kind };
-    let hinted = if hint.flow == *flow { hint_kind } else { HINT_NONE };
+    let hinted = if hint.pod_id == pod_id && hint.flow == *flow { hint.kind } else { HINT_NONE };
     if hinted == HINT_QUESTION {
         return Steer::Pass(None);
     }
@@ -606,9 +605,6 @@ pub fn steer(lookup: &Lookup, env: &impl Pods) -> Steer {
     if !captured {
         return Steer::Pass(None);
     }
-    if hint_kind == HINT_PAST_PROXY && is_translated(flow, &hint.flow) && !is_proxys_port(flow) {
-        return Steer::Pass(Some(Counter::BypassedInbound));
-    }
     if flow.local_port == PORT_HBONE {
         return Steer::Redirect(LISTENER_HBONE);
     }
@@ -616,14 +612,6 @@ pub fn steer(lookup: &Lookup, env: &impl Pods) -> Steer {
         return Steer::Pass(Some(counter));
     }
     Steer::Redirect(LISTENER_INBOUND)
-}
-
-/// Whether the pod's netfilter has given the packet that tcx saw another destination.
-#[inline(always)]
-fn is_translated(flow: &Flow, seen: &Flow) -> bool {
-    flow.remote == seen.remote
-        && flow.remote_port == seen.remote_port
-        && (flow.local != seen.local || flow.local_port != seen.local_port)
 }
 
 /// What is counted for a redirection to one of `LISTENER_*`.
@@ -675,7 +663,6 @@ mod tests {
     use std::{cell::RefCell, net::IpAddr};
 
     use super::*;
-    use crate::abi::PORT_PROXY_DNS;
 
     const OWN: PodId = 1;
     const NEIGHBOUR: PodId = 2;
@@ -1365,7 +1352,7 @@ mod tests {
             }
             for (node, _) in past_proxy_ways(&a, POD_CAPTURE) {
                 let found = on_interface(true, Some(&syn(a.stranger, a.guest)), &node);
-                assert_eq!(found, Verdict { hint: code(HINT_PAST_PROXY), ..MARKED });
+                assert_eq!(found, MARKED);
                 node.assert_asked(&[]);
             }
         }
@@ -1416,14 +1403,14 @@ mod tests {
                     let deaf = Node { application_listens: false, ..node };
                     let node = Node { proxy: Proxy::Away, ..deaf };
                     let found = on_interface(true, Some(&syn(a.stranger, a.own)), &node);
-                    assert_eq!(found, Verdict { hint: code(HINT_PAST_PROXY), ..MARKED });
+                    assert_eq!(found, MARKED);
                     node.assert_asked(&[]);
                     for dst_port in PROXYS_PORTS {
                         let node =
                             Node { excluded_port: Some(dst_port), ..Node::new(&a, node.pod) };
                         let segment = Segment { dst_port, ..syn(a.stranger, a.own) };
-                        let found = on_interface(true, Some(&segment), &node);
-                        assert_ne!(found.hint, code(HINT_PAST_PROXY), "not for outsiders");
+                        on_interface(true, Some(&segment), &node);
+                        assert!(!node.asked.take().is_empty(), "not for outsiders");
                     }
                 }
             }
@@ -1965,15 +1952,8 @@ mod tests {
     const FORGED: Steer = Steer::Refuse(Counter::RefusedForgedAddress);
 
     /// Every kind of a hint, and one that there is not.
-    const KINDS: [u32; 7] = [
-        HINT_NONE,
-        HINT_FROM_PROXY,
-        HINT_QUESTION,
-        HINT_FROM_POD,
-        HINT_FROM_VIRTUAL,
-        HINT_PAST_PROXY,
-        99,
-    ];
+    const KINDS: [u32; 6] =
+        [HINT_NONE, HINT_FROM_PROXY, HINT_QUESTION, HINT_FROM_POD, HINT_FROM_VIRTUAL, 99];
 
     fn lookup(local: Addr, remote: Addr, on_lo: bool, kind: u32) -> Lookup {
         let flow = flow(local, remote);
@@ -2110,7 +2090,7 @@ mod tests {
                 (a.own, a.loopback_other),
                 (a.loopback, a.stranger),
             ] {
-                for kind in [HINT_NONE, HINT_PAST_PROXY] {
+                for kind in [HINT_NONE, 99] {
                     let found = lookup(local, remote, OUTSIDE, kind);
                     let hbone = to_port(found, PORT_HBONE);
                     assert_steered(
@@ -2128,7 +2108,7 @@ mod tests {
     #[test]
     fn settings_keep_calls_to_the_pod_off_the_proxy() {
         for a in both_families() {
-            for kind in [HINT_PAST_PROXY, HINT_NONE] {
+            for kind in [99, HINT_NONE] {
                 let by = |remote| lookup(a.own, remote, OUTSIDE, kind);
                 for (node, counter) in past_proxy_ways(&a, POD_CAPTURE) {
                     assert_eq!(steer(&by(a.stranger), &node), counted(counter));
@@ -2156,53 +2136,6 @@ mod tests {
                     assert_eq!(steer(&by(a.neighbour), &node), INBOUND);
                 }
             }
-        }
-    }
-
-    #[test]
-    fn the_pods_netfilter_gives_a_call_another_destination() {
-        let past = counted(Counter::BypassedInbound);
-        for a in both_families() {
-            let seen = flow(a.own, a.stranger);
-            // `REDIRECT`, and `DNAT` to an address of the pod.
-            let translated = |flow: Flow| {
-                [
-                    Flow { local_port: 9090, ..flow },
-                    Flow { local: a.own_second, ..flow },
-                    Flow { local: a.guest, local_port: 9090, ..flow },
-                ]
-            };
-            for flow in translated(seen) {
-                let hint = Hint { flow: seen, pod_id: OWN, kind: HINT_PAST_PROXY };
-                let none = lookup(a.own, a.stranger, OUTSIDE, HINT_NONE);
-                let found = Lookup { flow, hint, ..none };
-                let to = |local_port| Lookup { flow: Flow { local_port, ..flow }, ..found };
-                assert_steered(
-                    &a,
-                    &[
-                        ("of a call past the proxy", found, past, UNTOUCHED),
-                        // These are not for outsiders, however they come there.
-                        ("the outbound port", to(PORT_OUTBOUND), INBOUND, UNTOUCHED),
-                        ("the inbound port", to(PORT_INBOUND), INBOUND, UNTOUCHED),
-                        ("HBONE's port", to(PORT_HBONE), HBONE, UNTOUCHED),
-                        ("the port of the proxy's DNS", to(PORT_PROXY_DNS), past, UNTOUCHED),
-                    ],
-                );
-                // What another packet, or another pod's, has left behind says nothing.
-                for (stale, hint) in [
-                    ("another pod", Hint { pod_id: NEIGHBOUR, ..hint }),
-                    ("another peer", Hint { flow: Flow { remote: a.neighbour, ..seen }, ..hint }),
-                    ("another port", Hint { flow: Flow { remote_port: 9090, ..seen }, ..hint }),
-                    ("the proxy's", Hint { kind: HINT_FROM_PROXY, ..hint }),
-                    ("none", Hint { kind: HINT_NONE, ..hint }),
-                ] {
-                    let found = Lookup { hint, ..found };
-                    assert_steered(&a, &[(stale, found, INBOUND, UNTOUCHED)]);
-                }
-            }
-            // Where it was going is what settings are about, when it goes there.
-            let found = lookup(a.own, a.stranger, OUTSIDE, HINT_PAST_PROXY);
-            assert_steered(&a, &[("the same", found, INBOUND, UNTOUCHED)]);
         }
     }
 

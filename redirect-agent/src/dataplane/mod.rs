@@ -522,7 +522,6 @@ impl Dataplane {
             for source in pod.sources() {
                 routing.add_keep(source, traffic)?;
             }
-            routing.precede_foreign_rules()?;
             for (index, name) in interfaces {
                 for &at in tcx_directions(index) {
                     let program = if at == TcAttachType::Egress {
@@ -537,7 +536,7 @@ impl Dataplane {
                     links.ensure_tcx(kernel.classifier(program)?, (index, &name), at)?;
                 }
             }
-            Ok(())
+            routing.precede_foreign_rules()
         })?
     }
 
@@ -763,8 +762,8 @@ impl Dataplane {
                 locked.forget(&links, pod_id)?;
             }
         }
-        let linked = self.linked_pods()?;
         let mut locked = self.lock()?;
+        let linked = self.linked_pods()?;
         let mut pods = locked.pods()?;
         for pod_id in pods.ids()? {
             if !known.contains(&pod_id) && !linked.contains(&pod_id) {

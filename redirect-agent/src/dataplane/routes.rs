@@ -7,7 +7,7 @@ use std::{
     net::{IpAddr, Ipv4Addr, Ipv6Addr},
 };
 
-use anyhow::{Context as _, Result};
+use anyhow::{Context as _, Result, ensure};
 use futures_util::{StreamExt as _, TryStreamExt as _};
 use ipnet::{IpNet, Ipv4Net, Ipv6Net};
 use redirect_ebpf::abi::{MARK_MASK, MARK_REDIRECTED, MARK_RESCUED, MARK_VIRTUAL};
@@ -34,6 +34,8 @@ const TABLE_KEEP: u32 = 15002;
 const PRIORITY: u32 = 0;
 /// Where the rules for excluded ports go on, behind all of ours.
 const PRIORITY_LANDING: u32 = 1;
+/// How many rules of a pod are moved behind ours; nobody needs more.
+const FOREIGN_RULES: usize = 64;
 /// istio-cni's table for what comes back from the application, and the mark that leads to it, which
 /// happens to be ours. Source: Istio `cni/pkg/config`, `RouteTableInbound`, `InpodTProxyMark`.
 const TABLE_ISTIO_CNI: u32 = 100;
@@ -618,6 +620,11 @@ impl Routing {
         self.runtime.block_on(async {
             for family in [IpVersion::V4, IpVersion::V6] {
                 let foreign = self.foreign_rules(family).await?;
+                ensure!(
+                    foreign.len() <= FOREIGN_RULES,
+                    "the pod has {} routing rules of priority 0 before ours; remove them",
+                    foreign.len()
+                );
                 for rule in &foreign {
                     let mut request = self.handle.rule().add().replace();
                     *request.message_mut() = rule.clone();

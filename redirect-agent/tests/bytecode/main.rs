@@ -30,9 +30,9 @@ use nix::{
 use redirect_ebpf::{
     abi::{
         Addr, Counter, DECISION_BYPASS, DECISION_ENROLLED, Flow, HINT_FROM_POD, HINT_FROM_PROXY,
-        HINT_FROM_VIRTUAL, HINT_NONE, HINT_PAST_PROXY, HINT_QUESTION, Hint, LISTENER_HBONE,
-        LISTENER_OUTBOUND, MARK_DIRECT, MARK_PROXY, MARK_REDIRECTED, MARK_RESCUED, MARK_VIRTUAL,
-        POD_CAPTURE, PORT_PROXY_DNS, PodEntry, PodId,
+        HINT_FROM_VIRTUAL, HINT_NONE, HINT_QUESTION, Hint, LISTENER_HBONE, LISTENER_OUTBOUND,
+        MARK_DIRECT, MARK_PROXY, MARK_REDIRECTED, MARK_RESCUED, MARK_VIRTUAL, POD_CAPTURE,
+        PORT_PROXY_DNS, PodEntry, PodId,
     },
     dns::{self, Dns, Message},
     verdict::{
@@ -279,7 +279,6 @@ struct Seen {
     port_taken: usize,
     hint_from_proxy: usize,
     hint_from_pod: usize,
-    hint_past_proxy: usize,
     hint_from_virtual: usize,
     sent_back: usize,
     no_listener: usize,
@@ -336,7 +335,6 @@ impl Seen {
             ("reset by a port that is taken", self.port_taken),
             ("hint from proxy", self.hint_from_proxy),
             ("hint from the pod", self.hint_from_pod),
-            ("hint past the proxy", self.hint_past_proxy),
             ("hint from a virtual interface", self.hint_from_virtual),
             ("reset sent back", self.sent_back),
             ("nobody listens", self.no_listener),
@@ -653,7 +651,6 @@ impl Checks<'_> {
         match hint.map(NonZeroU32::get) {
             Some(HINT_FROM_PROXY) => seen.hint_from_proxy += 1,
             Some(HINT_FROM_POD) => seen.hint_from_pod += 1,
-            Some(HINT_PAST_PROXY) => seen.hint_past_proxy += 1,
             Some(HINT_FROM_VIRTUAL) => seen.hint_from_virtual += 1,
             _ => {}
         }
@@ -731,7 +728,7 @@ impl Checks<'_> {
                 seen.dns_ask += 1;
                 seen.dns_alias += usize::from(from_port != old.src_port);
                 let count = count.map(|counter| (pod_id, counter));
-                (returned(written), with_mesh_mark(mark, MARK_PROXY), count)
+                (returned(written), with_mesh_mark(mark, MARK_REDIRECTED), count)
             }
             Dns::Answer { from, from_port, to_port } => {
                 let new = Segment { src: from, src_port: from_port, dst_port: to_port, ..*old };
@@ -873,29 +870,18 @@ fn stale_hint(rng: &mut Rng) -> Hint {
 /// A hint for this very flow of this pod, mostly; or for one that differs in one place.
 fn lookup_hint(rng: &mut Rng, mut flow: Flow, pod_id: PodId) -> Hint {
     let pod_id = if rng.u8(..4) > 0 { pod_id } else { world::pod_id(rng) };
-    let kinds = [
-        HINT_NONE,
-        HINT_FROM_PROXY,
-        HINT_QUESTION,
-        HINT_FROM_POD,
-        HINT_FROM_VIRTUAL,
-        HINT_PAST_PROXY,
-        7,
-    ];
-    let mut kind = choose(rng, &kinds);
+    let kinds = [HINT_NONE, HINT_FROM_PROXY, HINT_QUESTION, HINT_FROM_POD, HINT_FROM_VIRTUAL, 7];
+    let kind = choose(rng, &kinds);
     match rng.u8(..12) {
         0 => flow.local = flow.remote,
         1 => flow.remote.octets[15] ^= 1,
         2 => flow.remote_port ^= 1,
         3 => std::mem::swap(&mut flow.local, &mut flow.remote),
         // The destination that a packet from outside had before it was translated.
-        changed @ 4..6 => {
-            match changed {
-                4 => flow.local_port ^= 0x100,
-                _ => flow.local.octets[15] ^= 1,
-            }
-            kind = choose(rng, &[kind, HINT_PAST_PROXY]);
-        }
+        changed @ 4..6 => match changed {
+            4 => flow.local_port ^= 0x100,
+            _ => flow.local.octets[15] ^= 1,
+        },
         _ => {}
     }
     Hint { flow, pod_id, kind }

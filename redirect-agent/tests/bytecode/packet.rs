@@ -208,10 +208,13 @@ impl Packet {
         Ok(())
     }
 
-    /// Checks that `frame` is this SYN with ACK, made a RST with ACK.
+    /// Checks that `frame` is this SYN with ACK, made a RST with ACK that tells no sequence number.
     pub fn check_aborted(&self, frame: &[u8]) -> Result<()> {
         let asked = self.segment.context("no segment")?;
-        self.check_changed(frame, &asked, |tcp| tcp[13] = RST | ACK)
+        self.check_changed(frame, &asked, |tcp| {
+            tcp[4..8].fill(0);
+            tcp[13] = RST | ACK;
+        })
     }
 
     /// Checks that `reply` is that RST on its way back to where this SYN came from.
