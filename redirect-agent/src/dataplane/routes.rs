@@ -189,8 +189,18 @@ fn priority(message: &RuleMessage) -> u32 {
 struct Route {
     table: u32,
     destination: IpNet,
-    /// `None`: this route leaves the destination to the rules behind (`throw`).
-    to: Option<Delivery>,
+    to: To,
+}
+
+/// Where a route leads.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
+enum To {
+    /// To `lo`.
+    Lo(Delivery),
+    /// To the rules behind.
+    Throw,
+    /// Out by this interface, for who names it: such a one is not for [`To::Throw`], which has none.
+    Out(u32),
 }
 
 /// How a route delivers to `lo`.
@@ -240,8 +250,9 @@ impl Route {
             _ => None,
         });
         let to = match message.header.kind {
-            RouteType::Local => Some(Delivery { interface: interface?, source: source? }),
-            RouteType::Throw => None,
+            RouteType::Local => To::Lo(Delivery { interface: interface?, source: source? }),
+            RouteType::Throw => To::Throw,
+            RouteType::Unicast => To::Out(interface?),
             _ => return None,
         };
         let destination = IpNet::new(destination.unwrap_or(any), prefix).ok()?;
@@ -253,7 +264,7 @@ impl Route {
             IpNet::V4(to) => {
                 let builder = RouteMessageBuilder::<Ipv4Addr>::new()
                     .destination_prefix(to.addr(), to.prefix_len());
-                let builder = match self.to.map(|to| to.source) {
+                let builder = match self.source() {
                     Some(IpAddr::V4(source)) => builder.pref_source(source),
                     _ => builder,
                 };
@@ -262,7 +273,7 @@ impl Route {
             IpNet::V6(to) => {
                 let builder = RouteMessageBuilder::<Ipv6Addr>::new()
                     .destination_prefix(to.addr(), to.prefix_len());
-                let builder = match self.to.map(|to| to.source) {
+                let builder = match self.source() {
                     Some(IpAddr::V6(source)) => builder.pref_source(source),
                     _ => builder,
                 };
@@ -271,10 +282,17 @@ impl Route {
         }
     }
 
+    fn source(self) -> Option<IpAddr> {
+        match self.to {
+            To::Lo(to) => Some(to.source),
+            To::Throw | To::Out(_) => None,
+        }
+    }
+
     fn finish<T>(self, builder: RouteMessageBuilder<T>) -> RouteMessage {
         let builder = builder.table_id(self.table);
         match self.to {
-            Some(to) => {
+            To::Lo(to) => {
                 let builder = builder
                     .kind(RouteType::Local)
                     .scope(RouteScope::Host)
@@ -284,7 +302,8 @@ impl Route {
                     None => builder.build(),
                 }
             }
-            None => builder.kind(RouteType::Throw).build(),
+            To::Throw => builder.kind(RouteType::Throw).build(),
+            To::Out(interface) => builder.output_interface(interface).build(),
         }
     }
 }
@@ -292,12 +311,15 @@ impl Route {
 impl fmt::Display for Route {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         match self.to {
-            Some(Delivery { interface, source }) => write!(
+            To::Lo(Delivery { interface, source }) => write!(
                 f,
                 "table {}: local {} dev {interface} src {source}",
                 self.table, self.destination
             ),
-            None => write!(f, "table {}: throw {}", self.table, self.destination),
+            To::Throw => write!(f, "table {}: throw {}", self.table, self.destination),
+            To::Out(interface) => {
+                write!(f, "table {}: {} dev {interface}", self.table, self.destination)
+            }
         }
     }
 }
@@ -323,16 +345,18 @@ impl Outbound {
         };
         // The longest prefix counts; what lies within an exception is none.
         let only = only.into_iter().filter(|net| !except.iter().any(|e| e.contains(net)));
-        let routes = only.flat_map(|net| deliveries.iter().map(move |to| route(net, Some(to))));
-        // A neighbour's link-local address means nothing on another interface: these calls stay.
-        let link_local = [IpNet::V6(LINK_LOCAL)].into_iter().filter(|net| of_family(&net));
-        let except = except.iter().copied().chain(link_local);
+        let routes = only.flat_map(|net| deliveries.iter().map(move |to| route(net, To::Lo(to))));
+        // A neighbor's link-local address means nothing on another interface: these calls stay.
+        let links = deliveries.bound.iter().map(|to| To::Out(to.interface));
+        let link_local = [To::Throw].into_iter().chain(links).filter(|_| source.is_ipv6());
+        let link_local = link_local.map(|to| route(IpNet::V6(LINK_LOCAL), to));
+        let excepted = except.iter().map(|net| route(*net, To::Throw));
         let mut rules: Vec<Rule> = port_rules(ports)
             .into_iter()
             .chain(virtual_interfaces(traffic).map(Rule::Hold))
             .collect();
         rules.sort_unstable();
-        Self { routes: routes.chain(except.map(|net| route(net, None))).collect(), rules }
+        Self { routes: routes.chain(excepted).chain(link_local).collect(), rules }
     }
 }
 
@@ -352,7 +376,7 @@ impl Deliveries {
     /// What keeps redirected connections so.
     fn keep_routes(&self) -> BTreeSet<Route> {
         let destination = everything(self.lo.source);
-        let route = |to| Route { table: TABLE_KEEP, destination, to: Some(to) };
+        let route = |to| Route { table: TABLE_KEEP, destination, to: To::Lo(to) };
         self.iter().map(route).collect()
     }
 }
