@@ -192,6 +192,10 @@ struct Route {
     to: To,
 }
 
+fn bound_metric(interface: u32) -> u32 {
+    BOUND_METRIC.saturating_add(interface)
+}
+
 /// Where a route leads.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
 enum To {
@@ -199,7 +203,7 @@ enum To {
     Lo(Delivery),
     /// To the rules behind.
     Throw,
-    /// Out by this interface, for who names it: such a one is not for [`To::Throw`], which has none.
+    /// Out by this interface, for who names it.
     Out(u32),
 }
 
@@ -219,7 +223,7 @@ struct Delivery {
 impl Delivery {
     /// Each interface's own: routes that differ in nothing else replace each other.
     fn metric(self) -> Option<u32> {
-        (self.interface != LOOPBACK_IFINDEX).then(|| BOUND_METRIC.saturating_add(self.interface))
+        (self.interface != LOOPBACK_IFINDEX).then(|| bound_metric(self.interface))
     }
 }
 
@@ -303,7 +307,9 @@ impl Route {
                 }
             }
             To::Throw => builder.kind(RouteType::Throw).build(),
-            To::Out(interface) => builder.output_interface(interface).build(),
+            To::Out(interface) => {
+                builder.output_interface(interface).priority(bound_metric(interface)).build()
+            }
         }
     }
 }
@@ -346,10 +352,9 @@ impl Outbound {
         // The longest prefix counts; what lies within an exception is none.
         let only = only.into_iter().filter(|net| !except.iter().any(|e| e.contains(net)));
         let routes = only.flat_map(|net| deliveries.iter().map(move |to| route(net, To::Lo(to))));
-        // A neighbor's link-local address means nothing on another interface: these calls stay.
-        let links = deliveries.bound.iter().map(|to| To::Out(to.interface));
-        let link_local = [To::Throw].into_iter().chain(links).filter(|_| source.is_ipv6());
-        let link_local = link_local.map(|to| route(IpNet::V6(LINK_LOCAL), to));
+        // A neighbor's link-local address means nothing on another interface. Who calls one names that.
+        let links = deliveries.bound.iter().filter(|_| source.is_ipv6());
+        let link_local = links.map(|to| route(IpNet::V6(LINK_LOCAL), To::Out(to.interface)));
         let excepted = except.iter().map(|net| route(*net, To::Throw));
         let mut rules: Vec<Rule> = port_rules(ports)
             .into_iter()
