@@ -47,14 +47,14 @@ pub struct PodsMap {
     pub ok: bool,
 }
 
-/// An entry of the map `pods`.
+/// An address in an entry of the map `pods`.
 #[derive(Clone, Debug, Serialize)]
 pub struct PodsEntry {
-    /// The key.
+    /// It.
     pub address: String,
     /// Whose address it is.
     pub pod: String,
-    /// The inode number of the pod's network namespace.
+    /// The key: the inode number of the pod's network namespace.
     pub pod_id: u64,
     /// Whether the pod is in the mesh.
     pub enrolled: bool,
@@ -71,7 +71,10 @@ impl PodsMap {
         let output = succeed(bpftool.args(["-j", "map", "dump", "pinned"]).arg(&pin))?;
         let dump: Value = serde_json::from_slice(&output.stdout).context("read bpftool's JSON")?;
         let rows = dump.as_array().context("read bpftool's JSON: expected a list")?;
-        let mut entries = rows.iter().map(|row| entry(cluster, row)).collect::<Result<Vec<_>>>()?;
+        let mut entries = Vec::new();
+        for row in rows {
+            entries.extend(pod_entries(cluster, row)?);
+        }
         entries.sort_by(|a, b| (&a.pod, &a.address).cmp(&(&b.pod, &b.address)));
         let mut expected = Vec::new();
         for cast in CAST.iter().filter(|cast| cluster.nodes[cast.node].name == node.name) {
@@ -91,28 +94,33 @@ impl PodsMap {
     }
 }
 
-fn entry(cluster: &Cluster, row: &Value) -> Result<PodsEntry> {
+/// The addresses of one pod.
+fn pod_entries(cluster: &Cluster, row: &Value) -> Result<[PodsEntry; 2]> {
     // bpftool prints the fields by name because the map carries its BTF.
     let (key, value) = (&row["formatted"]["key"], &row["formatted"]["value"]);
-    let octets: [u8; 16] = serde_json::from_value(key["octets"].clone())
-        .with_context(|| format!("read the key of an entry of the map pods: {key}"))?;
-    let address = Ipv6Addr::from(octets).to_canonical();
+    let pod_id = key.as_u64().with_context(|| format!("read key {key} of the map pods"))?;
     let number = |field: &str| {
-        value[field].as_u64().with_context(|| format!("read {field} of {address} in the map pods"))
+        value[field].as_u64().with_context(|| format!("read {field} of {pod_id} in the map pods"))
     };
-    let owner = CAST
-        .iter()
-        .map(|cast| cluster.pod(cast.pod))
-        .find(|pod| pod.as_ref().is_ok_and(|pod| address == pod.v4 || address == pod.v6));
     let reason = u32::try_from(number("reason")?)?;
-    Ok(PodsEntry {
-        address: address.to_string(),
-        pod: owner.transpose()?.map_or("nobody".to_owned(), ToString::to_string),
-        pod_id: number("pod_id")?,
-        enrolled: number("decision")? == u64::from(redirect_ebpf::abi::DECISION_ENROLLED),
-        reason: Reason::from_code(reason).map_or("?", Reason::as_str).to_owned(),
-        capture: number("flags")? & u64::from(redirect_ebpf::abi::POD_CAPTURE) != 0,
-    })
+    let entry = |field: &str| {
+        let octets: [u8; 16] = serde_json::from_value(value[field]["octets"].clone())
+            .with_context(|| format!("read {field} of {pod_id} in the map pods"))?;
+        let address = Ipv6Addr::from(octets).to_canonical();
+        let owner = CAST
+            .iter()
+            .map(|cast| cluster.pod(cast.pod))
+            .find(|pod| pod.as_ref().is_ok_and(|pod| address == pod.v4 || address == pod.v6));
+        anyhow::Ok(PodsEntry {
+            address: address.to_string(),
+            pod: owner.transpose()?.map_or("nobody".to_owned(), ToString::to_string),
+            pod_id,
+            enrolled: number("decision")? == u64::from(redirect_ebpf::abi::DECISION_ENROLLED),
+            reason: Reason::from_code(reason).map_or("?", Reason::as_str).to_owned(),
+            capture: number("flags")? & u64::from(redirect_ebpf::abi::POD_CAPTURE) != 0,
+        })
+    };
+    Ok([entry("v4")?, entry("v6")?])
 }
 
 // --- A pod's network namespace
