@@ -182,11 +182,8 @@ fn mark_connection(ctx: *mut IterTcp, choose: impl Fn(u8, Option<u32>) -> Option
 /// destination to its port on loopback.
 #[inline(always)]
 fn translated(flow: Flow) -> Flow {
-    let localhost = if flow.local.is_v4() { Addr::v4([127, 0, 0, 1]) } else { LOCALHOST_V6 };
-    Flow { remote: localhost, remote_port: PORT_OUTBOUND, ..flow }
+    Flow { remote: Addr::loopback(flow.local.is_v4()), remote_port: PORT_OUTBOUND, ..flow }
 }
-
-const LOCALHOST_V6: Addr = Addr { octets: [0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 1] };
 
 /// What every TCP socket starts with, also one that is half open or in TIME_WAIT.
 struct Common(*mut c_void);

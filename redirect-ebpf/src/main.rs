@@ -226,7 +226,13 @@ fn on_interface(ctx: &TcContext, is_tcp: bool, parsed: &Parsed) -> i32 {
     let ip = packet::network(ctx) != Network::Other;
     let parsed = if is_tcp { Some(parsed) } else { None };
     let verdict = verdict::on_interface(ip, parsed.map(Parsed::segment), &Tc { ctx });
-    let next = apply(ctx, &verdict, parsed);
+    carry_out(ctx, &verdict, parsed)
+}
+
+/// What is decided about a packet that came in on an interface other than `lo`.
+#[inline(always)]
+fn carry_out(ctx: &TcContext, verdict: &Verdict, parsed: Option<&Parsed>) -> i32 {
+    let next = apply(ctx, verdict, parsed);
     match (verdict.fate, parsed) {
         (Fate::Reset, Some(parsed)) => packet::reset_back(ctx, parsed),
         (Fate::Reset, None) => TC_ACT_SHOT,
@@ -280,12 +286,7 @@ fn on_virtual(ctx: &TcContext, is_tcp: bool, parsed: &Parsed, interface: &Virtua
     let ip = network != Network::Other;
     let segment = parsed.map(Parsed::segment);
     let verdict = verdict::on_virtual(ip, segment, hides_tcp, interface, &Tc { ctx });
-    let next = apply(ctx, &verdict, parsed);
-    match (verdict.fate, parsed) {
-        (Fate::Reset, Some(parsed)) => packet::reset_back(ctx, parsed),
-        (Fate::Reset, None) => TC_ACT_SHOT,
-        _ => next,
-    }
+    carry_out(ctx, &verdict, parsed)
 }
 
 /// Egress of every interface but `lo`: what is not the proxy's does not leave past it.

@@ -571,10 +571,7 @@ pub fn steer(lookup: &Lookup, env: &impl Pods) -> Steer {
     let Lookup { pod_id, tcp, flow, on_lo, hint } = lookup;
     let pod_id = *pod_id;
     let hinted = if hint.pod_id == pod_id && hint.flow == *flow { hint.kind } else { HINT_NONE };
-    if hinted == HINT_QUESTION {
-        return Steer::Pass(None);
-    }
-    if !tcp {
+    if hinted == HINT_QUESTION || !tcp {
         return Steer::Pass(None);
     }
     let Some(pod) = env.pod(pod_id) else { return Steer::Refuse(Counter::RefusedUnknownPod) };

@@ -43,10 +43,15 @@ pub(super) type Prefixes = BTreeMap<Prefix, u32>;
 pub(super) fn flags(traffic: &Traffic) -> u32 {
     let selections = &traffic.selections;
     let rules = !(selections.inbound_ports.is_all() && selections.inbound_sources.is_all());
-    let outbound = !(selections.outbound_ports.is_all() && selections.outbound_ranges.is_all());
     (if traffic.bypass_inbound { POD_BYPASS_INBOUND } else { 0 })
         | (if rules { POD_INBOUND_RULES } else { 0 })
-        | (if outbound { POD_OUTBOUND_RULES } else { 0 })
+        | (if has_outbound_rules(traffic) { POD_OUTBOUND_RULES } else { 0 })
+}
+
+/// Whether the maps of outbound connections say which of them are redirected.
+pub(super) fn has_outbound_rules(traffic: &Traffic) -> bool {
+    let selections = &traffic.selections;
+    !(selections.outbound_ports.is_all() && selections.outbound_ranges.is_all())
 }
 
 /// The entries of one pod in one of the maps.

@@ -177,9 +177,7 @@ pub struct PodNetns {
     /// at from elsewhere.
     pub addresses: Vec<IpAddr>,
     /// Every address in the namespace: what the pod sends there stays there.
-    own: BTreeSet<IpAddr>,
-    /// The index of the interface that has the first of `addresses`.
-    uplink: u32,
+    found: Vec<Address>,
     /// The interfaces whose addresses are not among `addresses`: they may be the same in many pods.
     virtual_interfaces: Vec<String>,
 }
@@ -199,15 +197,11 @@ impl PodNetns {
         if pod.addresses.is_empty() {
             bail!("{path} has no address besides loopback");
         }
-        pod.known_first(known)
+        Ok(pod.known_first(known))
     }
 
     /// The same pod without the addresses of its virtual interfaces, but for `known` ones.
-    ///
-    /// # Errors
-    ///
-    /// When the namespace cannot be entered.
-    pub fn without(self, virtual_interfaces: &[String], known: &[IpAddr]) -> Result<Self> {
+    pub fn without(self, virtual_interfaces: &[String], known: &[IpAddr]) -> Self {
         Self { virtual_interfaces: virtual_interfaces.to_vec(), ..self }.known_first(known)
     }
 
@@ -217,32 +211,18 @@ impl PodNetns {
     ///
     /// When the namespace cannot be entered.
     pub fn existing(netns: Netns) -> Result<Self> {
-        Self {
-            netns,
-            addresses: Vec::new(),
-            own: BTreeSet::new(),
-            uplink: 0,
-            virtual_interfaces: Vec::new(),
-        }
-        .known_first(&[])
+        let found = addresses_in(&netns)?;
+        let (addresses, virtual_interfaces) = (Vec::new(), Vec::new());
+        Ok(Self { netns, addresses, found, virtual_interfaces }.known_first(&[]))
     }
 
-    /// Looks up the addresses anew.
-    fn known_first(self, known: &[IpAddr]) -> Result<Self> {
-        let found = self.look()?;
-        let addresses = self.reachable(&found, known);
-        let of_first = found.iter().find(|a| addresses.first() == Some(&a.ip));
-        let uplink = of_first.map_or(0, |address| address.interface);
-        let own = found.iter().map(|address| address.ip).collect();
-        Ok(Self { addresses, own, uplink, ..self })
-    }
-
-    fn look(&self) -> Result<Vec<Address>> {
-        self.netns.run(|| Routing::open()?.addresses())?
+    fn known_first(self, known: &[IpAddr]) -> Self {
+        Self { addresses: self.reachable(known), ..self }
     }
 
     /// Those of `found` that others can call, the `known` ones first.
-    fn reachable(&self, found: &[Address], known: &[IpAddr]) -> Vec<IpAddr> {
+    fn reachable(&self, known: &[IpAddr]) -> Vec<IpAddr> {
+        let found = &self.found;
         let is_known = |address: &&Address| known.contains(&address.ip);
         let of_pod = |address: &&Address| {
             let elsewhere = address.interface == LOOPBACK_IFINDEX
@@ -266,9 +246,10 @@ impl PodNetns {
     ///
     /// When the namespace cannot be entered.
     pub fn has_changed(&self, known: &[IpAddr]) -> Result<bool> {
-        let found = self.look()?;
-        let own: BTreeSet<IpAddr> = found.iter().map(|address| address.ip).collect();
-        Ok(known.iter().all(|ip| own.contains(ip)) && own != self.own)
+        let set = |found: &[Address]| found.iter().map(|address| address.ip).collect();
+        let (now, before): (BTreeSet<IpAddr>, BTreeSet<IpAddr>) =
+            (set(&addresses_in(&self.netns)?), set(&self.found));
+        Ok(known.iter().all(|ip| now.contains(ip)) && now != before)
     }
 
     fn id(&self) -> PodId {
@@ -282,15 +263,22 @@ impl PodNetns {
 
     /// The addresses that the programs know it by: not more than it may have.
     fn own_addresses(&self) -> impl Iterator<Item = IpAddr> {
-        let others = self.own.iter().filter(|ip| !self.addresses.contains(ip));
-        self.addresses.iter().chain(others).copied().take(POD_ADDRESSES)
+        let found: BTreeSet<IpAddr> = self.found.iter().map(|address| address.ip).collect();
+        let others = found.into_iter().filter(|ip| !self.addresses.contains(ip));
+        self.addresses.iter().copied().chain(others).take(POD_ADDRESSES)
     }
 
     /// What of its row is known by the namespace alone.
     fn row(&self) -> Row {
         let [v4, v6] = first_of_each(&self.addresses);
-        Row { uplink: self.uplink, v4, v6, ..Row::default() }
+        let of_first = self.found.iter().find(|found| self.addresses.first() == Some(&found.ip));
+        let uplink = of_first.map_or(0, |found| found.interface);
+        Row { uplink, v4, v6, ..Row::default() }
     }
+}
+
+fn addresses_in(netns: &Netns) -> Result<Vec<Address>> {
+    netns.run(|| Routing::open()?.addresses())?
 }
 
 /// A kind of thing that the kernel has for an enrolled pod.

@@ -11,7 +11,7 @@ use anyhow::{Context as _, Result};
 use aya::maps::{HashMap, MapData};
 use redirect_ebpf::abi::{PodId, VIRTUAL_CAPTURE, VIRTUAL_RULES, VirtualInterface};
 
-use super::absent;
+use super::{absent, inbound};
 use crate::traffic::Traffic;
 
 /// The map `virtual_ifs`.
@@ -83,7 +83,6 @@ impl VirtualInterfaces<'_> {
 }
 
 fn flags(traffic: &Traffic, capture: bool) -> u32 {
-    let selections = &traffic.selections;
-    let rules = !(selections.outbound_ports.is_all() && selections.outbound_ranges.is_all());
+    let rules = inbound::has_outbound_rules(traffic);
     (if capture { VIRTUAL_CAPTURE } else { 0 }) | (if rules { VIRTUAL_RULES } else { 0 })
 }

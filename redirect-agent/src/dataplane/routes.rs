@@ -397,7 +397,8 @@ fn keep_rules(traffic: &Traffic) -> impl Iterator<Item = Rule> {
 /// `fib_rule_port_range_valid`.
 const LAST_PORT: u16 = u16::MAX - 1;
 
-/// Port 65535, which no rule can name, is captured with all the others or not at all.
+/// Port 65535, which no rule can name, is captured with all the others or not at all; where it is excluded,
+/// `verdict::on_lo` sends it out again.
 fn port_rules(ports: &Selection<Ports>) -> BTreeSet<Rule> {
     let mut rules = BTreeSet::new();
     let mut exclude = |first: u16, last: u16| {

@@ -782,7 +782,7 @@ impl<S: Source> PodTask<S> {
     async fn find_netns(&self) -> Result<PodNetns> {
         let (finder, pod) = (Arc::clone(&self.shared.settings.finder), self.pod.clone());
         let virtual_interfaces = self.traffic().virtual_interfaces;
-        blocking(move || finder.find(&pod)?.without(&virtual_interfaces, &pod.ips))
+        blocking(move || Ok(finder.find(&pod)?.without(&virtual_interfaces, &pod.ips)))
             .await
             .with_context(|| format!("enter pod {}", self.key))
     }
