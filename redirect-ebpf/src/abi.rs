@@ -29,6 +29,14 @@ pub const MARK_DIRECT: u32 = 0x0d1;
 pub const MARK_VIRTUAL: u32 = 0x0d2;
 /// The mark of packets that the guard brings to `lo`, because they would leave past the proxy.
 pub const MARK_RESCUED: u32 = 0x0d3;
+/// The mark of a SYN from outside that is the proxy's to accept. Whoever else accepts it has this mark
+/// or its own, and not [`MARK_DIRECT`].
+pub const MARK_INBOUND: u32 = 0x0d4;
+
+/// For how long after the capture of a pod began the application may still answer a SYN from before
+/// it. The kernel gives up sooner. Source: Linux `net.ipv4.tcp_synack_retries`, whose default of 5
+/// makes 63 s.
+pub const HALF_OPEN_NS: u64 = 64_000_000_000;
 
 /// The proxy's listener for what the pod sends. Source: ztunnel `src/config.rs`.
 pub const PORT_OUTBOUND: u16 = 15001;
@@ -153,6 +161,9 @@ pub struct PodEntry {
     pub flags: u32,
     /// The index of the interface that leads out of the pod; 0 when there is none.
     pub uplink: u32,
+    /// When the capture began, ns of CLOCK_MONOTONIC; 0 while nothing is captured, and where nothing ran
+    /// before the capture.
+    pub captured_at_ns: u64,
     /// The pod's first IPv4 address, or zeros. Like `v6` it is for whoever dumps the map.
     pub v4: Addr,
     /// The pod's first IPv6 address, or zeros.
@@ -535,7 +546,7 @@ pub struct SockOffsets {
 const _: () = {
     assert!(size_of::<SockOffsets>() == 48);
     assert!(size_of::<Addr>() == 16);
-    assert!(size_of::<PodEntry>() == 48);
+    assert!(size_of::<PodEntry>() == 56);
     assert!(size_of::<OwnAddress>() == 20);
     assert!(size_of::<ListenerKey>() == 8);
     assert!(size_of::<Flow>() == 36);

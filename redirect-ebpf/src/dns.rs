@@ -501,6 +501,10 @@ mod tests {
             panic!("DNS does not stray")
         }
 
+        fn has_half_open(&self, _: PodId) -> bool {
+            panic!("DNS is not accepted by the application")
+        }
+
         fn settled(&self, _: &Segment) -> Option<u32> {
             panic!("DNS is not settled")
         }

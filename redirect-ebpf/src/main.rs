@@ -25,11 +25,11 @@ use aya_ebpf::{
 use aya_log_ebpf::info;
 use redirect_ebpf::{
     abi::{
-        Addr, Counter, CounterKey, DECISION_ENROLLED, DnsFlow, DnsKey, EVERY_POD, Flow, HINT_NONE,
-        HINT_QUESTION, Hint, INBOUND_BYPASS, LISTENER_HBONE, LISTENER_INBOUND, LISTENER_OUTBOUND,
-        ListenerKey, MARK_PROXY, MARK_REDIRECTED, OwnAddress, POD_ENROLLED, POD_WAYS,
-        PORT_PROXY_DNS, PodFlow, PodId, PodPeer, PodPort, VirtualInterface, WAY_DIRECT,
-        WAY_REDIRECTED,
+        Addr, Counter, CounterKey, DECISION_ENROLLED, DnsFlow, DnsKey, EVERY_POD, Flow,
+        HALF_OPEN_NS, HINT_NONE, HINT_QUESTION, Hint, INBOUND_BYPASS, LISTENER_HBONE,
+        LISTENER_INBOUND, LISTENER_OUTBOUND, ListenerKey, MARK_PROXY, MARK_REDIRECTED, OwnAddress,
+        POD_ENROLLED, POD_WAYS, PORT_PROXY_DNS, PodFlow, PodId, PodPeer, PodPort, VirtualInterface,
+        WAY_DIRECT, WAY_REDIRECTED,
     },
     dns::{self, Dns, DnsEnv, Message},
     verdict::{
@@ -598,6 +598,14 @@ fn pod(pod_id: PodId) -> Option<u32> {
     Some(if decision == DECISION_ENROLLED { flags | POD_ENROLLED } else { flags })
 }
 
+#[inline(always)]
+fn has_half_open(pod_id: PodId) -> bool {
+    let Some(entry) = PODS_BY_ID.get_ptr(&pod_id) else { return false };
+    // SAFETY: the pointer is to a live map value; the helper has no arguments.
+    let (began, now) = unsafe { ((*entry).captured_at_ns, bpf_ktime_get_ns()) };
+    began != 0 && now.wrapping_sub(began) < HALF_OPEN_NS
+}
+
 #[inline(never)]
 fn is_own(pod_id: PodId, addr: &Addr) -> bool {
     ADDRESSES.get_ptr(&OwnAddress { pod_id, addr: *addr }).is_some()
@@ -803,6 +811,11 @@ impl Env for Tc<'_> {
     #[inline(always)]
     fn sender_listens(&self, segment: &Segment) -> bool {
         sender_listens(self.ctx, segment)
+    }
+
+    #[inline(always)]
+    fn has_half_open(&self, pod_id: PodId) -> bool {
+        has_half_open(pod_id)
     }
 
     #[inline(always)]

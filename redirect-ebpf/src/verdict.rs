@@ -10,10 +10,10 @@ use core::num::NonZeroU32;
 use crate::abi::{
     Addr, Counter, Flow, HINT_FROM_POD, HINT_FROM_PROXY, HINT_FROM_VIRTUAL, HINT_NONE,
     HINT_QUESTION, Hint, LISTENER_HBONE, LISTENER_INBOUND, LISTENER_OUTBOUND, MARK_DIRECT,
-    MARK_MASK, MARK_PROXY, MARK_REDIRECTED, MARK_RESCUED, MARK_VIRTUAL, POD_BYPASS_INBOUND,
-    POD_CAPTURE, POD_DNS, POD_ENROLLED, POD_INBOUND_RULES, POD_OUTBOUND_RULES, PORT_DNS,
-    PORT_HBONE, PORT_INBOUND, PORT_OUTBOUND, PodId, VIRTUAL_CAPTURE, VIRTUAL_RULES, WAY_DIRECT,
-    WAY_REDIRECTED,
+    MARK_INBOUND, MARK_MASK, MARK_PROXY, MARK_REDIRECTED, MARK_RESCUED, MARK_VIRTUAL,
+    POD_BYPASS_INBOUND, POD_CAPTURE, POD_DNS, POD_ENROLLED, POD_INBOUND_RULES, POD_OUTBOUND_RULES,
+    PORT_DNS, PORT_HBONE, PORT_INBOUND, PORT_OUTBOUND, PodId, VIRTUAL_CAPTURE, VIRTUAL_RULES,
+    WAY_DIRECT, WAY_REDIRECTED,
 };
 use crate::dns::Message;
 
@@ -115,6 +115,8 @@ pub trait Env: Pods {
     fn has_proxy_sent(&self, segment: &Segment) -> bool;
     /// Whether anybody here listens where this segment comes from.
     fn sender_listens(&self, segment: &Segment) -> bool;
+    /// Whether the capture of the pod began so recently that SYNs from before may yet be answered.
+    fn has_half_open(&self, pod_id: PodId) -> bool;
     /// The way that was found for this connection of the socket that has sent it, one of `WAY_*`.
     fn settled(&self, segment: &Segment) -> Option<u32>;
 }
@@ -306,11 +308,12 @@ pub fn on_interface(ip: bool, segment: Option<&Segment>, env: &impl Env) -> Verd
     if past_proxy(pod_id, pod, &segment.receiver_flow(), env).is_some() {
         return next;
     }
+    let captured = captures(pod);
+    let next = if captured { Verdict { mark: code(MARK_INBOUND), ..next } } else { next };
     if !env.is_own(pod_id, &segment.dst) {
         // It is forwarded, or for an address that only a route makes the pod's.
         return next;
     }
-    let captured = captures(pod);
     let hbone = segment.dst_port == PORT_HBONE;
     if captured && !hbone && !env.application_listens(segment) {
         // The proxy would accept first and find out later. Nor is it left to the kernel: whoever begins
@@ -485,7 +488,12 @@ pub fn on_egress(mark: u32, message: Result<&Message, Hidden>, env: &impl Env) -
     }
     // Under SYN cookies no socket has sent it.
     let answers = segment.accepts && (!forwarded || env.is_own(pod_id, &segment.src));
-    if answers && captures(pod) && past_proxy(pod_id, pod, &segment.sender_flow(), env).is_none() {
+    if answers
+        && captures(pod)
+        && past_proxy(pod_id, pod, &segment.sender_flow(), env).is_none()
+        // The SYN came before the capture did.
+        && !(mesh_mark(mark) == MARK_DIRECT && env.has_half_open(pod_id))
+    {
         return Verdict { fate: Fate::Abort, ..next.count(Counter::RefusedPastProxy) };
     }
     Verdict { settle: code(WAY_DIRECT), ..next }
@@ -760,6 +768,7 @@ mod tests {
         proxy_sent: bool,
         /// Whether anybody listens where the segment comes from.
         sender_listens: bool,
+        half_open: bool,
         settled: Option<u32>,
         asked: RefCell<Vec<Asked>>,
     }
@@ -784,6 +793,7 @@ mod tests {
                 proxys: false,
                 proxy_sent: false,
                 sender_listens: true,
+                half_open: false,
                 settled: None,
                 asked: RefCell::default(),
             }
@@ -889,6 +899,11 @@ mod tests {
             self.ask(Asked::SenderListens, self.sender_listens)
         }
 
+        fn has_half_open(&self, pod_id: PodId) -> bool {
+            only_own(pod_id);
+            self.half_open
+        }
+
         fn settled(&self, _: &Segment) -> Option<u32> {
             self.settled
         }
@@ -940,6 +955,8 @@ mod tests {
     /// Verdicts on the pod itself.
     const GOES_ON: Verdict = Verdict { pod_id: OWN, ..Verdict::NEXT };
     const MARKED: Verdict = Verdict { mark: code(MARK_DIRECT), ..GOES_ON };
+    /// The proxy is to accept it.
+    const FOR_INBOUND: Verdict = Verdict { mark: code(MARK_INBOUND), ..GOES_ON };
 
     fn refused(verdict: Verdict, fate: Fate, counter: Counter) -> Verdict {
         Verdict { fate, count: Some(counter), ..verdict }
@@ -1299,7 +1316,7 @@ mod tests {
                     let deaf = Node { application_listens: false, ..Node::new(&a, CAPTURING) };
                     let node = Node { proxy, ..deaf };
                     let found = on_interface(true, Some(&syn(a.stranger, own)), &node);
-                    assert_eq!(found, refused(MARKED, Fate::Reset, Counter::NoListener));
+                    assert_eq!(found, refused(FOR_INBOUND, Fate::Reset, Counter::NoListener));
                     node.assert_asked(&[Asked::Application]);
                 }
             }
@@ -1309,9 +1326,9 @@ mod tests {
     /// What a call from outside is without its proxy, while all calls are captured.
     fn called(proxy: Proxy) -> Verdict {
         match proxy {
-            Proxy::AwayWithinGrace => refused(MARKED, Fate::Drop, Counter::DroppedProxyAway),
+            Proxy::AwayWithinGrace => refused(FOR_INBOUND, Fate::Drop, Counter::DroppedProxyAway),
             // `sk_lookup` refuses.
-            Proxy::Listens | Proxy::Away => MARKED,
+            Proxy::Listens | Proxy::Away => FOR_INBOUND,
         }
     }
 
@@ -1335,14 +1352,18 @@ mod tests {
     #[test]
     fn who_comes_for_another_address_is_nobodys_here() {
         for a in both_families() {
-            for pod in [PREPARING, CAPTURING, capturing(POD_INBOUND_RULES)] {
+            for (pod, expected) in [
+                (PREPARING, MARKED),
+                (CAPTURING, FOR_INBOUND),
+                (capturing(POD_INBOUND_RULES), FOR_INBOUND),
+            ] {
                 // It is forwarded, or a route alone makes the address the pod's.
                 for dst in [a.guest, a.neighbour, a.stranger, link_local()] {
                     for dst_port in [SERVER_PORT, PORT_OUTBOUND, PORT_INBOUND, PORT_HBONE] {
                         let away = Node { proxy: Proxy::Away, ..Node::new(&a, pod) };
                         let node = Node { application_listens: false, ..away };
                         let segment = Segment { dst_port, ..syn(a.neighbour, dst) };
-                        assert_eq!(on_interface(true, Some(&segment), &node), MARKED);
+                        assert_eq!(on_interface(true, Some(&segment), &node), expected);
                         node.assert_asked(&[]);
                     }
                 }
@@ -1365,7 +1386,7 @@ mod tests {
                     let node = Node { proxy, ..deaf };
                     let segment = Segment { dst_port, ..syn(a.stranger, a.own) };
                     let found = on_interface(true, Some(&segment), &node);
-                    assert_eq!(found, called(Proxy::Listens), "nothing is captured yet");
+                    assert_eq!(found, MARKED, "nothing is captured yet");
                     node.assert_asked(&[Asked::Proxy(kind)]);
                 }
             }
@@ -1848,6 +1869,25 @@ mod tests {
                     let node = Node { connection: true, ..Node::new(&a, pod) };
                     assert_eq!(guarded(tcp(segment), &node), expected);
                 }
+            }
+        }
+    }
+
+    #[test]
+    fn the_guard_lets_out_answers_to_who_came_before_the_capture() {
+        let aborted = refused(GOES_ON, Fate::Abort, Counter::RefusedPastProxy);
+        for a in both_families() {
+            // By its mark the request socket is of then; a listener with a mark of its own is not.
+            for (half_open, mark, expected) in [
+                (true, MARK_DIRECT, DIRECT),
+                (true, 0xabcd_e000 | MARK_DIRECT, DIRECT),
+                (true, MARK_INBOUND, aborted),
+                (true, 0, aborted),
+                (false, MARK_DIRECT, aborted),
+            ] {
+                let node = Node { half_open, ..Node::new(&a, CAPTURING) };
+                let message = tcp(syn_ack(a.own, a.stranger));
+                assert_eq!(on_egress(mark, Ok(&message), &node), expected, "{mark:x}");
             }
         }
     }

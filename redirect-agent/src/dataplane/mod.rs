@@ -51,7 +51,8 @@ use ipnet::IpNet;
 use nix::{
     fcntl::{Flock, FlockArg},
     mount::{MsFlags, mount},
-    sys::statfs::statfs,
+    sys::{statfs::statfs, time::TimeValLike as _},
+    time::{ClockId, clock_gettime},
 };
 use redirect_ebpf::abi::{
     ABI_VERSION, Addr, Counter, CounterKey, DECISION_BYPASS, DECISION_ENROLLED, DnsFlow, DnsKey,
@@ -404,6 +405,8 @@ pub struct Row {
     pub reason: u32,
     /// The index of the interface that leads out of it.
     pub uplink: u32,
+    /// When the capture began, ns of CLOCK_MONOTONIC; 0 where no connection is older.
+    pub captured_at_ns: u64,
     /// Its first IPv4 address.
     pub v4: Option<IpAddr>,
     /// Its first IPv6 address.
@@ -490,8 +493,8 @@ impl Dataplane {
         // Before the links, so that the programs know the pod when they are attached.
         kernel.set_addresses(pod)?;
         let old = kernel.pods()?.row(pod.id())?.unwrap_or_default();
-        let row =
-            Row { enrolled: true, capture: old.capture, rules, dns: old.dns, reason, ..pod.row() };
+        let Row { capture, captured_at_ns, dns, .. } = old;
+        let row = Row { enrolled: true, capture, captured_at_ns, rules, dns, reason, ..pod.row() };
         kernel.pods()?.put(pod.id(), row)?;
         if rules & POD_INBOUND_RULES == 0 {
             kernel.set_inbound(pod.id(), traffic)?;
@@ -537,7 +540,7 @@ impl Dataplane {
     /// When a system call fails; calling again completes it.
     pub fn capture(&self, pod: &PodNetns, traffic: &Traffic) -> Result<()> {
         let mark = if self.partly_captured(pod)? { "mark_open" } else { "mark_all" };
-        self.switch(pod, mark, |kernel| kernel.redirect(pod, traffic))
+        self.switch(pod, mark, |kernel| kernel.redirect(pod, traffic, monotonic_ns()?))
     }
 
     /// Step 2 for a pod that nothing runs in yet: no connection can be open, or half-way there, and
@@ -549,7 +552,7 @@ impl Dataplane {
     pub fn capture_unused(&self, pod: &PodNetns, traffic: &Traffic) -> Result<()> {
         let mut locked = self.lock()?;
         let kernel = &mut *locked;
-        pod.netns.run(|| kernel.redirect(pod, traffic))?
+        pod.netns.run(|| kernel.redirect(pod, traffic, 0))?
     }
 
     /// Makes the proxy's listeners known to the programs, and lets the application bind ports that the
@@ -582,7 +585,11 @@ impl Dataplane {
     /// When a system call fails; calling again completes it.
     pub fn release(&self, pod: &PodNetns) -> Result<()> {
         self.switch(pod, "mark_all", |kernel| {
-            kernel.pods()?.change(pod.id(), |row| Row { capture: false, ..row })?;
+            kernel.pods()?.change(pod.id(), |row| Row {
+                capture: false,
+                captured_at_ns: 0,
+                ..row
+            })?;
             kernel.virtual_interfaces()?.release(pod.id())?;
             Routing::open()?.delete_capture()?;
             // Last: a connection to a resolver that the capture rule brings to `lo` is one for the DNS.
@@ -611,7 +618,8 @@ impl Dataplane {
         let mut locked = self.lock()?;
         let kernel = &mut *locked;
         // First, so that the programs let everything pass for as long as they still run.
-        let bypass = |row| Row { enrolled: false, capture: false, dns: false, ..row };
+        let bypass =
+            |row| Row { enrolled: false, capture: false, captured_at_ns: 0, dns: false, ..row };
         kernel.pods()?.change(pod.id(), bypass)?;
         let saved = kernel.saved_sysctls()?.get(&pod.id(), 0);
         let saved = absent(saved).context("read map saved_sysctls")?;
@@ -1142,8 +1150,9 @@ impl Kernel {
         ))
     }
 
-    /// Redirects the pod's new connections; called inside its namespace.
-    fn redirect(&mut self, pod: &PodNetns, traffic: &Traffic) -> Result<()> {
+    /// Redirects the pod's new connections, from `since` on, or since ever where that is 0; called inside
+    /// its namespace.
+    fn redirect(&mut self, pod: &PodNetns, traffic: &Traffic, since: u64) -> Result<()> {
         let routing = Routing::open()?;
         let dns = traffic.captures_dns();
         // Before the rule that brings connections to resolvers to `lo`.
@@ -1152,7 +1161,10 @@ impl Kernel {
             routing.set_outbound(source, traffic)?;
         }
         routing.precede_foreign_rules()?;
-        self.pods()?.change(pod.id(), |row| Row { enrolled: true, capture: true, dns, ..row })?;
+        self.pods()?.change(pod.id(), |row| {
+            let captured_at_ns = if row.capture { row.captured_at_ns } else { since };
+            Row { enrolled: true, capture: true, captured_at_ns, dns, ..row }
+        })?;
         let interfaces = routing.interfaces()?;
         self.virtual_interfaces()?.set(pod.id(), &interfaces, traffic, true)
     }
@@ -1278,6 +1290,7 @@ impl From<PodEntry> for Row {
             dns: entry.flags & POD_DNS != 0,
             reason: entry.reason,
             uplink: entry.uplink,
+            captured_at_ns: entry.captured_at_ns,
             v4: address(entry.v4),
             v6: address(entry.v6),
         }
@@ -1294,6 +1307,7 @@ impl From<Row> for PodEntry {
                 | if row.capture { POD_CAPTURE } else { 0 }
                 | if row.dns { POD_DNS } else { 0 },
             uplink: row.uplink,
+            captured_at_ns: row.captured_at_ns,
             v4: address(row.v4),
             v6: address(row.v6),
         }
@@ -1306,6 +1320,12 @@ fn is_captured(row: &Row, traffic: &Traffic) -> bool {
         && row.capture
         && row.rules == inbound::flags(traffic)
         && row.dns == traffic.captures_dns()
+}
+
+/// What the programs have as `bpf_ktime_get_ns`.
+fn monotonic_ns() -> Result<u64> {
+    let now = clock_gettime(ClockId::CLOCK_MONOTONIC).context("read the clock")?;
+    u64::try_from(now.num_nanoseconds()).context("read the clock")
 }
 
 /// The first address of each family: IPv4, IPv6.

@@ -31,8 +31,8 @@ use redirect_ebpf::{
     abi::{
         Addr, Counter, DECISION_BYPASS, DECISION_ENROLLED, Flow, HINT_FROM_POD, HINT_FROM_PROXY,
         HINT_FROM_VIRTUAL, HINT_NONE, HINT_QUESTION, Hint, LISTENER_HBONE, LISTENER_OUTBOUND,
-        MARK_DIRECT, MARK_PROXY, MARK_REDIRECTED, MARK_RESCUED, MARK_VIRTUAL, POD_CAPTURE,
-        PORT_PROXY_DNS, PodEntry, PodId,
+        MARK_DIRECT, MARK_INBOUND, MARK_PROXY, MARK_REDIRECTED, MARK_RESCUED, MARK_VIRTUAL,
+        POD_CAPTURE, PORT_PROXY_DNS, PodEntry, PodId,
     },
     dns::{self, Dns, Message},
     verdict::{
@@ -258,7 +258,7 @@ fn ip(command: &str) -> Result<()> {
 /// What is decided about a pod.
 fn entry(decision: u32, flags: u32) -> PodEntry {
     let none = Addr { octets: [0; 16] };
-    PodEntry { decision, reason: 0, flags, uplink: 0, v4: none, v6: none }
+    PodEntry { decision, reason: 0, flags, uplink: 0, captured_at_ns: 0, v4: none, v6: none }
 }
 
 fn ensure_root() -> Result<()> {
@@ -854,7 +854,18 @@ fn same<T: PartialEq + std::fmt::Debug>(what: &str, model: &T, kernel: &T) -> Re
 fn mark(rng: &mut Rng) -> u32 {
     let mesh = choose(
         rng,
-        &[0, 0, 0, MARK_PROXY, MARK_REDIRECTED, MARK_DIRECT, MARK_VIRTUAL, MARK_RESCUED, 0x538],
+        &[
+            0,
+            0,
+            0,
+            MARK_PROXY,
+            MARK_REDIRECTED,
+            MARK_DIRECT,
+            MARK_VIRTUAL,
+            MARK_RESCUED,
+            MARK_INBOUND,
+            0x538,
+        ],
     );
     choose(rng, &[0, 0, 0x1234_5000, 0xffff_f000]) | mesh
 }

@@ -26,7 +26,7 @@ use redirect_ebpf::{
 };
 use socket2::{Domain, Socket, Type};
 
-use crate::packet::choose;
+use crate::{packet::choose, sys};
 
 const OWN: [&str; 4] = ["10.0.0.2", "10.0.0.3", "fd00::2", "fd00::3"];
 
@@ -474,6 +474,10 @@ impl Env for World {
         self.open.as_ref().is_some_and(|open| open.flow == flow && open.marked)
     }
 
+    fn has_half_open(&self, pod_id: PodId) -> bool {
+        self.pods.get(&pod_id).is_some_and(|pod| pod.captured_at_ns > LONG_AGO)
+    }
+
     fn sender_listens(&self, segment: &Segment) -> bool {
         let listens = self.listener(&segment.src, segment.src_port).is_some();
         let mut state = self.state.borrow_mut();
@@ -513,10 +517,9 @@ impl DnsEnv for World {
 
 /// The model's time. The kernel's is translated into it.
 pub const NOW: u64 = 1 << 60;
-/// For how long a flow of DNS may be needed from now on, ns: it has not been for an hour; no longer;
+/// For how long a flow of DNS may be needed from now on, ns: it has not been for a while; no longer;
 /// for as long as a connection that ends, a query, a connection is.
-pub const LEASES: [i64; 5] =
-    [-3_600_000_000_000, 0, 5_000_000_000, 30_000_000_000, 600_000_000_000];
+pub const LEASES: [i64; 5] = [-10_000_000_000, 0, 5_000_000_000, 30_000_000_000, 600_000_000_000];
 
 /// An entry of `dns_flows`, in the model's time.
 pub fn dns_flow(rng: &mut Rng) -> (DnsKey, DnsFlow) {
@@ -538,6 +541,9 @@ pub fn dns_flow(rng: &mut Rng) -> (DnsKey, DnsFlow) {
     };
     (key, flow)
 }
+
+/// The instant, ns of CLOCK_MONOTONIC, at which a capture began whose half-open connections are gone.
+const LONG_AGO: u64 = 1;
 
 fn port_of(kind: u32) -> u16 {
     match kind {
@@ -565,7 +571,9 @@ fn pods(rng: &mut Rng) -> BTreeMap<PodId, PodEntry> {
     };
     let flags = if rng.u8(..4) > 0 { flags | POD_DNS } else { flags };
     if rng.u8(..12) > 0 {
-        pods.insert(own_id(), entry(decision, flags, choose(rng, &[0, 1, 1])));
+        let captured_at_ns = choose(rng, &[0, LONG_AGO, sys::now()]);
+        let own = entry(decision, flags, choose(rng, &[0, 1, 1]));
+        pods.insert(own_id(), PodEntry { captured_at_ns, ..own });
     }
     pods
 }

@@ -13,6 +13,7 @@ mod container;
 mod dns;
 mod drift;
 mod first_packets;
+mod half_open;
 mod health;
 mod interfaces;
 mod isolation;
