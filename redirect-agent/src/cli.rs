@@ -105,6 +105,15 @@ pub enum LogFormat {
     Json,
 }
 
+/// Whether to go ahead beside an agent.
+#[derive(Debug, Args)]
+pub struct Force {
+    /// Goes ahead although another process uses the directory, such as an agent that hangs: they may undo
+    /// each other's work.
+    #[arg(long)]
+    pub force: bool,
+}
+
 /// Where the agent keeps its pins.
 #[derive(Clone, Debug, Args)]
 pub struct BpffsDir {
@@ -391,6 +400,9 @@ pub struct AttachArgs {
     /// See [`BpffsDir`].
     #[command(flatten)]
     pub bpffs: BpffsDir,
+    /// See [`Force`].
+    #[command(flatten)]
+    pub force: Force,
     /// See [`TrafficArgs`].
     #[command(flatten)]
     pub traffic: TrafficArgs,
@@ -408,6 +420,9 @@ pub struct DetachArgs {
     /// See [`BpffsDir`].
     #[command(flatten)]
     pub bpffs: BpffsDir,
+    /// See [`Force`].
+    #[command(flatten)]
+    pub force: Force,
 }
 
 /// `enroll`
@@ -555,9 +570,9 @@ pub struct CleanupArgs {
     /// See [`BpffsDir`].
     #[command(flatten)]
     pub bpffs: BpffsDir,
-    /// See [`ControlSocket`].
+    /// See [`Force`].
     #[command(flatten)]
-    pub control: ControlSocket,
+    pub force: Force,
 }
 
 /// `completions`

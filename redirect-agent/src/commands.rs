@@ -3,7 +3,11 @@
 use std::{
     io::{self, Write as _},
     path::{Path, PathBuf},
-    sync::Arc,
+    sync::{
+        Arc,
+        atomic::{AtomicUsize, Ordering},
+    },
+    thread,
     time::Duration,
 };
 
@@ -73,7 +77,7 @@ pub async fn execute(command: Command) -> Result<()> {
         }
         Command::Status(args) => status(args).await,
         Command::Check(args) => check(&args),
-        Command::Cleanup(args) => cleanup(&args).await,
+        Command::Cleanup(args) => cleanup(&args),
         Command::Completions(args) => print(&args.generate()),
     }
 }
@@ -111,6 +115,8 @@ async fn run(args: RunArgs) -> Result<()> {
         state_dir: args.state_dir.clone(),
         bpffs_dir: args.bpffs.bpffs_dir.clone(),
         cni: dirs.clone(),
+        // This process has owned it all along.
+        force: true,
     };
     let control_socket = args.control.control_socket.clone();
     let options = agent::Options {
@@ -136,6 +142,7 @@ async fn run(args: RunArgs) -> Result<()> {
             bpffs_dir: args.bpffs.bpffs_dir,
             proxy_grace: args.proxy_grace,
             log: args.ebpf_log,
+            force: false,
         },
         state_dir: args.state_dir,
         control_socket: args.control.control_socket,
@@ -203,24 +210,25 @@ struct NodeState {
     state_dir: PathBuf,
     bpffs_dir: PathBuf,
     cni: install::Dirs,
+    /// Whether to go ahead beside another owner of `bpffs_dir`.
+    force: bool,
 }
 
 impl NodeState {
     /// Puts the node back to how it was before the agent, which must not run any more.
     fn put_back(&self) -> Result<()> {
+        let dataplane = match self.bpffs_dir.exists() {
+            true => Some(open(&self.bpffs_dir, self.force)?),
+            false => None,
+        };
         // First of all: with the entry there, and nobody to ask, no pod can start.
         for done in install::remove(&self.cni)? {
             print(format!("{done}\n").as_bytes())?;
         }
-        if self.bpffs_dir.exists() {
-            let dataplane = open(&self.bpffs_dir)?;
-            let linked = dataplane.linked_pods()?;
+        if let Some(dataplane) = dataplane {
             let records = Records::open(&self.state_dir)?;
-            for netns in finder::alive(&self.netns_dir, &records, &linked)? {
-                let path = netns.path().to_owned();
-                restore(&dataplane, netns)?;
-                print(format!("restored {}\n", path.display()).as_bytes())?;
-            }
+            let linked = dataplane.linked_pods()?;
+            restore_all(&dataplane, finder::alive(&self.netns_dir, &records, &linked)?)?;
             dataplane.sweep(&[].into(), &[].into())?;
             let left = dataplane.linked_pods()?;
             if !left.is_empty() {
@@ -241,7 +249,7 @@ impl NodeState {
 
 fn attach(args: &AttachArgs) -> Result<()> {
     let pod = PodNetns::new(Netns::open(&args.netns)?, &args.address)?;
-    let dataplane = open(&args.bpffs.bpffs_dir)?;
+    let dataplane = open(&args.bpffs.bpffs_dir, args.force.force)?;
     let traffic = Traffic {
         dns_capture: args.traffic.dns_capture,
         selections: args.traffic.selections(),
@@ -249,28 +257,73 @@ fn attach(args: &AttachArgs) -> Result<()> {
     };
     dataplane.prepare(&pod, 0, &traffic)?;
     dataplane.proxy_listens(&pod)?;
-    dataplane.capture(&pod, &traffic)
+    dataplane.capture(&pod, &traffic)?;
+    dataplane.settle_wholly(&pod)
 }
 
 fn detach(args: &DetachArgs) -> Result<()> {
-    let dataplane = open(&args.bpffs.bpffs_dir)?;
+    let dataplane = open(&args.bpffs.bpffs_dir, args.force.force)?;
     restore(&dataplane, Netns::open(&args.netns)?)?;
     dataplane.unpin_if_unused()
+}
+
+/// Puts namespaces back to how they were found, many at once: first the traffic of all, then what takes
+/// long and harms nobody who has to wait for it. One that fails keeps none from being put back.
+fn restore_all(dataplane: &Dataplane, found: Vec<Netns>) -> Result<()> {
+    let pods: Vec<PodNetns> = found.into_iter().map(PodNetns::existing).collect::<Result<_>>()?;
+    let let_pass = |pod: &PodNetns| {
+        dataplane.release(pod)?;
+        dataplane.settle_wholly(pod)?;
+        dataplane.let_pass(pod)?;
+        print(format!("restored {}\n", pod.netns.path().display()).as_bytes())
+    };
+    let remove = |pod: &PodNetns| {
+        dataplane.remove(pod)?;
+        dataplane.forget(pod.netns.inode())
+    };
+    let failed = [at_once(&pods, let_pass), at_once(&pods, remove)].concat();
+    match &failed[..] {
+        [] => Ok(()),
+        failed => bail!("{}", failed.join("; ")),
+    }
+}
+
+/// Does something for each pod; returns what went wrong.
+fn at_once(pods: &[PodNetns], what: impl Fn(&PodNetns) -> Result<()> + Sync) -> Vec<String> {
+    const AT_ONCE: usize = 32;
+    let next = AtomicUsize::new(0);
+    thread::scope(|scope| {
+        let work = || {
+            let mut failed = Vec::new();
+            while let Some(pod) = pods.get(next.fetch_add(1, Ordering::Relaxed)) {
+                let path = pod.netns.path().display();
+                failed.extend(what(pod).err().map(|e| format!("{path}: {e:#}")));
+            }
+            failed
+        };
+        let workers: Vec<_> = (0..AT_ONCE.min(pods.len())).map(|_| scope.spawn(work)).collect();
+        workers
+            .into_iter()
+            .flat_map(|worker| worker.join().unwrap_or_else(|_| vec!["a thread panicked".into()]))
+            .collect()
+    })
 }
 
 /// Puts one namespace back to how it was found.
 fn restore(dataplane: &Dataplane, netns: Netns) -> Result<()> {
     let pod = PodNetns::existing(netns)?;
     dataplane.release(&pod)?;
+    dataplane.settle_wholly(&pod)?;
     dataplane.remove(&pod)?;
     dataplane.forget(pod.netns.inode())
 }
 
-fn open(bpffs_dir: &Path) -> Result<Dataplane> {
+fn open(bpffs_dir: &Path, force: bool) -> Result<Dataplane> {
     Dataplane::open(&dataplane::Options {
         bpffs_dir: bpffs_dir.to_owned(),
         proxy_grace: DEFAULT_PROXY_GRACE,
         log: false,
+        force,
     })
 }
 
@@ -315,19 +368,13 @@ fn check(args: &CheckArgs) -> Result<()> {
     if report.ok { Ok(()) } else { bail!("{}", report.verdict()) }
 }
 
-async fn cleanup(args: &CleanupArgs) -> Result<()> {
-    let client = Client::new(args.control.control_socket.clone());
-    if client.healthz().await.is_ok() {
-        bail!(
-            "an agent runs on this node and would set everything up again; stop it first (it answers at {})",
-            args.control.control_socket.display()
-        );
-    }
+fn cleanup(args: &CleanupArgs) -> Result<()> {
     let state = NodeState {
         netns_dir: args.netns_dir.clone(),
         state_dir: args.state_dir.clone(),
         bpffs_dir: args.bpffs.bpffs_dir.clone(),
         cni: args.cni.clone().into(),
+        force: args.force.force,
     };
     state.put_back()
 }

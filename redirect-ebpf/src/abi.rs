@@ -188,6 +188,9 @@ pub const LISTENER_INBOUND: u32 = 1;
 /// [`ListenerKey::kind`]: [`PORT_HBONE`].
 pub const LISTENER_HBONE: u32 = 2;
 
+/// By how many bits what `find_proxy` returns of new listeners is shifted.
+pub const NEW_LISTENERS: u32 = 8;
+
 /// Key of `listeners` (the proxy's listening sockets) and of `proxy_missing`.
 #[repr(C)]
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, Pod, Zeroable)]
@@ -316,6 +319,18 @@ pub struct PodFlow {
     pub pod_id: PodId,
     /// The connection as the pod's socket sees it.
     pub flow: Flow,
+}
+
+/// Value of the map `switches`: a pod's way in or out of the mesh, or to other settings.
+#[repr(C)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Pod, Zeroable)]
+pub struct Switch {
+    /// When it is over at the latest, ns of CLOCK_MONOTONIC.
+    pub until_ns: u64,
+    /// How many entries of `ways` the pod has.
+    pub noted: u32,
+    /// Zero.
+    pub padding: u32,
 }
 
 /// How many flows of one pod the map `ways` takes.
@@ -556,6 +571,7 @@ const _: () = {
     assert!(size_of::<DnsFlow>() == 56);
     assert!(size_of::<PodFlow>() == 40);
     assert!(size_of::<Settled>() == 40);
+    assert!(size_of::<Switch>() == 16);
     assert!(size_of::<ThisPod>() == 16);
     assert!(size_of::<Hint>() == 44);
     assert!(size_of::<VirtualInterface>() == 8);
@@ -567,7 +583,7 @@ const _: () = {
 mod user {
     use super::{
         Addr, CounterKey, DnsFlow, DnsKey, Flow, Hint, ListenerKey, OwnAddress, PodEntry, PodFlow,
-        PodPeer, PodPort, SavedSysctls, Settled, SockOffsets, ThisPod, VirtualInterface,
+        PodPeer, PodPort, SavedSysctls, Settled, SockOffsets, Switch, ThisPod, VirtualInterface,
     };
 
     macro_rules! pod {
@@ -593,6 +609,7 @@ mod user {
         SavedSysctls,
         Settled,
         SockOffsets,
+        Switch,
         ThisPod,
         VirtualInterface
     );

@@ -19,7 +19,11 @@ use redirect_ebpf::{
     verdict::{mesh_mark, with_mesh_mark},
 };
 
-use crate::{config, dns_flow, is_own, note, noted, sockets::from_words};
+use crate::{
+    config, dns_flow, is_own,
+    sockets::from_words,
+    switch::{note, noted},
+};
 
 const SOL_SOCKET: i32 = 1;
 const SO_REUSEADDR: i32 = 2;

@@ -13,6 +13,7 @@ mod kubelet;
 mod maps;
 mod packet;
 mod sockets;
+mod switch;
 
 use aya_ebpf::{
     EbpfContext as _,
@@ -27,9 +28,9 @@ use redirect_ebpf::{
     abi::{
         Addr, Counter, CounterKey, DECISION_ENROLLED, DnsFlow, DnsKey, EVERY_POD, Flow,
         HALF_OPEN_NS, HINT_NONE, HINT_QUESTION, Hint, INBOUND_BYPASS, LISTENER_HBONE,
-        LISTENER_INBOUND, LISTENER_OUTBOUND, ListenerKey, MARK_PROXY, MARK_REDIRECTED, OwnAddress,
-        POD_ENROLLED, POD_WAYS, PORT_PROXY_DNS, PodFlow, PodId, PodPeer, PodPort, VirtualInterface,
-        WAY_DIRECT, WAY_REDIRECTED,
+        LISTENER_INBOUND, LISTENER_OUTBOUND, ListenerKey, MARK_PROXY, MARK_REDIRECTED,
+        NEW_LISTENERS, OwnAddress, POD_ENROLLED, PORT_PROXY_DNS, PodId, PodPeer, PodPort,
+        VirtualInterface, WAY_DIRECT,
     },
     dns::{self, Dns, DnsEnv, Message},
     verdict::{
@@ -42,9 +43,10 @@ use crate::{
     maps::{
         ADDRESSES, ANY_STRAYS, COUNTERS, DNS_FLOWS, HINT, INBOUND_PORTS, INBOUND_RANGES,
         OUTBOUND_PORTS, OUTBOUND_RANGES, PARSED, PODS_BY_ID, PROXY_MISSING, STRAYS, THIS_POD,
-        VIRTUAL_INTERFACES, WAY_COUNTS, WAYS,
+        VIRTUAL_INTERFACES,
     },
     packet::{Network, Parsed},
+    sockets::Found,
 };
 
 const AF_INET: u32 = 2;
@@ -60,6 +62,9 @@ pub fn redirect_lo(ctx: TcContext) -> i32 {
     let Some(parsed) = parsed() else { return TC_ACT_SHOT };
     if !parse_message(&ctx, parsed) {
         return if drops_unread(&ctx) { TC_ACT_SHOT } else { on_lo(&ctx, None) };
+    }
+    if parsed.message.tcp && switch::holds_sent(&ctx, parsed) {
+        return TC_ACT_SHOT;
     }
     if dns::concerns(&parsed.message) {
         let segment = *parsed.segment();
@@ -223,6 +228,9 @@ pub fn redirect_ext(ctx: TcContext) -> i32 {
 
 #[inline(never)]
 fn on_interface(ctx: &TcContext, is_tcp: bool, parsed: &Parsed) -> i32 {
+    if is_tcp {
+        switch::note_received(ctx, parsed);
+    }
     let ip = packet::network(ctx) != Network::Other;
     let parsed = if is_tcp { Some(parsed) } else { None };
     let verdict = verdict::on_interface(ip, parsed.map(Parsed::segment), &Tc { ctx });
@@ -301,6 +309,9 @@ pub fn redirect_out(ctx: TcContext) -> i32 {
     }
     let Some(parsed) = parsed() else { return TC_ACT_SHOT };
     let readable = parse_message(&ctx, parsed);
+    if readable && parsed.message.tcp && switch::holds_sent(&ctx, parsed) {
+        return TC_ACT_SHOT;
+    }
     on_egress(&ctx, readable, parsed)
 }
 
@@ -326,32 +337,34 @@ fn on_egress(ctx: &TcContext, readable: bool, parsed: &Parsed) -> i32 {
 }
 
 /// Run by the agent in a pod's namespace, on a packet that does not matter: enters the proxy's
-/// listeners. Returns a bit for each of `LISTENER_*` that it has found.
+/// listeners. Returns a bit for each of `LISTENER_*` that it has found, and the same, shifted by
+/// [`NEW_LISTENERS`], for each that it had not known.
 #[classifier]
 pub fn find_proxy(ctx: TcContext) -> i32 {
     let mut found = 0;
     for kind in [LISTENER_OUTBOUND, LISTENER_INBOUND, LISTENER_HBONE] {
-        if find_listener(&ctx, kind) {
-            found |= 1 << kind;
-        }
+        found |= find_listener(&ctx, kind) << kind;
     }
     clear_hint();
     found
 }
 
 #[inline(never)]
-fn find_listener(ctx: &TcContext, kind: u32) -> bool {
-    let Some(pod_id) = packet::netns_inode(ctx) else { return false };
+fn find_listener(ctx: &TcContext, kind: u32) -> i32 {
+    let Some(pod_id) = packet::netns_inode(ctx) else { return 0 };
     let key = ListenerKey { pod_id, kind };
     for client_port in 1..=GROUP_TRIES {
-        if sockets::find_listener(ctx, &key, false, client_port)
-            || sockets::find_listener(ctx, &key, true, client_port)
-        {
+        for v4 in [false, true] {
+            let found = match sockets::find_listener(ctx, &key, v4, client_port) {
+                Found::Nothing => continue,
+                Found::Known => 1,
+                Found::New => 1 | 1 << NEW_LISTENERS,
+            };
             let _absent = PROXY_MISSING.remove(&key);
-            return true;
+            return found;
         }
     }
-    false
+    0
 }
 
 /// How many clients are tried where others share the proxy's port.
@@ -469,86 +482,6 @@ fn this_pod(ctx: &SkLookupContext) -> Option<PodId> {
         (pod_id, core::ptr::read_volatile(&raw const (*slot).context))
     };
     if context == ctx.as_ptr() as u64 { Some(pod_id) } else { None }
-}
-
-/// Attached for a moment while a pod enters or leaves the mesh or its settings change, where its
-/// packets leave (egress of its interfaces, ingress of `lo`): notes which way each flow goes, and
-/// holds back a packet that goes another way than its flow did before. It is sent again, on the right
-/// way, once the flow's socket is marked.
-#[classifier]
-pub fn watch_sent(ctx: TcContext) -> i32 {
-    let mark = mesh_mark(mark(&ctx));
-    // SAFETY: the context is valid while the program runs.
-    let on_lo = unsafe { (*ctx.skb.skb).ifindex } == LOOPBACK_IFINDEX;
-    if mark != 0 && !(on_lo && mark == MARK_PROXY) {
-        return TC_ACT_UNSPEC;
-    }
-    let Some(parsed) = parsed() else { return TC_ACT_UNSPEC };
-    if !parse_tcp(&ctx, parsed) {
-        return TC_ACT_UNSPEC;
-    }
-    let Some(pod_id) = packet::netns_inode(&ctx) else { return TC_ACT_UNSPEC };
-    if mark == MARK_PROXY {
-        note(pod_id, parsed.segment().receiver_flow(), WAY_REDIRECTED, BPF_ANY);
-        return TC_ACT_UNSPEC;
-    }
-    let flow = parsed.segment().sender_flow();
-    let way = if on_lo { WAY_REDIRECTED } else { WAY_DIRECT };
-    if parsed.segment().opens {
-        // A new connection, maybe with the ports of an old one.
-        note(pod_id, flow, way, BPF_ANY);
-        return TC_ACT_UNSPEC;
-    }
-    match noted(pod_id, flow) {
-        Some(noted) if noted != way => {
-            count(pod_id, Counter::HeldInTransition as u32);
-            TC_ACT_SHOT
-        }
-        Some(_) => TC_ACT_UNSPEC,
-        None => {
-            note(pod_id, flow, way, BPF_NOEXIST);
-            TC_ACT_UNSPEC
-        }
-    }
-}
-
-/// Attached with [`watch_sent`] where packets come to the pod from outside: a connection that was
-/// half open, and so without a socket, shows itself by the packet that opens it in full.
-#[classifier]
-pub fn watch_received(ctx: TcContext) -> i32 {
-    let Some(parsed) = parsed() else { return TC_ACT_UNSPEC };
-    if parse_tcp(&ctx, parsed)
-        && let Some(pod_id) = packet::netns_inode(&ctx)
-    {
-        // What is known to be redirected stays so, whatever outsiders send.
-        note(pod_id, parsed.segment().receiver_flow(), WAY_DIRECT, BPF_NOEXIST);
-    }
-    TC_ACT_UNSPEC
-}
-
-/// Notes the way of a flow; `flags` as of an update of a map. Of each pod only so many flows are noted:
-/// then the guard alone keeps them on their way.
-#[inline(never)]
-fn note(pod_id: PodId, flow: Flow, way: u32, flags: u32) {
-    let key = PodFlow { pod_id, flow };
-    let Some(noted) = WAY_COUNTS.get_ptr_mut(&pod_id) else { return };
-    // SAFETY: the pointers are to live map values. CPUs that count at the same instant may lose one.
-    unsafe {
-        if WAYS.get_ptr(&key).is_none() {
-            if *noted >= POD_WAYS {
-                return;
-            }
-            *noted += 1;
-        }
-    }
-    // Refused only where a note is there already that counts for more.
-    let _noted = WAYS.insert(&key, way, u64::from(flags));
-}
-
-#[inline(always)]
-fn noted(pod_id: PodId, flow: Flow) -> Option<u32> {
-    // SAFETY: the pointer is to a live map value; it is one word.
-    WAYS.get_ptr(&PodFlow { pod_id, flow }).map(|way| unsafe { *way })
 }
 
 #[inline(always)]

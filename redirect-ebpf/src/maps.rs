@@ -10,7 +10,7 @@ use aya_ebpf::{
 };
 use redirect_ebpf::abi::{
     CounterKey, DnsFlow, DnsKey, Flow, Hint, ListenerKey, OwnAddress, PodEntry, PodFlow, PodId,
-    PodPeer, PodPort, SavedSysctls, Settled, ThisPod, VirtualInterface,
+    PodPeer, PodPort, SavedSysctls, Settled, Switch, ThisPod, VirtualInterface,
 };
 
 use crate::packet::Parsed;
@@ -106,9 +106,13 @@ pub static DNS_FLOWS: HashMap<DnsKey, DnsFlow, 262_144, AS_IT_COMES> = HashMap::
 #[btf_map(name = "ways")]
 pub static WAYS: HashMap<PodFlow, u32, 262_144, AS_IT_COMES> = HashMap::new();
 
-/// Pod → how many entries of `ways` it has.
-#[btf_map(name = "way_counts")]
-pub static WAY_COUNTS: HashMap<PodId, u32, PODS> = HashMap::new();
+/// Pod that enters or leaves the mesh, or whose settings change → for how long at most.
+#[btf_map(name = "switches")]
+pub static SWITCHES: HashMap<PodId, Switch, PODS> = HashMap::new();
+
+/// How many pods are in `switches`.
+#[btf_map(name = "switching")]
+pub static SWITCHING: Array<u32, 1> = Array::new();
 
 /// Pod → its sysctls before enrolment. Only the agent uses it; it is here to be pinned with the rest.
 #[btf_map(name = "saved_sysctls")]

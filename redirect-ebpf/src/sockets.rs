@@ -113,6 +113,17 @@ pub fn completes_cookie(ctx: &TcContext, pod_id: PodId) -> bool {
     }
 }
 
+/// What was found of a listener of the proxy.
+#[derive(Clone, Copy, PartialEq, Eq)]
+pub enum Found {
+    /// None.
+    Nothing,
+    /// The one that `listeners` had.
+    Known,
+    /// Another one.
+    New,
+}
+
 /// A client of no listener's.
 const ANY_CLIENT: u16 = 1;
 
@@ -128,7 +139,7 @@ pub fn proxy(ctx: &TcContext, key: &ListenerKey, v4: bool) -> Proxy {
             return Proxy::Listens;
         }
     }
-    if find_listener(ctx, key, v4, ANY_CLIENT) {
+    if find_listener(ctx, key, v4, ANY_CLIENT) != Found::Nothing {
         let _gone = PROXY_MISSING.remove(key);
         return Proxy::Listens;
     }
@@ -152,11 +163,11 @@ pub fn proxy(ctx: &TcContext, key: &ListenerKey, v4: bool) -> Proxy {
     }
 }
 
-/// Enters the proxy's listener of this kind into `listeners`, in place of the one that is there.
-/// Whether it was found. Others may have joined the group of sockets that share the port: of those the
+/// Enters the proxy's listener of this kind into `listeners`, in place of the one that is there. What was
+/// found. Others may have joined the group of sockets that share the port: of those the
 /// kernel chooses one by `client_port`.
 #[inline(never)]
-pub fn find_listener(ctx: &TcContext, key: &ListenerKey, v4: bool, client_port: u16) -> bool {
+pub fn find_listener(ctx: &TcContext, key: &ListenerKey, v4: bool, client_port: u16) -> Found {
     let port = match key.kind {
         LISTENER_INBOUND => PORT_INBOUND,
         LISTENER_HBONE => PORT_HBONE,
@@ -178,13 +189,39 @@ pub fn find_listener(ctx: &TcContext, key: &ListenerKey, v4: bool, client_port: 
             0,
         );
         if sk.is_null() {
+            return Found::Nothing;
+        }
+        let is_it = (*sk).state == TCP_LISTEN && is_proxys(sk);
+        let found = if !is_it {
+            Found::Nothing
+        } else if is_known(key, sk) {
+            Found::Known
+        } else if bpf_map_update_elem(listeners(), ptr::from_ref(key).cast(), sk.cast(), 0) == 0 {
+            Found::New
+        } else {
+            Found::Nothing
+        };
+        bpf_sk_release(sk.cast());
+        found
+    }
+}
+
+/// Whether `listeners` has this very socket.
+///
+/// # Safety
+///
+/// The socket is a live one.
+#[inline(always)]
+unsafe fn is_known(key: &ListenerKey, sk: *mut bpf_sock) -> bool {
+    // SAFETY: the reference that the lookup takes is released.
+    unsafe {
+        let known = bpf_map_lookup_elem(listeners(), ptr::from_ref(key).cast());
+        if known.is_null() {
             return false;
         }
-        let found = (*sk).state == TCP_LISTEN && is_proxys(sk);
-        let entered =
-            found && bpf_map_update_elem(listeners(), ptr::from_ref(key).cast(), sk.cast(), 0) == 0;
-        bpf_sk_release(sk.cast());
-        entered
+        let same = ptr::eq(known.cast(), sk);
+        bpf_sk_release(known);
+        same
     }
 }
 

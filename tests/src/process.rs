@@ -197,6 +197,17 @@ impl Drop for Attached<'_> {
     }
 }
 
+/// Runs a command that may fail: whether it succeeded, and what it said.
+///
+/// # Errors
+///
+/// When it cannot be run.
+pub fn finish(command: &mut Command) -> Result<(bool, String)> {
+    let output = command.output().with_context(|| format!("run {command:?}"))?;
+    let said = [output.stdout, output.stderr].concat();
+    Ok((output.status.success(), String::from_utf8_lossy(&said).into_owned()))
+}
+
 /// Runs a command to its end; that it fails is an error with what it wrote.
 pub fn succeed(command: &mut Command) -> Result<Output> {
     let output = command.output().with_context(|| format!("run {command:?}"))?;

@@ -104,7 +104,8 @@ impl Dataplane {
             // Its open connections were marked before, and new ones are ours whichever rules they meet.
             pod.netns.run(displace)??;
         } else {
-            self.switch(pod, "mark_all", |_| displace())?;
+            self.switch(pod, "mark_all", displace)?;
+            self.settle_wholly(pod)?;
         }
         Ok(Displaced::Now)
     }

@@ -8,13 +8,10 @@ use std::{
 };
 
 use anyhow::{Context as _, Result};
-use aya::programs::{
-    CgroupAttachMode, LinkOrder, SchedClassifier, SockOps, TcAttachType,
-    links::FdLink,
-    tc::{SchedClassifierLink, TcAttachOptions},
-};
+use aya::programs::{CgroupAttachMode, ProgramFd, SockOps, TcAttachType, links::FdLink};
+use aya_obj::generated::bpf_attach_type;
 
-use super::{remove_if_there, routes::LOOPBACK_IFINDEX, sys};
+use super::{kernel::TcxProgram, remove_if_there, routes::LOOPBACK_IFINDEX, sys};
 use crate::netns::Netns;
 
 /// The pins of one pod, `<bpffs>/links/<netns inode>/…`.
@@ -56,22 +53,21 @@ impl PodLinks {
     }
 
     /// Attaches a program to an interface, at the head of its tcx chain, or swaps the program of the
-    /// link that is there. Runs inside the pod's namespace.
+    /// link that is there. Runs inside the pod's namespace. The kernel takes some milliseconds for it, and
+    /// serves one at a time on the whole node: it waits for an RCU grace period.
     pub(super) fn ensure_tcx(
         &self,
-        program: &mut SchedClassifier,
+        program: &TcxProgram,
         (index, name): (u32, &str),
         at: TcAttachType,
     ) -> Result<()> {
         let pin = self.tcx_pin(index, at);
-        let id = program.info().context("inspect tcx program")?.id();
         if let Some(link) = adopt(&pin, index.into())? {
-            return swap(&link, id, program.fd()?.as_fd());
+            return swap(&link, program.id, program.fd.as_fd());
         }
-        let link = attach_tcx(program, name, at)?;
-        let link: FdLink = link.try_into().context("take the link of a tcx program")?;
-        link.pin(&pin).with_context(|| format!("pin {}", pin.display()))?;
-        Ok(())
+        let link = attach_tcx(&program.fd, index, at)
+            .with_context(|| format!("attach tcx program to interface {name}"))?;
+        sys::obj_pin(link.as_fd(), &pin).with_context(|| format!("pin {}", pin.display()))
     }
 
     /// Whether `sk_lookup` is attached to the namespace.
@@ -197,16 +193,12 @@ impl KubeletLink {
 }
 
 /// Attaches a program at the head of an interface's tcx chain. Runs inside the pod's namespace.
-pub(super) fn attach_tcx(
-    program: &mut SchedClassifier,
-    interface: &str,
-    at: TcAttachType,
-) -> Result<SchedClassifierLink> {
-    let options = TcAttachOptions::TcxOrder(LinkOrder::first());
-    let link = program
-        .attach_with_options(interface, at, options)
-        .with_context(|| format!("attach tcx program to interface {interface}"))?;
-    program.take_link(link).context("take the link of a tcx program")
+pub(super) fn attach_tcx(program: &ProgramFd, index: u32, at: TcAttachType) -> io::Result<OwnedFd> {
+    let at = match at {
+        TcAttachType::Egress => bpf_attach_type::BPF_TCX_EGRESS,
+        _ => bpf_attach_type::BPF_TCX_INGRESS,
+    };
+    sys::link_tcx(program.as_fd(), index, at)
 }
 
 /// Detaches the link pinned at `pin`, if there is one, and removes the pin.

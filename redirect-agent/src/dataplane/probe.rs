@@ -14,8 +14,10 @@ use aya::{Btf, EbpfLoader, programs::TcAttachType};
 use nix::sched::{CloneFlags, unshare};
 
 use super::{
-    ITERATORS, Kernel, OBJECT, TCX_PROGRAMS, links::attach_tcx, routes::Routing, sockets, sys,
-    sysctl,
+    kernel::{ITERATORS, Kernel, OBJECT, TCX_PROGRAMS},
+    links::attach_tcx,
+    routes::{LOOPBACK_IFINDEX, Routing},
+    sockets, sys, sysctl,
 };
 use crate::netns::Netns;
 
@@ -73,7 +75,7 @@ pub fn is_denied(error: &anyhow::Error) -> bool {
 
 /// The programs with maps of their own, which nobody else sees.
 fn kernel() -> Result<Kernel> {
-    EbpfLoader::new().load(OBJECT).map(Kernel).context("load the eBPF object")
+    EbpfLoader::new().btf(None).load(OBJECT).map(Kernel).context("load the eBPF object")
 }
 
 fn sk_lookup() -> Result<()> {
@@ -91,7 +93,8 @@ fn tcx() -> Result<()> {
     for name in TCX_PROGRAMS {
         let program = kernel.classifier(name)?;
         program.load().with_context(|| format!("load program {name}"))?;
-        attach_tcx(program, "lo", TcAttachType::Ingress)?;
+        attach_tcx(program.fd()?, LOOPBACK_IFINDEX, TcAttachType::Ingress)
+            .context("attach to lo")?;
     }
     Ok(())
 }
@@ -102,7 +105,7 @@ fn iterators() -> Result<()> {
     for name in ITERATORS {
         let program = kernel.iterator(name)?;
         program.load("tcp", &btf).with_context(|| format!("load program {name}"))?;
-        sockets::iterate(program)?;
+        sockets::run(sockets::open(program)?)?;
     }
     Ok(())
 }

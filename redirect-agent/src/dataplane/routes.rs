@@ -16,7 +16,7 @@ use rtnetlink::{
     packet_route::{
         AddressFamily, IpProtocol,
         address::{AddressAttribute, AddressFlags, AddressMessage, AddressScope},
-        link::{LinkAttribute, LinkFlags},
+        link::{LinkAttribute, LinkFlags, LinkMessage},
         route::{RouteAddress, RouteAttribute, RouteMessage, RouteScope, RouteType},
         rule::{RuleAction, RuleAttribute, RuleMessage, RulePortRange},
     },
@@ -453,6 +453,155 @@ pub(super) struct Address {
     pub(super) global: bool,
 }
 
+/// What there was in the namespace.
+pub(super) struct Seen {
+    interfaces: BTreeMap<u32, Link>,
+    addresses: Vec<AddressMessage>,
+    v4: Family,
+    v6: Family,
+}
+
+struct Link {
+    name: String,
+    up: bool,
+}
+
+/// The rules of one family, and the routes of our tables.
+struct Family {
+    rules: Vec<RuleMessage>,
+    routes: Vec<RouteMessage>,
+}
+
+impl Seen {
+    /// The interfaces: index → name.
+    pub(super) fn interfaces(&self) -> BTreeMap<u32, String> {
+        self.interfaces.iter().map(|(index, link)| (*index, link.name.clone())).collect()
+    }
+
+    /// Whether `lo` is up.
+    pub(super) fn has_lo(&self) -> bool {
+        self.interfaces.get(&LOOPBACK_IFINDEX).is_some_and(|lo| lo.up)
+    }
+
+    /// The addresses, in the order of their interfaces, but for 127.0.0.0/8, ::1, and those that
+    /// somebody else has, too.
+    pub(super) fn addresses(&self) -> Vec<Address> {
+        let failed = |message: &AddressMessage| {
+            message.attributes.iter().any(|a| {
+                matches!(a, AddressAttribute::Flags(flags) if flags.contains(AddressFlags::Dadfailed))
+            })
+        };
+        let of = |message: &AddressMessage| {
+            let ip = own_address(message).filter(|ip| !failed(message) && !ip.is_loopback())?;
+            let interface = message.header.index;
+            let link = self.interfaces.get(&interface);
+            let name = link.map(|link| link.name.clone()).unwrap_or_default();
+            let global = message.header.scope == AddressScope::Universe;
+            Some(Address { ip, interface, name, global })
+        };
+        self.addresses.iter().filter_map(of).collect()
+    }
+
+    /// What there is of the outbound capture of one family.
+    pub(super) fn outbound(&self, source: IpAddr, traffic: &Traffic) -> OutboundState {
+        let family = self.family(source);
+        let wanted = Outbound::new(&self.deliveries(source), traffic);
+        let (_, rules) = family.capture_rules();
+        let mut routes = family.our_routes();
+        routes.retain(|route| route.table == TABLE);
+        OutboundState {
+            any: rules.iter().any(|rule| matches!(rule, Rule::Capture(_))),
+            rules: rules == wanted.rules,
+            routes: routes == wanted.routes,
+        }
+    }
+
+    /// Whether what [`Routing::add_keep`] adds is there: the rules, the routes.
+    pub(super) fn has_keep(&self, source: IpAddr, traffic: &Traffic) -> (bool, bool) {
+        let family = self.family(source);
+        let rules = family.our_rules();
+        let wanted = self.deliveries(source).keep_routes();
+        (
+            keep_rules(traffic).all(|rule| rules.contains(&rule)),
+            family.our_routes().is_superset(&wanted),
+        )
+    }
+
+    /// Whether rules of others come before ours, in either family: they may lead elsewhere what is to
+    /// be captured, or what the guard has brought back.
+    pub(super) fn has_foreign_rules(&self) -> bool {
+        [&self.v4, &self.v6].into_iter().any(|family| !foreign_rules(&family.rules).is_empty())
+    }
+
+    fn family(&self, of: IpAddr) -> &Family {
+        if of.is_ipv4() { &self.v4 } else { &self.v6 }
+    }
+
+    /// The ways to `lo` in the family of `source`, which is what a connection without a source takes.
+    fn deliveries(&self, source: IpAddr) -> Deliveries {
+        let up =
+            |index| index != LOOPBACK_IFINDEX && self.interfaces.get(&index).is_some_and(|l| l.up);
+        // The first address of each, a global one before others: those cannot reach everything.
+        let mut sources: BTreeMap<u32, Option<IpAddr>> = BTreeMap::new();
+        for message in &self.addresses {
+            let Some(address) = own_address(message) else { continue };
+            if up(message.header.index) && address.is_ipv4() == source.is_ipv4() {
+                let first = sources.entry(message.header.index).or_default();
+                let global = message.header.scope == AddressScope::Universe;
+                *first = first.or(global.then_some(address));
+            }
+        }
+        // One without an address of the family is not of that family.
+        let bound = sources
+            .into_iter()
+            .map(|(interface, first)| Delivery { interface, source: first.unwrap_or(source) });
+        let lo = Delivery { interface: LOOPBACK_IFINDEX, source };
+        Deliveries { lo, bound: bound.collect() }
+    }
+}
+
+impl Family {
+    fn our_rules(&self) -> BTreeSet<Rule> {
+        self.rules.iter().filter_map(Rule::read).collect()
+    }
+
+    fn our_routes(&self) -> BTreeSet<Route> {
+        self.routes.iter().filter_map(Route::read).collect()
+    }
+
+    fn our_rule_messages(&self) -> Vec<(Rule, RuleMessage)> {
+        let ours = |message: &RuleMessage| Some((Rule::read(message)?, message.clone()));
+        self.rules.iter().filter_map(ours).collect()
+    }
+
+    /// The rules that say what is captured, and those alone, in the kernel's order.
+    fn capture_rules(&self) -> (Vec<(Rule, RuleMessage)>, Vec<Rule>) {
+        let mut ours = self.our_rule_messages();
+        ours.retain(|(rule, _)| rule.captures());
+        let rules = ours.iter().map(|(rule, _)| *rule).collect();
+        (ours, rules)
+    }
+}
+
+fn interface(link: LinkMessage) -> (u32, Link) {
+    let up = link.header.flags.contains(LinkFlags::Up);
+    let name = link.attributes.into_iter().find_map(|a| match a {
+        LinkAttribute::IfName(name) => Some(name),
+        _ => None,
+    });
+    (link.header.index, Link { name: name.unwrap_or_default(), up })
+}
+
+/// The rules of others before the last one of ours. The kernel's own, `local`, stays the first.
+fn foreign_rules(rules: &[RuleMessage]) -> Vec<RuleMessage> {
+    let ours = |rule: &RuleMessage| Rule::read(rule).is_some_and(|rule| rule != Rule::Landing);
+    let local = |rule: &RuleMessage| {
+        rule.header.action == RuleAction::ToTable && u32::from(rule.header.table) == TABLE_LOCAL
+    };
+    let before = &rules[..rules.iter().rposition(ours).unwrap_or(0)];
+    before.iter().filter(|rule| Rule::read(rule).is_none() && !local(rule)).cloned().collect()
+}
+
 /// A connection to the kernel's routing in the namespace that it was opened in.
 pub(super) struct Routing {
     runtime: tokio::runtime::Runtime,
@@ -472,71 +621,42 @@ impl Routing {
         Ok(Self { runtime, handle })
     }
 
-    /// The interfaces: index → name.
-    pub(super) fn interfaces(&self) -> Result<BTreeMap<u32, String>> {
+    /// Reads everything that the other functions need to know.
+    pub(super) fn look(&self) -> Result<Seen> {
         self.runtime.block_on(async {
-            let mut interfaces = BTreeMap::new();
-            let mut links = self.handle.link().get().execute();
-            while let Some(link) = links.try_next().await.context("list interfaces")? {
-                let name = link.attributes.into_iter().find_map(|a| match a {
-                    LinkAttribute::IfName(name) => Some(name),
-                    _ => None,
-                });
-                interfaces.insert(link.header.index, name.unwrap_or_default());
-            }
-            Ok(interfaces)
+            let links = self.handle.link().get().execute().try_collect();
+            let links: Vec<LinkMessage> = links.await.context("list interfaces")?;
+            let addresses = self.handle.address().get().execute().try_collect();
+            Ok(Seen {
+                interfaces: links.into_iter().map(interface).collect(),
+                addresses: addresses.await.context("list addresses")?,
+                v4: self.family(IpVersion::V4).await?,
+                v6: self.family(IpVersion::V6).await?,
+            })
         })
     }
 
-    /// Whether `lo` is up.
-    pub(super) fn has_lo(&self) -> Result<bool> {
-        self.runtime.block_on(async {
-            let mut lo = self.handle.link().get().match_index(LOOPBACK_IFINDEX).execute();
-            let lo = lo.try_next().await.context("look at lo")?;
-            Ok(lo.is_some_and(|lo| lo.header.flags.contains(LinkFlags::Up)))
-        })
-    }
-
-    /// The addresses, in the order of their interfaces, but for 127.0.0.0/8, ::1, and those that
-    /// somebody else has, too.
-    pub(super) fn addresses(&self) -> Result<Vec<Address>> {
-        let interfaces = self.interfaces()?;
-        self.runtime.block_on(async {
-            let mut addresses = Vec::new();
-            let mut messages = self.handle.address().get().execute();
-            while let Some(message) = messages.try_next().await.context("list addresses")? {
-                let failed = message.attributes.iter().any(|a| {
-                    matches!(a, AddressAttribute::Flags(flags) if flags.contains(AddressFlags::Dadfailed))
-                });
-                let Some(ip) = own_address(&message).filter(|ip| !failed && !ip.is_loopback()) else {
-                    continue;
-                };
-                let interface = message.header.index;
-                addresses.push(Address {
-                    ip,
-                    interface,
-                    name: interfaces.get(&interface).cloned().unwrap_or_default(),
-                    global: message.header.scope == AddressScope::Universe,
-                });
-            }
-            Ok(addresses)
-        })
+    async fn family(&self, family: IpVersion) -> Result<Family> {
+        let rules = self.rules(family.clone()).await?;
+        Ok(Family { rules, routes: self.routes(family).await? })
     }
 
     /// Adds what keeps redirected connections so, in the family of `source`; that is the source that
     /// a connection without one takes. And what redirects those of the virtual interfaces, and what the
     /// guard brings to `lo`.
-    pub(super) fn add_keep(&self, source: IpAddr, traffic: &Traffic) -> Result<()> {
+    pub(super) fn add_keep(&self, seen: &Seen, source: IpAddr, traffic: &Traffic) -> Result<()> {
+        let family = seen.family(source);
         self.runtime.block_on(async {
-            for route in self.deliveries(source).await?.keep_routes() {
-                self.add_route(route).await?;
+            let present = family.our_routes();
+            for route in seen.deliveries(source).keep_routes().difference(&present) {
+                self.add_route(*route).await?;
             }
             // Those of another layout, say: nobody else's lead there.
-            for stale in self.rules(version(source)).await?.into_iter().filter(is_stale) {
-                done(self.handle.rule().del(stale).execute().await)
+            for stale in family.rules.iter().filter(|rule| is_stale(rule)) {
+                done(self.handle.rule().del(stale.clone()).execute().await)
                     .context("delete a stale rule")?;
             }
-            let present = self.our_rules(version(source)).await?;
+            let present = family.our_rules();
             for rule in keep_rules(traffic).filter(|rule| !present.contains(rule)) {
                 self.add_rule(source, rule).await?;
             }
@@ -547,22 +667,30 @@ impl Routing {
     /// Adds the rule alone, in the family of `family`.
     pub(super) fn add_keep_rule(&self, family: IpAddr) -> Result<()> {
         self.runtime.block_on(async {
-            if !self.our_rules(version(family)).await?.contains(&Rule::Keep) {
-                self.add_rule(family, Rule::Keep).await?;
+            let present = self.family(version(family)).await?.our_rules();
+            if present.contains(&Rule::Keep) {
+                return Ok(());
             }
-            Ok(())
+            self.add_rule(family, Rule::Keep).await
         })
     }
 
     /// Makes the outbound capture of one family what the settings say. What is captured before and
     /// after is captured at every moment between: what is new comes before what is old goes.
-    pub(super) fn set_outbound(&self, source: IpAddr, traffic: &Traffic) -> Result<()> {
+    pub(super) fn set_outbound(
+        &self,
+        seen: &Seen,
+        source: IpAddr,
+        traffic: &Traffic,
+    ) -> Result<()> {
+        let family = seen.family(source);
         self.runtime.block_on(async {
-            let wanted = Outbound::new(&self.deliveries(source).await?, traffic);
-            for route in &wanted.routes {
+            let wanted = Outbound::new(&seen.deliveries(source), traffic);
+            let routes = family.our_routes();
+            for route in wanted.routes.difference(&routes) {
                 self.add_route(*route).await?;
             }
-            let (stale, present) = self.capture_rules(version(source)).await?;
+            let (stale, present) = family.capture_rules();
             if present != wanted.rules {
                 // As a whole, because their order counts.
                 for rule in &wanted.rules {
@@ -570,6 +698,7 @@ impl Routing {
                 }
                 self.delete_rules_of(stale).await?;
             }
+            // Anew: some of them have been replaced.
             for message in self.routes(version(source)).await? {
                 let route = Route::read(&message);
                 if route.is_none_or(|r| r.table == TABLE && !wanted.routes.contains(&r)) {
@@ -577,38 +706,6 @@ impl Routing {
                 }
             }
             Ok(())
-        })
-    }
-
-    /// What there is of the outbound capture of one family.
-    pub(super) fn outbound(&self, source: IpAddr, traffic: &Traffic) -> Result<OutboundState> {
-        self.runtime.block_on(async {
-            let wanted = Outbound::new(&self.deliveries(source).await?, traffic);
-            let (_, rules) = self.capture_rules(version(source)).await?;
-            let routes: BTreeSet<Route> = self
-                .routes(version(source))
-                .await?
-                .iter()
-                .filter_map(Route::read)
-                .filter(|route| route.table == TABLE)
-                .collect();
-            Ok(OutboundState {
-                any: rules.iter().any(|rule| matches!(rule, Rule::Capture(_))),
-                rules: rules == wanted.rules,
-                routes: routes == wanted.routes,
-            })
-        })
-    }
-
-    /// Whether what [`Self::add_keep`] adds is there: the rules, the routes.
-    pub(super) fn has_keep(&self, source: IpAddr, traffic: &Traffic) -> Result<(bool, bool)> {
-        self.runtime.block_on(async {
-            let rules = self.our_rules(version(source)).await?;
-            let rule = keep_rules(traffic).all(|rule| rules.contains(&rule));
-            let routes = self.routes(version(source)).await?;
-            let routes: BTreeSet<Route> = routes.iter().filter_map(Route::read).collect();
-            let wanted = self.deliveries(source).await?.keep_routes();
-            Ok((rule, routes.is_superset(&wanted)))
         })
     }
 
@@ -631,25 +728,12 @@ impl Routing {
         })
     }
 
-    /// Whether rules of others come before ours, in either family: they may lead elsewhere what is to
-    /// be captured, or what the guard has brought back.
-    pub(super) fn has_foreign_rules(&self) -> Result<bool> {
-        self.runtime.block_on(async {
-            for family in [IpVersion::V4, IpVersion::V6] {
-                if !self.foreign_rules(family).await?.is_empty() {
-                    return Ok(true);
-                }
-            }
-            Ok(false)
-        })
-    }
-
     /// Lets the rules of others follow ours: they are added once more, in their order, and their first
     /// copies deleted.
     pub(super) fn precede_foreign_rules(&self) -> Result<()> {
         self.runtime.block_on(async {
             for family in [IpVersion::V4, IpVersion::V6] {
-                let foreign = self.foreign_rules(family).await?;
+                let foreign = foreign_rules(&self.rules(family).await?);
                 ensure!(
                     foreign.len() <= FOREIGN_RULES,
                     "the pod has {} routing rules of priority 0 before ours; remove them",
@@ -667,18 +751,6 @@ impl Routing {
             }
             Ok(())
         })
-    }
-
-    /// The rules of others before the last one of ours. The kernel's own, `local`, stays the first.
-    async fn foreign_rules(&self, family: IpVersion) -> Result<Vec<RuleMessage>> {
-        let mut rules = self.rules(family).await?;
-        let ours = |rule: &RuleMessage| Rule::read(rule).is_some_and(|rule| rule != Rule::Landing);
-        rules.truncate(rules.iter().rposition(ours).unwrap_or(0));
-        let local = |rule: &RuleMessage| {
-            rule.header.action == RuleAction::ToTable && u32::from(rule.header.table) == TABLE_LOCAL
-        };
-        rules.retain(|rule| Rule::read(rule).is_none() && !local(rule));
-        Ok(rules)
     }
 
     /// Whether istio-cni's rule is there, in either family.
@@ -719,7 +791,7 @@ impl Routing {
     fn delete_rules(&self, which: impl Fn(Rule) -> bool) -> Result<()> {
         self.runtime.block_on(async {
             for family in [IpVersion::V4, IpVersion::V6] {
-                let mut ours = self.our_rule_messages(family).await?;
+                let mut ours = self.family(family).await?.our_rule_messages();
                 ours.retain(|(rule, _)| which(*rule));
                 self.delete_rules_of(ours).await?;
             }
@@ -783,54 +855,6 @@ impl Routing {
     async fn delete_route(&self, message: RouteMessage) -> Result<()> {
         done(self.handle.route().del(message).execute().await)
             .with_context(|| format!("delete a route of table {TABLE} or {TABLE_KEEP}"))
-    }
-
-    /// The ways to `lo` in the family of `source`, which is what a connection without a source takes.
-    async fn deliveries(&self, source: IpAddr) -> Result<Deliveries> {
-        let mut up = BTreeSet::new();
-        let mut links = self.handle.link().get().execute();
-        while let Some(link) = links.try_next().await.context("list interfaces")? {
-            if link.header.flags.contains(LinkFlags::Up) && link.header.index != LOOPBACK_IFINDEX {
-                up.insert(link.header.index);
-            }
-        }
-        // The first address of each, a global one before others: those cannot reach everything.
-        let mut sources: BTreeMap<u32, Option<IpAddr>> = BTreeMap::new();
-        let mut messages = self.handle.address().get().execute();
-        while let Some(message) = messages.try_next().await.context("list addresses")? {
-            let Some(address) = own_address(&message) else { continue };
-            if up.contains(&message.header.index) && address.is_ipv4() == source.is_ipv4() {
-                let first = sources.entry(message.header.index).or_default();
-                let global = message.header.scope == AddressScope::Universe;
-                *first = first.or(global.then_some(address));
-            }
-        }
-        // One without an address of the family is not of that family.
-        let bound = sources
-            .into_iter()
-            .map(|(interface, first)| Delivery { interface, source: first.unwrap_or(source) });
-        let lo = Delivery { interface: LOOPBACK_IFINDEX, source };
-        Ok(Deliveries { lo, bound: bound.collect() })
-    }
-
-    async fn our_rules(&self, family: IpVersion) -> Result<BTreeSet<Rule>> {
-        Ok(self.rules(family).await?.iter().filter_map(Rule::read).collect())
-    }
-
-    async fn our_rule_messages(&self, family: IpVersion) -> Result<Vec<(Rule, RuleMessage)>> {
-        let messages = self.rules(family).await?.into_iter();
-        Ok(messages.filter_map(|message| Some((Rule::read(&message)?, message))).collect())
-    }
-
-    /// The rules that say what is captured, and those alone, in the kernel's order.
-    async fn capture_rules(
-        &self,
-        family: IpVersion,
-    ) -> Result<(Vec<(Rule, RuleMessage)>, Vec<Rule>)> {
-        let mut ours = self.our_rule_messages(family).await?;
-        ours.retain(|(rule, _)| rule.captures());
-        let rules = ours.iter().map(|(rule, _)| *rule).collect();
-        Ok((ours, rules))
     }
 
     async fn rules(&self, family: IpVersion) -> Result<Vec<RuleMessage>> {

@@ -9,7 +9,7 @@ use std::{
 use anyhow::{Context as _, Result, anyhow};
 use aya::programs::{Iter, SchedClassifier, TestRun as _, TestRunOptions};
 use btfparse::{Offset, Readable, TypeInformation};
-use redirect_ebpf::abi::{PORT_PROXY_DNS, SockOffsets};
+use redirect_ebpf::abi::{NEW_LISTENERS, PORT_PROXY_DNS, SockOffsets};
 
 const VMLINUX_BTF: &str = "/sys/kernel/btf/vmlinux";
 
@@ -116,23 +116,36 @@ fn has_port(table: &str, port: u16) -> bool {
     sockets.any(|line| line.split_whitespace().nth(1).is_some_and(|local| local.ends_with(&end)))
 }
 
-/// Runs the program that enters the proxy's listeners; returns a bit for each of `LISTENER_*` that it
-/// has found.
-pub(super) fn find_proxy(program: &SchedClassifier) -> Result<u32> {
+/// Listeners of the proxy, a bit for each of `LISTENER_*`.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) struct Listeners {
+    /// Those that there are.
+    pub(super) all: u32,
+    /// Those of them that the programs had not known.
+    pub(super) new: u32,
+}
+
+/// Runs the program that enters the proxy's listeners.
+pub(super) fn find_proxy(program: &SchedClassifier) -> Result<Listeners> {
     // The shortest that the kernel takes; it comes in on `lo` of the thread's namespace.
     let packet = [0; 64];
     let options = TestRunOptions { data_in: Some(&packet), ..TestRunOptions::default() };
-    let ran = program.test_run(options).context("look for the proxy's listeners")?;
-    Ok(ran.return_value)
+    let found = program.test_run(options).context("look for the proxy's listeners")?.return_value;
+    Ok(Listeners { all: found & ((1 << NEW_LISTENERS) - 1), new: found >> NEW_LISTENERS })
 }
 
-/// Runs an iterator over all TCP sockets; returns how many bytes it wrote.
-pub(super) fn iterate(iter: &mut Iter) -> Result<usize> {
+/// Opens an iterator over all TCP sockets of the thread's namespace.
+pub(super) fn open(iter: &mut Iter) -> Result<fs::File> {
     let link = iter.attach().context("attach a socket iterator")?;
     let link = iter.take_link(link).context("take the link of a socket iterator")?;
-    let mut file = link.into_file().context("open a socket iterator")?;
+    link.into_file().context("open a socket iterator")
+}
+
+/// Runs it; returns how many bytes it wrote. It looks at the whole node's table of connections, which takes
+/// a millisecond or so.
+pub(super) fn run(mut iterator: fs::File) -> Result<usize> {
     let mut out = Vec::new();
-    file.read_to_end(&mut out).context("run a socket iterator")?;
+    iterator.read_to_end(&mut out).context("run a socket iterator")?;
     Ok(out.len())
 }
 

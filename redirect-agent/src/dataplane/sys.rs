@@ -14,7 +14,7 @@ use std::{
     path::Path,
 };
 
-use aya_obj::generated::{bpf_attach_type, bpf_attr, bpf_cmd, bpf_prog_type};
+use aya_obj::generated::{BPF_F_BEFORE, bpf_attach_type, bpf_attr, bpf_cmd, bpf_prog_type};
 
 /// One instruction, as the kernel takes it.
 pub(super) type Insn = [u8; 8];
@@ -82,6 +82,27 @@ pub(super) fn link_lookup(program: BorrowedFd<'_>, netns: BorrowedFd<'_>) -> io:
     attr.link_create.__bindgen_anon_1.prog_fd = program.as_raw_fd() as u32;
     attr.link_create.__bindgen_anon_2.target_fd = netns.as_raw_fd() as u32;
     attr.link_create.attach_type = bpf_attach_type::BPF_SK_LOOKUP as u32;
+    let fd = bpf(bpf_cmd::BPF_LINK_CREATE, &mut attr)?;
+    // SAFETY: the kernel has just made this descriptor for us.
+    Ok(unsafe { OwnedFd::from_raw_fd(fd) })
+}
+
+/// Attaches a tcx program to an interface of the calling thread's network namespace, before all others.
+///
+/// # Errors
+///
+/// Those of bpf(2), `BPF_LINK_CREATE`.
+pub(super) fn link_tcx(
+    program: BorrowedFd<'_>,
+    interface: u32,
+    at: bpf_attach_type,
+) -> io::Result<OwnedFd> {
+    // SAFETY: all zeros is a valid `bpf_attr`.
+    let mut attr: bpf_attr = unsafe { mem::zeroed() };
+    attr.link_create.__bindgen_anon_1.prog_fd = program.as_raw_fd() as u32;
+    attr.link_create.__bindgen_anon_2.target_ifindex = interface;
+    attr.link_create.attach_type = at as u32;
+    attr.link_create.flags = BPF_F_BEFORE;
     let fd = bpf(bpf_cmd::BPF_LINK_CREATE, &mut attr)?;
     // SAFETY: the kernel has just made this descriptor for us.
     Ok(unsafe { OwnedFd::from_raw_fd(fd) })

@@ -396,6 +396,7 @@ impl<S: Source> Reconciler<S> {
                     warn!("restoring {}: no pod that is known has it", path.display());
                     let pod = PodNetns::existing(netns)?;
                     dataplane.release(&pod)?;
+                    dataplane.settle_wholly(&pod)?;
                     dataplane
                         .remove(&pod)
                         .with_context(|| format!("restore {}", path.display()))?;

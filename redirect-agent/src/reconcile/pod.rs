@@ -6,7 +6,7 @@ use anyhow::{Context as _, Result, anyhow};
 use tokio::{
     sync::watch,
     task::spawn_blocking,
-    time::{Instant, sleep_until, timeout},
+    time::{Instant, sleep, sleep_until, timeout},
 };
 use tracing::{debug, info, warn};
 
@@ -16,7 +16,7 @@ use super::{
 };
 use crate::{
     cni::records::Sandbox,
-    dataplane::{Dataplane, Displaced, IstioCni, Part, PodNetns, Watch},
+    dataplane::{Dataplane, Displaced, IstioCni, Part, PodNetns, SETTLE, Watch},
     membership::{Pod, PodKey, Reason},
     source::{ANNOTATION_REDIRECTION, Event, EventKind, Redirection, Source},
     traffic::Traffic,
@@ -336,11 +336,13 @@ impl<S: Source> PodTask<S> {
                 let netns = self.open_netns().await?;
                 let traffic = self.traffic();
                 let unused = self.shared.settings.finder.records().is_held(self.pod.kubelet_uid());
-                let capture = move |d: &Dataplane, pod: &PodNetns| match unused {
-                    true => d.capture_unused(pod, &traffic),
-                    false => d.capture(pod, &traffic),
-                };
-                self.on_netns(netns, capture).await?;
+                if unused {
+                    self.on_netns(netns, move |d, pod| d.capture_unused(pod, &traffic)).await?;
+                } else {
+                    let capture = move |d: &Dataplane, pod: &PodNetns| d.capture(pod, &traffic);
+                    self.on_netns(Arc::clone(&netns), capture).await?;
+                    self.settle(netns).await?;
+                }
                 if !self.standing.captured {
                     info!(pod = %self.key, "enrolled");
                     self.record(EventKind::Enrolled, format!("in the mesh: {}", self.why()));
@@ -399,7 +401,8 @@ impl<S: Source> PodTask<S> {
             }
             Step::Release => {
                 let netns = self.open_netns().await?;
-                self.on_netns(netns, |d, pod| d.release(pod)).await?;
+                self.on_netns(Arc::clone(&netns), |d, pod| d.release(pod)).await?;
+                self.settle(netns).await?;
                 self.standing.captured = false;
                 self.standing.shaped = false;
             }
@@ -424,6 +427,16 @@ impl<S: Source> PodTask<S> {
             Step::Note => self.note().await?,
         }
         Ok(true)
+    }
+
+    /// Waits until what was half-way there in a switch is marked.
+    async fn settle(&self, netns: Arc<PodNetns>) -> Result<()> {
+        for (n, delay) in (1..).zip(SETTLE) {
+            sleep(delay).await;
+            let last = n == SETTLE.len();
+            self.on_netns(Arc::clone(&netns), move |d, pod| d.settle(pod, last)).await?;
+        }
+        Ok(())
     }
 
     /// Looks whether istio-cni redirects the pod, which is not ours yet or to be repaired; if so, and

@@ -17,9 +17,10 @@ use redirect_ebpf::{
     abi::{
         Addr, Counter, DECISION_BYPASS, DECISION_ENROLLED, DNS_PLACES, DnsFlow, DnsKey, Flow,
         HINT_QUESTION, Hint, LISTENER_HBONE, LISTENER_INBOUND, LISTENER_OUTBOUND, MARK_PROXY,
-        MARK_REDIRECTED, OwnAddress, POD_BYPASS_INBOUND, POD_CAPTURE, POD_DNS, POD_ENROLLED,
-        POD_INBOUND_RULES, PORT_DNS, PORT_HBONE, PORT_INBOUND, PORT_OUTBOUND, PORT_PROXY_DNS,
-        PROTOCOL_TCP, PROTOCOL_UDP, PodEntry, PodId, VIRTUAL_CAPTURE, VIRTUAL_RULES,
+        MARK_REDIRECTED, NEW_LISTENERS, OwnAddress, POD_BYPASS_INBOUND, POD_CAPTURE, POD_DNS,
+        POD_ENROLLED, POD_INBOUND_RULES, PORT_DNS, PORT_HBONE, PORT_INBOUND, PORT_OUTBOUND,
+        PORT_PROXY_DNS, PROTOCOL_TCP, PROTOCOL_UDP, PodEntry, PodId, VIRTUAL_CAPTURE,
+        VIRTUAL_RULES,
     },
     dns::{self, DnsEnv, Message},
     verdict::{self, Env, Pods, Proxy, Segment, Steer},
@@ -325,7 +326,8 @@ impl World {
         self.listener(loopback, port_of(kind)).filter(|socket| socket.marked)
     }
 
-    /// Enters the proxy's listeners, as `find_proxy` does; gives a bit for each.
+    /// Enters the proxy's listeners, as `find_proxy` does; gives a bit for each, and one for each that was
+    /// not known.
     pub fn find_proxy(&self) -> u32 {
         let mut state = self.state.borrow_mut();
         state.hint = None;
@@ -334,9 +336,12 @@ impl World {
             let mut families = [false, true].into_iter();
             let socket = families.find_map(|v4| self.proxys_listener(kind, &Addr::loopback(v4)));
             if let Some(socket) = socket {
-                state.listeners.insert((own_id(), kind), socket.cookie);
+                let known = state.listeners.insert((own_id(), kind), socket.cookie);
                 state.missing.remove(&(own_id(), kind));
                 found |= 1 << kind;
+                if known != Some(socket.cookie) {
+                    found |= 1 << (kind + NEW_LISTENERS);
+                }
             }
         }
         found

@@ -11,7 +11,7 @@ use redirect_agent::output::{PodState, PodStatus, Status};
 use redirect_tests::app::{App, Behaviour, Call, Conversation};
 use redirect_tests::hbone::{Direction, Record, read_log};
 use redirect_tests::netns::{Family, Netns};
-use redirect_tests::process::{Process, binary, succeed, wait_for};
+use redirect_tests::process::{Process, binary, finish, succeed, wait_for};
 use redirect_tests::topology::{Pod, Style, Topology};
 use serde_json::{Value, json};
 
@@ -293,6 +293,13 @@ impl Node {
 
     /// A command of the agent's program that goes to the agent of this node.
     pub fn command(&self, verb: &str) -> Result<Command> {
+        let mut command = self.command_without_agent(verb)?;
+        command.arg("--control-socket").arg(self.control_socket());
+        Ok(command)
+    }
+
+    /// The same, for a command that does not ask the agent.
+    pub fn command_without_agent(&self, verb: &str) -> Result<Command> {
         let binary = binary("redirect-agent")?;
         let mut command = match &self.netns {
             Some(netns) => {
@@ -302,7 +309,7 @@ impl Node {
             }
             None => Command::new(binary),
         };
-        command.arg(verb).arg("--control-socket").arg(self.control_socket());
+        command.arg(verb);
         Ok(command)
     }
 
@@ -314,8 +321,13 @@ impl Node {
 
     /// `cleanup`, which may fail: whether it succeeded, and what it said.
     pub fn cleanup(&self) -> Result<(bool, String)> {
-        let output = self
-            .command("cleanup")?
+        finish(&mut self.cleanup_command()?)
+    }
+
+    /// What that runs.
+    pub fn cleanup_command(&self) -> Result<Command> {
+        let mut command = self.command_without_agent("cleanup")?;
+        command
             .arg("--netns-dir")
             .arg(&self.netns_dir)
             .arg("--state-dir")
@@ -325,11 +337,8 @@ impl Node {
             .arg("--cni-conf-dir")
             .arg(self.cni_conf_dir())
             .arg("--cni-bin-dir")
-            .arg(self.cni_bin_dir())
-            .output()
-            .context("run cleanup")?;
-        let said = [output.stdout, output.stderr].concat();
-        Ok((output.status.success(), String::from_utf8_lossy(&said).into_owned()))
+            .arg(self.cni_bin_dir());
+        Ok(command)
     }
 
     /// What `status` says.

@@ -35,7 +35,7 @@ fn cleanup_waits_for_the_agents_end_and_then_puts_everything_back(family: Family
     assert_ne!((footprint(&server.netns)?, footprint(&second.netns)?), before);
 
     let (done, said) = node.cleanup()?;
-    assert!(!done && said.contains("an agent runs on this node"), "{said}");
+    assert!(!done && said.contains(&format!("in use by process {}", node.agent_pid()?)), "{said}");
     for pod in [&*server, &second] {
         node.assert_inbound(client, pod, family)?;
         node.assert_outbound(pod, client, family)?;

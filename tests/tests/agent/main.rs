@@ -21,6 +21,7 @@ mod labels;
 mod load;
 mod neighbours;
 mod oddities;
+mod owner;
 mod past_the_proxy;
 mod pods;
 mod probes;

@@ -1,0 +1,453 @@
+//! The loaded programs and the open maps.
+
+use std::{
+    collections::{BTreeMap, BTreeSet},
+    io,
+    net::IpAddr,
+    os::fd::{AsFd as _, OwnedFd},
+    path::Path,
+};
+
+use anyhow::{Context as _, Result, bail};
+use aya::{
+    Btf, Ebpf, EbpfLoader,
+    maps::{Array, HashMap, Map, MapData, MapError, PerCpuHashMap, ProgramArray},
+    programs::{Iter, Program, ProgramFd, SchedClassifier, SkLookup, SockOps},
+};
+use redirect_ebpf::abi::{
+    Addr, Counter, CounterKey, DNS_PLACES, DnsFlow, DnsKey, LISTENER_HBONE, LISTENER_INBOUND,
+    LISTENER_OUTBOUND, ListenerKey, OwnAddress, POD_INBOUND_RULES, PROTOCOL_TCP, PROTOCOL_UDP,
+    PodFlow, PodId, PodPeer, PodPort, SavedSysctls, SockOffsets, Switch,
+};
+
+use super::{
+    FIND_PROXY, absent,
+    inbound::{self, Entry as _},
+    monotonic_ns,
+    parts::{Inspection, PartKind},
+    pod_netns::PodNetns,
+    reroute::VirtualInterfaces,
+    rows::{Pods, Row, is_captured},
+    stub,
+};
+use crate::{netns::Netns, traffic::Traffic};
+
+/// The kernel programs, compiled by the build script.
+pub static OBJECT: &[u8] = aya::include_bytes_aligned!(concat!(env!("OUT_DIR"), "/redirect"));
+
+/// The maps that outlive the agent.
+const PINNED_MAPS: [&str; 22] = [
+    PODS,
+    ADDRESSES,
+    THIS_POD,
+    PROGRAMS,
+    STRAYS,
+    "any_strays",
+    "settled",
+    SWITCHES,
+    SWITCHING,
+    "counters",
+    "listeners",
+    "proxy_missing",
+    "hints",
+    WAYS,
+    "saved_sysctls",
+    DNS_FLOWS,
+    "kubelet_flows",
+    INBOUND_PORTS,
+    INBOUND_RANGES,
+    OUTBOUND_PORTS,
+    OUTBOUND_RANGES,
+    VIRTUAL_INTERFACES,
+];
+const PODS: &str = "pods";
+const ADDRESSES: &str = "addresses";
+const THIS_POD: &str = "this_pod";
+const PROGRAMS: &str = "programs";
+const STRAYS: &str = "strays";
+const WAYS: &str = "ways";
+const SWITCHES: &str = "switches";
+const SWITCHING: &str = "switching";
+const DNS_FLOWS: &str = "dns_flows";
+const INBOUND_PORTS: &str = "inbound_ports";
+pub(super) const INBOUND_RANGES: &str = "inbound_ranges";
+const OUTBOUND_PORTS: &str = "outbound_ports";
+const OUTBOUND_RANGES: &str = "outbound_ranges";
+const VIRTUAL_INTERFACES: &str = "virtual_ifs";
+pub(super) const TCX_PROGRAMS: [&str; 5] =
+    ["redirect_lo", "redirect_ext", "redirect_virt", "redirect_out", FIND_PROXY];
+const LOOKUP_PROGRAM: &str = "redirect_lookup";
+const KUBELET_PROGRAM: &str = "note_kubelet";
+pub(super) const ITERATORS: [&str; 6] =
+    ["note_proxy", "mark_all", "mark_open", "mark_noted", "count_redir", "reuse_addr"];
+
+/// For how long a switch goes on noting and holding back when nobody ends it or asks for more.
+const SWITCH_NS: u64 = 2_000_000_000;
+
+/// What the programs are told once.
+pub(super) struct Globals {
+    pub(super) log: u8,
+    pub(super) proxy_grace_ns: u64,
+    pub(super) offsets: SockOffsets,
+}
+
+/// A loaded tcx program.
+pub(super) struct TcxProgram {
+    pub(super) fd: ProgramFd,
+    /// The number that the kernel knows it by.
+    pub(super) id: u32,
+}
+
+/// The loaded programs and the open maps.
+pub(super) struct Kernel(pub(super) Ebpf);
+
+impl Kernel {
+    /// Loads the programs, and opens or creates the maps that are pinned in `dir`; nothing is attached
+    /// yet.
+    pub(super) fn load(dir: &Path, globals: &Globals) -> Result<Self> {
+        let mut loader = EbpfLoader::new();
+        loader
+            // No program needs to be fitted to the kernel's types, and they are large.
+            .btf(None)
+            .override_global("LOG", &globals.log, true)
+            .override_global("PROXY_GRACE_NS", &globals.proxy_grace_ns, true)
+            .override_global("SOCK_OFFSETS", &globals.offsets, true);
+        for map in PINNED_MAPS {
+            loader.map_pin_path(map, dir.join(map));
+        }
+        let mut kernel = Self(loader.load(OBJECT).context("load the eBPF object")?);
+        for name in TCX_PROGRAMS {
+            kernel.classifier(name)?.load().with_context(|| format!("load program {name}"))?;
+        }
+        kernel.lookup()?.load().context("load program redirect_lookup")?;
+        kernel.share_lookup()?;
+        kernel.kubelet()?.load().context("load program note_kubelet")?;
+        let btf = Btf::from_sys_fs().context("read the kernel's BTF")?;
+        for name in ITERATORS {
+            let loaded = kernel.iterator(name)?.load("tcp", &btf);
+            loaded.with_context(|| format!("load program {name}"))?;
+        }
+        kernel.end_switches()?;
+        Ok(kernel)
+    }
+
+    /// The tcx programs by their names.
+    pub(super) fn tcx_programs(&mut self) -> Result<BTreeMap<&'static str, TcxProgram>> {
+        let mut programs = BTreeMap::new();
+        for name in TCX_PROGRAMS {
+            let program = self.classifier(name)?;
+            let id = program.info().with_context(|| format!("inspect program {name}"))?.id();
+            let fd = program.fd()?.try_clone().with_context(|| format!("take program {name}"))?;
+            programs.insert(name, TcxProgram { fd, id });
+        }
+        Ok(programs)
+    }
+
+    pub(super) fn classifier(&mut self, name: &str) -> Result<&mut SchedClassifier> {
+        Ok(self.program(name)?.try_into()?)
+    }
+
+    pub(super) fn lookup(&mut self) -> Result<&mut SkLookup> {
+        Ok(self.program(LOOKUP_PROGRAM)?.try_into()?)
+    }
+
+    pub(super) fn kubelet(&mut self) -> Result<&mut SockOps> {
+        Ok(self.program(KUBELET_PROGRAM)?.try_into()?)
+    }
+
+    pub(super) fn iterator(&mut self, name: &str) -> Result<&mut Iter> {
+        Ok(self.program(name)?.try_into()?)
+    }
+
+    fn program(&mut self, name: &str) -> Result<&mut Program> {
+        self.0.program_mut(name).with_context(|| format!("find program {name} in the eBPF object"))
+    }
+
+    pub(super) fn map<'a, M>(&'a mut self, name: &str) -> Result<M>
+    where
+        M: TryFrom<&'a mut Map, Error = MapError>,
+    {
+        self.0
+            .map_mut(name)
+            .with_context(|| format!("find map {name} in the eBPF object"))?
+            .try_into()
+            .with_context(|| format!("open map {name}"))
+    }
+
+    /// From now on the pods' own programs call ours.
+    pub(super) fn share_lookup(&mut self) -> Result<()> {
+        let program = self.lookup()?.fd()?.try_clone().context("take program redirect_lookup")?;
+        let mut programs: ProgramArray<&mut MapData> = self.map(PROGRAMS)?;
+        programs.set(stub::SHARED, &program, 0).context("write map programs")
+    }
+
+    /// Loads the pod's own program.
+    pub(super) fn load_stub(&self, netns: &Netns) -> Result<OwnedFd> {
+        let fd = |name: &str| -> Result<OwnedFd> {
+            let map = self.0.map(name).with_context(|| format!("find map {name}"))?;
+            let (Map::PerCpuArray(map) | Map::ProgramArray(map)) = map else {
+                bail!("map {name} has another type");
+            };
+            map.fd().as_fd().try_clone_to_owned().with_context(|| format!("take map {name}"))
+        };
+        let (this_pod, programs) = (fd(THIS_POD)?, fd(PROGRAMS)?);
+        stub::load(netns.inode(), this_pod.as_fd(), programs.as_fd())
+            .context("load the sk_lookup program of the pod")
+    }
+
+    pub(super) fn pods(&mut self) -> Result<Pods<'_>> {
+        self.map(PODS).map(Pods)
+    }
+
+    fn addresses(&mut self) -> Result<HashMap<&mut MapData, OwnAddress, u32>> {
+        self.map(ADDRESSES)
+    }
+
+    /// Enters the pod, or what of it has changed, before any program of it runs.
+    pub(super) fn enter(
+        &mut self,
+        pod: &PodNetns,
+        reason: u32,
+        traffic: &Traffic,
+        interfaces: &BTreeMap<u32, String>,
+    ) -> Result<()> {
+        // Before the row that tells the programs to look into them.
+        let rules = inbound::flags(traffic);
+        self.set_outbound(pod.id(), traffic)?;
+        if rules & POD_INBOUND_RULES != 0 {
+            self.set_inbound(pod.id(), traffic)?;
+        }
+        // Before the links, so that the programs know the pod when they are attached.
+        self.set_addresses(pod)?;
+        let old = self.pods()?.row(pod.id())?.unwrap_or_default();
+        let Row { capture, captured_at_ns, dns, .. } = old;
+        let row = Row { enrolled: true, capture, captured_at_ns, rules, dns, reason, ..pod.row() };
+        self.pods()?.put(pod.id(), row)?;
+        if rules & POD_INBOUND_RULES == 0 {
+            self.set_inbound(pod.id(), traffic)?;
+        }
+        // Affects new connections only, so it needs no switch.
+        self.virtual_interfaces()?.set(pod.id(), interfaces, traffic, old.capture)
+    }
+
+    /// Looks for what the maps should have of a captured pod.
+    pub(super) fn inspect(
+        &mut self,
+        pod: &PodNetns,
+        traffic: &Traffic,
+        found: &mut Inspection,
+    ) -> Result<()> {
+        let row = self.pods()?.row(pod.id())?;
+        found.add(row.is_some_and(|row| is_captured(&row, traffic)), PartKind::Row, None);
+        let missing = self.missing_addresses(pod)?;
+        for ip in pod.own_addresses() {
+            found.add(!missing.contains(&ip), PartKind::Address, ip.to_string());
+        }
+        found.add(self.has_outbound(pod.id(), traffic)?, PartKind::Outbound, None);
+        let (ports, ranges) = self.has_inbound(pod.id(), traffic)?;
+        found.add(ports, PartKind::InboundPorts, None);
+        found.add(ranges, PartKind::InboundRanges, None);
+        Ok(())
+    }
+
+    /// Makes the addresses that are known to be the pod's those that it has.
+    fn set_addresses(&mut self, pod: &PodNetns) -> Result<()> {
+        let pod_id = pod.id();
+        let mut addresses = self.addresses()?;
+        for ip in pod.own_addresses() {
+            let key = OwnAddress { pod_id, addr: ip.into() };
+            addresses.insert(key, 1, 0).with_context(|| format!("write {ip} to map addresses"))?;
+        }
+        let wanted: Vec<Addr> = pod.own_addresses().map(Addr::from).collect();
+        self.delete_addresses(|key| key.pod_id == pod_id && !wanted.contains(&key.addr))
+    }
+
+    fn delete_addresses(&mut self, which: impl Fn(&OwnAddress) -> bool) -> Result<()> {
+        let mut addresses = self.addresses()?;
+        let keys: Vec<OwnAddress> = addresses.keys().filter_map(Result::ok).filter(which).collect();
+        for key in keys {
+            absent(addresses.remove(&key)).context("write map addresses")?;
+        }
+        Ok(())
+    }
+
+    fn missing_addresses(&mut self, pod: &PodNetns) -> Result<BTreeSet<IpAddr>> {
+        let addresses = self.addresses()?;
+        let mut missing = BTreeSet::new();
+        for ip in pod.own_addresses() {
+            let key = OwnAddress { pod_id: pod.id(), addr: ip.into() };
+            if absent(addresses.get(&key, 0)).context("read map addresses")?.is_none() {
+                missing.insert(ip);
+            }
+        }
+        Ok(missing)
+    }
+
+    /// From now on the ways of the pod's flows are noted; to be called again while it lasts.
+    pub(super) fn continue_switch(&mut self, pod_id: PodId) -> Result<()> {
+        let until_ns = monotonic_ns()? + SWITCH_NS;
+        let old = self.switch(pod_id)?;
+        let noted = old.map_or(0, |old| old.noted);
+        let new = Switch { until_ns, noted, padding: 0 };
+        self.switches()?.insert(pod_id, new, 0).context("write map switches")?;
+        if old.is_none() { self.count_switches() } else { Ok(()) }
+    }
+
+    /// Whether flows of the pod are noted.
+    pub(super) fn has_noted(&mut self, pod_id: PodId) -> Result<bool> {
+        Ok(self.switch(pod_id)?.is_some_and(|switch| switch.noted > 0))
+    }
+
+    /// Forgets which way the pod's flows go, and notes no more of them.
+    pub(super) fn end_switch(&mut self, pod_id: PodId) -> Result<()> {
+        let Some(switch) = self.switch(pod_id)? else { return Ok(()) };
+        absent(self.switches()?.remove(&pod_id)).context("write map switches")?;
+        self.count_switches()?;
+        if switch.noted == 0 {
+            return Ok(());
+        }
+        let mut ways: HashMap<_, PodFlow, u32> = self.map(WAYS)?;
+        let keys = ways.keys().filter_map(Result::ok);
+        let noted: Vec<PodFlow> = keys.filter(|key| key.pod_id == pod_id).collect();
+        for key in noted {
+            absent(ways.remove(&key)).context("write map ways")?;
+        }
+        Ok(())
+    }
+
+    /// Ends those that a process has left that was killed.
+    fn end_switches(&mut self) -> Result<()> {
+        let left: Vec<PodId> = self.switches()?.keys().filter_map(Result::ok).collect();
+        left.into_iter().try_for_each(|pod_id| self.end_switch(pod_id))?;
+        self.count_switches()
+    }
+
+    fn switch(&mut self, pod_id: PodId) -> Result<Option<Switch>> {
+        absent(self.switches()?.get(&pod_id, 0)).context("read map switches")
+    }
+
+    fn switches(&mut self) -> Result<HashMap<&mut MapData, PodId, Switch>> {
+        self.map(SWITCHES)
+    }
+
+    /// Tells the programs whether they have to look into `switches`.
+    fn count_switches(&mut self) -> Result<()> {
+        let count = self.switches()?.keys().filter_map(Result::ok).count();
+        let mut switching: Array<_, u32> = self.map(SWITCHING)?;
+        switching.set(0, u32::try_from(count)?, 0).context("write map switching")
+    }
+
+    pub(super) fn counters(&mut self) -> Result<PerCpuHashMap<&mut MapData, CounterKey, u64>> {
+        self.map("counters")
+    }
+
+    pub(super) fn saved_sysctls(&mut self) -> Result<HashMap<&mut MapData, PodId, SavedSysctls>> {
+        self.map("saved_sysctls")
+    }
+
+    /// Remembers the sysctls of a pod, unless that was done before.
+    pub(super) fn save_sysctls(&mut self, pod_id: PodId, values: SavedSysctls) -> Result<()> {
+        const BPF_NOEXIST: u64 = 1;
+        match self.saved_sysctls()?.insert(pod_id, values, BPF_NOEXIST) {
+            Err(MapError::SyscallError(e)) if e.io_error.kind() == io::ErrorKind::AlreadyExists => {
+                Ok(())
+            }
+            result => result.context("write map saved_sysctls"),
+        }
+    }
+
+    /// Makes the entries of `inbound_ports` and `inbound_ranges` those of the settings.
+    fn set_inbound(&mut self, pod_id: PodId, traffic: &Traffic) -> Result<()> {
+        inbound::set::<PodPort>(&mut self.map(INBOUND_PORTS)?, pod_id, &PodPort::inbound(traffic))?;
+        inbound::set::<PodPeer>(&mut self.map(INBOUND_RANGES)?, pod_id, &PodPeer::inbound(traffic))
+    }
+
+    /// Whether those entries are those of the settings: the ports', the ranges'.
+    fn has_inbound(&mut self, pod_id: PodId, traffic: &Traffic) -> Result<(bool, bool)> {
+        Ok((
+            inbound::is_set::<PodPort>(
+                &self.map(INBOUND_PORTS)?,
+                pod_id,
+                &PodPort::inbound(traffic),
+            )?,
+            inbound::is_set::<PodPeer>(
+                &self.map(INBOUND_RANGES)?,
+                pod_id,
+                &PodPeer::inbound(traffic),
+            )?,
+        ))
+    }
+
+    pub(super) fn virtual_interfaces(&mut self) -> Result<VirtualInterfaces<'_>> {
+        self.map(VIRTUAL_INTERFACES).map(VirtualInterfaces)
+    }
+
+    /// Makes the entries of `outbound_ports` and `outbound_ranges` those of the settings.
+    fn set_outbound(&mut self, pod_id: PodId, traffic: &Traffic) -> Result<()> {
+        inbound::set::<PodPort>(
+            &mut self.map(OUTBOUND_PORTS)?,
+            pod_id,
+            &PodPort::outbound(traffic),
+        )?;
+        inbound::set::<PodPeer>(
+            &mut self.map(OUTBOUND_RANGES)?,
+            pod_id,
+            &PodPeer::outbound(traffic),
+        )
+    }
+
+    /// Whether those entries are those of the settings.
+    fn has_outbound(&mut self, pod_id: PodId, traffic: &Traffic) -> Result<bool> {
+        let ports = PodPort::outbound(traffic);
+        let ranges = PodPeer::outbound(traffic);
+        Ok(inbound::is_set::<PodPort>(&self.map(OUTBOUND_PORTS)?, pod_id, &ports)?
+            && inbound::is_set::<PodPeer>(&self.map(OUTBOUND_RANGES)?, pod_id, &ranges)?)
+    }
+
+    /// Deletes what is kept for a pod besides its row of `pods`.
+    pub(super) fn delete_state(&mut self, pod_id: PodId) -> Result<()> {
+        self.delete_addresses(|key| key.pod_id == pod_id)?;
+        self.end_switch(pod_id)?;
+        let mut strays: HashMap<_, PodId, u32> = self.map(STRAYS)?;
+        absent(strays.remove(&pod_id)).context("write map strays")?;
+        self.delete_counters(pod_id)?;
+        self.clear_proxy_missing(pod_id)?;
+        inbound::clear::<PodPort>(&mut self.map(INBOUND_PORTS)?, pod_id)?;
+        inbound::clear::<PodPeer>(&mut self.map(INBOUND_RANGES)?, pod_id)?;
+        inbound::clear::<PodPort>(&mut self.map(OUTBOUND_PORTS)?, pod_id)?;
+        inbound::clear::<PodPeer>(&mut self.map(OUTBOUND_RANGES)?, pod_id)?;
+        self.virtual_interfaces()?.clear(pod_id)?;
+        self.clear_dns_flows(pod_id)?;
+        absent(self.saved_sysctls()?.remove(&pod_id)).context("write map saved_sysctls")?;
+        Ok(())
+    }
+
+    fn clear_dns_flows(&mut self, pod_id: PodId) -> Result<()> {
+        let mut flows: HashMap<_, DnsKey, DnsFlow> = self.map(DNS_FLOWS)?;
+        for place in 0..DNS_PLACES {
+            for protocol in [PROTOCOL_TCP, PROTOCOL_UDP] {
+                absent(flows.remove(&DnsKey { pod_id, place, protocol }))
+                    .context("write map dns_flows")?;
+            }
+        }
+        Ok(())
+    }
+
+    fn clear_proxy_missing(&mut self, pod_id: PodId) -> Result<()> {
+        let mut missing: HashMap<_, ListenerKey, u64> = self.map("proxy_missing")?;
+        for kind in [LISTENER_OUTBOUND, LISTENER_INBOUND, LISTENER_HBONE] {
+            absent(missing.remove(&ListenerKey { pod_id, kind }))
+                .context("write map proxy_missing")?;
+        }
+        Ok(())
+    }
+
+    fn delete_counters(&mut self, pod_id: PodId) -> Result<()> {
+        let mut counters = self.counters()?;
+        for (counter, _) in Counter::ALL {
+            absent(counters.remove(&CounterKey { pod_id, counter: counter as u32 }))
+                .context("write map counters")?;
+        }
+        Ok(())
+    }
+}

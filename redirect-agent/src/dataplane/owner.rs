@@ -1,0 +1,111 @@
+//! One process at a time owns the pins below a directory of bpffs: two would undo each other.
+//!
+//! The owner has the directory locked (flock(2)) for as long as it lives, so a lock is never left
+//! behind. Who it is, the kernel tells: /proc/locks.
+
+use std::{
+    fmt, fs,
+    os::linux::fs::MetadataExt as _,
+    path::{Path, PathBuf},
+    thread,
+    time::{Duration, Instant, SystemTime},
+};
+
+use anyhow::{Context as _, Result};
+use nix::{
+    errno::Errno,
+    fcntl::{Flock, FlockArg},
+};
+use procfs::{Lock, LockType};
+
+/// How long to wait for an owner that is about to end.
+const PATIENCE: Duration = Duration::from_millis(800);
+const LOOK: Duration = Duration::from_millis(20);
+
+/// Holds the directory until dropped.
+#[derive(Debug)]
+pub(super) struct Owner {
+    _lock: Flock<fs::File>,
+}
+
+impl Owner {
+    /// Takes the directory.
+    ///
+    /// # Errors
+    ///
+    /// [`Owned`] when another process has it.
+    pub(super) fn take(dir: &Path) -> Result<Self> {
+        let deadline = Instant::now() + PATIENCE;
+        let mut file = fs::File::open(dir).with_context(|| format!("open {}", dir.display()))?;
+        loop {
+            match Flock::lock(file, FlockArg::LockExclusiveNonblock) {
+                Ok(lock) => return Ok(Self { _lock: lock }),
+                Err((again, Errno::EWOULDBLOCK)) if Instant::now() < deadline => {
+                    thread::sleep(LOOK);
+                    file = again;
+                }
+                Err((_, Errno::EWOULDBLOCK)) => {
+                    return Err(Owned { dir: dir.to_owned(), by: find(dir) }.into());
+                }
+                Err((_, e)) => return Err(e).with_context(|| format!("lock {}", dir.display())),
+            }
+        }
+    }
+}
+
+/// Another process owns the directory.
+#[derive(Debug)]
+pub struct Owned {
+    dir: PathBuf,
+    /// `None` where it cannot be told, as from another pid namespace.
+    by: Option<Process>,
+}
+
+impl fmt::Display for Owned {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "{} is in use by ", self.dir.display())?;
+        match &self.by {
+            Some(Process { pid, command, since }) => {
+                write!(f, "process {pid} ({command})")?;
+                if let Some(since) = since {
+                    write!(f, ", since {}", humantime::format_rfc3339_seconds(*since))?;
+                }
+            }
+            None => f.write_str("a process of another pid namespace")?,
+        }
+        f.write_str("; stop it first, or give another --bpffs-dir")
+    }
+}
+
+impl std::error::Error for Owned {}
+
+#[derive(Debug)]
+struct Process {
+    pid: i32,
+    command: String,
+    since: Option<SystemTime>,
+}
+
+/// Who has the directory locked.
+fn find(dir: &Path) -> Option<Process> {
+    let inode = fs::metadata(dir).ok()?.st_ino();
+    // The device of a mount is not always the one that stat(2) shows.
+    let of_dir = |lock: &Lock| lock.lock_type == LockType::FLock && lock.inode == inode;
+    let pid = procfs::locks().ok()?.into_iter().find(of_dir)?.pid?;
+    let process = procfs::process::Process::new(pid).ok()?;
+    let command = shortened(&process.cmdline().ok()?.join(" "));
+    let since = process.stat().ok().and_then(|stat| {
+        let after_boot = stat.starttime / procfs::ticks_per_second();
+        let since = procfs::boot_time_secs().ok()? + after_boot;
+        Some(SystemTime::UNIX_EPOCH + Duration::from_secs(since))
+    });
+    Some(Process { pid, command, since })
+}
+
+fn shortened(command: &str) -> String {
+    const ENOUGH: usize = 60;
+    match command.char_indices().nth(ENOUGH) {
+        Some((end, _)) => format!("{}…", &command[..end]),
+        None => command.to_owned(),
+    }
+}

@@ -1,0 +1,90 @@
+//! One process at a time owns the pins: whoever comes second is told by whom, at once.
+
+use std::process::Command;
+use std::time::{Duration, Instant};
+
+use anyhow::{Context as _, Result, ensure};
+use nix::sys::signal::{Signal, kill};
+use nix::unistd::Pid;
+use redirect_tests::both_families;
+use redirect_tests::netns::Family;
+use redirect_tests::process::{finish, wait_for};
+
+use crate::cluster::{Cluster, SOON, echo};
+
+both_families! {
+    commands_beside_an_agent_fail_at_once_and_name_it,
+    commands_beside_an_agent_that_hangs_fail_too_unless_forced,
+}
+
+/// By when a command has failed, on a busy machine; alone it takes less than one second.
+const AT_ONCE: Duration = Duration::from_secs(5);
+
+/// What `run` on the same directory, but with sockets of its own, `attach`, `detach` and `cleanup` say.
+fn refusals(cluster: &Cluster) -> Result<Vec<(bool, String)>> {
+    let Cluster { node, server, topology, .. } = cluster;
+    let dir = topology.dir().subdir("second")?;
+    let mut run = node.command_without_agent("run")?;
+    for (flag, name) in [
+        ("--control-socket", "control.sock"),
+        ("--zds-socket", "zds.sock"),
+        ("--cni-socket", "cni.sock"),
+        ("--state-dir", "state"),
+    ] {
+        run.arg(flag).arg(dir.join(name));
+    }
+    run.arg(format!("--source=dir:{}", node.manifests().display()));
+    run.args(["--health-address", "off", "--bpffs-dir"]).arg(node.bpffs());
+    let on_netns = |verb| -> Result<Command> {
+        let mut command = node.command_without_agent(verb)?;
+        command.arg("--bpffs-dir").arg(node.bpffs()).arg("--netns").arg(server.netns_path());
+        Ok(command)
+    };
+    [run, on_netns("attach")?, on_netns("detach")?, node.cleanup_command()?]
+        .iter_mut()
+        .map(|command| {
+            let began = Instant::now();
+            let said = finish(command)?;
+            ensure!(began.elapsed() < AT_ONCE, "{command:?} took {:?}", began.elapsed());
+            Ok(said)
+        })
+        .collect()
+}
+
+fn commands_beside_an_agent_fail_at_once_and_name_it(family: Family) -> Result<()> {
+    let cluster = Cluster::enrolled(&[])?;
+    let _apps = (echo(&cluster.server)?, echo(&cluster.client)?);
+    let by = format!("is in use by process {} (", cluster.node.agent_pid()?);
+    for (done, said) in refusals(&cluster)? {
+        ensure!(!done && said.contains(&by) && said.contains(", since 2"), "{said}");
+    }
+    cluster.assert_redirected(family)
+}
+
+fn commands_beside_an_agent_that_hangs_fail_too_unless_forced(family: Family) -> Result<()> {
+    let cluster = Cluster::enrolled(&[])?;
+    let _apps = (echo(&cluster.server)?, echo(&cluster.client)?);
+    let agent = cluster.node.agent_pid()?;
+    let pid = Pid::from_raw(agent.try_into().context("a pid")?);
+    kill(pid, Signal::SIGSTOP)?;
+    let refusals = refusals(&cluster);
+    kill(pid, Signal::SIGCONT)?;
+    for (done, said) in refusals? {
+        ensure!(!done && said.contains(&format!("process {agent} (")), "{said}");
+    }
+    cluster.assert_redirected(family)?;
+
+    kill(pid, Signal::SIGSTOP)?;
+    let mut command = cluster.node.command_without_agent("detach")?;
+    command.arg("--force").arg("--bpffs-dir").arg(cluster.node.bpffs());
+    let forced = finish(command.arg("--netns").arg(cluster.server.netns_path()));
+    let direct = cluster.assert_direct(family);
+    kill(pid, Signal::SIGCONT)?;
+    let (done, said) = forced?;
+    ensure!(done, "{said}");
+    direct?;
+    // The agent puts it right again.
+    wait_for("the pod to be captured again", SOON, || {
+        Ok(cluster.assert_redirected(family).is_ok().then_some(()))
+    })
+}
