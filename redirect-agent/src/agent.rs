@@ -188,7 +188,11 @@ async fn serve<S: Source>(
         Arc::new(Agent { options, overrides, observer, waiting, probes, metrics, cni_plugin });
     if let health::Address::At(address) = agent.options.health {
         let server = health::Server::bind(address).await?;
-        parts.spawn(server.run(Arc::clone(&agent), shutdown.clone()));
+        let (agent, shutdown) = (Arc::clone(&agent), shutdown.clone());
+        parts.spawn(async move {
+            server.run(agent, shutdown).await;
+            Ok(())
+        });
     }
     parts.spawn(control.run(Arc::clone(&agent), shutdown.clone()));
     match shutdown.run_until_cancelled(opening).await {

@@ -15,7 +15,7 @@ use anyhow::{Context as _, Result, bail};
 use nix::unistd::gethostname;
 use tokio::{
     signal::unix::{SignalKind, signal},
-    time::{sleep, timeout},
+    time::{Instant, sleep, timeout},
 };
 use tokio_util::sync::CancellationToken;
 use tracing::{info, warn};
@@ -36,7 +36,7 @@ use crate::{
     finder::{self, Finder},
     membership,
     netns::Netns,
-    output::{self, PodState, PodStatus},
+    output::{self, PodState},
     overrides::{self, Mode, Target},
     preflight,
     reconcile::Settings,
@@ -48,6 +48,9 @@ use crate::{
 /// it has told it to end.
 const LEAVING: Duration = Duration::from_secs(10);
 const LEAVING_LOOK: Duration = Duration::from_millis(100);
+/// After how long without a pod that can still leave in order nobody waits any more: when the API server
+/// answers 401, the agent's rights are gone for good.
+const STUCK: Duration = Duration::from_secs(1);
 
 /// Carries out a command.
 ///
@@ -192,8 +195,18 @@ async fn leave(agent: &Client) {
     let leaving = async {
         // Not for ever: whoever is killed before the end leaves it to the next agent.
         agent.pause(&PauseRequest { for_seconds: Some(LEAVING.as_secs() * 2) }).await?;
-        let stays = |pod: &PodStatus| pod.state != PodState::Bypassing;
-        while agent.status().await?.pods.iter().any(stays) {
+        let mut stuck_since = Instant::now();
+        loop {
+            let mut pods = agent.status().await?.pods;
+            pods.retain(|pod| pod.state != PodState::Bypassing);
+            let Some(pod) = pods.first() else { break };
+            if pods.iter().any(|pod| pod.state != PodState::Failed) {
+                stuck_since = Instant::now();
+            }
+            if stuck_since.elapsed() > STUCK {
+                let why = pod.message.as_deref().unwrap_or("unknown");
+                bail!("{} of them cannot: {why}", pods.len());
+            }
             sleep(LEAVING_LOOK).await;
         }
         Ok(())
@@ -290,7 +303,8 @@ fn restore_all(dataplane: &Dataplane, found: Vec<Netns>) -> Result<()> {
 
 /// Does something for each pod; returns what went wrong.
 fn at_once(pods: &[PodNetns], what: impl Fn(&PodNetns) -> Result<()> + Sync) -> Vec<String> {
-    const AT_ONCE: usize = 32;
+    // They mostly wait for the kernel.
+    const AT_ONCE: usize = 128;
     let next = AtomicUsize::new(0);
     thread::scope(|scope| {
         let work = || {

@@ -113,17 +113,16 @@ impl Finder {
 
     /// Whether `netns` still is the pod's network namespace.
     pub fn stands(&self, pod: &Pod, netns: &Netns) -> bool {
-        if let Some(told) = self.told(pod) {
-            return told.inode() == netns.inode();
+        if let Some(told) = self.records.of(pod.kubelet_uid()).filter(|told| told.netns.exists()) {
+            return netns.is_at(&told.netns);
         }
-        let is_it = |path: &Path| Netns::open(path).is_ok_and(|n| n.inode() == netns.inode());
         let named = self.named(&pod.key);
         if named.exists() {
-            return is_it(&named);
+            return netns.is_at(&named);
         }
         // By the process that it was found by, or else by another one of the pod.
-        (netns.path().starts_with(PROC) && is_it(netns.path()))
-            || self.namespaces_of(pod).is_ok_and(|paths| paths.iter().any(|path| is_it(path)))
+        (netns.path().starts_with(PROC) && netns.is_at(netns.path()))
+            || self.namespaces_of(pod).is_ok_and(|paths| paths.iter().any(|path| netns.is_at(path)))
     }
 
     /// What is where CNI has told that the pod's network namespace is.

@@ -5,8 +5,18 @@
 //! | `GET /healthz` | 200 as long as the agent serves requests |
 //! | `GET /readyz` | 200 when all conditions hold, else 503; each condition on a line |
 //! | `GET /metrics` | [`crate::metrics`], in OpenMetrics' text format |
+//!
+//! Everybody can connect, so nobody gets much: a request is answered on a connection of its own, its header
+//! has to be short and come soon, and nobody has more than a few connections.
 
-use std::{fmt, net::SocketAddr, str::FromStr, sync::Arc};
+use std::{
+    collections::HashMap,
+    fmt,
+    net::{IpAddr, SocketAddr},
+    str::FromStr,
+    sync::{Arc, Mutex, PoisonError},
+    time::Duration,
+};
 
 use anyhow::{Context as _, Result};
 use axum::{
@@ -16,10 +26,30 @@ use axum::{
     response::{IntoResponse, Response},
     routing::get,
 };
-use tokio::net::TcpListener;
+use hyper::server::conn::http1;
+use hyper_util::{
+    rt::{TokioIo, TokioTimer},
+    service::TowerToHyperService,
+};
+use tokio::{
+    net::{TcpListener, TcpStream},
+    time::{sleep, timeout},
+};
 use tokio_util::sync::CancellationToken;
+use tracing::debug;
 
 use crate::metrics::CONTENT_TYPE;
+
+/// How long a request may take to come, and its answer to be taken.
+const HEADER_WITHIN: Duration = Duration::from_secs(2);
+const WITHIN: Duration = Duration::from_secs(10);
+/// How long a header may be.
+const HEADER_BYTES: usize = 16 * 1024;
+/// How many connections one address may have at once, and all together.
+const OF_ONE: usize = 16;
+const OF_ALL: usize = 256;
+/// After the system refused a connection, for want of file descriptors say.
+const PAUSE: Duration = Duration::from_millis(100);
 
 /// Where to serve, or `off`.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -91,20 +121,76 @@ impl Server {
     }
 
     /// Serves `agent` until `shutdown`.
-    ///
-    /// # Errors
-    ///
-    /// When the socket fails.
-    pub async fn run<A: Agent>(self, agent: Arc<A>, shutdown: CancellationToken) -> Result<()> {
+    pub async fn run<A: Agent>(self, agent: Arc<A>, shutdown: CancellationToken) {
         let router = Router::new()
             .route("/healthz", get(|| async { "ok\n" }))
             .route("/readyz", get(ready::<A>))
             .route("/metrics", get(metrics::<A>))
             .with_state(agent);
-        axum::serve(self.0, router)
-            .with_graceful_shutdown(shutdown.cancelled_owned())
-            .await
-            .context("serve health and metrics")
+        let guests = Arc::new(Guests::default());
+        loop {
+            let accepted = shutdown.run_until_cancelled(self.0.accept()).await;
+            match accepted {
+                None => return,
+                Some(Ok((stream, peer))) => {
+                    if let Some(guest) = Guests::admit(&guests, peer.ip()) {
+                        tokio::spawn(answer(stream, router.clone(), guest));
+                    }
+                }
+                Some(Err(e)) => {
+                    debug!("accept a connection for health and metrics: {e}");
+                    sleep(PAUSE).await;
+                }
+            }
+        }
+    }
+}
+
+/// Answers the one request of a connection.
+async fn answer(stream: TcpStream, router: Router, _guest: Guest) {
+    let serving = http1::Builder::new()
+        .timer(TokioTimer::new())
+        .header_read_timeout(HEADER_WITHIN)
+        .max_buf_size(HEADER_BYTES)
+        .keep_alive(false)
+        .serve_connection(TokioIo::new(stream), TowerToHyperService::new(router));
+    // Whatever went wrong, it was the other end's.
+    let _ended = timeout(WITHIN, serving).await;
+}
+
+/// Who is connected, and how often.
+#[derive(Debug, Default)]
+struct Guests(Mutex<HashMap<IpAddr, usize>>);
+
+/// A connection of somebody's.
+struct Guest {
+    guests: Arc<Guests>,
+    ip: IpAddr,
+}
+
+impl Guests {
+    /// `None` when there are enough.
+    fn admit(guests: &Arc<Self>, ip: IpAddr) -> Option<Guest> {
+        let mut counts = guests.0.lock().unwrap_or_else(PoisonError::into_inner);
+        let all: usize = counts.values().sum();
+        let count = counts.get(&ip).copied().unwrap_or_default();
+        if count >= OF_ONE || all >= OF_ALL {
+            return None;
+        }
+        counts.insert(ip, count + 1);
+        Some(Guest { guests: Arc::clone(guests), ip })
+    }
+}
+
+impl Drop for Guest {
+    fn drop(&mut self) {
+        let mut counts = self.guests.0.lock().unwrap_or_else(PoisonError::into_inner);
+        if let Some(count) = counts.get_mut(&self.ip) {
+            *count -= 1;
+            if *count == 0 {
+                counts.remove(&self.ip);
+            }
+        }
     }
 }
 

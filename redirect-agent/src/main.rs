@@ -17,12 +17,30 @@ use tracing_subscriber::EnvFilter;
 /// source, once; kube says it each time.
 const LOG: &str = "info,kube_client::client::builder=off,kube_runtime::watcher=off";
 
+/// As many on a large node as on a small one: the agent has little to compute.
+const WORKERS: usize = 2;
+/// How many pods are set up at once. The kernel changes one network interface of the node at a time.
+const BLOCKING: usize = 16;
+
 fn main() -> ExitCode {
     // The same program is the CNI plugin, by another name.
-    if plugin::is_called() { plugin::main() } else { agent() }
+    if plugin::is_called() {
+        return plugin::main();
+    }
+    let runtime = tokio::runtime::Builder::new_multi_thread()
+        .worker_threads(WORKERS)
+        .max_blocking_threads(BLOCKING)
+        .enable_all()
+        .build();
+    match runtime {
+        Ok(runtime) => runtime.block_on(agent()),
+        Err(e) => {
+            eprintln!("error: start the runtime: {e}");
+            ExitCode::FAILURE
+        }
+    }
 }
 
-#[tokio::main]
 async fn agent() -> ExitCode {
     let cli = Cli::parse();
     let json = matches!(&cli.command, Command::Run(args) if args.log_format == LogFormat::Json);

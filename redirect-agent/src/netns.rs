@@ -3,13 +3,16 @@
 use std::{
     fs::{self, File},
     io,
-    os::fd::{AsFd, BorrowedFd, OwnedFd},
+    os::{
+        fd::{AsFd, AsRawFd as _, BorrowedFd, OwnedFd},
+        unix::fs::MetadataExt as _,
+    },
     path::{Path, PathBuf},
     sync::Arc,
     thread,
 };
 
-use anyhow::{Context as _, Result, anyhow, bail};
+use anyhow::{Context as _, Result, bail};
 use nix::{
     sched::{CloneFlags, setns},
     sys::{stat::fstat, statfs::fstatfs},
@@ -45,23 +48,27 @@ impl Netns {
     ///
     /// When the descriptor is of no network namespace.
     pub fn from_fd(fd: OwnedFd, path: &Path) -> Result<Self> {
-        let not_a_netns = || {
-            anyhow!(
+        let fs = fstatfs(&fd).with_context(|| format!("stat {}", path.display()))?;
+        // Other kinds of namespaces live on the same filesystem.
+        if fs.filesystem_type().0 != NSFS_MAGIC || namespace_type(&fd) != Some(libc::CLONE_NEWNET) {
+            bail!(
                 "{} is not a network namespace; give a bind mount such as /var/run/netns/NAME, or /proc/PID/ns/net",
                 path.display()
-            )
-        };
-        let fs = fstatfs(&fd).with_context(|| format!("stat {}", path.display()))?;
-        if fs.filesystem_type().0 != NSFS_MAGIC {
-            return Err(not_a_netns());
+            );
         }
         let stat = fstat(&fd).with_context(|| format!("stat {}", path.display()))?;
         let inode = u32::try_from(stat.st_ino)
             .with_context(|| format!("use inode number {} of {}", stat.st_ino, path.display()))?;
-        let netns = Self { fd: Arc::new(fd), inode, path: path.to_owned() };
-        // Other kinds of namespaces live on the same filesystem.
-        netns.run(|| ()).map_err(|_| not_a_netns())?;
-        Ok(netns)
+        Ok(Self { fd: Arc::new(fd), inode, path: path.to_owned() })
+    }
+
+    /// Whether the network namespace at `path` is this one.
+    pub fn is_at(&self, path: &Path) -> bool {
+        // All namespaces are on one filesystem, which has no other files of that number.
+        let (there, here) = (fs::metadata(path), fstat(&self.fd));
+        there.is_ok_and(|there| {
+            here.is_ok_and(|here| (there.ino(), there.dev()) == (here.st_ino, here.st_dev))
+        })
     }
 
     /// The inode number, which is unique among the namespaces that are alive.
@@ -100,6 +107,15 @@ impl Netns {
             }
         })
     }
+}
+
+/// Which kind of namespace it is, one of `CLONE_NEW*`. Source: Linux `include/uapi/linux/nsfs.h`.
+#[expect(unsafe_code, reason = "an ioctl without an argument")]
+fn namespace_type(fd: &OwnedFd) -> Option<i32> {
+    const NS_GET_NSTYPE: libc::Ioctl = 0xb703;
+    // SAFETY: it reads nothing and writes nothing.
+    let kind = unsafe { libc::ioctl(fd.as_raw_fd(), NS_GET_NSTYPE) };
+    (kind >= 0).then_some(kind)
 }
 
 impl AsFd for Netns {

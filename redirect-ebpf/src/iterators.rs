@@ -49,15 +49,17 @@ pub struct IterTcp {
 }
 
 /// Notes every connection of the proxy, as its peer in the pod sees it: redirected. Also those that
-/// are half open.
+/// are half open. And what [`reuse_addr`] does.
 #[unsafe(no_mangle)]
 #[unsafe(link_section = "iter/tcp")]
 pub extern "C" fn note_proxy(ctx: *mut IterTcp) -> i32 {
     let Some(sk) = Common::new(ctx) else { return 0 };
     let proxys = match Socket::new(ctx) {
-        Some(full) => {
-            sk.state() != TCP_LISTEN && full.get(SO_MARK).map(mesh_mark) == Some(MARK_PROXY)
+        Some(full) if sk.state() == TCP_LISTEN => {
+            share_ports(&full);
+            false
         }
+        Some(full) => full.get(SO_MARK).map(mesh_mark) == Some(MARK_PROXY),
         // Whose one that is half open is cannot be told, and need not: no socket in the pod mirrors
         // the application's. One in TIME_WAIT has no peer left, and a new connection, which may come
         // direct, may have its ports.
@@ -141,10 +143,17 @@ pub extern "C" fn count_redir(ctx: *mut IterTcp) -> i32 {
 #[unsafe(no_mangle)]
 #[unsafe(link_section = "iter/tcp")]
 pub extern "C" fn reuse_addr(ctx: *mut IterTcp) -> i32 {
-    let Some(sk) = Socket::new(ctx) else { return 0 };
+    if let Some(sk) = Socket::new(ctx) {
+        share_ports(&sk);
+    }
+    0
+}
+
+#[inline(always)]
+fn share_ports(sk: &Socket) {
     let common = sk.common();
     if common.state() != TCP_LISTEN || sk.get(SO_MARK).map(mesh_mark) != Some(MARK_PROXY) {
-        return 0;
+        return;
     }
     if matches!(
         common.read::<u16>(config::sock_offsets().local_port),
@@ -152,7 +161,6 @@ pub extern "C" fn reuse_addr(ctx: *mut IterTcp) -> i32 {
     ) {
         sk.set(SO_REUSEADDR, 1);
     }
-    0
 }
 
 /// Marks an unmarked connection by its way, which `choose` tells from the socket's state and the

@@ -2,6 +2,7 @@
 
 pub mod apiserver;
 pub mod app;
+pub mod bench;
 pub mod cni;
 pub mod demo;
 pub mod dns;

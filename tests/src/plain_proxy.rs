@@ -111,7 +111,7 @@ struct State {
 
 /// As ztunnel's `InPodSocketPortReuseFactory::tcp_bind` and `maybe_set_transparent`
 /// (`src/inpod/config.rs`, `src/proxy.rs`).
-fn listen(port: u16) -> io::Result<TcpListener> {
+pub(crate) fn listen(port: u16) -> io::Result<TcpListener> {
     let socket = TcpSocket::new_v6()?;
     SockRef::from(&socket).set_mark(MARK_PROXY)?;
     socket.set_reuseport(true)?;
@@ -140,7 +140,7 @@ async fn accept(listener: TcpListener, via: Via, state: Arc<State>) {
 
 /// As ztunnel's `orig_dst_addr_or_default` (`src/socket.rs`): what netfilter says, and where there
 /// is none the socket's own address.
-fn original_destination(stream: &TcpStream) -> Option<SocketAddr> {
+pub(crate) fn original_destination(stream: &TcpStream) -> Option<SocketAddr> {
     let socket = SockRef::from(stream);
     socket
         .original_dst_v4()
@@ -175,7 +175,7 @@ async fn relay(mut client: TcpStream, relayed: Relayed, state: Arc<State>) -> io
 }
 
 /// As ztunnel's `freebind_connect` (`src/proxy.rs`).
-async fn connect(to: SocketAddr, source: Option<IpAddr>) -> io::Result<TcpStream> {
+pub(crate) async fn connect(to: SocketAddr, source: Option<IpAddr>) -> io::Result<TcpStream> {
     let socket = if to.is_ipv4() { TcpSocket::new_v4()? } else { TcpSocket::new_v6()? };
     {
         let socket = SockRef::from(&socket);

@@ -137,6 +137,7 @@ impl Drop for Process {
 /// A pod that `redirect-agent attach` has enrolled, without a daemon; detached when dropped.
 #[derive(Debug)]
 pub struct Attached<'a> {
+    agent: PathBuf,
     pod: &'a Pod,
     bpffs: PathBuf,
     attached: bool,
@@ -145,21 +146,31 @@ pub struct Attached<'a> {
 impl<'a> Attached<'a> {
     /// Enrols a pod. The pins are in the test's own bpffs.
     pub fn new(topology: &Topology, pod: &'a Pod) -> Result<Self> {
-        let attached = Self::prepare(topology, pod);
+        Self::by(binary("redirect-agent")?, topology, pod)
+    }
+
+    /// The same, by this build of the agent.
+    pub fn by(agent: PathBuf, topology: &Topology, pod: &'a Pod) -> Result<Self> {
+        let attached = Self::prepare(agent, topology, pod);
         attached.again()?;
         Ok(attached)
     }
 
     /// Enrols a pod whose addresses the agent is to find by itself.
     pub fn without_addresses(topology: &Topology, pod: &'a Pod) -> Result<Self> {
-        let attached = Self::prepare(topology, pod);
+        let attached = Self::prepare(binary("redirect-agent")?, topology, pod);
         succeed(&mut attached.command("attach")?)?;
         Ok(attached)
     }
 
     /// Made before `attach` runs: what a failed one leaves behind is removed as well.
-    fn prepare(topology: &Topology, pod: &'a Pod) -> Self {
-        Self { pod, bpffs: topology.bpffs().join(format!("node{}", pod.node)), attached: true }
+    fn prepare(agent: PathBuf, topology: &Topology, pod: &'a Pod) -> Self {
+        Self {
+            agent,
+            pod,
+            bpffs: topology.bpffs().join(format!("node{}", pod.node)),
+            attached: true,
+        }
     }
 
     /// Enrols it once more: what is there already is not an error.
@@ -180,7 +191,7 @@ impl<'a> Attached<'a> {
     }
 
     fn command(&self, verb: &str) -> Result<Command> {
-        let mut command = Command::new(binary("redirect-agent")?);
+        let mut command = Command::new(&self.agent);
         command.arg(verb).arg("--netns").arg(self.pod.netns_path());
         command.arg("--bpffs-dir").arg(&self.bpffs);
         Ok(command)

@@ -1,4 +1,4 @@
-//! `cargo xtask demo`: builds the demo and becomes it.
+//! `cargo xtask demo` and `bench`: builds the program and becomes it.
 
 use std::{env, ffi::OsString, path::PathBuf};
 
@@ -9,8 +9,9 @@ use crate::{
     setup,
 };
 
-/// Builds as whoever started us, then becomes the demo as root; returns only if that failed.
-pub(crate) fn become_demo(arguments: &[OsString]) -> Result<()> {
+/// Builds as whoever started us, then becomes the program of this name as root; returns only if that
+/// failed.
+pub(crate) fn become_program(name: &str, arguments: &[OsString]) -> Result<()> {
     setup::everything(setup::Report::Changes)?;
     run(cargo().args(["build", "--release", "--locked", "--bins"]).args([
         "--package",
@@ -18,9 +19,9 @@ pub(crate) fn become_demo(arguments: &[OsString]) -> Result<()> {
         "--package",
         "redirect-tests",
     ]))
-    .context("build the demo")?;
-    // The demo finds the agent and the stand-in proxy beside itself.
-    Err(replace_by(as_root(release_dir()?.join("demo"))?.args(arguments)))
+    .with_context(|| format!("build the {name}"))?;
+    // It finds the agent and the stand-in proxy beside itself.
+    Err(replace_by(as_root(release_dir()?.join(name))?.args(arguments)))
 }
 
 /// Where cargo puts release binaries: beside the directory of our own, `target/debug`.

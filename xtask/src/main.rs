@@ -1,4 +1,4 @@
-//! The repository's own commands: `cargo xtask setup`, `test`, `demo`, `check`, `manifests`, `dist`.
+//! The repository's own commands: `cargo xtask setup`, `test`, `demo`, `bench`, `check`, `manifests`, `dist`.
 //!
 //! Progress goes to stderr; stdout carries only what a command is asked to print.
 
@@ -44,6 +44,13 @@ enum Command {
         #[arg(trailing_var_arg = true, allow_hyphen_values = true, value_name = "ARGUMENT")]
         arguments: Vec<OsString>,
     },
+    /// Build the release binaries and measure what redirection costs, as root
+    #[command(disable_help_flag = true)]
+    Bench {
+        /// What the benchmark gets: --quick, --help …
+        #[arg(trailing_var_arg = true, allow_hyphen_values = true, value_name = "ARGUMENT")]
+        arguments: Vec<OsString>,
+    },
     /// Run what needs no root: formatting, lints, and the rules for dependencies
     Check,
     /// Write deploy/redirect-agent.yaml anew, from the Helm chart
@@ -60,7 +67,8 @@ fn main() -> ExitCode {
     let outcome = match Cli::parse().command {
         Command::Setup => setup::everything(setup::Report::All),
         Command::Test { package, harness } => test::run_all(&package, &harness),
-        Command::Demo { arguments } => demo::become_demo(&arguments),
+        Command::Demo { arguments } => demo::become_program("demo", &arguments),
+        Command::Bench { arguments } => demo::become_program("bench", &arguments),
         Command::Check => check::run_all(),
         Command::Manifests => manifests::write(),
         Command::Dist { check } => dist::make(check),

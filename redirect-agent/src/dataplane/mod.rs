@@ -149,6 +149,8 @@ impl Dataplane {
         let globals =
             Globals { log: options.log.into(), proxy_grace_ns, offsets: sockets::offsets()? };
         let mut kernel = Kernel::load(&options.bpffs_dir, &globals)?;
+        // The kernel's types are large, and are not needed any more.
+        sys::release_freed_memory();
         Ok(Self {
             dir: options.bpffs_dir.clone(),
             tcx: kernel.tcx_programs()?,
@@ -241,7 +243,10 @@ impl Dataplane {
     /// When a system call fails; calling again completes it.
     pub fn capture_unused(&self, pod: &PodNetns, traffic: &Traffic) -> Result<()> {
         let _pod = self.pod(pod.id());
-        pod.netns.run(|| self.redirect(pod, traffic, 0))?
+        pod.netns.run(|| {
+            self.iterate("reuse_addr")?;
+            self.redirect(pod, traffic, 0)
+        })?
     }
 
     /// Redirects the pod's new connections, from `since` on, or since ever where that is 0; called inside
@@ -264,9 +269,10 @@ impl Dataplane {
         self.kernel().virtual_interfaces()?.set(pod.id(), &interfaces, traffic, true)
     }
 
-    /// Makes the proxy's listeners known to the programs, and lets the application bind ports that the
-    /// proxy's accepted connections hold. To be called whenever the proxy may have opened listeners in
-    /// the pod. Returns the ports that it does not listen on.
+    /// Makes the proxy's listeners known to the programs, and, in a captured pod, lets the application bind
+    /// ports that the proxy's accepted connections hold; [`Dataplane::capture`] does that for others. To be
+    /// called whenever the proxy may have opened listeners in the pod. Returns the ports that it does not
+    /// listen on.
     ///
     /// # Errors
     ///
@@ -274,7 +280,8 @@ impl Dataplane {
     pub fn proxy_listens(&self, pod: &PodNetns) -> Result<Vec<u16>> {
         pod.netns.run(|| {
             let found = sockets::find_proxy(self.kernel().classifier(FIND_PROXY)?)?;
-            if found.new != 0 {
+            let captured = self.kernel().pods()?.row(pod.id())?.is_some_and(|row| row.capture);
+            if found.new != 0 && captured {
                 self.iterate("reuse_addr")?;
             }
             let ports = [

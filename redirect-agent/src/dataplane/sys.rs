@@ -195,6 +195,15 @@ pub(super) fn replace_iptables(
     if ret == 0 { Ok(()) } else { Err(io::Error::last_os_error()) }
 }
 
+/// Gives memory back to the kernel that the allocator has kept.
+pub(super) fn release_freed_memory() {
+    #[cfg(target_env = "gnu")]
+    // SAFETY: it touches nothing that is in use.
+    unsafe {
+        libc::malloc_trim(0);
+    }
+}
+
 fn bpf(cmd: bpf_cmd, attr: &mut bpf_attr) -> io::Result<i32> {
     // SAFETY: `attr` is a valid union of that size; what it points to outlives the call.
     let ret = unsafe {

@@ -16,6 +16,7 @@ use std::{
 };
 
 use anyhow::{Context as _, Result};
+use futures_util::future::join_all;
 use tokio::{
     sync::{broadcast::error::RecvError, watch},
     task::{JoinHandle, spawn_blocking},
@@ -239,8 +240,11 @@ impl<S: Source> Reconciler<S> {
     /// That may serve proxies only afterwards: a proxy stops whatever its snapshot does not name.
     pub async fn adopt(&mut self) {
         self.remove_orphans().await;
-        for (mut task, wanted) in self.update() {
+        let adopted = self.update().into_iter().map(async |(mut task, wanted)| {
             task.adopt().await;
+            (task, wanted)
+        });
+        for (task, wanted) in join_all(adopted).await {
             self.start(task, wanted);
         }
     }

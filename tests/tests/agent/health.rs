@@ -1,10 +1,11 @@
 //! What the kubelet and Prometheus ask of the agent.
 
+use std::fs;
 use std::io::{Read as _, Write as _};
-use std::net::{Ipv6Addr, SocketAddr, TcpListener, TcpStream};
+use std::net::{Ipv4Addr, Ipv6Addr, SocketAddr, TcpListener, TcpStream};
 use std::time::Duration;
 
-use anyhow::{Context as _, Result};
+use anyhow::{Context as _, Result, ensure};
 use redirect_tests::netns::Family;
 use redirect_tests::process::wait_for;
 
@@ -37,6 +38,35 @@ fn agent_tells_its_health_and_what_it_has_counted() -> Result<()> {
 
     cluster.server.netns.output("ip", &["-4", "rule", "del", "table", "15001"])?;
     assert_has(address, "redirect_drift_total{kind=\"rule\"} 1")
+}
+
+/// Anybody can connect to the port of health and metrics.
+#[test]
+fn strangers_that_connect_and_say_nothing_take_neither_descriptors_nor_answers() -> Result<()> {
+    let mut cluster = Cluster::without_agent(&[])?;
+    let port = free_address()?.port();
+    cluster.node.serve_health(SocketAddr::new(Ipv6Addr::UNSPECIFIED.into(), port));
+    cluster.node.start_agent()?;
+    let descriptors = || -> Result<usize> {
+        Ok(fs::read_dir(format!("/proc/{}/fd", cluster.node.agent_pid()?))?.count())
+    };
+    let before = descriptors()?;
+    let stranger = SocketAddr::new(Ipv4Addr::LOCALHOST.into(), port);
+    let mut idle = Vec::new();
+    for _ in 0..200 {
+        let mut stream = TcpStream::connect(stranger)?;
+        // A header without an end, from some of them; refused ones may be closed by now.
+        let _refused = stream.write_all(b"GET /healthz HTTP/1.1\r\nX: ");
+        idle.push(stream);
+    }
+    let another = SocketAddr::new(Ipv6Addr::LOCALHOST.into(), port);
+    ensure!(get(another, "/healthz")?.0 == 200);
+    let during = descriptors()?;
+    ensure!(during < before + 40, "{before} descriptors before, {during} with 200 strangers");
+    // They have had their time: it is the others' turn.
+    wait_for("an answer to the stranger's neighbor", SOON, || {
+        Ok(get(stranger, "/healthz").is_ok_and(|answer| answer.0 == 200).then_some(()))
+    })
 }
 
 /// A runtime takes `lo` down, and a while later the namespace away.

@@ -1,0 +1,115 @@
+//! The benchmark. `cargo xtask bench` builds and runs it.
+
+use std::io::{self, Write as _};
+use std::path::PathBuf;
+use std::process::ExitCode;
+use std::time::Duration;
+
+use anyhow::{Result, bail, ensure};
+use clap::{Parser, ValueEnum};
+use redirect_tests::bench::{self, Document, Mode, Options, Workload};
+use redirect_tests::demo;
+use redirect_tests::netns::Family;
+
+/// Measures what redirection costs, on real packets in network namespaces of its own
+///
+/// A pod calls a server by a proxy that only relays. Rounds alternate between the modes in random order,
+/// and only ratios within a round are compared. The machine should be idle otherwise.
+#[derive(Debug, Parser)]
+#[command(
+    name = "bench",
+    bin_name = "cargo xtask bench",
+    version,
+    after_long_help = "\
+Examples:
+  cargo xtask bench
+  cargo xtask bench --quick
+  cargo xtask bench --rounds 20 --families ipv4 --workloads connect1,up -o json > bench.json
+  cargo xtask bench --baseline /tmp/redirect-agent-of-last-week --modes ours,baseline"
+)]
+struct Cli {
+    /// What to compare; `baseline` comes with --baseline
+    #[arg(long, value_enum, value_delimiter = ',', default_value = "none,explicit,ours")]
+    modes: Vec<Mode>,
+    /// Another build of redirect-agent to compare ours with
+    #[arg(long, value_name = "PATH")]
+    baseline: Option<PathBuf>,
+    /// How often to measure everything
+    #[arg(long, value_name = "N", default_value_t = 10)]
+    rounds: usize,
+    /// How long each workload runs in each round, in seconds
+    #[arg(long, value_name = "SECONDS", default_value_t = 0.5)]
+    slice: f64,
+    /// The families
+    #[arg(long, value_enum, value_delimiter = ',', default_value = "ipv4,ipv6")]
+    families: Vec<IpFamily>,
+    /// What the application does; everything by default
+    #[arg(long, value_enum, value_delimiter = ',')]
+    workloads: Vec<Workload>,
+    /// For its shape, not its numbers: one short round
+    #[arg(long)]
+    quick: bool,
+    /// How to print
+    #[arg(long, short, value_enum, default_value_t = Format::Table)]
+    output: Format,
+}
+
+#[derive(Clone, Copy, Debug, ValueEnum)]
+enum IpFamily {
+    Ipv4,
+    Ipv6,
+}
+
+#[derive(Clone, Copy, Debug, ValueEnum)]
+enum Format {
+    Table,
+    Json,
+}
+
+fn main() -> ExitCode {
+    match measure(Cli::parse()) {
+        Ok(()) => ExitCode::SUCCESS,
+        Err(error) => {
+            eprintln!("bench: {error:#}");
+            ExitCode::FAILURE
+        }
+    }
+}
+
+fn measure(cli: Cli) -> Result<()> {
+    if !nix::unistd::geteuid().is_root() {
+        bail!("network namespaces and BPF programs need root: use `cargo xtask bench`");
+    }
+    let longest = 60.0;
+    ensure!((0.01..=longest).contains(&cli.slice), "give a --slice from 0.01 to {longest} seconds");
+    ensure!(cli.rounds > 0, "give at least one round");
+    demo::leave_no_mounts()?;
+    let mut modes = cli.modes;
+    if cli.baseline.is_some() && !modes.contains(&Mode::Baseline) {
+        modes.push(Mode::Baseline);
+    }
+    let families = cli.families.into_iter().map(|family| match family {
+        IpFamily::Ipv4 => Family::V4,
+        IpFamily::Ipv6 => Family::V6,
+    });
+    let options = Options {
+        modes,
+        baseline: cli.baseline,
+        rounds: if cli.quick { 1 } else { cli.rounds },
+        slice: Duration::from_secs_f64(if cli.quick { 0.05 } else { cli.slice }),
+        families: families.collect(),
+        workloads: if cli.workloads.is_empty() { Workload::ALL.to_vec() } else { cli.workloads },
+    };
+    let before = bench::load()?;
+    let samples = bench::run(&options, |what| eprintln!("bench: {what}"))?;
+    let document = Document::new(&options, [before, bench::load()?], samples)?;
+    let mut stdout = io::stdout().lock();
+    match cli.output {
+        Format::Table => write!(stdout, "{}", bench::table(&document))?,
+        Format::Json => {
+            serde_json::to_writer_pretty(&mut stdout, &document)?;
+            writeln!(stdout)?;
+        }
+    }
+    Ok(())
+}
