@@ -2,18 +2,20 @@
 //!
 //! It is where CNI has told the agent that it is, or where somebody has put it under the pod's name,
 //! and else it is looked for by the pod's processes: kubelet keeps those in a cgroup that is named
-//! after the pod. Either way it is the pod's only if it carries the pod's addresses, and never if it
-//! is the node's own.
+//! after the pod. Either way it is the pod's only if it carries an address of the pod, or is set up by us
+//! already, and never if it is the node's own.
 
 use std::{
     collections::{BTreeMap, BTreeSet},
     fs, io,
+    net::IpAddr,
     path::{Path, PathBuf},
     sync::{Arc, Mutex, PoisonError},
     time::{Duration, Instant},
 };
 
 use anyhow::{Context as _, Result, bail};
+use procfs::{FromRead as _, process::Stat};
 use tracing::debug;
 
 use crate::{
@@ -36,7 +38,7 @@ pub struct Finder {
     seen: Mutex<Option<(Instant, Arc<Processes>)>>,
 }
 
-/// The processes of each pod, by the uid that their cgroup is named after; the youngest last.
+/// The processes of each pod, by the uid that their cgroup is named after; the oldest first.
 #[derive(Debug, Default, PartialEq, Eq)]
 struct Processes(BTreeMap<String, Vec<u32>>);
 
@@ -57,31 +59,31 @@ impl Finder {
         &self.netns_dir
     }
 
-    /// The pod's network namespace.
+    /// The pod's network namespace. One that `is_ours`, by its inode number, is set up already: it is the
+    /// pod's whatever addresses it has by now.
     ///
     /// # Errors
     ///
-    /// When none is found, or none of those that are found carries the pod's addresses.
-    pub fn find(&self, pod: &Pod) -> Result<PodNetns> {
+    /// When none is found, or none of those that are found carries an address of the pod.
+    pub fn find(&self, pod: &Pod, is_ours: impl Fn(u32) -> bool) -> Result<PodNetns> {
         let mut refused = None;
-        match self.records.of(pod.kubelet_uid()).map(|sandbox| sandbox.open()) {
+        match self.records.of(pod.kubelet_uid()).map(|sandbox| sandbox.open(&is_ours)) {
             Some(Ok(found)) => return Ok(found),
             Some(Err(e)) => refused = Some(e),
             None => {}
         }
+        let accept = |netns: Netns| {
+            if pod.ips.is_empty() && !is_ours(netns.inode()) {
+                bail!("pod {} has no address yet", pod.key);
+            }
+            accept(netns, &pod.ips, &is_ours)
+        };
         let named = self.named(&pod.key);
         if named.exists() {
-            return PodNetns::new(Netns::open(&named)?, &pod.ips);
+            return accept(Netns::open(&named)?);
         }
-        let hosts = hosts()?;
-        let mut tried = BTreeSet::new();
-        for path in self.namespaces_of(pod)? {
-            // The process may have ended, or be about to.
-            let Ok(netns) = Netns::open(&path) else { continue };
-            if hosts.contains(&netns.inode()) || !tried.insert(netns.inode()) {
-                continue;
-            }
-            match PodNetns::new(netns, &pod.ips) {
+        for netns in self.of_processes(pod)? {
+            match accept(netns) {
                 Ok(found) => return Ok(found),
                 Err(e) => refused = Some(e),
             }
@@ -98,9 +100,21 @@ impl Finder {
         }
     }
 
+    /// The namespaces of the pod's processes, but for the node's: that of the oldest process first, which a
+    /// process of the application that has made one of its own is not.
+    fn of_processes(&self, pod: &Pod) -> Result<Vec<Netns>> {
+        let hosts = hosts()?;
+        let mut seen = BTreeSet::new();
+        // A process may have ended, or be about to.
+        let opened =
+            self.namespaces_of(pod)?.into_iter().filter_map(|path| Netns::open(&path).ok());
+        let of_pod = |netns: &Netns| !hosts.contains(&netns.inode()) && seen.insert(netns.inode());
+        Ok(opened.filter(of_pod).collect())
+    }
+
     /// The inode number of the pod's network namespace, whatever addresses that has; `None` when
     /// none is found.
-    pub fn inode(&self, pod: &Pod) -> Option<u32> {
+    pub fn inode(&self, pod: &Pod, is_ours: impl Fn(u32) -> bool) -> Option<u32> {
         if let Some(netns) = self.told(pod) {
             return Some(netns.inode());
         }
@@ -108,7 +122,7 @@ impl Finder {
         if named.exists() {
             return Netns::open(&named).ok().map(|netns| netns.inode());
         }
-        self.find(pod).ok().map(|found| found.netns.inode())
+        self.find(pod, is_ours).ok().map(|found| found.netns.inode())
     }
 
     /// Whether `netns` still is the pod's network namespace.
@@ -134,10 +148,10 @@ impl Finder {
         self.netns_dir.join(format!("{}_{}", pod.namespace, pod.name))
     }
 
-    /// The `/proc/PID/ns/net` of the pod's processes, that of the youngest first.
+    /// The `/proc/PID/ns/net` of the pod's processes, that of the oldest first.
     fn namespaces_of(&self, pod: &Pod) -> Result<Vec<PathBuf>> {
         let processes = self.processes()?;
-        let pids = processes.0.get(pod.kubelet_uid()).into_iter().flatten().rev();
+        let pids = processes.0.get(pod.kubelet_uid()).into_iter().flatten();
         Ok(pids.map(|pid| PathBuf::from(format!("{PROC}/{pid}/ns/net"))).collect())
     }
 
@@ -156,20 +170,44 @@ impl Finder {
 
 impl Processes {
     fn read(proc: &Path) -> Result<Self> {
-        let mut processes = Self::default();
+        let mut found: BTreeMap<String, Vec<(u64, u32)>> = BTreeMap::new();
         for pid in pids(proc)? {
             let path = proc.join(pid.to_string()).join("cgroup");
             match fs::read_to_string(&path) {
                 Ok(cgroups) => {
                     if let Some(uid) = pod_of(&cgroups) {
-                        processes.0.entry(uid).or_default().push(pid);
+                        let started = started(&proc.join(pid.to_string()));
+                        found.entry(uid).or_default().push((started, pid));
                     }
                 }
                 Err(e) => debug!("read {}: {e}", path.display()),
             }
         }
-        Ok(processes)
+        let by_age = |mut pids: Vec<(u64, u32)>| {
+            pids.sort_unstable();
+            pids.into_iter().map(|(_, pid)| pid).collect()
+        };
+        Ok(Self(found.into_iter().map(|(uid, pids)| (uid, by_age(pids))).collect()))
     }
+}
+
+/// When a process started, in ticks since boot; one that has ended counts as the youngest. Numbers of
+/// processes start over, so they do not tell.
+fn started(process: &Path) -> u64 {
+    let stat = fs::read(process.join("stat")).ok().and_then(|stat| Stat::from_read(&*stat).ok());
+    stat.map_or(u64::MAX, |stat| stat.starttime)
+}
+
+/// The namespace, if it is the pod's: see [`Finder::find`].
+///
+/// # Errors
+///
+/// When it is not.
+pub fn accept(netns: Netns, known: &[IpAddr], is_ours: impl Fn(u32) -> bool) -> Result<PodNetns> {
+    if is_ours(netns.inode()) {
+        return Ok(PodNetns::existing(netns)?.without(&[], known));
+    }
+    PodNetns::with_any(netns, known)
 }
 
 /// The network namespaces of `inodes` that are in `netns_dir` or in `records`, or that a process is

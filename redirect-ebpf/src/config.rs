@@ -13,7 +13,7 @@ static PROXY_GRACE_NS: u64 = 3_000_000_000;
 
 /// Where the kernel keeps what the programs read from a socket or a packet; from the kernel's BTF.
 #[unsafe(no_mangle)]
-static SOCK_OFFSETS: SockOffsets = SockOffsets {
+pub static SOCK_OFFSETS: SockOffsets = SockOffsets {
     family: 0,
     state: 0,
     local_port: 0,
@@ -40,7 +40,11 @@ pub fn proxy_grace_ns() -> u64 {
     unsafe { ptr::read_volatile(&raw const PROXY_GRACE_NS) }
 }
 
-pub fn sock_offsets() -> SockOffsets {
-    // SAFETY: reads a static.
-    unsafe { ptr::read_volatile(&raw const SOCK_OFFSETS) }
+/// One of [`SOCK_OFFSETS`].
+macro_rules! offset {
+    ($field:ident) => {
+        // SAFETY: reads a static.
+        unsafe { core::ptr::read_volatile(&raw const $crate::config::SOCK_OFFSETS.$field) }
+    };
 }
+pub(crate) use offset;

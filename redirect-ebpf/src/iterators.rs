@@ -156,7 +156,7 @@ fn share_ports(sk: &Socket) {
         return;
     }
     if matches!(
-        common.read::<u16>(config::sock_offsets().local_port),
+        common.read::<u16>(config::offset!(local_port)),
         PORT_OUTBOUND | PORT_INBOUND | PORT_HBONE
     ) {
         sk.set(SO_REUSEADDR, 1);
@@ -210,14 +210,14 @@ impl Common {
 
     #[inline(always)]
     fn state(&self) -> u8 {
-        self.read(config::sock_offsets().state)
+        self.read(config::offset!(state))
     }
 
     /// The inode number of its network namespace; 0 where it cannot be read.
     #[inline(always)]
     fn pod_id(&self) -> PodId {
-        let o = config::sock_offsets();
-        let inode = (self.read::<u64>(o.net) + u64::from(o.net_inode)) as *const PodId;
+        let inode = (self.read::<u64>(config::offset!(net)) + u64::from(config::offset!(net_inode)))
+            as *const PodId;
         // SAFETY: the helper copes with any address.
         unsafe { bpf_probe_read_kernel(inode) }.unwrap_or(0)
     }
@@ -240,17 +240,23 @@ impl Common {
 
     #[inline(always)]
     fn flow(&self) -> Flow {
-        let o = config::sock_offsets();
-        let (local, remote): (Addr, Addr) = if self.read::<u16>(o.family) == AF_INET {
-            (Addr::v4(self.read(o.local_v4)), Addr::v4(self.read(o.remote_v4)))
+        let (local, remote): (Addr, Addr) = if self.read::<u16>(config::offset!(family)) == AF_INET
+        {
+            (
+                Addr::v4(self.read(config::offset!(local_v4))),
+                Addr::v4(self.read(config::offset!(remote_v4))),
+            )
         } else {
-            (from_words(self.read(o.local_v6)), from_words(self.read(o.remote_v6)))
+            (
+                from_words(self.read(config::offset!(local_v6))),
+                from_words(self.read(config::offset!(remote_v6))),
+            )
         };
         Flow {
             local,
             remote,
-            local_port: self.read(o.local_port),
-            remote_port: u16::from_be(self.read(o.remote_port)),
+            local_port: self.read(config::offset!(local_port)),
+            remote_port: u16::from_be(self.read(config::offset!(remote_port))),
         }
     }
 }

@@ -57,6 +57,10 @@ pub static HINT: PerCpuArray<Hint, 1> = PerCpuArray::new();
 #[btf_map(name = "parsed")]
 pub static PARSED: PerCpuArray<Parsed, 1> = PerCpuArray::new();
 
+/// An address that a program computes with. No other program reads it, so it is not pinned.
+#[btf_map(name = "address")]
+pub static ADDRESS: PerCpuArray<u64, 1> = PerCpuArray::new();
+
 /// Whether any pod of the node is in `strays`.
 #[btf_map(name = "any_strays")]
 pub static ANY_STRAYS: Array<u32, 1> = Array::new();

@@ -19,7 +19,7 @@ use redirect_ebpf::{
     verdict::{Hidden, Segment},
 };
 
-use crate::config;
+use crate::{config, maps::ADDRESS};
 
 const ETH_P_IP: u16 = 0x0800;
 const ETH_P_IPV6: u16 = 0x86dd;
@@ -130,15 +130,18 @@ pub fn parse_any(ctx: &TcContext, network: Network, udp: bool) -> Option<Parsed>
     if !is_tcp && !(udp && protocol == IPPROTO_UDP) {
         return None;
     }
-    let ports: [u8; 4] = load(ctx, offset)?;
-    let dst_port = u16::from_be_bytes([ports[2], ports[3]]);
-    let mut tcp = [0; 10];
+    let (ports, tcp): ([u8; 4], [u8; 10]);
     let mut is_query = true;
     if is_tcp {
-        tcp = load(ctx, offset + 4)?;
+        let [p0, p1, p2, p3, rest @ ..]: [u8; 14] = load(ctx, offset)?;
+        (ports, tcp) = ([p0, p1, p2, p3], rest);
     } else {
         // The header has to be whole.
-        let _length_and_checksum: [u8; 4] = load(ctx, offset + 4)?;
+        let [p0, p1, p2, p3, ..]: [u8; 8] = load(ctx, offset)?;
+        (ports, tcp) = ([p0, p1, p2, p3], [0; 10]);
+    }
+    let dst_port = u16::from_be_bytes([ports[2], ports[3]]);
+    if !is_tcp {
         if dst_port == PORT_DNS {
             // Of several datagrams in one, any may be a query.
             // SAFETY: the context is valid while the program runs.
@@ -499,22 +502,23 @@ pub fn headers(ctx: &TcContext) -> Option<([u8; 40], u32, [u8; 20])> {
 /// The address of the network namespace that the packet is in; 0 where it cannot be read.
 #[inline(always)]
 pub fn netns(ctx: &TcContext) -> u64 {
-    let offsets = config::sock_offsets();
-    // The verifier lets nobody compute with the context's address; as a number it does.
-    let slot = core::hint::black_box(ctx.skb.skb);
-    // SAFETY: the helper copes with any address.
+    // The verifier lets nobody compute with the context's address; what comes out of a map is a number.
+    let Some(slot) = ADDRESS.get_ptr_mut(0) else { return 0 };
+    // SAFETY: the pointer is to this CPU's own value; the helper copes with any address.
     unsafe {
-        let skb: u64 = bpf_probe_read_kernel(core::ptr::from_ref(&slot).cast()).unwrap_or(0);
-        let device = (skb + u64::from(offsets.packet_device)) as *const u64;
+        slot.write_volatile(ctx.skb.skb as u64);
+        let skb = slot.read_volatile();
+        let device = (skb + u64::from(config::offset!(packet_device))) as *const u64;
         let device = bpf_probe_read_kernel(device).unwrap_or(0);
-        bpf_probe_read_kernel((device + u64::from(offsets.device_net)) as *const u64).unwrap_or(0)
+        let netns = device + u64::from(config::offset!(device_net));
+        bpf_probe_read_kernel(netns as *const u64).unwrap_or(0)
     }
 }
 
 /// The inode number of that.
 #[inline(always)]
 pub fn netns_inode(ctx: &TcContext) -> Option<PodId> {
-    let inode = (netns(ctx) + u64::from(config::sock_offsets().net_inode)) as *const PodId;
+    let inode = (netns(ctx) + u64::from(config::offset!(net_inode))) as *const PodId;
     // SAFETY: the helper copes with any address.
     unsafe { bpf_probe_read_kernel(inode) }.ok()
 }

@@ -243,7 +243,7 @@ fn sender(ctx: &TcContext) -> Option<*mut bpf_sock> {
 /// The address of the socket's network namespace.
 #[inline(always)]
 fn netns(sk: *mut bpf_sock) -> u64 {
-    let offset = u64::from(config::sock_offsets().net);
+    let offset = u64::from(config::offset!(net));
     // The verifier lets nobody compute with a socket's address; as a number it does.
     let slot = core::hint::black_box(sk);
     // SAFETY: the helper copes with any address.

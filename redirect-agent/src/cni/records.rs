@@ -15,7 +15,11 @@ use serde::{Deserialize, Serialize};
 use tokio::sync::watch;
 use tracing::{debug, warn};
 
-use crate::{dataplane::PodNetns, finder::hosts, netns::Netns};
+use crate::{
+    dataplane::PodNetns,
+    finder::{accept, hosts},
+    netns::Netns,
+};
 
 /// The records' directory below the state directory.
 const DIR: &str = "sandboxes";
@@ -32,17 +36,17 @@ pub struct Sandbox {
 }
 
 impl Sandbox {
-    /// Its network namespace.
+    /// Its network namespace; `is_ours` as for `Finder::find`.
     ///
     /// # Errors
     ///
-    /// When there is none at its path, or one that is the node's, or lacks one of the addresses.
-    pub fn open(&self) -> Result<PodNetns> {
+    /// When there is none at its path, or one that is the node's, or has none of the addresses.
+    pub fn open(&self, is_ours: impl Fn(u32) -> bool) -> Result<PodNetns> {
         let netns = Netns::open(&self.netns)?;
         if hosts()?.contains(&netns.inode()) {
             bail!("{} is the node's own network namespace", self.netns.display());
         }
-        PodNetns::new(netns, &self.addresses)
+        accept(netns, &self.addresses, is_ours)
     }
 
     /// Whether [`Sandbox::open`] can ever succeed again.
@@ -58,7 +62,7 @@ impl Sandbox {
             return Ok(false);
         }
         let found = PodNetns::existing(netns)?.addresses;
-        Ok(self.addresses.iter().all(|address| found.contains(address)))
+        Ok(self.addresses.iter().any(|address| found.contains(address)))
     }
 
     /// Whether the two cannot both be alive.

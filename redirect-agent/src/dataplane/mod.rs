@@ -490,7 +490,7 @@ impl Dataplane {
         let ids = self.kernel().pods()?.ids()?;
         for pod_id in ids.into_iter().filter(|pod_id| !known.contains(pod_id)) {
             let _pod = self.pod(pod_id);
-            if !self.dir.join("links").join(pod_id.to_string()).exists() {
+            if !self.is_linked(pod_id) {
                 self.kernel().pods()?.delete(pod_id)?;
             }
         }
@@ -550,6 +550,11 @@ impl Dataplane {
             Some(row) if !row.enrolled => pods.delete(pod_id),
             _ => Ok(()),
         }
+    }
+
+    /// Whether a pod has links, or once had.
+    pub fn is_linked(&self, pod_id: PodId) -> bool {
+        self.dir.join("links").join(pod_id.to_string()).exists()
     }
 
     /// The pods that have links.

@@ -47,6 +47,28 @@ impl PodNetns {
         Ok(pod.known_first(known))
     }
 
+    /// The same for a pod that others have named: some of `known` may have gone, and the rest is to work.
+    ///
+    /// # Errors
+    ///
+    /// When the namespace carries no address, or none of `known`: then it is not that pod's.
+    pub fn with_any(netns: Netns, known: &[IpAddr]) -> Result<Self> {
+        let pod = Self::existing(netns)?.known_first(known);
+        let path = pod.netns.path().display();
+        if !known.is_empty() && pod.missing(known).count() == known.len() {
+            bail!("{path} does not carry address {}; it has {}", list(known), list(&pod.addresses));
+        }
+        if pod.addresses.is_empty() {
+            bail!("{path} has no address besides loopback");
+        }
+        Ok(pod)
+    }
+
+    /// Those of `known` that the namespace does not have.
+    pub fn missing(&self, known: &[IpAddr]) -> impl Iterator<Item = IpAddr> {
+        known.iter().copied().filter(|ip| !self.found.iter().any(|address| address.ip == *ip))
+    }
+
     /// The same pod without the addresses of its virtual interfaces, but for `known` ones.
     pub fn without(self, virtual_interfaces: &[String], known: &[IpAddr]) -> Self {
         Self { virtual_interfaces: virtual_interfaces.to_vec(), ..self }.known_first(known)
@@ -87,7 +109,8 @@ impl PodNetns {
         addresses
     }
 
-    /// Whether the namespace has other addresses now, and still all of `known`.
+    /// Whether the namespace has other addresses now, and still one of `known`: it is not being taken
+    /// apart.
     ///
     /// # Errors
     ///
@@ -96,7 +119,7 @@ impl PodNetns {
         let set = |found: &[Address]| found.iter().map(|address| address.ip).collect();
         let (now, before): (BTreeSet<IpAddr>, BTreeSet<IpAddr>) =
             (set(&addresses_in(&self.netns)?), set(&self.found));
-        Ok(known.iter().all(|ip| now.contains(ip)) && now != before)
+        Ok(known.iter().any(|ip| now.contains(ip)) && now != before)
     }
 
     pub(super) fn id(&self) -> PodId {

@@ -392,8 +392,11 @@ impl<S: Source> Reconciler<S> {
         let finder = Arc::clone(&self.shared.settings.finder);
         let removed = spawn_blocking(move || {
             let linked = dataplane.linked_pods()?;
-            let known: BTreeSet<u32> =
-                inventory.pods.values().filter_map(|pod| finder.inode(pod)).collect();
+            let known: BTreeSet<u32> = inventory
+                .pods
+                .values()
+                .filter_map(|pod| finder.inode(pod, |inode| linked.contains(&inode)))
+                .collect();
             for netns in netns::in_dir(finder.netns_dir())? {
                 if linked.contains(&netns.inode()) && !known.contains(&netns.inode()) {
                     let path = netns.path().to_owned();

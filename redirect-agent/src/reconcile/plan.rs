@@ -36,6 +36,13 @@ pub(super) struct Standing {
     pub(super) foreign: bool,
 }
 
+impl Standing {
+    /// Of a namespace that a former agent has set up, or half set up: all that it may have done.
+    pub(super) fn of_ours() -> Self {
+        Self { prepared: true, offered: true, captured: true, redirected: true, ..Self::default() }
+    }
+}
+
 /// One thing to do for a pod; each is idempotent.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(super) enum Step {

@@ -288,12 +288,13 @@ impl<S: Source> PodTask<S> {
     async fn take(&mut self, step: Step) -> Result<bool> {
         match step {
             Step::Prepare => {
-                if self.pod.ips.is_empty() {
+                let opened = self.open_netns().await;
+                if opened.is_err() && self.pod.ips.is_empty() {
                     // It is starting; the source tells when it has one.
                     self.problem = Some(no_address(&self.key));
                     return Ok(false);
                 }
-                let netns = self.open_netns().await?;
+                let netns = opened?;
                 if let Some(why) = self.meet_istio_cni(&netns).await? {
                     if self.network.is_none() {
                         // Tells at once when they vanish.
@@ -503,31 +504,49 @@ impl<S: Source> PodTask<S> {
     /// Says in the map `pods` why the pod bypasses. Pods without a namespace of their own, or whose
     /// namespace is not known yet, have no row.
     async fn note(&mut self) -> Result<()> {
-        let own = !self.pod.host_network && !self.pod.phase.is_finished();
+        let own = self.has_own_netns();
         let addresses = if own { self.pod.ips.clone() } else { Vec::new() };
         let (finder, pod) = (Arc::clone(&self.shared.settings.finder), self.pod.clone());
         let reason = self.decision_code();
         let dataplane = Arc::clone(&self.shared.dataplane);
         let old = self.noted.take();
-        self.noted = blocking(move || {
-            let pod_id = if own { finder.inode(&pod) } else { None };
+        let ours;
+        (self.noted, ours) = blocking(move || {
+            let is_ours = |inode| dataplane.is_linked(inode);
+            let pod_id = if own { finder.inode(&pod, is_ours) } else { None };
+            if pod_id.is_some_and(is_ours) {
+                // Nobody could find it so far.
+                return Ok((None, true));
+            }
             if let Some(old) = old.filter(|old| Some(*old) != pod_id) {
                 dataplane.delete_bypass(old)?;
             }
             if let Some(pod_id) = pod_id {
                 dataplane.put_bypass(pod_id, &addresses, reason)?;
             }
-            Ok(pod_id)
+            Ok((pod_id, false))
         })
         .await?;
-        self.standing.noted = true;
+        if ours {
+            self.standing = Standing { mentioned: true, ..Standing::of_ours() };
+        } else {
+            self.standing.noted = true;
+        }
         Ok(())
+    }
+
+    fn has_own_netns(&self) -> bool {
+        !self.pod.host_network && !self.pod.phase.is_finished()
     }
 
     /// Looks whether the namespace is still the one that was set up, and with `kernel` whether
     /// everything is still there.
     async fn verify(&mut self, kernel: bool) -> Result<()> {
-        let Some(netns) = self.netns.clone() else { return Ok(()) };
+        let Some(netns) = self.netns.clone() else {
+            // Its namespace may be found by now.
+            self.standing.noted &= self.noted.is_some() || !self.has_own_netns();
+            return Ok(());
+        };
         if self.displacing.is_some_and(|from| from <= Instant::now()) {
             let displaced = self.on_netns(Arc::clone(&netns), |d, pod| d.displace_istio_cni(pod));
             self.await_displaced(displaced.await?);
@@ -599,11 +618,12 @@ impl<S: Source> PodTask<S> {
     /// Whether the namespace that was set up is still where it should be.
     async fn netns_stands(&self) -> bool {
         let (finder, pod) = (Arc::clone(&self.shared.settings.finder), self.pod.clone());
+        let dataplane = Arc::clone(&self.shared.dataplane);
         let netns = self.netns.clone();
         let stands = blocking(move || {
             Ok(match netns {
                 Some(netns) => finder.stands(&pod, &netns.netns),
-                None => finder.inode(&pod).is_some(),
+                None => finder.inode(&pod, |inode| dataplane.is_linked(inode)).is_some(),
             })
         });
         stands.await.unwrap_or(false)
@@ -784,9 +804,6 @@ impl<S: Source> PodTask<S> {
         if let Some(netns) = &self.netns {
             return Ok(Arc::clone(netns));
         }
-        if self.pod.ips.is_empty() {
-            return Err(anyhow!(no_address(&self.key)));
-        }
         let netns = Arc::new(self.find_netns().await?);
         self.netns = Some(Arc::clone(&netns));
         Ok(netns)
@@ -795,9 +812,12 @@ impl<S: Source> PodTask<S> {
     async fn find_netns(&self) -> Result<PodNetns> {
         let (finder, pod) = (Arc::clone(&self.shared.settings.finder), self.pod.clone());
         let virtual_interfaces = self.traffic().virtual_interfaces;
-        blocking(move || Ok(finder.find(&pod)?.without(&virtual_interfaces, &pod.ips)))
-            .await
-            .with_context(|| format!("enter pod {}", self.key))
+        let dataplane = Arc::clone(&self.shared.dataplane);
+        let find = move || {
+            let found = finder.find(&pod, |inode| dataplane.is_linked(inode))?;
+            Ok(found.without(&virtual_interfaces, &pod.ips))
+        };
+        blocking(find).await.with_context(|| format!("enter pod {}", self.key))
     }
 
     async fn on_netns<T: Send + 'static>(
@@ -813,13 +833,24 @@ impl<S: Source> PodTask<S> {
     fn told_of_pod(&self) -> Option<String> {
         let mirror = self.mirror_is_gone().then(|| MIRROR_GONE.to_owned());
         let beside = self.beside.then(|| ISTIO_CNI_BESIDE.to_owned());
+        let missing = self.missing_addresses();
         let told: Vec<String> = mirror
             .into_iter()
+            .chain(missing)
             .chain(self.misread.iter().cloned())
             .chain(beside)
             .chain(self.deaf.clone())
             .collect();
         (!told.is_empty()).then(|| told.join("; "))
+    }
+
+    fn missing_addresses(&self) -> Option<String> {
+        let missing: Vec<String> =
+            self.netns.as_ref()?.missing(&self.pod.ips).map(|ip| ip.to_string()).collect();
+        (!missing.is_empty()).then(|| {
+            let missing = missing.join(", ");
+            format!("no interface of the pod has its address {missing}: what is sent there does not arrive")
+        })
     }
 
     /// Updates what `status` shows.

@@ -108,7 +108,7 @@ impl Document {
                     workload,
                     to,
                     ratio,
-                    conclusive: !ratio.is_wide(),
+                    conclusive: ratio.is_conclusive(),
                 }));
             }
         }
@@ -155,7 +155,11 @@ pub fn table(document: &Document) -> String {
     ratios.load_style(presets::NOTHING);
     ratios.set_header(["FAMILY", "WORKLOAD", "OURS / …", "RATIO", "95 %", ""]);
     for r in &document.ratios {
-        let conclusion = if r.conclusive { "" } else { "no conclusion: it varies too much" };
+        let conclusion = if r.conclusive {
+            ""
+        } else {
+            "no conclusion: it varies too much, or the rounds are too few"
+        };
         ratios.add_row([
             r.family.to_owned(),
             r.workload.as_str().to_owned(),

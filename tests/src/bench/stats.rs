@@ -5,6 +5,9 @@ use serde::Serialize;
 /// How often the rounds are drawn anew.
 const RESAMPLES: usize = 2000;
 
+/// With fewer rounds an interval says little.
+const ENOUGH: usize = 6;
+
 /// A median, and the interval that 95 of 100 medians of rounds drawn at random from those measured are in
 /// (percentile bootstrap).
 #[derive(Clone, Copy, Debug, PartialEq, Serialize)]
@@ -15,6 +18,8 @@ pub struct Interval {
     pub low: f64,
     /// The upper end.
     pub high: f64,
+    /// Of how many rounds.
+    pub rounds: usize,
 }
 
 impl Interval {
@@ -31,12 +36,12 @@ impl Interval {
             .collect();
         medians.sort_by(f64::total_cmp);
         let (low, high) = (medians[RESAMPLES / 40], medians[RESAMPLES - 1 - RESAMPLES / 40]);
-        Some(Self { median: median_of_all, low, high })
+        Some(Self { median: median_of_all, low, high, rounds: values.len() })
     }
 
-    /// Whether it is too wide for a conclusion about a few percent.
-    pub fn is_wide(&self) -> bool {
-        (self.high - self.low) > 0.1 * self.median
+    /// Whether it says something about a few percent.
+    pub fn is_conclusive(&self) -> bool {
+        self.rounds >= ENOUGH && (self.high - self.low) <= 0.1 * self.median
     }
 }
 
@@ -67,9 +72,11 @@ mod tests {
     fn interval_is_around_the_median_and_as_wide_as_the_values_differ() {
         let narrow = Interval::of(&[1.0, 1.01, 0.99, 1.0, 1.0, 1.01, 0.99, 1.0]).unwrap();
         assert!(narrow.low <= narrow.median && narrow.median <= narrow.high);
-        assert!(!narrow.is_wide(), "{narrow:?}");
+        assert!(narrow.is_conclusive(), "{narrow:?}");
         let wide = Interval::of(&[0.5, 1.5, 1.0, 0.7, 1.3, 0.6, 1.4, 1.0]).unwrap();
-        assert!(wide.is_wide(), "{wide:?}");
+        assert!(!wide.is_conclusive(), "{wide:?}");
+        let few = Interval::of(&[1.0, 1.0]).unwrap();
+        assert!(!few.is_conclusive(), "{few:?}");
         assert_eq!(Interval::of(&[]), None);
     }
 }

@@ -19,6 +19,7 @@ mod interfaces;
 mod isolation;
 mod labels;
 mod load;
+mod lost_addresses;
 mod neighbours;
 mod oddities;
 mod owner;
