@@ -504,14 +504,15 @@ pub fn headers(ctx: &TcContext) -> Option<([u8; 40], u32, [u8; 20])> {
 pub fn netns(ctx: &TcContext) -> u64 {
     // The verifier lets nobody compute with the context's address; what comes out of a map is a number.
     let Some(slot) = ADDRESS.get_ptr_mut(0) else { return 0 };
+    let packet_device = u64::from(config::offset!(packet_device));
+    let device_net = u64::from(config::offset!(device_net));
     // SAFETY: the pointer is to this CPU's own value; the helper copes with any address.
     unsafe {
         slot.write_volatile(ctx.skb.skb as u64);
         let skb = slot.read_volatile();
-        let device = (skb + u64::from(config::offset!(packet_device))) as *const u64;
+        let device = (skb + packet_device) as *const u64;
         let device = bpf_probe_read_kernel(device).unwrap_or(0);
-        let netns = device + u64::from(config::offset!(device_net));
-        bpf_probe_read_kernel(netns as *const u64).unwrap_or(0)
+        bpf_probe_read_kernel((device + device_net) as *const u64).unwrap_or(0)
     }
 }
 
