@@ -4,10 +4,13 @@ use std::fs;
 use std::net::{IpAddr, SocketAddr, TcpStream, UdpSocket};
 use std::path::{Path, PathBuf};
 use std::process::Command;
+use std::thread;
 use std::time::{Duration, Instant};
 
 use anyhow::{Context as _, Result, bail, ensure};
+use nix::sys::socket::{setsockopt, sockopt};
 use redirect_agent::output::PodState;
+use redirect_ebpf::abi::{MARK_MASK, MARK_PROXY, PORT_PROXY_DNS};
 use redirect_tests::both_families;
 use redirect_tests::dns::{
     self, BIG, BIG_ANSWERS, Resolver, SLOW, SLOWNESS, TRUNCATED, WHO, framed,
@@ -37,6 +40,8 @@ both_families! {
     excluded_ranges_make_no_difference_and_the_excluded_port_does,
     guard_that_somebody_detaches_is_put_back,
     agent_restarts_and_queries_are_answered_all_the_while,
+    datagrams_in_one_do_not_hide_a_query,
+    application_that_joins_the_proxys_group_is_not_taken_for_it,
 }
 
 /// How long a client waits for an answer.
@@ -699,5 +704,64 @@ fn pod_that_is_not_in_the_mesh_keeps_its_dns() -> Result<()> {
         let asked = resolver.asked();
         ensure!(asked.len() == 1 && asked[0].0.ip() == cluster.server.ip(family), "{asked:?}");
     }
+    Ok(())
+}
+
+/// The kernel splits what a socket sends with UDP_SEGMENT after our programs have seen it: only the first
+/// of the datagrams can be read there, and that is no query.
+fn datagrams_in_one_do_not_hide_a_query(family: Family) -> Result<()> {
+    let dns = Dns::start(family)?;
+    let hide = || {
+        dns.netns().run(|| {
+            let socket = connected(dns.there())?;
+            let query = dns::query(7, WHO, dns.there())?;
+            let mut answer = query.clone();
+            answer[2] |= 0x80;
+            let segment = query.len().try_into().context("a segment's length")?;
+            setsockopt(&socket, sockopt::UdpGsoSegment, &segment).context("set UDP_SEGMENT")?;
+            socket.send(&[answer, query].concat()).context("send two datagrams")?;
+            Ok(socket)
+        })
+    };
+    let has_come = |from: &UdpSocket| -> Result<bool> {
+        let port = from.local_addr()?.port();
+        Ok(dns.resolver.asked().iter().any(|(client, _)| client.port() == port))
+    };
+    dns.capture(false)?;
+    let hidden = hide()?;
+    wait_for("the query", SOON, || Ok(has_come(&hidden)?.then_some(())))?;
+    dns.capture(true)?;
+    for _ in 0..5 {
+        let hidden = hide()?;
+        thread::sleep(A_WHILE);
+        ensure!(!has_come(&hidden)?, "a query went past the proxy");
+    }
+    dns.assert_captured()
+}
+
+/// Whoever has the proxy's uid may share its port with it, and then gets some of the pod's own
+/// connections to resolvers, or has them refused; but it does not get the proxy's mark, which would let it
+/// call everybody.
+fn application_that_joins_the_proxys_group_is_not_taken_for_it(family: Family) -> Result<()> {
+    let dns = Dns::start(family)?;
+    let listener = dns.netns().run(|| {
+        let at = SocketAddr::new(family.localhost(), PORT_PROXY_DNS);
+        let socket = Socket::new(Domain::for_address(at), Type::STREAM, None)?;
+        socket.set_reuse_port(true)?;
+        socket.bind(&at.into()).context("share the port")?;
+        socket.listen(64)?;
+        socket.set_nonblocking(true)?;
+        Ok(socket)
+    })?;
+    let connections: Vec<TcpStream> =
+        (0..32).filter_map(|_| connect(dns.netns(), dns.nowhere()[0]).ok()).collect();
+    let mut accepted = 0;
+    while let Ok((socket, _)) = listener.accept() {
+        let mark = socket.mark().context("read its mark")?;
+        ensure!(mark & MARK_MASK != MARK_PROXY, "it has the mark {mark:#x}");
+        accepted += 1;
+    }
+    let all_proxys = connections.len() == 32 && accepted == 0;
+    ensure!(!all_proxys, "the group was not joined");
     Ok(())
 }
