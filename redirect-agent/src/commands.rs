@@ -11,7 +11,7 @@ use std::{
     time::Duration,
 };
 
-use anyhow::{Context as _, Result, bail};
+use anyhow::{Context as _, Result, bail, ensure};
 use nix::unistd::gethostname;
 use tokio::{
     signal::unix::{SignalKind, signal},
@@ -283,7 +283,14 @@ fn detach(args: &DetachArgs) -> Result<()> {
 /// Puts namespaces back to how they were found, many at once: first the traffic of all, then what takes
 /// long and harms nobody who has to wait for it. One that fails keeps none from being put back.
 fn restore_all(dataplane: &Dataplane, found: Vec<Netns>) -> Result<()> {
-    let pods: Vec<PodNetns> = found.into_iter().map(PodNetns::existing).collect::<Result<_>>()?;
+    let (mut pods, mut failed) = (Vec::new(), Vec::new());
+    for netns in found {
+        let path = netns.path().to_owned();
+        match PodNetns::existing(netns) {
+            Ok(pod) => pods.push(pod),
+            Err(e) => failed.push(format!("{}: {e:#}", path.display())),
+        }
+    }
     let let_pass = |pod: &PodNetns| {
         dataplane.release(pod)?;
         dataplane.settle_wholly(pod)?;
@@ -294,11 +301,10 @@ fn restore_all(dataplane: &Dataplane, found: Vec<Netns>) -> Result<()> {
         dataplane.remove(pod)?;
         dataplane.forget(pod.netns.inode())
     };
-    let failed = [at_once(&pods, let_pass), at_once(&pods, remove)].concat();
-    match &failed[..] {
-        [] => Ok(()),
-        failed => bail!("{}", failed.join("; ")),
-    }
+    failed.extend(at_once(&pods, let_pass));
+    failed.extend(at_once(&pods, remove));
+    ensure!(failed.is_empty(), "{}", failed.join("; "));
+    Ok(())
 }
 
 /// Does something for each pod; returns what went wrong.

@@ -244,10 +244,14 @@ mod tests {
     #[test]
     fn a_foreign_source_address_is_bound_to_and_the_own_one_is_not() {
         in_new_netns(async |pod| {
-            for (own, foreign) in [("127.0.0.1", "192.0.2.1"), ("::1", "2001:db8::1")] {
+            // Ports of their own: a program that another test is about to start has a copy of the first
+            // listener for a moment, which would still share the port.
+            let own_and_foreign =
+                [(15008, "127.0.0.1", "192.0.2.1"), (15009, "::1", "2001:db8::1")];
+            for (port, own, foreign) in own_and_foreign {
                 let [own, foreign]: [IpAddr; 2] = [own.parse().unwrap(), foreign.parse().unwrap()];
-                let listener = pod.listen(15008).await?;
-                let addr = SocketAddr::new(own, 15008);
+                let listener = pod.listen(port).await?;
+                let addr = SocketAddr::new(own, port);
                 let same = pod.connect(Some(own), addr).await?;
                 assert_eq!(same.local_addr()?.ip(), own);
                 // Nobody routes the answer back, so look at the socket that waits for it.
