@@ -84,8 +84,10 @@ pub struct PodStatus {
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "lowercase")]
 pub enum PodState {
-    /// In the mesh: its new connections are redirected.
+    /// In the mesh, exactly as it should be: its new connections are redirected.
     Enrolled,
+    /// In the mesh, and something is wrong: the message says what.
+    Degraded,
     /// On its way in.
     Enrolling,
     /// Not in the mesh, untouched.
@@ -101,6 +103,7 @@ impl PodState {
     pub fn as_str(self) -> &'static str {
         match self {
             PodState::Enrolled => "enrolled",
+            PodState::Degraded => "degraded",
             PodState::Enrolling => "enrolling",
             PodState::Bypassing => "bypassing",
             PodState::Leaving => "leaving",

@@ -8,10 +8,10 @@ use std::{
     path::Path,
 };
 
-use anyhow::{Context as _, Result, bail};
+use anyhow::{Context as _, Result, bail, ensure};
 use aya::{
     Btf, Ebpf, EbpfLoader,
-    maps::{Array, HashMap, Map, MapData, MapError, PerCpuHashMap, ProgramArray},
+    maps::{Array, HashMap, Map, MapData, MapError, MapInfo, PerCpuHashMap, ProgramArray},
     programs::{Iter, Program, ProgramFd, SchedClassifier, SkLookup, SockOps},
 };
 use redirect_ebpf::abi::{
@@ -101,10 +101,37 @@ pub(super) struct TcxProgram {
 /// The loaded programs and the open maps.
 pub(super) struct Kernel(pub(super) Ebpf);
 
+/// Whether the pinned maps are of the layout that the programs have: one that is not would be used all
+/// the same.
+fn check_pins(dir: &Path) -> Result<()> {
+    let object = aya_obj::Object::parse(OBJECT).context("read the eBPF object")?;
+    for name in PINNED_MAPS {
+        let path = dir.join(name);
+        let wanted = object.maps.get(name).with_context(|| format!("find map {name}"))?;
+        if !path.exists() {
+            continue;
+        }
+        let found = MapInfo::from_pin(&path)
+            .with_context(|| format!("open the pinned map {}", path.display()))?;
+        let kind = found.map_type().map_or(u32::MAX, |kind| kind as u32);
+        let found = [kind, found.key_size(), found.value_size(), found.max_entries()];
+        let wanted =
+            [wanted.map_type(), wanted.key_size(), wanted.value_size(), wanted.max_entries()];
+        ensure!(
+            found == wanted,
+            "{} is a map of another layout (type, key, value, entries: {found:?}, and not {wanted:?}), which an agent of \
+             another build has left: run that agent's `redirect-agent cleanup`, or give another --bpffs-dir",
+            path.display()
+        );
+    }
+    Ok(())
+}
+
 impl Kernel {
     /// Loads the programs, and opens or creates the maps that are pinned in `dir`; nothing is attached
     /// yet.
     pub(super) fn load(dir: &Path, globals: &Globals) -> Result<Self> {
+        check_pins(dir)?;
         let mut loader = EbpfLoader::new();
         loader
             // No program needs to be fitted to the kernel's types, and they are large.

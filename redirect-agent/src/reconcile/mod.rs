@@ -150,6 +150,8 @@ struct View {
     problem: Option<String>,
     /// Whether that is a failure.
     failing: bool,
+    /// Whether it is about the pod's traffic or what is published of it, and not just to be known.
+    degraded: bool,
     /// Whether it was tried to bring the pod to where it should be, since the agent started.
     tried: bool,
 }
@@ -158,7 +160,8 @@ impl View {
     fn state(&self) -> PodState {
         let s = &self.standing;
         match (self.decision.enrolled, self.failing) {
-            (true, _) if s.captured => PodState::Enrolled,
+            (true, _) if s.captured && self.degraded => PodState::Degraded,
+            (true, false) if s.captured && s.shaped => PodState::Enrolled,
             (true, true) => PodState::Failed,
             (true, false) => PodState::Enrolling,
             (false, _) if !s.prepared && !s.foreign => PodState::Bypassing,
@@ -474,27 +477,38 @@ impl<S: Source> Observer<S> {
                 .into_iter()
                 .zip(overridden)
                 .map(|(view, overridden)| {
-                    let state = view.state();
+                    let mut state = view.state();
                     let mut message = view.problem;
+                    let mut degrade = |message: &mut Option<String>, why: String| {
+                        if state == PodState::Enrolled {
+                            state = PodState::Degraded;
+                        }
+                        message.get_or_insert(why);
+                    };
                     let mut kernel = None;
                     if let Some(netns) = view.netns.as_ref().filter(|_| view.standing.prepared) {
                         match dataplane.inspect(netns, &view.traffic) {
                             Ok(found) => {
+                                let missing = names(&found.missing);
+                                if !missing.is_empty() {
+                                    let missing = missing.join(", ");
+                                    degrade(&mut message, format!("missing in the pod: {missing}"));
+                                }
                                 kernel = Some(KernelStatus {
                                     complete: found.missing.is_empty(),
                                     present: names(&found.present),
                                     missing: names(&found.missing),
                                 });
                             }
-                            Err(e) => message = Some(format!("{e:#}")),
+                            Err(e) => degrade(&mut message, format!("{e:#}")),
                         }
                         let captures_dns = view.standing.captured && view.traffic.captures_dns();
-                        if captures_dns && message.is_none() {
-                            message = match dataplane.dns_listens(netns) {
-                                Ok(true) => None,
-                                Ok(false) => Some(NO_DNS.to_owned()),
-                                Err(e) => Some(format!("{e:#}")),
-                            };
+                        if captures_dns {
+                            match dataplane.dns_listens(netns) {
+                                Ok(true) => {}
+                                Ok(false) => degrade(&mut message, NO_DNS.to_owned()),
+                                Err(e) => degrade(&mut message, format!("{e:#}")),
+                            }
                         }
                     }
                     let mut traffic = view.traffic;
@@ -502,8 +516,8 @@ impl<S: Source> Observer<S> {
                     let netns = view.netns.as_ref().map(|netns| netns.netns.inode());
                     let counters = netns.and_then(|inode| counters.remove(&inode));
                     let forwards = counters.as_ref().is_some_and(|c| c.contains_key("forwarded"));
-                    if forwards && message.is_none() {
-                        message = Some(FORWARDS.to_owned());
+                    if forwards {
+                        message.get_or_insert_with(|| FORWARDS.to_owned());
                     }
                     PodStatus {
                         namespace: view.pod.key.namespace,

@@ -866,6 +866,10 @@ impl<S: Source> PodTask<S> {
             noted: self.noted,
             problem: self.problem.clone().or_else(|| self.told_of_pod()),
             failing: self.failing,
+            degraded: self.problem.is_some()
+                || self.beside
+                || self.deaf.is_some()
+                || self.missing_addresses().is_some(),
             tried: self.tried,
         };
         self.shared.views.show(view);

@@ -244,7 +244,7 @@ fn refused_patch_is_told_and_traffic_is_not_affected(family: Family) -> Result<(
     Load::between(client, server, &[family]).keeping_old().during(|| {
         managed.put(&Manifest::of(server).mode("ambient"));
         let status = node.wait_for_pod("to be told of", server, |p| {
-            p.state == PodState::Enrolled && p.message.is_some()
+            p.state == PodState::Degraded && p.message.is_some()
         })?;
         let message = status.message.unwrap_or_default();
         assert!(message.contains("patch on pods/status"), "{message}");

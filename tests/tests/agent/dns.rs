@@ -76,7 +76,12 @@ impl Dns {
         let flags: &[&str] = if has_dns { &["--dns-upstream", &upstream] } else { &["--no-dns"] };
         cluster.node.start_agent()?;
         cluster.node.start_proxy_with(flags)?;
-        cluster.node.enrol(&cluster.server)?;
+        if has_dns {
+            cluster.node.enrol(&cluster.server)?;
+        } else {
+            cluster.node.write(&Manifest::of(&cluster.server).mode("ambient"))?;
+            cluster.node.wait_for_state(&cluster.server, PodState::Degraded)?;
+        }
         Ok(Self { resolver, cluster, family })
     }
 

@@ -28,18 +28,18 @@ fn family_whose_address_is_gone_costs_the_other_nothing(stays: Family) -> Result
     cluster.node.start_agent()?;
     cluster.node.kill_proxy()?;
     cluster.node.start_proxy()?;
-    cluster.node.wait_until_enrolled(&cluster.server)?;
+    let gone = format!("has its address {}", cluster.server.ip(goes));
+    cluster.node.wait_for_pod("to be degraded", &cluster.server, |pod| {
+        pod.state == PodState::Degraded
+            && pod.message.as_ref().is_some_and(|message| message.contains(&gone))
+    })?;
     cluster.assert_redirected(stays)?;
-    let gone = cluster.server.ip(goes).to_string();
-    let status = cluster.node.pod(&cluster.server)?;
-    let message = status.and_then(|pod| pod.message).unwrap_or_default();
-    ensure!(message.contains(&format!("has its address {gone}")), "{message}");
     // What is broken in the family that stays is repaired.
-    cluster
-        .server
-        .netns
-        .output("ip", &[if flag == "-6" { "-4" } else { "-6" }, "rule", "del", "table", "15001"])?;
-    cluster.node.wait_until_complete(&cluster.server)?;
+    let stays_flag = if flag == "-6" { "-4" } else { "-6" };
+    cluster.server.netns.output("ip", &[stays_flag, "rule", "del", "table", "15001"])?;
+    cluster.node.wait_for_pod("to be repaired", &cluster.server, |pod| {
+        pod.kernel.as_ref().is_some_and(|kernel| kernel.complete)
+    })?;
     cluster.assert_redirected(stays)?;
 
     cluster.node.write(&Manifest::of(&cluster.server).mode("none"))?;

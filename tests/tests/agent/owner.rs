@@ -1,5 +1,6 @@
 //! One process at a time owns the pins: whoever comes second is told by whom, at once.
 
+use std::fs;
 use std::process::Command;
 use std::time::{Duration, Instant};
 
@@ -8,7 +9,7 @@ use nix::sys::signal::{Signal, kill};
 use nix::unistd::Pid;
 use redirect_tests::both_families;
 use redirect_tests::netns::Family;
-use redirect_tests::process::{finish, wait_for};
+use redirect_tests::process::{finish, succeed, wait_for};
 
 use crate::cluster::{Cluster, SOON, echo};
 
@@ -87,4 +88,28 @@ fn commands_beside_an_agent_that_hangs_fail_too_unless_forced(family: Family) ->
     wait_for("the pod to be captured again", SOON, || {
         Ok(cluster.assert_redirected(family).is_ok().then_some(()))
     })
+}
+
+/// An agent of another build, whose maps are laid out otherwise, has left them.
+#[test]
+fn pinned_map_of_another_layout_is_named() -> Result<()> {
+    let cluster = Cluster::without_agent(&[])?;
+    let Cluster { node, server, .. } = &cluster;
+    fs::create_dir_all(node.bpffs()).context("make the directory")?;
+    let pin = node.bpffs().join("pods");
+    let mut create = Command::new("bpftool");
+    create.args(["map", "create"]).arg(&pin);
+    succeed(
+        create.args(["type", "hash", "key", "4", "value", "48", "entries", "2048", "name", "x"]),
+    )?;
+    let mut attach = node.command_without_agent("attach")?;
+    attach.arg("--bpffs-dir").arg(node.bpffs()).arg("--netns").arg(server.netns_path());
+    let (done, said) = finish(&mut attach)?;
+    ensure!(!done && said.lines().count() < 5, "{said}");
+    for part in [&*pin.to_string_lossy(), "another layout", "48", "cleanup", "--bpffs-dir"] {
+        ensure!(said.contains(part), "no {part}: {said}");
+    }
+    // What was there is left alone.
+    ensure!(pin.exists());
+    Ok(())
 }

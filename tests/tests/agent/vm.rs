@@ -217,7 +217,8 @@ impl Vm {
         node.enrol(&self.neighbour)?;
         // It may never be as it should: that is what this is about.
         node.wait_for_pod("to be captured", server, |p| {
-            p.kernel.is_some() && matches!(p.state, PodState::Enrolled | PodState::Failed)
+            p.kernel.is_some()
+                && matches!(p.state, PodState::Enrolled | PodState::Degraded | PodState::Failed)
         })?;
         wait_until_followed(&self.cluster, &self.kubelet)
     }

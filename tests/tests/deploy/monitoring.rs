@@ -21,7 +21,7 @@ fn metrics() -> Result<String> {
     metrics.failed();
     metrics.cni_request("add", true, Duration::from_secs(1));
     metrics.watch_error("pods");
-    let states = [PodState::Enrolled, PodState::Failed, PodState::Bypassing];
+    let states = [PodState::Enrolled, PodState::Degraded, PodState::Failed, PodState::Bypassing];
     let pods: Vec<PodStatus> = states.into_iter().map(pod).collect();
     metrics.update(&pods, 1, true);
     metrics.encode().context("write the metrics")
