@@ -1,6 +1,7 @@
 //! The commands, each a function of its arguments.
 
 use std::{
+    collections::BTreeSet,
     io::{self, Write as _},
     path::{Path, PathBuf},
     sync::{
@@ -242,7 +243,9 @@ impl NodeState {
             let records = Records::open(&self.state_dir)?;
             let linked = dataplane.linked_pods()?;
             restore_all(&dataplane, finder::alive(&self.netns_dir, &records, &linked)?)?;
-            dataplane.sweep(&[].into(), &[].into())?;
+            let nobody = BTreeSet::new();
+            let unknown = dataplane.sweep(&nobody, &nobody, &nobody)?;
+            dataplane.sweep(&nobody, &nobody, &unknown)?;
             let left = dataplane.linked_pods()?;
             if !left.is_empty() {
                 let inodes: Vec<String> = left.iter().map(ToString::to_string).collect();

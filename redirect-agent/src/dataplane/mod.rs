@@ -468,14 +468,20 @@ impl Dataplane {
     }
 
     /// Drops what the maps and bpffs hold for namespaces that are dead, the pins of interfaces that
-    /// are gone, and the rows of pods that are neither `known` nor have links. A link that somebody has
+    /// are gone, and the rows of pods that are neither `known` nor have links and were `unknown` to the
+    /// sweep before, too: a row is entered before its pod is known for it. A link that somebody has
     /// detached looks as if its namespace were dead: those that are known to be `alive` have to be
-    /// named.
+    /// named. Returns what is unknown now.
     ///
     /// # Errors
     ///
     /// When a system call fails.
-    pub fn sweep(&self, known: &BTreeSet<PodId>, alive: &BTreeSet<PodId>) -> Result<()> {
+    pub fn sweep(
+        &self,
+        known: &BTreeSet<PodId>,
+        alive: &BTreeSet<PodId>,
+        unknown: &BTreeSet<PodId>,
+    ) -> Result<BTreeSet<PodId>> {
         for pod_id in self.linked_pods()? {
             // Lest a new namespace of that number is set up in between.
             let _pod = self.pod(pod_id);
@@ -487,14 +493,17 @@ impl Dataplane {
                 self.forget_locked(&links, pod_id)?;
             }
         }
-        let ids = self.kernel().pods()?.ids()?;
-        for pod_id in ids.into_iter().filter(|pod_id| !known.contains(pod_id)) {
+        let rows = self.kernel().pods()?.ids()?;
+        let strange = |pod_id: &PodId| !known.contains(pod_id) && !self.is_linked(*pod_id);
+        let (stale, fresh): (BTreeSet<PodId>, BTreeSet<PodId>) =
+            rows.into_iter().filter(strange).partition(|pod_id| unknown.contains(pod_id));
+        for pod_id in stale {
             let _pod = self.pod(pod_id);
             if !self.is_linked(pod_id) {
                 self.kernel().pods()?.delete(pod_id)?;
             }
         }
-        Ok(())
+        Ok(fresh)
     }
 
     /// From now on, connections to pods that are opened in this cgroup of version 2, with this id,

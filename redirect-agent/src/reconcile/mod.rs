@@ -181,6 +181,8 @@ pub struct Reconciler<S> {
     tasks: BTreeMap<PodKey, Running>,
     /// The tasks of pods that are gone: another pod of that name has to wait for them.
     leaving: BTreeMap<PodKey, JoinHandle<()>>,
+    /// Rows of the map `pods` that no pod was known for when it was last swept.
+    unknown: BTreeSet<u32>,
     tracker: TaskTracker,
 }
 
@@ -219,6 +221,7 @@ impl<S: Source> Reconciler<S> {
             proxies: watch::Sender::new(0),
             tasks: BTreeMap::new(),
             leaving: BTreeMap::new(),
+            unknown: BTreeSet::new(),
             tracker: TaskTracker::new(),
         }
     }
@@ -349,7 +352,7 @@ impl<S: Source> Reconciler<S> {
     }
 
     /// Sweeps what is left of namespaces that are dead, and rows of pods that are not known.
-    async fn sweep(&self) {
+    async fn sweep(&mut self) {
         let recorded = self.shared.settings.finder.records().current();
         let dataplane = Arc::clone(&self.shared.dataplane);
         let finder = Arc::clone(&self.shared.settings.finder);
@@ -358,17 +361,19 @@ impl<S: Source> Reconciler<S> {
         let noted: Vec<u32> = self.shared.views().values().filter_map(|view| view.noted).collect();
         // As it was after the records: none of them is ahead of its pod.
         let uids = self.uids();
+        let unknown = std::mem::take(&mut self.unknown);
         let swept = spawn_blocking(move || {
             finder.records().sweep(&recorded, uids.as_ref());
             let found = netns::in_dir(finder.netns_dir())?;
             let held = held.iter().map(|pod| pod.netns.inode());
             let known: BTreeSet<u32> = held.chain(noted).collect();
             let alive = found.iter().map(Netns::inode).chain(known.iter().copied()).collect();
-            dataplane.sweep(&known, &alive)
+            dataplane.sweep(&known, &alive, &unknown)
         })
         .await;
-        if let Err(e) = swept.map_err(Into::into).flatten() {
-            warn!("cannot sweep what is left of dead network namespaces: {e:#}");
+        match swept.map_err(Into::into).flatten() {
+            Ok(unknown) => self.unknown = unknown,
+            Err(e) => warn!("cannot sweep what is left of dead network namespaces: {e:#}"),
         }
     }
 
