@@ -3,6 +3,7 @@
 use std::{
     collections::BTreeSet,
     io::{self, Write as _},
+    panic::resume_unwind,
     path::{Path, PathBuf},
     sync::{
         Arc,
@@ -294,51 +295,61 @@ fn restore_all(dataplane: &Dataplane, found: Vec<Netns>) -> Result<()> {
             Err(e) => failed.push(format!("{}: {e:#}", path.display())),
         }
     }
-    let let_pass = |pod: &PodNetns| {
-        dataplane.release(pod)?;
-        dataplane.settle_wholly(pod)?;
-        dataplane.let_pass(pod)?;
+    let let_pass_and_tell = |pod: &PodNetns| {
+        let_pass(dataplane, pod)?;
         print(format!("restored {}\n", pod.netns.path().display()).as_bytes())
     };
-    let remove = |pod: &PodNetns| {
-        dataplane.remove(pod)?;
-        dataplane.forget(pod.netns.inode())
-    };
-    failed.extend(at_once(&pods, let_pass));
-    failed.extend(at_once(&pods, remove));
+    let all: Vec<_> = pods.iter().collect();
+    // Of one that still redirects, the programs and the record stay: it has to be found again.
+    let passing = at_once(&all, &mut failed, let_pass_and_tell);
+    at_once(&passing, &mut failed, |pod| dataplane.forget(pod.netns.inode()));
     ensure!(failed.is_empty(), "{}", failed.join("; "));
     Ok(())
 }
 
-/// Does something for each pod; returns what went wrong.
-fn at_once(pods: &[PodNetns], what: impl Fn(&PodNetns) -> Result<()> + Sync) -> Vec<String> {
+/// Does something for each pod, and returns those it was done for; what went wrong is added to `failed`.
+fn at_once<'a>(
+    pods: &[&'a PodNetns],
+    failed: &mut Vec<String>,
+    what: impl Fn(&PodNetns) -> Result<()> + Sync,
+) -> Vec<&'a PodNetns> {
     // They mostly wait for the kernel.
     const AT_ONCE: usize = 128;
     let next = AtomicUsize::new(0);
+    let mut done = Vec::new();
     thread::scope(|scope| {
         let work = || {
-            let mut failed = Vec::new();
-            while let Some(pod) = pods.get(next.fetch_add(1, Ordering::Relaxed)) {
-                let path = pod.netns.path().display();
-                failed.extend(what(pod).err().map(|e| format!("{path}: {e:#}")));
+            let mut results = Vec::new();
+            while let Some(&pod) = pods.get(next.fetch_add(1, Ordering::Relaxed)) {
+                results.push((pod, what(pod)));
             }
-            failed
+            results
         };
         let workers: Vec<_> = (0..AT_ONCE.min(pods.len())).map(|_| scope.spawn(work)).collect();
-        workers
-            .into_iter()
-            .flat_map(|worker| worker.join().unwrap_or_else(|_| vec!["a thread panicked".into()]))
-            .collect()
-    })
+        for worker in workers {
+            for (pod, result) in worker.join().unwrap_or_else(|panic| resume_unwind(panic)) {
+                match result {
+                    Ok(()) => done.push(pod),
+                    Err(e) => failed.push(format!("{}: {e:#}", pod.netns.path().display())),
+                }
+            }
+        }
+    });
+    done
 }
 
 /// Puts one namespace back to how it was found.
 fn restore(dataplane: &Dataplane, netns: Netns) -> Result<()> {
     let pod = PodNetns::existing(netns)?;
-    dataplane.release(&pod)?;
-    dataplane.settle_wholly(&pod)?;
-    dataplane.remove(&pod)?;
+    let_pass(dataplane, &pod)?;
     dataplane.forget(pod.netns.inode())
+}
+
+/// Nothing of the pod's traffic is redirected any more.
+fn let_pass(dataplane: &Dataplane, pod: &PodNetns) -> Result<()> {
+    dataplane.release(pod)?;
+    dataplane.settle_wholly(pod)?;
+    dataplane.let_pass(pod)
 }
 
 fn open(bpffs_dir: &Path, force: bool) -> Result<Dataplane> {

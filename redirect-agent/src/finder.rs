@@ -8,7 +8,6 @@
 use std::{
     collections::{BTreeMap, BTreeSet},
     fs, io,
-    net::IpAddr,
     path::{Path, PathBuf},
     sync::{Arc, Mutex, PoisonError},
     time::{Duration, Instant},
@@ -73,10 +72,11 @@ impl Finder {
             None => {}
         }
         let accept = |netns: Netns| {
-            if pod.ips.is_empty() && !is_ours(netns.inode()) {
+            let is_ours = is_ours(netns.inode());
+            if pod.ips.is_empty() && !is_ours {
                 bail!("pod {} has no address yet", pod.key);
             }
-            accept(netns, &pod.ips, &is_ours)
+            PodNetns::of_pod(netns, &pod.ips, is_ours)
         };
         let named = self.named(&pod.key);
         if named.exists() {
@@ -196,18 +196,6 @@ impl Processes {
 fn started(process: &Path) -> u64 {
     let stat = fs::read(process.join("stat")).ok().and_then(|stat| Stat::from_read(&*stat).ok());
     stat.map_or(u64::MAX, |stat| stat.starttime)
-}
-
-/// The namespace, if it is the pod's: see [`Finder::find`].
-///
-/// # Errors
-///
-/// When it is not.
-pub fn accept(netns: Netns, known: &[IpAddr], is_ours: impl Fn(u32) -> bool) -> Result<PodNetns> {
-    if is_ours(netns.inode()) {
-        return Ok(PodNetns::existing(netns)?.without(&[], known));
-    }
-    PodNetns::with_any(netns, known)
 }
 
 /// The network namespaces of `inodes` that are in `netns_dir` or in `records`, or that a process is

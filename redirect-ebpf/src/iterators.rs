@@ -20,7 +20,8 @@ use redirect_ebpf::{
 };
 
 use crate::{
-    config, dns_flow, is_own,
+    config::offset,
+    dns_flow, is_own,
     sockets::from_words,
     switch::{note, noted},
 };
@@ -155,10 +156,8 @@ fn share_ports(sk: &Socket) {
     if common.state() != TCP_LISTEN || sk.get(SO_MARK).map(mesh_mark) != Some(MARK_PROXY) {
         return;
     }
-    if matches!(
-        common.read::<u16>(config::offset!(local_port)),
-        PORT_OUTBOUND | PORT_INBOUND | PORT_HBONE
-    ) {
+    if matches!(common.read::<u16>(offset!(local_port)), PORT_OUTBOUND | PORT_INBOUND | PORT_HBONE)
+    {
         sk.set(SO_REUSEADDR, 1);
     }
 }
@@ -210,14 +209,14 @@ impl Common {
 
     #[inline(always)]
     fn state(&self) -> u8 {
-        self.read(config::offset!(state))
+        self.read(offset!(state))
     }
 
     /// The inode number of its network namespace; 0 where it cannot be read.
     #[inline(always)]
     fn pod_id(&self) -> PodId {
-        let inode = (self.read::<u64>(config::offset!(net)) + u64::from(config::offset!(net_inode)))
-            as *const PodId;
+        let inode =
+            (self.read::<u64>(offset!(net)) + u64::from(offset!(net_inode))) as *const PodId;
         // SAFETY: the helper copes with any address.
         unsafe { bpf_probe_read_kernel(inode) }.unwrap_or(0)
     }
@@ -240,23 +239,16 @@ impl Common {
 
     #[inline(always)]
     fn flow(&self) -> Flow {
-        let (local, remote): (Addr, Addr) = if self.read::<u16>(config::offset!(family)) == AF_INET
-        {
-            (
-                Addr::v4(self.read(config::offset!(local_v4))),
-                Addr::v4(self.read(config::offset!(remote_v4))),
-            )
+        let (local, remote): (Addr, Addr) = if self.read::<u16>(offset!(family)) == AF_INET {
+            (Addr::v4(self.read(offset!(local_v4))), Addr::v4(self.read(offset!(remote_v4))))
         } else {
-            (
-                from_words(self.read(config::offset!(local_v6))),
-                from_words(self.read(config::offset!(remote_v6))),
-            )
+            (from_words(self.read(offset!(local_v6))), from_words(self.read(offset!(remote_v6))))
         };
         Flow {
             local,
             remote,
-            local_port: self.read(config::offset!(local_port)),
-            remote_port: u16::from_be(self.read(config::offset!(remote_port))),
+            local_port: self.read(offset!(local_port)),
+            remote_port: u16::from_be(self.read(offset!(remote_port))),
         }
     }
 }

@@ -19,7 +19,7 @@ use redirect_ebpf::{
     verdict::{Hidden, Segment},
 };
 
-use crate::{config, maps::ADDRESS};
+use crate::{config::offset, maps::ADDRESS};
 
 const ETH_P_IP: u16 = 0x0800;
 const ETH_P_IPV6: u16 = 0x86dd;
@@ -504,8 +504,8 @@ pub fn headers(ctx: &TcContext) -> Option<([u8; 40], u32, [u8; 20])> {
 pub fn netns(ctx: &TcContext) -> u64 {
     // The verifier lets nobody compute with the context's address; what comes out of a map is a number.
     let Some(slot) = ADDRESS.get_ptr_mut(0) else { return 0 };
-    let packet_device = u64::from(config::offset!(packet_device));
-    let device_net = u64::from(config::offset!(device_net));
+    let packet_device = u64::from(offset!(packet_device));
+    let device_net = u64::from(offset!(device_net));
     // SAFETY: the pointer is to this CPU's own value; the helper copes with any address.
     unsafe {
         slot.write_volatile(ctx.skb.skb as u64);
@@ -519,7 +519,7 @@ pub fn netns(ctx: &TcContext) -> u64 {
 /// The inode number of that.
 #[inline(always)]
 pub fn netns_inode(ctx: &TcContext) -> Option<PodId> {
-    let inode = (netns(ctx) + u64::from(config::offset!(net_inode))) as *const PodId;
+    let inode = (netns(ctx) + u64::from(offset!(net_inode))) as *const PodId;
     // SAFETY: the helper copes with any address.
     unsafe { bpf_probe_read_kernel(inode) }.ok()
 }

@@ -12,9 +12,11 @@ use std::sync::atomic::{AtomicU32, Ordering};
 use std::thread::{self, JoinHandle};
 
 use anyhow::{Context as _, Result, anyhow, bail, ensure};
+use clap::ValueEnum;
 use nix::mount::{MntFlags, MsFlags, mount, umount2};
 use nix::sched::{CloneFlags, setns, unshare};
 use nix::sys::resource::{Resource, getrlimit, setrlimit};
+use serde::Serialize;
 use tokio::sync::oneshot;
 
 /// Where the directories of the tests are made.
@@ -23,15 +25,27 @@ const ROOT: &str = "/run";
 const PREFIX: &str = "redirect-test-";
 
 /// The address family that a scenario runs in.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Serialize, ValueEnum)]
 pub enum Family {
     /// IPv4.
+    #[serde(rename = "ipv4")]
+    #[value(name = "ipv4")]
     V4,
     /// IPv6.
+    #[serde(rename = "ipv6")]
+    #[value(name = "ipv6")]
     V6,
 }
 
 impl Family {
+    /// `ipv4` or `ipv6`.
+    pub fn as_str(self) -> &'static str {
+        match self {
+            Family::V4 => "ipv4",
+            Family::V6 => "ipv6",
+        }
+    }
+
     /// The address of this host, to itself.
     pub fn localhost(self) -> IpAddr {
         match self {

@@ -15,11 +15,7 @@ use serde::{Deserialize, Serialize};
 use tokio::sync::watch;
 use tracing::{debug, warn};
 
-use crate::{
-    dataplane::PodNetns,
-    finder::{accept, hosts},
-    netns::Netns,
-};
+use crate::{dataplane::PodNetns, finder::hosts, netns::Netns};
 
 /// The records' directory below the state directory.
 const DIR: &str = "sandboxes";
@@ -46,7 +42,8 @@ impl Sandbox {
         if hosts()?.contains(&netns.inode()) {
             bail!("{} is the node's own network namespace", self.netns.display());
         }
-        accept(netns, &self.addresses, is_ours)
+        let is_ours = is_ours(netns.inode());
+        PodNetns::of_pod(netns, &self.addresses, is_ours)
     }
 
     /// Whether [`Sandbox::open`] can ever succeed again.

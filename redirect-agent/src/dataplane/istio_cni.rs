@@ -21,6 +21,7 @@ use super::{
     routes::Routing,
     sockets,
 };
+use crate::traffic::Traffic;
 
 /// Source: Istio `cni/pkg/iptables/iptables.go`, `ChainInpodOutput`, `ChainInpodPrerouting`.
 const CHAINS: [&str; 2] = ["ISTIO_OUTPUT", "ISTIO_PRERT"];
@@ -100,11 +101,14 @@ impl Dataplane {
             }
             removal.carry_out(batch)
         };
-        if self.partly_captured(pod)? {
+        if self.captured(pod, &Traffic::default())?.partly {
             // Its open connections were marked before, and new ones are ours whichever rules they meet.
             pod.netns.run(displace)??;
         } else {
-            self.switch(pod, "mark_all", displace)?;
+            self.switch(pod, || {
+                self.mark("mark_all")?;
+                displace()
+            })?;
             self.settle_wholly(pod)?;
         }
         Ok(Displaced::Now)

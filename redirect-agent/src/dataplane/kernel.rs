@@ -21,7 +21,7 @@ use redirect_ebpf::abi::{
 };
 
 use super::{
-    FIND_PROXY, absent,
+    absent,
     inbound::{self, Entry as _},
     monotonic_ns,
     parts::{Inspection, PartKind},
@@ -76,6 +76,7 @@ const OUTBOUND_RANGES: &str = "outbound_ranges";
 const VIRTUAL_INTERFACES: &str = "virtual_ifs";
 pub(super) const TCX_PROGRAMS: [&str; 5] =
     ["redirect_lo", "redirect_ext", "redirect_virt", "redirect_out", FIND_PROXY];
+pub(super) const FIND_PROXY: &str = "find_proxy";
 const LOOKUP_PROGRAM: &str = "redirect_lookup";
 const KUBELET_PROGRAM: &str = "note_kubelet";
 pub(super) const ITERATORS: [&str; 6] =

@@ -64,11 +64,11 @@ pub use self::{
     watch::Watch,
 };
 use self::{
-    kernel::{Globals, INBOUND_RANGES, Kernel, TcxProgram},
+    kernel::{FIND_PROXY, Globals, INBOUND_RANGES, Kernel, TcxProgram},
     links::{KubeletLink, PodLinks, tcx_directions},
     owner::Owner,
     pod_netns::first_of_each,
-    routes::{LOOPBACK_IFINDEX, OutboundState, Routing},
+    routes::{LOOPBACK_IFINDEX, OutboundState, Routing, Seen},
     rows::{Row, is_captured},
 };
 use crate::traffic::Traffic;
@@ -80,7 +80,6 @@ pub const DEFAULT_PROXY_GRACE: Duration = Duration::from_secs(3);
 const BPFFS: &str = "/sys/fs/bpf";
 /// Source: Linux `include/uapi/linux/magic.h`, `BPF_FS_MAGIC`.
 const BPF_FS_MAGIC: i64 = 0xcafe_4a11;
-const FIND_PROXY: &str = "find_proxy";
 /// After the switch, the flows that were caught half-way are marked at these instants: a connection
 /// that chose its route before the switch, or was half open, has shown itself before the last of
 /// them.
@@ -106,18 +105,19 @@ pub struct Options {
 
 impl Options {
     /// The directory that is used unless the operator names another: it carries the version of the
-    /// maps' layout, because a pinned map is reused without a check that it fits.
+    /// maps' layout, so that agents of two layouts do not meet.
     pub fn default_bpffs_dir() -> PathBuf {
         PathBuf::from(format!("{BPFFS}/redirect/v{ABI_VERSION}"))
     }
 }
 
 /// How much of the capture of a pod is there.
-struct CaptureState {
-    /// The pod's row.
-    row: Option<Row>,
-    /// The rules and routes of each family.
-    outbound: Vec<OutboundState>,
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Captured {
+    /// Some of its new connections may be redirected.
+    pub partly: bool,
+    /// They are as the settings say, in both directions and all families.
+    pub wholly: bool,
 }
 
 /// The programs, the maps and the pins below one directory of bpffs.
@@ -231,8 +231,13 @@ impl Dataplane {
     ///
     /// When a system call fails; calling again completes it.
     pub fn capture(&self, pod: &PodNetns, traffic: &Traffic) -> Result<()> {
-        let mark = if self.partly_captured(pod)? { "mark_open" } else { "mark_all" };
-        self.switch(pod, mark, || self.redirect(pod, traffic, monotonic_ns()?))
+        self.switch(pod, || {
+            let routing = Routing::open()?;
+            let seen = routing.look()?;
+            let captured = self.captured_by(pod, traffic, &seen)?;
+            self.mark(if captured.partly { "mark_open" } else { "mark_all" })?;
+            self.redirect(pod, traffic, monotonic_ns()?, &routing, &seen)
+        })
     }
 
     /// Step 2 for a pod that nothing runs in yet: no connection can be open, or half-way there, and
@@ -245,20 +250,26 @@ impl Dataplane {
         let _pod = self.pod(pod.id());
         pod.netns.run(|| {
             self.iterate("reuse_addr")?;
-            self.redirect(pod, traffic, 0)
+            let routing = Routing::open()?;
+            self.redirect(pod, traffic, 0, &routing, &routing.look()?)
         })?
     }
 
     /// Redirects the pod's new connections, from `since` on, or since ever where that is 0; called inside
     /// its namespace.
-    fn redirect(&self, pod: &PodNetns, traffic: &Traffic, since: u64) -> Result<()> {
-        let routing = Routing::open()?;
+    fn redirect(
+        &self,
+        pod: &PodNetns,
+        traffic: &Traffic,
+        since: u64,
+        routing: &Routing,
+        seen: &Seen,
+    ) -> Result<()> {
         let dns = traffic.captures_dns();
         // Before the rule that brings connections to resolvers to `lo`.
         self.change_row(pod.id(), |row| Row { dns: dns || row.dns, ..row })?;
-        let seen = routing.look()?;
         for source in pod.sources() {
-            routing.set_outbound(&seen, source, traffic)?;
+            routing.set_outbound(seen, source, traffic)?;
         }
         routing.precede_foreign_rules()?;
         self.change_row(pod.id(), |row| {
@@ -307,7 +318,8 @@ impl Dataplane {
     ///
     /// When a system call fails; calling again completes it.
     pub fn release(&self, pod: &PodNetns) -> Result<()> {
-        self.switch(pod, "mark_all", || {
+        self.switch(pod, || {
+            self.mark("mark_all")?;
             let released = |row| Row { capture: false, captured_at_ns: 0, ..row };
             self.change_row(pod.id(), released)?;
             self.kernel().virtual_interfaces()?.release(pod.id())?;
@@ -444,27 +456,25 @@ impl Dataplane {
         pod.netns.run(sockets::dns_listens)?
     }
 
-    /// Whether the pod's new connections are redirected as `traffic` says, in both directions and all
-    /// families.
+    /// How much of the capture that `traffic` asks for is there.
     ///
     /// # Errors
     ///
     /// When a system call fails.
-    pub fn captured(&self, pod: &PodNetns, traffic: &Traffic) -> Result<bool> {
-        let found = self.capture_state(pod, traffic)?;
-        Ok(found.row.is_some_and(|row| is_captured(&row, traffic))
-            && found.outbound.iter().all(|outbound| outbound.rules && outbound.routes))
+    pub fn captured(&self, pod: &PodNetns, traffic: &Traffic) -> Result<Captured> {
+        let seen = pod.netns.run(|| Routing::open()?.look())??;
+        self.captured_by(pod, traffic, &seen)
     }
 
-    /// Whether some of the pod's new connections may be redirected.
-    ///
-    /// # Errors
-    ///
-    /// When a system call fails.
-    pub fn partly_captured(&self, pod: &PodNetns) -> Result<bool> {
-        let found = self.capture_state(pod, &Traffic::default())?;
-        Ok(found.row.is_some_and(|row| row.capture)
-            || found.outbound.iter().any(|outbound| outbound.any))
+    fn captured_by(&self, pod: &PodNetns, traffic: &Traffic, seen: &Seen) -> Result<Captured> {
+        let row = self.kernel().pods()?.row(pod.id())?;
+        let outbound: Vec<OutboundState> =
+            pod.sources().map(|source| seen.outbound(source, traffic)).collect();
+        Ok(Captured {
+            partly: row.is_some_and(|row| row.capture) || outbound.iter().any(|found| found.any),
+            wholly: row.is_some_and(|row| is_captured(&row, traffic))
+                && outbound.iter().all(|found| found.rules && found.routes),
+        })
     }
 
     /// Drops what the maps and bpffs hold for namespaces that are dead, the pins of interfaces that
@@ -633,37 +643,28 @@ impl Dataplane {
         Ok(())
     }
 
-    fn capture_state(&self, pod: &PodNetns, traffic: &Traffic) -> Result<CaptureState> {
-        let row = self.kernel().pods()?.row(pod.id())?;
-        let seen = pod.netns.run(|| Routing::open()?.look())??;
-        let outbound = pod.sources().map(|source| seen.outbound(source, traffic)).collect();
-        Ok(CaptureState { row, outbound })
-    }
-
     /// Changes what of the pod is redirected, by `change`, which runs inside its namespace: every
     /// connection that is open keeps its way, and none is lost in the switch.
     ///
-    /// Before the change the iterators mark the open connections by their way. Those that come into
-    /// being between the two show their way by their packets, which the programs note, and hold back
-    /// on the other way, until their sockets are marked, too: by [`Dataplane::settle`].
-    fn switch(
-        &self,
-        pod: &PodNetns,
-        mark: &'static str,
-        change: impl FnOnce() -> Result<()> + Send,
-    ) -> Result<()> {
+    /// `change` first has the iterators [`Dataplane::mark`] the open connections by their way. Those that
+    /// come into being between the two show their way by their packets, which the programs note, and hold
+    /// back on the other way, until their sockets are marked, too: by [`Dataplane::settle`].
+    fn switch(&self, pod: &PodNetns, change: impl FnOnce() -> Result<()> + Send) -> Result<()> {
         let _pod = self.pod(pod.id());
         self.kernel().end_switch(pod.id())?;
         self.kernel().continue_switch(pod.id())?;
-        let switched = pod.netns.run(|| {
-            self.iterate("note_proxy")?;
-            self.iterate(mark)?;
-            change()
-        });
-        if !matches!(switched, Ok(Ok(()))) {
+        let switched = pod.netns.run(change).flatten();
+        if switched.is_err() {
             self.kernel().end_switch(pod.id())?;
         }
-        switched?
+        switched
+    }
+
+    /// Marks the open connections of the thread's namespace by the iterator `mark`, once those of the proxy
+    /// are noted.
+    fn mark(&self, mark: &str) -> Result<()> {
+        self.iterate("note_proxy")?;
+        self.iterate(mark).map(drop)
     }
 
     /// Marks the sockets whose way was noted since the switch. To be called after each of [`SETTLE`];

@@ -36,25 +36,26 @@ impl PodNetns {
     ///
     /// When the namespace carries no address, or lacks one of `known`: then it is not that pod's.
     pub fn new(netns: Netns, known: &[IpAddr]) -> Result<Self> {
-        let pod = Self::existing(netns)?;
-        let path = pod.netns.path().display();
-        if let Some(ip) = known.iter().find(|ip| !pod.addresses.contains(ip)) {
+        let pod = Self::of_pod(netns, known, false)?;
+        if let Some(ip) = pod.missing(known).next() {
+            let path = pod.netns.path().display();
             bail!("{path} does not carry address {ip}; it has {}", list(&pod.addresses));
         }
-        if pod.addresses.is_empty() {
-            bail!("{path} has no address besides loopback");
-        }
-        Ok(pod.known_first(known))
+        Ok(pod)
     }
 
     /// The same for a pod that others have named: some of `known` may have gone, and the rest is to work.
+    /// What `is_ours`, set up already, is the pod's whatever addresses it has by now.
     ///
     /// # Errors
     ///
     /// When the namespace carries no address, or none of `known`: then it is not that pod's.
-    pub fn with_any(netns: Netns, known: &[IpAddr]) -> Result<Self> {
+    pub fn of_pod(netns: Netns, known: &[IpAddr], is_ours: bool) -> Result<Self> {
         let pod = Self::existing(netns)?.known_first(known);
         let path = pod.netns.path().display();
+        if is_ours {
+            return Ok(pod);
+        }
         if !known.is_empty() && pod.missing(known).count() == known.len() {
             bail!("{path} does not carry address {}; it has {}", list(known), list(&pod.addresses));
         }

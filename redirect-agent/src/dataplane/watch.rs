@@ -33,7 +33,8 @@ pub struct Watch {
 }
 
 impl Watch {
-    /// Starts to watch `netns`. To be called on a runtime.
+    /// Starts to watch `netns`. To be called on a runtime. It begins with a change: whatever changed between
+    /// the caller's last look and now was not heard.
     ///
     /// # Errors
     ///
@@ -48,13 +49,16 @@ impl Watch {
         let mut socket = opened.context("watch a network namespace")?;
         let (sender, changes) = mpsc::channel(1);
         let task = tokio::spawn(async move {
-            while heard(&mut socket).await.is_ok() {
+            loop {
                 sleep(TOGETHER).await;
                 drain(socket.socket_ref());
                 if sender.send(()).await.is_err() {
                     return;
                 }
                 sleep(PAUSE).await;
+                if heard(&mut socket).await.is_err() {
+                    return;
+                }
             }
         });
         Ok(Self { changes, task })

@@ -39,7 +39,14 @@ pub(super) struct Standing {
 impl Standing {
     /// Of a namespace that a former agent has set up, or half set up: all that it may have done.
     pub(super) fn of_ours() -> Self {
-        Self { prepared: true, offered: true, captured: true, redirected: true, ..Self::default() }
+        Self {
+            prepared: true,
+            offered: true,
+            captured: true,
+            redirected: true,
+            mentioned: true,
+            ..Self::default()
+        }
     }
 }
 

@@ -167,8 +167,8 @@ impl<S: Source> PodTask<S> {
             Ok(netns) => {
                 let (prepared, captured) = self
                     .on_netns(Arc::clone(&netns), |d, pod| {
-                        let prepared = d.linked_pods()?.contains(&pod.netns.inode());
-                        Ok((prepared, d.partly_captured(pod)?))
+                        let captured = d.captured(pod, &Traffic::default())?.partly;
+                        Ok((d.is_linked(pod.netns.inode()), captured))
                     })
                     .await?;
                 // Only a pod in the mesh, or one that once was, can have them.
@@ -187,7 +187,7 @@ impl<S: Source> PodTask<S> {
                     self.offer().await?;
                 } else {
                     // Nothing of ours keeps the namespace of a pod that bypasses alive.
-                    self.netns = None;
+                    self.close_netns();
                 }
                 Ok(())
             }
@@ -261,7 +261,9 @@ impl<S: Source> PodTask<S> {
                         verify = Instant::now() + verify_interval;
                     }
                     if let Err(e) = self.verify(due).await {
-                        (self.problem, self.failing) = (Some(format!("{e:#}")), true);
+                        warn!(pod = %self.key, "{e:#}");
+                        // What it was to find is found by the next look.
+                        verify = Instant::now();
                     }
                 }
             }
@@ -295,28 +297,28 @@ impl<S: Source> PodTask<S> {
                     return Ok(false);
                 }
                 let netns = opened?;
+                if self.network.is_none() {
+                    self.watch_network(&netns);
+                }
                 if let Some(why) = self.meet_istio_cni(&netns).await? {
-                    if self.network.is_none() {
-                        // Tells at once when they vanish.
-                        self.watch_network(&netns);
-                    }
                     return Err(anyhow!(why));
                 }
                 if self.wish() != Some(Wish::Enrolled) && !self.standing.foreign {
                     // istio-cni has let go of a pod that is to bypass.
-                    (self.netns, self.network) = (None, None);
+                    self.close_netns();
                     return Ok(true);
                 }
                 let (reason, traffic) = (self.decision_code(), self.traffic());
                 let captured = self.on_netns(Arc::clone(&netns), move |d, pod| {
                     d.prepare(pod, reason, &traffic)?;
-                    Ok((d.partly_captured(pod)?, d.captured(pod, &traffic)?))
+                    d.captured(pod, &traffic)
                 });
-                (self.standing.captured, self.standing.shaped) = captured.await?;
+                let captured = captured.await?;
+                self.standing.captured = captured.partly;
+                self.standing.shaped = captured.wholly;
                 self.standing.prepared = true;
                 self.standing.noted = false;
                 self.noted = None;
-                self.watch_network(&netns);
             }
             Step::Serve => {
                 if !self.offer().await? {
@@ -383,7 +385,7 @@ impl<S: Source> PodTask<S> {
                         return Ok(true);
                     }
                     if self.wish() != Some(Wish::Enrolled) {
-                        self.netns = None;
+                        self.close_netns();
                     }
                 }
                 let retracted = self.shared.source.publish(&self.pod, None).await;
@@ -421,7 +423,7 @@ impl<S: Source> PodTask<S> {
                 self.standing.prepared = false;
                 (self.beside, self.displacing) = (false, None);
                 // Whatever else holds the namespace's descriptor keeps it alive.
-                (self.netns, self.network) = (None, None);
+                self.close_netns();
                 info!(pod = %self.key, "un-enrolled");
                 self.record(EventKind::Unenrolled, format!("not in the mesh: {}", self.why()));
             }
@@ -444,7 +446,7 @@ impl<S: Source> PodTask<S> {
     /// it is to be left alone, says why.
     async fn meet_istio_cni(&mut self, netns: &Arc<PodNetns>) -> Result<Option<&'static str>> {
         let found = self.on_netns(Arc::clone(netns), |d, pod| {
-            Ok((d.istio_cni(pod)?, d.linked_pods()?.contains(&pod.netns.inode())))
+            Ok((d.istio_cni(pod)?, d.is_linked(pod.netns.inode())))
         });
         let (found, ours) = found.await?;
         let why = match found {
@@ -528,7 +530,7 @@ impl<S: Source> PodTask<S> {
         })
         .await?;
         if ours {
-            self.standing = Standing { mentioned: true, ..Standing::of_ours() };
+            self.standing = Standing::of_ours();
         } else {
             self.standing.noted = true;
         }
@@ -561,7 +563,7 @@ impl<S: Source> PodTask<S> {
         let known = self.pod.ips.clone();
         if self.on_netns(Arc::clone(&netns), move |_, pod| pod.has_changed(&known)).await? {
             info!(pod = %self.key, "its addresses have changed");
-            (self.netns, self.network) = (None, None);
+            self.close_netns();
             self.standing.prepared = false;
             return Ok(());
         }
@@ -644,7 +646,7 @@ impl<S: Source> PodTask<S> {
 
     /// The proxy lets go of it, and what the kernel has for it stays.
     async fn let_go(&mut self) {
-        (self.netns, self.network) = (None, None);
+        self.close_netns();
         self.shared.zds.delete(self.pod.kubelet_uid()).await;
         // Where its start waits for us, it is about to be true again.
         let starts = self.shared.settings.finder.records().is_held(self.pod.kubelet_uid());
@@ -755,7 +757,7 @@ impl<S: Source> PodTask<S> {
             self.standing.noted = false;
         }
         if pod.ips != self.pod.ips {
-            (self.netns, self.network) = (None, None);
+            self.close_netns();
         }
         if !decision.enrolled || self.standing.captured {
             self.enrolling = None;
@@ -781,7 +783,7 @@ impl<S: Source> PodTask<S> {
         if self.traffic.as_ref() != Some(&traffic) {
             if self.traffic().virtual_interfaces != traffic.virtual_interfaces {
                 // Their addresses are not the pod's.
-                (self.netns, self.network) = (None, None);
+                self.close_netns();
             }
             // Only a pod in the mesh has what follows from it.
             self.standing.prepared &= self.wish() != Some(Wish::Enrolled);
@@ -807,6 +809,10 @@ impl<S: Source> PodTask<S> {
         let netns = Arc::new(self.find_netns().await?);
         self.netns = Some(Arc::clone(&netns));
         Ok(netns)
+    }
+
+    fn close_netns(&mut self) {
+        (self.netns, self.network) = (None, None);
     }
 
     async fn find_netns(&self) -> Result<PodNetns> {

@@ -75,8 +75,8 @@ pub struct Sample {
     pub round: usize,
     /// How the calls got to the server.
     pub mode: Mode,
-    /// `ipv4` or `ipv6`.
-    pub family: &'static str,
+    /// In which family.
+    pub family: Family,
     /// What ran.
     pub workload: Workload,
     /// Calls, requests, or bytes per second.
@@ -115,7 +115,7 @@ pub fn run(options: &Options, mut progress: impl FnMut(&str)) -> Result<Vec<Samp
     Ok(samples)
 }
 
-type Measured = Vec<(&'static str, Workload, workload::Found)>;
+type Measured = Vec<(Family, Workload, workload::Found)>;
 
 /// One mode, in namespaces of its own.
 fn measure(options: &Options, mode: Mode) -> Result<Measured> {
@@ -142,16 +142,12 @@ fn measure(options: &Options, mode: Mode) -> Result<Measured> {
     let mut all = Vec::new();
     for &family in &options.families {
         let to = target(mode, &server, family);
-        let name = match family {
-            Family::V4 => "ipv4",
-            Family::V6 => "ipv6",
-        };
         // Whatever happens once only is over by then.
         workload::run(&client.netns, Workload::Connect1, to, options.slice / 5)?;
         for &workload in &options.workloads {
             let found = workload::run(&client.netns, workload, to, options.slice)
-                .with_context(|| format!("run {} over {name}", workload.as_str()))?;
-            all.push((name, workload, found));
+                .with_context(|| format!("run {} over {}", workload.as_str(), family.as_str()))?;
+            all.push((family, workload, found));
         }
     }
     Ok(all)

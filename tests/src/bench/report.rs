@@ -8,6 +8,7 @@ use serde::Serialize;
 
 use super::stats::median;
 use super::{Interval, Mode, Options, Sample, Workload};
+use crate::netns::Family;
 
 /// Everything, for `-o json`.
 #[derive(Clone, Debug, Serialize)]
@@ -37,8 +38,8 @@ pub struct Document {
 /// The medians of one mode.
 #[derive(Clone, Debug, Serialize)]
 pub struct Median {
-    /// `ipv4` or `ipv6`.
-    pub family: &'static str,
+    /// In which family.
+    pub family: Family,
     /// What ran.
     pub workload: Workload,
     /// What its rate counts.
@@ -56,8 +57,8 @@ pub struct Median {
 /// The rate of ours by that of another mode.
 #[derive(Clone, Debug, Serialize)]
 pub struct Ratio {
-    /// `ipv4` or `ipv6`.
-    pub family: &'static str,
+    /// In which family.
+    pub family: Family,
     /// What ran.
     pub workload: Workload,
     /// The other mode.
@@ -127,7 +128,7 @@ impl Document {
 }
 
 /// What was measured, in the order of the workloads.
-fn kinds(samples: &[Sample]) -> Vec<(&'static str, Workload)> {
+fn kinds(samples: &[Sample]) -> Vec<(Family, Workload)> {
     let mut kinds: Vec<_> = samples.iter().map(|s| (s.family, s.workload)).collect();
     kinds.sort_unstable();
     kinds.dedup();
@@ -142,7 +143,7 @@ pub fn table(document: &Document) -> String {
     let number = |value: Option<f64>| value.map_or("-".to_owned(), |v| format!("{v:.1}"));
     for m in &document.medians {
         medians.add_row([
-            m.family.to_owned(),
+            m.family.as_str().to_owned(),
             m.workload.as_str().to_owned(),
             m.mode.as_str().to_owned(),
             format!("{:.0}", m.rate),
@@ -161,7 +162,7 @@ pub fn table(document: &Document) -> String {
             "no conclusion: it varies too much, or the rounds are too few"
         };
         ratios.add_row([
-            r.family.to_owned(),
+            r.family.as_str().to_owned(),
             r.workload.as_str().to_owned(),
             r.to.as_str().to_owned(),
             format!("{:.3}", r.ratio.median),

@@ -42,7 +42,7 @@ struct Cli {
     slice: f64,
     /// The families
     #[arg(long, value_enum, value_delimiter = ',', default_value = "ipv4,ipv6")]
-    families: Vec<IpFamily>,
+    families: Vec<Family>,
     /// What the application does; everything by default
     #[arg(long, value_enum, value_delimiter = ',')]
     workloads: Vec<Workload>,
@@ -52,12 +52,6 @@ struct Cli {
     /// How to print
     #[arg(long, short, value_enum, default_value_t = Format::Table)]
     output: Format,
-}
-
-#[derive(Clone, Copy, Debug, ValueEnum)]
-enum IpFamily {
-    Ipv4,
-    Ipv6,
 }
 
 #[derive(Clone, Copy, Debug, ValueEnum)]
@@ -88,16 +82,12 @@ fn measure(cli: Cli) -> Result<()> {
     if cli.baseline.is_some() && !modes.contains(&Mode::Baseline) {
         modes.push(Mode::Baseline);
     }
-    let families = cli.families.into_iter().map(|family| match family {
-        IpFamily::Ipv4 => Family::V4,
-        IpFamily::Ipv6 => Family::V6,
-    });
     let options = Options {
         modes,
         baseline: cli.baseline,
         rounds: if cli.quick { 1 } else { cli.rounds },
         slice: Duration::from_secs_f64(if cli.quick { 0.05 } else { cli.slice }),
-        families: families.collect(),
+        families: cli.families,
         workloads: if cli.workloads.is_empty() { Workload::ALL.to_vec() } else { cli.workloads },
     };
     let before = bench::load()?;

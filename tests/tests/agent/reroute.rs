@@ -4,6 +4,7 @@
 use std::fs;
 use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr, UdpSocket};
 use std::process::Command;
+use std::thread;
 use std::time::Duration;
 
 use anyhow::{Context as _, Result, ensure};
@@ -451,12 +452,28 @@ fn interface_that_comes_later_is_captured_from_its_first_packet(family: Family) 
     let before = footprint(&server.netns)?;
     reroute(node, server, "veth1,veth2")
         .or_else(|_| wait_until_rerouted(node, server, &["veth1", "veth2"]).map(drop))?;
-    for number in 2..5 {
-        let nested = guest(cluster, &format!("nested{number}"), number)?;
-        behind_veth(server, &nested, "veth1")?;
+    let guests = (2..18)
+        .map(|number| guest(cluster, &format!("nested{number}"), number))
+        .collect::<Result<Vec<_>>>()?;
+    for (round, [first, second]) in (0..).zip(guests.as_chunks().0) {
+        behind_veth(server, first, "veth1")?;
+        // Sooner or later it comes while the agent is busy with the first.
+        thread::sleep(Duration::from_millis(20 * round));
+        plug(server, second, "veth2")?;
+        server.netns.ip(&format!(
+            "addr add 10.44.0.1/32 dev veth2\n\
+             addr add fd44::1/128 dev veth2 nodad\n\
+             link set veth2 up\n\
+             route add {}/32 dev veth2\n\
+             route add {}/128 dev veth2",
+            second.v4, second.v6
+        ))?;
+        wait_for_link(&second.netns, "eth0")?;
         // Not one call goes out by itself, not even the first.
-        assert_rerouted(node, &nested, server, client, family)?;
-        server.netns.ip("link del veth1")?;
+        for nested in [first, second] {
+            assert_rerouted(node, nested, server, client, family)?;
+        }
+        server.netns.ip("link del veth1\nlink del veth2")?;
     }
     node.write(&Manifest::of(server))?;
     node.wait_for_state(server, PodState::Bypassing)?;
@@ -476,7 +493,7 @@ fn without_a_proxy_guests_are_refused_and_what_is_excluded_is_not(family: Family
 
     // A proxy that restarts costs a delay and no error.
     node.kill_proxy()?;
-    let waiting = std::thread::scope(|scope| {
+    let waiting = thread::scope(|scope| {
         let waiting = scope.spawn(|| {
             Call::to(client.addr(family, PORT)).within(SOON).make(&nested.netns)?.answer()
         });
