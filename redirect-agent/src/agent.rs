@@ -206,7 +206,7 @@ async fn serve<S: Source>(
                 agent.metrics.clone(),
             );
             // A proxy stops whatever its snapshot does not name: every pod must be known first.
-            reconciler.adopt().await;
+            reconciler.introduce().await;
             door.open(reconciler.admission(agent.options.cni_timeout));
             let observer = agent.observer.get_or_init(|| reconciler.observer());
             info!(

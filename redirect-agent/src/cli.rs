@@ -68,6 +68,8 @@ pub enum Command {
     /// Puts every pod of this node back and removes all that the agent keeps in the kernel, and its CNI
     /// plugin.
     Cleanup(CleanupArgs),
+    /// Removes istio-cni's rules from the pods of this node that the agent redirects.
+    Takeover(TakeoverArgs),
     /// Prints completions for a shell.
     Completions(CompletionsArgs),
 }
@@ -349,10 +351,10 @@ pub struct RunArgs {
     /// How often the kernel is compared with what should be there, and repaired.
     #[arg(long, value_name = "TIME", default_value = "1m", value_parser = interval)]
     pub verify_interval: Duration,
-    /// Take over pods that istio-cni redirects; without it they are left alone. istio-cni must not run
-    /// on this node any more.
+    /// Redirect pods that istio-cni redirects, too: ours decide, until `takeover` removes istio-cni's
+    /// rules. Without it such pods are left alone. istio-cni must not run on this node any more.
     #[arg(long)]
-    pub take_over: bool,
+    pub beside_istio_cni: bool,
     /// Where to serve /healthz, /readyz and /metrics over HTTP: ADDRESS:PORT, or `off`.
     #[arg(long, value_name = "ADDRESS", default_value = "[::]:15014")]
     pub health_address: health::Address,
@@ -573,6 +575,35 @@ pub struct CleanupArgs {
     /// See [`Force`].
     #[command(flatten)]
     pub force: Force,
+}
+
+/// `takeover`
+#[derive(Debug, Args)]
+#[command(after_long_help = "\
+Examples:
+  redirect-agent takeover --dry-run
+  redirect-agent takeover
+  redirect-agent takeover -o json
+
+Run the agent with --beside-istio-cni first: its pods are then redirected by both, and ours decide. No
+connection fails, and those that are open go on. Doing it again completes what was interrupted, and
+removes what connections needed that have ended since.")]
+pub struct TakeoverArgs {
+    /// Only says what would be done.
+    #[arg(long)]
+    pub dry_run: bool,
+    /// How to print it.
+    #[arg(short, long, value_name = "FORMAT", default_value = "table")]
+    pub output: Format,
+    /// Directory where the network namespaces of pods are.
+    #[arg(long, value_name = "DIR", default_value = "/var/run/netns")]
+    pub netns_dir: PathBuf,
+    /// Directory with what the agent remembers.
+    #[arg(long, value_name = "DIR", default_value = "/var/lib/redirect-agent")]
+    pub state_dir: PathBuf,
+    /// See [`ControlSocket`].
+    #[command(flatten)]
+    pub control: ControlSocket,
 }
 
 /// `completions`

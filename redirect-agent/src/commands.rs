@@ -15,6 +15,7 @@ use std::{
 
 use anyhow::{Context as _, Result, bail, ensure};
 use nix::unistd::gethostname;
+use serde_json::json;
 use tokio::{
     signal::unix::{SignalKind, signal},
     time::{Instant, sleep, timeout},
@@ -26,7 +27,7 @@ use crate::{
     agent,
     cli::{
         AttachArgs, AutoArgs, CheckArgs, CleanupArgs, Command, DetachArgs, For, PauseArgs,
-        ResumeArgs, RunArgs, StatusArgs,
+        ResumeArgs, RunArgs, StatusArgs, TakeoverArgs,
     },
     cni::{
         entry::Entry,
@@ -38,11 +39,12 @@ use crate::{
     finder::{self, Finder},
     membership,
     netns::Netns,
-    output::{self, PodState},
+    output::{self, Format, PodState, PodStatus},
     overrides::{self, Mode, Target},
     preflight,
     reconcile::Settings,
     source::kube,
+    takeover,
     traffic::{self, Traffic},
 };
 
@@ -83,6 +85,7 @@ pub async fn execute(command: Command) -> Result<()> {
         Command::Status(args) => status(args).await,
         Command::Check(args) => check(&args),
         Command::Cleanup(args) => cleanup(&args),
+        Command::Takeover(args) => take_over(args).await,
         Command::Completions(args) => print(&args.generate()),
     }
 }
@@ -141,7 +144,7 @@ async fn run(args: RunArgs) -> Result<()> {
             finder: Arc::new(Finder::new(records, args.netns_dir)),
             drain: args.drain,
             verify_interval: args.verify_interval,
-            take_over: args.take_over,
+            beside_istio_cni: args.beside_istio_cni,
         },
         dataplane: dataplane::Options {
             bpffs_dir: args.bpffs.bpffs_dir,
@@ -349,7 +352,8 @@ fn restore(dataplane: &Dataplane, netns: Netns) -> Result<()> {
 fn let_pass(dataplane: &Dataplane, pod: &PodNetns) -> Result<()> {
     dataplane.release(pod)?;
     dataplane.settle_wholly(pod)?;
-    dataplane.let_pass(pod)
+    dataplane.let_pass(pod)?;
+    takeover::forget(&pod.netns)
 }
 
 fn open(bpffs_dir: &Path, force: bool) -> Result<Dataplane> {
@@ -411,6 +415,59 @@ fn cleanup(args: &CleanupArgs) -> Result<()> {
         force: args.force.force,
     };
     state.put_back()
+}
+
+/// Goes on with the next pod where one fails.
+async fn take_over(args: TakeoverArgs) -> Result<()> {
+    let mut status = Client::new(args.control.control_socket).status().await?;
+    status.pods.sort_by_key(|pod| (pod.namespace.clone(), pod.name.clone()));
+    let inodes = status.pods.iter().filter_map(|pod| pod.netns).collect();
+    let records = Records::open(&args.state_dir)?;
+    let found = finder::alive(&args.netns_dir, &records, &inodes)?;
+    let mut lines = Vec::new();
+    let (mut failed, mut unfinished) = (Vec::new(), 0);
+    for pod in &status.pods {
+        let Some(netns) = found.iter().find(|netns| pod.netns == Some(netns.inode())) else {
+            continue;
+        };
+        match takeover::take_over(pod, netns, args.dry_run) {
+            Ok(None) => {}
+            Ok(Some(answer)) => {
+                unfinished += usize::from(answer.is_unfinished());
+                lines.push((pod, answer));
+            }
+            Err(e) => failed.push(format!("{}/{}: {e:#}", pod.namespace, pod.name)),
+        }
+    }
+    print(taken_over(&lines, args.output)?.as_bytes())?;
+    ensure!(failed.is_empty(), "{}", failed.join("; "));
+    ensure!(unfinished == 0, "{unfinished} pods are left alone");
+    Ok(())
+}
+
+fn taken_over(lines: &[(&PodStatus, takeover::Answer)], format: Format) -> Result<String> {
+    if format == Format::Json {
+        let pods: Vec<_> = lines
+            .iter()
+            .map(|(pod, answer)| {
+                json!({
+                    "namespace": pod.namespace,
+                    "name": pod.name,
+                    "answer": answer,
+                    "detail": answer.detail(),
+                })
+            })
+            .collect();
+        return output::json(&json!({ "pods": pods }));
+    }
+    if lines.is_empty() {
+        return Ok("nothing of istio-cni's is in any pod of this node\n".to_owned());
+    }
+    let rows = lines.iter().map(|(pod, answer)| {
+        let [namespace, name] = [&pod.namespace, &pod.name].map(String::clone);
+        vec![namespace, name, answer.as_str().to_owned(), answer.detail().to_owned()]
+    });
+    Ok(output::table(&["NAMESPACE", "NAME", "ANSWER", "DETAIL"], rows))
 }
 
 /// Writes to standard output; a reader that has gone away is no error.

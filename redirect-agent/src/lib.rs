@@ -20,5 +20,6 @@ pub mod probes;
 pub mod reconcile;
 pub mod root_socket;
 pub mod source;
+pub mod takeover;
 pub mod traffic;
 pub mod zds;

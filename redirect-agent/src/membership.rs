@@ -430,6 +430,17 @@ impl Reason {
         }
     }
 
+    /// Whether it puts a pod into the mesh.
+    pub fn enrolls(self) -> bool {
+        matches!(
+            self,
+            Reason::PodLabelAmbient
+                | Reason::NamespaceLabelAmbient
+                | Reason::OverrideEnrolled
+                | Reason::Selected
+        )
+    }
+
     /// The stable number, never 0.
     pub fn code(self) -> u32 {
         self as u32

@@ -456,8 +456,8 @@ fn other_redirectors(cni_conf_dir: &Path) -> Vec<Check> {
         Some(file) => Check::no(
             istio,
             format!(
-                "{dir}/{file} names it: never both on one pod; uninstall istio-cni, and take its pods \
-                 over (run --take-over)"
+                "{dir}/{file} names it: uninstall istio-cni, and take its pods over: run the agent with \
+                 --beside-istio-cni, then `redirect-agent takeover`"
             ),
         ),
         None => Check::yes(istio, format!("nothing in {dir} names it")),

@@ -27,7 +27,7 @@ use super::{
     parts::{Inspection, PartKind},
     pod_netns::PodNetns,
     reroute::VirtualInterfaces,
-    rows::{Pods, Row, is_captured},
+    rows::{Pods, Row},
     stub,
 };
 use crate::{netns::Netns, traffic::Traffic};
@@ -258,15 +258,13 @@ impl Kernel {
         self.virtual_interfaces()?.set(pod.id(), interfaces, traffic, old.capture)
     }
 
-    /// Looks for what the maps should have of a captured pod.
+    /// Looks for what the maps should have of a pod besides its row.
     pub(super) fn inspect(
         &mut self,
         pod: &PodNetns,
         traffic: &Traffic,
         found: &mut Inspection,
     ) -> Result<()> {
-        let row = self.pods()?.row(pod.id())?;
-        found.add(row.is_some_and(|row| is_captured(&row, traffic)), PartKind::Row, None);
         let missing = self.missing_addresses(pod)?;
         for ip in pod.own_addresses() {
             found.add(!missing.contains(&ip), PartKind::Address, ip.to_string());

@@ -10,11 +10,10 @@
 //! 4. [`Dataplane::remove`]: the pod is as it was found.
 
 mod inbound;
-mod iptables_legacy;
-mod istio_cni;
+pub mod istio_cni;
 mod kernel;
 mod links;
-mod nftables;
+mod observe;
 mod owner;
 mod parts;
 mod pod_netns;
@@ -55,8 +54,8 @@ use redirect_ebpf::abi::{
 use tracing::debug;
 
 pub use self::{
-    istio_cni::{Displaced, IstioCni},
     kernel::OBJECT,
+    observe::Observation,
     owner::Owned,
     parts::{Inspection, Part, PartKind},
     pod_netns::PodNetns,
@@ -67,9 +66,8 @@ use self::{
     kernel::{FIND_PROXY, Globals, INBOUND_RANGES, Kernel, TcxProgram},
     links::{KubeletLink, PodLinks, tcx_directions},
     owner::Owner,
-    pod_netns::first_of_each,
-    routes::{LOOPBACK_IFINDEX, OutboundState, Routing, Seen},
-    rows::{Row, is_captured},
+    routes::{LOOPBACK_IFINDEX, Routing, Seen},
+    rows::Row,
 };
 use crate::traffic::Traffic;
 
@@ -109,15 +107,6 @@ impl Options {
     pub fn default_bpffs_dir() -> PathBuf {
         PathBuf::from(format!("{BPFFS}/redirect/v{ABI_VERSION}"))
     }
-}
-
-/// How much of the capture of a pod is there.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub struct Captured {
-    /// Some of its new connections may be redirected.
-    pub partly: bool,
-    /// They are as the settings say, in both directions and all families.
-    pub wholly: bool,
 }
 
 /// The programs, the maps and the pins below one directory of bpffs.
@@ -234,8 +223,8 @@ impl Dataplane {
         self.switch(pod, || {
             let routing = Routing::open()?;
             let seen = routing.look()?;
-            let captured = self.captured_by(pod, traffic, &seen)?;
-            self.mark(if captured.partly { "mark_open" } else { "mark_all" })?;
+            let captured = self.is_partly_captured(pod, &seen)?;
+            self.mark(if captured { "mark_open" } else { "mark_all" })?;
             self.redirect(pod, traffic, monotonic_ns()?, &routing, &seen)
         })
     }
@@ -374,7 +363,6 @@ impl Dataplane {
             .context("read map saved_sysctls")?;
         pod.netns.run(|| {
             Routing::open()?.delete_all()?;
-            Self::forget_istio_cni()?;
             match saved {
                 Some(saved) => sysctl::restore(&saved),
                 None => Ok(()),
@@ -399,54 +387,6 @@ impl Dataplane {
         links.remove_dir()
     }
 
-    /// What the kernel has for an enrolled pod with these settings, and what it lacks.
-    ///
-    /// # Errors
-    ///
-    /// When a system call fails.
-    pub fn inspect(&self, pod: &PodNetns, traffic: &Traffic) -> Result<Inspection> {
-        let mut found = Inspection::default();
-        self.kernel().inspect(pod, traffic, &mut found)?;
-        let links = PodLinks::new(&self.dir, pod.id());
-        pod.netns.run(|| {
-            found.add(links.has_lookup(pod.id())?, PartKind::Lookup, None);
-            let seen = Routing::open()?.look()?;
-            for (index, name) in seen.interfaces() {
-                if traffic.reroutes(&name) {
-                    let mut kernel = self.kernel();
-                    let virtual_interfaces = kernel.virtual_interfaces()?;
-                    let captured = virtual_interfaces.is_captured(pod.id(), index, traffic)?;
-                    found.add(captured, PartKind::Reroute, name.clone());
-                }
-                found.add(links.has_tcx(index)?, PartKind::Tcx, name);
-            }
-            for source in pod.sources() {
-                let family = || if source.is_ipv4() { "ipv4" } else { "ipv6" }.to_owned();
-                let outbound = seen.outbound(source, traffic);
-                found.add(outbound.routes, PartKind::Route, family());
-                found.add(outbound.rules, PartKind::Rule, family());
-                let (rule, route) = seen.has_keep(source, traffic);
-                found.add(route, PartKind::DrainRoute, family());
-                found.add(rule, PartKind::DrainRule, family());
-            }
-            found.add(!seen.has_foreign_rules(), PartKind::RuleOrder, None);
-            for (name, right) in sysctl::check()? {
-                found.add(right, PartKind::Sysctl, name.to_owned());
-            }
-            Ok(found)
-        })?
-    }
-
-    /// Whether `lo` of the namespace is down, as when the runtime takes it apart: there is no route by
-    /// it then, nor can one be added.
-    ///
-    /// # Errors
-    ///
-    /// When a system call fails.
-    pub fn lo_is_down(&self, pod: &PodNetns) -> Result<bool> {
-        Ok(!pod.netns.run(|| Routing::open()?.look())??.has_lo())
-    }
-
     /// Whether somebody listens where the proxy's DNS should, in either family.
     ///
     /// # Errors
@@ -454,27 +394,6 @@ impl Dataplane {
     /// When the pod's sockets cannot be read.
     pub fn dns_listens(&self, pod: &PodNetns) -> Result<bool> {
         pod.netns.run(sockets::dns_listens)?
-    }
-
-    /// How much of the capture that `traffic` asks for is there.
-    ///
-    /// # Errors
-    ///
-    /// When a system call fails.
-    pub fn captured(&self, pod: &PodNetns, traffic: &Traffic) -> Result<Captured> {
-        let seen = pod.netns.run(|| Routing::open()?.look())??;
-        self.captured_by(pod, traffic, &seen)
-    }
-
-    fn captured_by(&self, pod: &PodNetns, traffic: &Traffic, seen: &Seen) -> Result<Captured> {
-        let row = self.kernel().pods()?.row(pod.id())?;
-        let outbound: Vec<OutboundState> =
-            pod.sources().map(|source| seen.outbound(source, traffic)).collect();
-        Ok(Captured {
-            partly: row.is_some_and(|row| row.capture) || outbound.iter().any(|found| found.any),
-            wholly: row.is_some_and(|row| is_captured(&row, traffic))
-                && outbound.iter().all(|found| found.rules && found.routes),
-        })
     }
 
     /// Drops what the maps and bpffs hold for namespaces that are dead, the pins of interfaces that
@@ -551,9 +470,8 @@ impl Dataplane {
     ///
     /// When a system call fails.
     pub fn put_bypass(&self, pod_id: PodId, addresses: &[IpAddr], reason: u32) -> Result<()> {
-        let [v4, v6] = first_of_each(addresses);
         let _pod = self.pod(pod_id);
-        self.kernel().pods()?.put(pod_id, Row { reason, v4, v6, ..Row::default() })
+        self.kernel().pods()?.put(pod_id, Row::bypass(addresses, reason))
     }
 
     /// Removes the row of a pod that bypasses.

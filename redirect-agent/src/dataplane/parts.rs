@@ -5,7 +5,7 @@ use std::fmt;
 /// A kind of thing that the kernel has for an enrolled pod.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum PartKind {
-    /// The row of the map `pods`.
+    /// What the row of the map `pods` says of the capture.
     Row,
     /// The entry of an address in the map `addresses`.
     Address,
@@ -19,7 +19,7 @@ pub enum PartKind {
     Lookup,
     /// A tcx link.
     Tcx,
-    /// The capture on a virtual interface.
+    /// The settings of a virtual interface in the map `virtual_ifs`.
     Reroute,
     /// The redirection routes of a family.
     Route,
@@ -36,6 +36,11 @@ pub enum PartKind {
 }
 
 impl PartKind {
+    /// Whether [`super::Dataplane::capture`] makes it, and all else [`super::Dataplane::prepare`].
+    pub(super) fn is_made_by_capture(self) -> bool {
+        matches!(self, PartKind::Row | PartKind::Route | PartKind::Rule)
+    }
+
     /// The name in metrics.
     pub fn as_str(self) -> &'static str {
         match self {

@@ -51,9 +51,15 @@ impl VirtualInterfaces<'_> {
         Ok(self.get(&VirtualInterface { pod_id, index })?.is_some())
     }
 
-    /// Whether the entry of an interface that is named is that of a captured pod.
-    pub(super) fn is_captured(&self, pod_id: PodId, index: u32, traffic: &Traffic) -> Result<bool> {
-        Ok(self.get(&VirtualInterface { pod_id, index })? == Some(flags(traffic, true)))
+    /// Whether the entry of an interface that is named is that of the settings.
+    pub(super) fn is_set(
+        &self,
+        pod_id: PodId,
+        index: u32,
+        traffic: &Traffic,
+        capture: bool,
+    ) -> Result<bool> {
+        Ok(self.get(&VirtualInterface { pod_id, index })? == Some(flags(traffic, capture)))
     }
 
     /// From now on the pod's new connections by these interfaces are forwarded.

@@ -502,6 +502,19 @@ impl Seen {
         self.addresses.iter().filter_map(of).collect()
     }
 
+    /// Whether istio-cni's rule is there, in either family.
+    pub(super) fn has_istio_cni(&self) -> bool {
+        [&self.v4, &self.v6].into_iter().any(|family| family.rules.iter().any(is_istio_cnis))
+    }
+
+    /// Whether there is a capture rule of ours, in either family.
+    pub(super) fn has_capture(&self) -> bool {
+        let has = |family: &Family| {
+            family.capture_rules().1.iter().any(|rule| matches!(rule, Rule::Capture(_)))
+        };
+        has(&self.v4) || has(&self.v6)
+    }
+
     /// What there is of the outbound capture of one family.
     pub(super) fn outbound(&self, source: IpAddr, traffic: &Traffic) -> OutboundState {
         let family = self.family(source);
@@ -750,18 +763,6 @@ impl Routing {
                 }
             }
             Ok(())
-        })
-    }
-
-    /// Whether istio-cni's rule is there, in either family.
-    pub(super) fn has_istio_cni(&self) -> Result<bool> {
-        self.runtime.block_on(async {
-            for family in [IpVersion::V4, IpVersion::V6] {
-                if self.rules(family).await?.iter().any(is_istio_cnis) {
-                    return Ok(true);
-                }
-            }
-            Ok(false)
         })
     }
 

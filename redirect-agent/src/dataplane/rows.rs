@@ -9,7 +9,7 @@ use redirect_ebpf::abi::{
     POD_INBOUND_RULES, POD_OUTBOUND_RULES, PodEntry, PodId,
 };
 
-use super::{absent, inbound};
+use super::{absent, inbound, pod_netns::first_of_each};
 use crate::traffic::Traffic;
 
 /// One row of the map `pods`.
@@ -34,6 +34,14 @@ pub struct Row {
     pub v4: Option<IpAddr>,
     /// Its first IPv6 address.
     pub v6: Option<IpAddr>,
+}
+
+impl Row {
+    /// That of a pod that bypasses.
+    pub(super) fn bypass(addresses: &[IpAddr], reason: u32) -> Self {
+        let [v4, v6] = first_of_each(addresses);
+        Self { reason, v4, v6, ..Self::default() }
+    }
 }
 
 /// The map `pods`, in user space's types.

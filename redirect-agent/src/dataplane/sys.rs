@@ -133,68 +133,6 @@ pub(super) fn link_detach(link: BorrowedFd<'_>) -> io::Result<()> {
     bpf(bpf_cmd::BPF_LINK_DETACH, &mut attr).map(drop)
 }
 
-/// Asks for what `value` says: `option` is one of iptables' at `level`, that of a family's protocol.
-///
-/// # Errors
-///
-/// Those of getsockopt(2): also when the answer has not exactly the size of `value`.
-pub(super) fn get_iptables(
-    socket: BorrowedFd<'_>,
-    level: i32,
-    option: i32,
-    value: &mut [u8],
-) -> io::Result<()> {
-    let mut length = libc::socklen_t::try_from(value.len()).map_err(io::Error::other)?;
-    // SAFETY: no more than `length` bytes of `value` are read or written, and none is an address.
-    let ret = unsafe {
-        libc::getsockopt(
-            socket.as_raw_fd(),
-            level,
-            option,
-            value.as_mut_ptr().cast(),
-            &raw mut length,
-        )
-    };
-    if ret == 0 { Ok(()) } else { Err(io::Error::last_os_error()) }
-}
-
-/// Replaces a table of iptables, at `level`: `replacement` is a `struct ipt_replace` with the entries;
-/// where the old entries' counters go is filled in here.
-///
-/// # Errors
-///
-/// Those of setsockopt(2), `IPT_SO_SET_REPLACE`: `EAGAIN` when the table has not as many entries as
-/// there are counters.
-pub(super) fn replace_iptables(
-    socket: BorrowedFd<'_>,
-    level: i32,
-    replacement: &mut [u8],
-) -> io::Result<()> {
-    const SET_REPLACE: i32 = 64;
-    let length = libc::socklen_t::try_from(replacement.len()).map_err(io::Error::other)?;
-    let Some((count, address)) =
-        replacement.get_mut(84..96).and_then(<[u8]>::split_first_chunk_mut)
-    else {
-        return Err(io::ErrorKind::InvalidInput.into());
-    };
-    let count = usize::try_from(u32::from_ne_bytes(*count)).map_err(io::Error::other)?;
-    // `struct xt_counters`: packets and bytes.
-    let mut counters = vec![[0_u64; 2]; count];
-    address.copy_from_slice(&(counters.as_mut_ptr() as u64).to_ne_bytes());
-    // SAFETY: `length` bytes of `replacement` are read; at the one address in them, `counters` has
-    // room for as many as it says, and outlives the call.
-    let ret = unsafe {
-        libc::setsockopt(
-            socket.as_raw_fd(),
-            level,
-            SET_REPLACE,
-            replacement.as_ptr().cast(),
-            length,
-        )
-    };
-    if ret == 0 { Ok(()) } else { Err(io::Error::last_os_error()) }
-}
-
 /// Gives memory back to the kernel that the allocator has kept.
 pub(super) fn release_freed_memory() {
     #[cfg(target_env = "gnu")]

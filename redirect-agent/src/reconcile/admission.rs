@@ -11,7 +11,7 @@ use tracing::debug;
 
 use super::{
     Judge, Views,
-    plan::{Wish, next},
+    plan::{Wish, steps},
 };
 use crate::{
     cni::{
@@ -103,7 +103,7 @@ impl Admission {
             Some(view) if view.decision.enrolled != enrolled => false,
             Some(view) if enrolled => {
                 inode == told.sandbox.as_ref().map(|(_, inode)| *inode)
-                    && next(Wish::Enrolled, &view.standing).is_none()
+                    && steps(Wish::Enrolled, &view.standing).is_empty()
             }
             Some(view) => view.state() == PodState::Bypassing,
         };

@@ -1,12 +1,15 @@
 //! Brings every pod of the node to where it should be, and keeps it there.
 //!
-//! Each pod has a task of its own, so that one that fails, or is slow, delays no other. A task
-//! compares what is wanted with what is known to be true, takes the one next step
-//! ([`plan::next`]), and compares again: the wish can change after any step.
+//! Each pod has a task of its own, so that one that fails, or is slow, delays no other. In each round
+//! it reads how the pod stands ([`PodTask::observe`]), takes the steps that lead from there to what is
+//! wanted ([`plan::steps`]), and reads again. What was done before is not remembered: an agent that
+//! starts is no special case.
 
 mod admission;
+mod observe;
 mod plan;
 mod pod;
+mod steps;
 
 use std::{
     collections::{BTreeMap, BTreeSet},
@@ -68,8 +71,8 @@ pub struct Settings {
     pub drain: Duration,
     /// How often the kernel is compared with what should be there.
     pub verify_interval: Duration,
-    /// Whether pods that istio-cni redirects are taken over, and not left alone.
-    pub take_over: bool,
+    /// Whether pods that istio-cni redirects are captured all the same, and not left alone.
+    pub beside_istio_cni: bool,
 }
 
 /// A pod, and what is decided for it.
@@ -110,6 +113,8 @@ struct Shared<S> {
     zds: zds::Handle,
     metrics: Metrics,
     views: Arc<Views>,
+    /// The tasks are to stop where they are.
+    stop: CancellationToken,
 }
 
 impl<S> Shared<S> {
@@ -131,8 +136,14 @@ impl Views {
         self.views.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    fn show(&self, view: View) {
-        self.lock().insert(view.pod.key.clone(), view);
+    /// Shows it, unless it is of a pod that `is_gone` by now.
+    fn show(&self, view: View, is_gone: impl FnOnce() -> bool) {
+        let mut views = self.lock();
+        if is_gone() {
+            return;
+        }
+        views.insert(view.pod.key.clone(), view);
+        drop(views);
         self.changed.send_modify(|n| *n += 1);
     }
 }
@@ -143,6 +154,8 @@ struct View {
     pod: Pod,
     decision: Decision,
     standing: Standing,
+    /// Whether istio-cni redirects it, and so nothing is done to it.
+    left_alone: bool,
     netns: Option<Arc<PodNetns>>,
     /// The pod id whose row of the map `pods` says why it bypasses.
     noted: Option<u32>,
@@ -164,7 +177,7 @@ impl View {
             (true, false) if s.captured && s.shaped => PodState::Enrolled,
             (true, true) => PodState::Failed,
             (true, false) => PodState::Enrolling,
-            (false, _) if !s.prepared && !s.foreign => PodState::Bypassing,
+            (false, _) if !s.present && !self.left_alone => PodState::Bypassing,
             (false, true) => PodState::Failed,
             (false, false) => PodState::Leaving,
         }
@@ -213,7 +226,8 @@ impl<S: Source> Reconciler<S> {
     ) -> Self {
         let inventory = source.inventory();
         let judge = Judge { membership: settings.membership.clone(), overrides };
-        let shared = Shared { settings, source, dataplane, zds, metrics, views: Arc::default() };
+        let (views, stop) = (Arc::default(), CancellationToken::new());
+        let shared = Shared { settings, source, dataplane, zds, metrics, views, stop };
         Self {
             shared: Arc::new(shared),
             judge,
@@ -242,15 +256,15 @@ impl<S: Source> Reconciler<S> {
         )
     }
 
-    /// Takes over what a former agent left, and makes every enrolled pod known to the ZDS server.
-    /// That may serve proxies only afterwards: a proxy stops whatever its snapshot does not name.
-    pub async fn adopt(&mut self) {
+    /// Makes every pod that is in the mesh, or on its way out, known to the ZDS server. That may serve
+    /// proxies only afterwards: a proxy stops whatever its snapshot does not name.
+    pub async fn introduce(&mut self) {
         self.remove_orphans().await;
-        let adopted = self.update().into_iter().map(async |(mut task, wanted)| {
-            task.adopt().await;
+        let introduced = self.update().into_iter().map(async |(mut task, wanted)| {
+            task.introduce().await;
             (task, wanted)
         });
-        for (task, wanted) in join_all(adopted).await {
+        for (task, wanted) in join_all(introduced).await {
             self.start(task, wanted);
         }
     }
@@ -283,8 +297,7 @@ impl<S: Source> Reconciler<S> {
                 self.start(task, wanted);
             }
         }
-        // The tasks see their senders go, and stop where they are.
-        self.tasks.clear();
+        self.shared.stop.cancel();
         self.tracker.close();
         self.tracker.wait().await;
     }
@@ -452,7 +465,7 @@ impl<S: Source> Observer<S> {
 
     /// How many pods are left alone because istio-cni redirects them.
     pub fn left_alone(&self) -> usize {
-        self.shared.views().values().filter(|view| view.standing.foreign && view.failing).count()
+        self.shared.views().values().filter(|view| view.left_alone).count()
     }
 
     /// The proxies and the workloads they serve.
@@ -491,7 +504,7 @@ impl<S: Source> Observer<S> {
                         message.get_or_insert(why);
                     };
                     let mut kernel = None;
-                    if let Some(netns) = view.netns.as_ref().filter(|_| view.standing.prepared) {
+                    if let Some(netns) = view.netns.as_ref().filter(|_| view.standing.present) {
                         match dataplane.inspect(netns, &view.traffic) {
                             Ok(found) => {
                                 let missing = names(&found.missing);
@@ -517,8 +530,8 @@ impl<S: Source> Observer<S> {
                         }
                     }
                     let mut traffic = view.traffic;
-                    traffic.dns_capture &= view.standing.prepared;
-                    let netns = view.netns.as_ref().map(|netns| netns.netns.inode());
+                    traffic.dns_capture &= view.standing.present;
+                    let netns = view.netns.as_ref().map(|netns| netns.netns.inode()).or(view.noted);
                     let counters = netns.and_then(|inode| counters.remove(&inode));
                     let forwards = counters.as_ref().is_some_and(|c| c.contains_key("forwarded"));
                     if forwards {
@@ -568,6 +581,10 @@ fn in_sandboxes<'a>(
         }
         (pod, sandbox)
     })
+}
+
+async fn blocking<T: Send + 'static>(f: impl FnOnce() -> Result<T> + Send + 'static) -> Result<T> {
+    spawn_blocking(f).await.context("run a blocking task")?
 }
 
 fn names(parts: &[Part]) -> Vec<String> {

@@ -9,16 +9,18 @@ pub(super) enum Wish {
     Bypass,
 }
 
-/// What is known to be true of a pod. All false: nothing was ever done to it.
+/// What is true of a pod. All false: nothing was ever done to it.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub(super) struct Standing {
-    /// Everything is in place in its namespace.
+    /// Something of ours may be in its namespace.
+    pub(super) present: bool,
+    /// Everything is in place there, but for what redirects.
     pub(super) prepared: bool,
     /// The proxy may know it.
     pub(super) offered: bool,
     /// The proxy listens in it.
     pub(super) served: bool,
-    /// Its new connections may be redirected.
+    /// Some of its new connections may be redirected.
     pub(super) captured: bool,
     /// They are, exactly as its settings say.
     pub(super) shaped: bool,
@@ -28,26 +30,10 @@ pub(super) struct Standing {
     pub(super) published: bool,
     /// Something may be published of it.
     pub(super) mentioned: bool,
-    /// Its peers may be told so although nothing of it is in place: its sandbox was made anew.
+    /// Its peers are told to speak HBONE to it although nothing redirects it: its sandbox was made anew.
     pub(super) stale: bool,
     /// The map `pods` says why it bypasses.
     pub(super) noted: bool,
-    /// istio-cni's rules are in its namespace.
-    pub(super) foreign: bool,
-}
-
-impl Standing {
-    /// Of a namespace that a former agent has set up, or half set up: all that it may have done.
-    pub(super) fn of_ours() -> Self {
-        Self {
-            prepared: true,
-            offered: true,
-            captured: true,
-            redirected: true,
-            mentioned: true,
-            ..Self::default()
-        }
-    }
 }
 
 /// One thing to do for a pod; each is idempotent.
@@ -59,8 +45,6 @@ pub(super) enum Step {
     Serve,
     /// Redirect new connections as the settings say.
     Capture,
-    /// Take istio-cni's rules out of it.
-    Displace,
     /// Tell its peers to speak HBONE to it.
     Publish,
     /// Tell its peers not to.
@@ -77,30 +61,52 @@ pub(super) enum Step {
     Note,
 }
 
-/// The next step, in the order that misdirects no connection; `None` when all is as wished.
+impl Step {
+    /// What it makes true when it succeeds.
+    fn done(self, s: &mut Standing) {
+        match self {
+            Step::Prepare => (s.present, s.prepared, s.noted) = (true, true, false),
+            Step::Serve => (s.served, s.offered) = (true, true),
+            Step::Capture => (s.captured, s.shaped, s.redirected) = (true, true, true),
+            Step::Publish => (s.published, s.mentioned) = (true, true),
+            Step::Retract => (s.published, s.mentioned, s.stale) = (false, false, false),
+            Step::Release => (s.captured, s.shaped) = (false, false),
+            Step::Drain => s.redirected = false,
+            Step::Withdraw => (s.served, s.offered) = (false, false),
+            Step::Remove => (s.present, s.prepared) = (false, false),
+            Step::Note => s.noted = true,
+        }
+    }
+}
+
+/// What to do, in the order that misdirects no connection; nothing when all is as wished.
 ///
 /// Into the mesh: nothing is redirected before the proxy listens, and peers use HBONE only when
 /// that is answered. Out of it: the reverse, and the proxy, which cuts a pod's connections when it
 /// loses it, loses it only when they have ended or have had their time.
-///
-/// A pod that istio-cni redirects is served already, and stays so: its peers are not told
-/// otherwise, and ours is all in place before istio-cni's goes.
-pub(super) fn next(wish: Wish, s: &Standing) -> Option<Step> {
+pub(super) fn steps(wish: Wish, standing: &Standing) -> Vec<Step> {
+    let mut standing = *standing;
+    std::iter::from_fn(|| {
+        let step = next(wish, &standing)?;
+        step.done(&mut standing);
+        Some(step)
+    })
+    .collect()
+}
+
+fn next(wish: Wish, s: &Standing) -> Option<Step> {
     match wish {
-        Wish::Enrolled if s.stale && !s.captured && !s.foreign => Some(Step::Retract),
+        Wish::Enrolled if s.stale => Some(Step::Retract),
         Wish::Enrolled if !s.prepared => Some(Step::Prepare),
-        Wish::Enrolled if !s.served => Some(Step::Serve),
+        Wish::Enrolled if !s.served || !s.offered => Some(Step::Serve),
         Wish::Enrolled if !s.captured || !s.shaped => Some(Step::Capture),
-        Wish::Enrolled if s.foreign => Some(Step::Displace),
         Wish::Enrolled if !s.published => Some(Step::Publish),
         Wish::Enrolled => None,
-        Wish::Bypass if s.foreign && !s.prepared => Some(Step::Prepare),
         Wish::Bypass if s.mentioned => Some(Step::Retract),
         Wish::Bypass if s.captured => Some(Step::Release),
-        Wish::Bypass if s.foreign => Some(Step::Displace),
         Wish::Bypass if s.redirected => Some(Step::Drain),
         Wish::Bypass if s.offered => Some(Step::Withdraw),
-        Wish::Bypass if s.prepared => Some(Step::Remove),
+        Wish::Bypass if s.present => Some(Step::Remove),
         Wish::Bypass if !s.noted => Some(Step::Note),
         Wish::Bypass => None,
     }
@@ -108,33 +114,15 @@ pub(super) fn next(wish: Wish, s: &Standing) -> Option<Step> {
 
 #[cfg(test)]
 mod tests {
-    use super::*;
+    use super::{Step::*, *};
 
-    /// What a step makes true when it succeeds.
-    fn done(step: Step, mut s: Standing) -> Standing {
-        match step {
-            Step::Prepare => (s.prepared, s.noted) = (true, false),
-            Step::Serve => (s.served, s.offered) = (true, true),
-            Step::Capture => (s.captured, s.shaped, s.redirected) = (true, true, true),
-            Step::Displace => (s.foreign, s.redirected) = (false, true),
-            Step::Publish => (s.published, s.mentioned) = (true, true),
-            Step::Retract => (s.published, s.mentioned, s.stale) = (false, false, false),
-            Step::Release => (s.captured, s.shaped) = (false, false),
-            Step::Drain => s.redirected = false,
-            Step::Withdraw => (s.served, s.offered) = (false, false),
-            Step::Remove => s.prepared = false,
-            Step::Note => s.noted = true,
-        }
-        s
-    }
-
+    /// The steps, and how the pod stands after them.
     fn walk(wish: Wish, mut s: Standing) -> (Vec<Step>, Standing) {
-        let mut steps = Vec::new();
-        while let Some(step) = next(wish, &s) {
-            steps.push(step);
-            assert!(steps.len() <= 11, "{wish:?} does not settle: {steps:?}");
-            s = done(step, s);
-        }
+        let steps: Vec<Step> =
+            std::iter::from_fn(|| next(wish, &s).inspect(|step| step.done(&mut s)))
+                .take(12)
+                .collect();
+        assert!(steps.len() < 12, "{wish:?} does not settle: {steps:?}");
         (steps, s)
     }
 
@@ -142,66 +130,48 @@ mod tests {
         (0..=2047u16).map(|bits| {
             let bit = |n: u8| bits & (1 << n) != 0;
             Standing {
-                prepared: bit(0),
-                offered: bit(1),
-                served: bit(2),
-                captured: bit(3),
-                shaped: bit(3) && bit(8),
-                redirected: bit(4),
-                published: bit(5),
-                noted: bit(6),
-                stale: bit(5) && bit(9),
-                mentioned: bit(5) || bit(7),
-                foreign: bit(10),
+                present: bit(0),
+                prepared: bit(0) && bit(1),
+                offered: bit(2),
+                served: bit(3),
+                captured: bit(4),
+                shaped: bit(4) && bit(5),
+                redirected: bit(6),
+                published: bit(7),
+                mentioned: bit(7) || bit(8),
+                stale: bit(7) && !bit(4) && bit(9),
+                noted: bit(10),
             }
         })
     }
 
     #[test]
     fn a_new_pod_goes_in_and_out_in_the_documented_order() {
-        use Step::*;
-        let (steps, inside) = walk(Wish::Enrolled, Standing::default());
-        assert_eq!(steps, [Prepare, Serve, Capture, Publish]);
-        let (steps, _) = walk(Wish::Bypass, inside);
-        assert_eq!(steps, [Retract, Release, Drain, Withdraw, Remove, Note]);
+        let (into, inside) = walk(Wish::Enrolled, Standing::default());
+        assert_eq!(into, [Prepare, Serve, Capture, Publish]);
+        assert_eq!(steps(Wish::Enrolled, &Standing::default()), into);
+        let (out, _) = walk(Wish::Bypass, inside);
+        assert_eq!(out, [Retract, Release, Drain, Withdraw, Remove, Note]);
+        assert_eq!(steps(Wish::Bypass, &inside), out);
     }
 
     #[test]
     fn settings_of_a_pod_in_the_mesh_change_without_taking_it_out() {
-        use Step::*;
         let (_, inside) = walk(Wish::Enrolled, Standing::default());
         let changed = Standing { prepared: false, shaped: false, ..inside };
-        let (steps, end) = walk(Wish::Enrolled, changed);
-        assert_eq!((steps, end), (vec![Prepare, Capture], inside));
-        // Half-way it may well be captured: it has to be released all the same.
-        let (steps, _) = walk(Wish::Bypass, changed);
-        assert_eq!(steps, [Retract, Release, Drain, Withdraw, Note]);
+        let (into, end) = walk(Wish::Enrolled, changed);
+        assert_eq!((into, end), (vec![Prepare, Capture], inside));
+        // Half-way, all of it has to go all the same.
+        let (out, _) = walk(Wish::Bypass, changed);
+        assert_eq!(out, [Retract, Release, Drain, Withdraw, Remove, Note]);
     }
 
     #[test]
     fn peers_stop_speaking_hbone_to_a_pod_whose_sandbox_is_made_anew() {
-        use Step::*;
         let lost =
             Standing { published: true, mentioned: true, stale: true, ..Standing::default() };
-        let (steps, _) = walk(Wish::Enrolled, lost);
-        assert_eq!(steps, [Retract, Prepare, Serve, Capture, Publish]);
-    }
-
-    #[test]
-    fn pod_that_istio_cni_redirects_is_taken_over_when_all_of_ours_is_in_place() {
-        use Step::*;
-        let foreign = Standing {
-            published: true,
-            mentioned: true,
-            stale: true,
-            foreign: true,
-            ..Standing::default()
-        };
-        let (steps, inside) = walk(Wish::Enrolled, foreign);
-        assert_eq!(steps, [Prepare, Serve, Capture, Displace]);
-        assert!(inside.published);
-        let (steps, _) = walk(Wish::Bypass, Standing { offered: true, ..foreign });
-        assert_eq!(steps, [Prepare, Retract, Displace, Drain, Withdraw, Remove, Note]);
+        let (into, _) = walk(Wish::Enrolled, lost);
+        assert_eq!(into, [Retract, Prepare, Serve, Capture, Publish]);
     }
 
     #[test]
@@ -209,23 +179,19 @@ mod tests {
         for s in every_standing() {
             let (_, end) = walk(Wish::Enrolled, s);
             assert!(
-                end.prepared
-                    && end.served
-                    && end.captured
-                    && end.shaped
-                    && end.published
-                    && !end.foreign,
+                end.prepared && end.served && end.captured && end.shaped && end.published,
                 "{s:?}"
             );
             let (_, end) = walk(Wish::Bypass, s);
-            assert_eq!(end, Standing { noted: true, served: end.served, ..Standing::default() });
+            let served = end.served;
+            assert_eq!(end, Standing { noted: true, served, ..Standing::default() }, "{s:?}");
         }
     }
 
     #[test]
     fn nothing_is_newly_redirected_to_a_proxy_that_does_not_listen() {
         for s in every_standing() {
-            if next(Wish::Enrolled, &s) == Some(Step::Capture) {
+            if next(Wish::Enrolled, &s) == Some(Capture) {
                 assert!(s.served, "{s:?}");
             }
         }
@@ -235,10 +201,8 @@ mod tests {
     fn the_proxy_loses_a_pod_only_when_nothing_is_redirected_to_it() {
         for s in every_standing() {
             match next(Wish::Bypass, &s) {
-                Some(Step::Withdraw) => {
-                    assert!(!s.captured && !s.redirected && !s.foreign, "{s:?}");
-                }
-                Some(Step::Remove) => assert!(!s.offered && !s.captured && !s.foreign, "{s:?}"),
+                Some(Withdraw) => assert!(!s.captured && !s.redirected, "{s:?}"),
+                Some(Remove) => assert!(!s.offered && !s.captured, "{s:?}"),
                 _ => {}
             }
         }

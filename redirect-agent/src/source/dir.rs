@@ -174,22 +174,37 @@ impl Source for DirSource {
             return already_gone(tokio::fs::remove_file(&file).await)
                 .with_context(|| format!("remove {}", file.display()));
         };
-        let patch = serde_json::json!({
-            "metadata": {"annotations": {ANNOTATION_REDIRECTION: state.as_str()}}
-        });
         let new = dir.join(format!(".{}.new", status_file(&pod.key)));
         tokio::fs::create_dir_all(&dir)
             .await
             .with_context(|| format!("create {}", dir.display()))?;
-        tokio::fs::write(&new, patch.to_string())
+        tokio::fs::write(&new, patch(state))
             .await
             .with_context(|| format!("write {}", new.display()))?;
         tokio::fs::rename(&new, &file).await.with_context(|| format!("write {}", file.display()))
     }
 
+    fn is_published(&self, pod: &Pod, state: Option<Redirection>) -> bool {
+        let file = self.dir.join(STATUS_DIR).join(status_file(&pod.key));
+        match (fs::read_to_string(file), state) {
+            (Ok(text), Some(state)) => text == patch(state),
+            (Err(e), None) => e.kind() == io::ErrorKind::NotFound,
+            (Err(e), Some(state)) if e.kind() == io::ErrorKind::NotFound => {
+                pod.annotations.get(ANNOTATION_REDIRECTION).is_some_and(|is| is == state.as_str())
+            }
+            _ => false,
+        }
+    }
+
     fn record(&self, pod: &Pod, event: Event) {
         debug!(pod = %pod.key, event = event.kind.as_str(), "{}", event.message);
     }
+}
+
+/// What is written for a pod of which this is published.
+fn patch(state: Redirection) -> String {
+    let annotations = serde_json::json!({ANNOTATION_REDIRECTION: state.as_str()});
+    serde_json::json!({"metadata": {"annotations": annotations}}).to_string()
 }
 
 fn already_gone(result: io::Result<()>) -> io::Result<()> {

@@ -80,6 +80,9 @@ pub trait Source: Send + Sync + 'static {
         state: Option<Redirection>,
     ) -> impl Future<Output = anyhow::Result<()>> + Send;
 
+    /// Whether that is said of `pod` already, or the pod is gone.
+    fn is_published(&self, pod: &Pod, state: Option<Redirection>) -> bool;
+
     /// Whether a pod that is gone from here was deleted. What still runs of such a pod must not speak
     /// past the proxy; a pod that was merely taken out of this source leaves the mesh in order.
     fn gone_is_deleted(&self) -> bool {
@@ -116,8 +119,6 @@ pub enum EventKind {
     Unenrolled,
     /// The pod should be in the mesh, or out of it, and is not.
     EnrolmentFailed,
-    /// istio-cni's rules were removed from the pod, and ours are in their place.
-    TakenOver,
     /// What somebody else changed in the pod was put right.
     Repaired,
     /// An annotation of the pod has a value that cannot be used.
@@ -131,7 +132,6 @@ impl EventKind {
             EventKind::Enrolled => "Enrolled",
             EventKind::Unenrolled => "Unenrolled",
             EventKind::EnrolmentFailed => "EnrolmentFailed",
-            EventKind::TakenOver => "TakenOver",
             EventKind::Repaired => "Repaired",
             EventKind::InvalidAnnotation => "InvalidAnnotation",
         }
@@ -139,7 +139,7 @@ impl EventKind {
 
     /// Whether somebody should look at it.
     pub fn is_warning(self) -> bool {
-        !matches!(self, EventKind::Enrolled | EventKind::Unenrolled | EventKind::TakenOver)
+        !matches!(self, EventKind::Enrolled | EventKind::Unenrolled)
     }
 }
 

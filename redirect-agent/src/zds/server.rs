@@ -326,9 +326,9 @@ impl Handle {
         self.shared.state().acked(uid)
     }
 
-    /// Whether any proxy is connected.
-    pub fn has_proxy(&self) -> bool {
-        self.shared.state().newest().is_some()
+    /// Whether a proxy may serve the workload, or will.
+    pub fn knows(&self, uid: &str) -> bool {
+        self.shared.state().known().any(|known| known.workload.uid == uid)
     }
 
     /// The proxies and workloads of this moment.

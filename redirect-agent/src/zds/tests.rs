@@ -818,7 +818,7 @@ async fn socket_is_for_root_only_and_goes_away_with_the_server() {
     let event = soon("an event", rig.events.recv()).await.unwrap();
     assert_eq!(gone(event), (1, "is let go, because the agent stops".into()));
     assert!(matches!(adding.await.unwrap(), Err(AddError::ProxyGone { .. })));
-    assert!(!rig.handle.has_proxy());
+    assert!(rig.handle.status().proxies.is_empty());
 }
 
 #[tokio::test]

@@ -341,6 +341,20 @@ impl Node {
         Ok(command)
     }
 
+    /// `takeover`, which may fail: whether it succeeded, and what it said.
+    pub fn take_over(&self, args: &[&str]) -> Result<(bool, String)> {
+        let mut command = self.command_without_agent("takeover")?;
+        command
+            .args(args)
+            .arg("--netns-dir")
+            .arg(&self.netns_dir)
+            .arg("--state-dir")
+            .arg(self.state_dir())
+            .arg("--control-socket")
+            .arg(self.control_socket());
+        finish(&mut command)
+    }
+
     /// What `status` says.
     pub fn status(&self) -> Result<Status> {
         let json = self.tell("status", &["-o", "json"])?;

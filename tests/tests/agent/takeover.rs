@@ -1,4 +1,4 @@
-//! Pods that istio-cni redirects: left alone, or taken over with no connection lost.
+//! Pods that istio-cni redirects: left alone, or redirected by both and taken over with no connection lost.
 
 use std::fs::{self, File};
 use std::io::Write as _;
@@ -33,24 +33,22 @@ use crate::load::Load;
 
 both_families! {
     pod_with_rules_of_iptables_nft_is_taken_over_under_load,
-    pod_with_rules_of_iptables_legacy_is_taken_over_under_load,
     pod_with_rules_of_native_nftables_is_taken_over_under_load,
     dns_is_answered_all_the_while,
-    dns_is_answered_all_the_while_with_rules_of_iptables_legacy,
     rules_of_others_beside_istio_cnis_stay,
-    rules_of_others_in_a_table_of_iptables_legacy_keep_the_pod_as_it_is,
-    rules_that_istio_cni_adds_to_a_pod_in_the_mesh_are_removed_or_told_of,
+    rules_of_iptables_legacy_are_named_and_stay,
+    rules_that_istio_cni_adds_to_a_pod_in_the_mesh_are_told_of_and_removed,
     cluster_is_told_what_becomes_of_a_pod_and_its_peers_notice_nothing,
     translated_connections_are_refused_when_their_translation_is_lost,
-    agent_that_dies_in_a_takeover_is_succeeded_by_one_that_completes_it,
-    agent_that_dies_in_a_takeover_from_iptables_legacy_is_succeeded_by_one_that_completes_it,
-    takeover_from_iptables_legacy_that_stopped_half_way_is_completed,
-    cleanup_completes_a_takeover_from_iptables_legacy_that_stopped_half_way,
+    agent_that_dies_meanwhile_is_succeeded_by_one_that_goes_on,
+    takeover_that_stopped_half_way_is_completed,
+    cleanup_completes_a_takeover,
     pod_that_istio_cni_redirects_is_left_alone_until_that_lets_go,
-    pod_that_leaves_the_mesh_with_istio_cnis_rules_is_freed_of_them,
-    pod_that_leaves_the_mesh_with_rules_of_iptables_legacy_is_freed_of_them,
+    pod_that_left_the_mesh_with_istio_cnis_rules_is_freed_of_them,
 }
 
+/// What has pods redirected that istio-cni redirects, too.
+const BESIDE: &str = "--beside-istio-cni";
 /// How long a client waits for an answer.
 const PATIENCE: Duration = Duration::from_secs(10);
 
@@ -224,17 +222,6 @@ fn has_istio_cnis(netns: &Netns) -> Result<bool> {
     Ok((ruleset(netns)? + &legacy_rules(netns)?).to_lowercase().contains("istio"))
 }
 
-/// The tables of `iptables-legacy` that the kernel has made in a namespace, of each family.
-fn legacy_tables(netns: &Netns) -> Result<[Vec<String>; 2]> {
-    let names = |family: &str| {
-        let names = netns.output("cat", &[&format!("/proc/net/{family}_tables_names")])?;
-        let mut names: Vec<String> = names.lines().map(str::to_owned).collect();
-        names.sort();
-        Ok::<_, anyhow::Error>(names)
-    };
-    Ok([names("ip")?, names("ip6")?])
-}
-
 /// istio-cni's agent, as far as ztunnel sees it.
 struct IstioCni {
     _runtime: Runtime,
@@ -315,6 +302,29 @@ fn wait_until_clean(pod: &Pod) -> Result<()> {
     })
 }
 
+/// Waits until the agent redirects the pod, and takes it over; what `takeover` says of it.
+fn take_over(node: &Node, pod: &Pod) -> Result<String> {
+    node.wait_for_pod("to be redirected by both", pod, |p| {
+        p.state == PodState::Degraded && p.kernel.as_ref().is_some_and(|k| k.complete)
+    })?;
+    let (done, said) = node.take_over(&[])?;
+    ensure!(done, "{said}");
+    node.wait_until_enrolled(pod)?;
+    ensure!(!has_istio_cnis(&pod.netns)?, "{}", ruleset(&pod.netns)?);
+    Ok(said)
+}
+
+/// The same for a pod that has no redirected connections any more.
+fn take_over_wholly(node: &Node, pod: &Pod) -> Result<()> {
+    take_over(node, pod)?;
+    wait_for("nothing of it to be left", SOON, || {
+        let (done, said) = node.take_over(&[])?;
+        ensure!(done, "{said}");
+        Ok(said.contains("nothing of istio-cni's").then_some(()))
+    })?;
+    wait_until_clean(pod)
+}
+
 /// Opens connections in both directions and checks that the proxy has them by istio-cni's rules.
 fn open_by_istio_cni(cluster: &Cluster, family: Family) -> Result<[Conversation; 2]> {
     let Cluster { node, server, client, .. } = cluster;
@@ -331,7 +341,7 @@ fn open_by_istio_cni(cluster: &Cluster, family: Family) -> Result<[Conversation;
 }
 
 fn taken_over_under_load(backend: Backend, family: Family) -> Result<()> {
-    let (mut cluster, fresh) = migrating(backend, &["--take-over"], "ambient")?;
+    let (mut cluster, fresh) = migrating(backend, &[BESIDE], "ambient")?;
     let _apps = (echo(&cluster.server)?, echo(&cluster.client)?);
     let mut open = open_by_istio_cni(&cluster, family)?;
 
@@ -339,12 +349,13 @@ fn taken_over_under_load(backend: Backend, family: Family) -> Result<()> {
     let load = Load::between(client, server, &[family]).keeping_old();
     let (_, calls) = load.during(|| {
         node.start_agent()?;
-        node.wait_for_pod("to be taken over", server, |p| {
-            p.state == PodState::Enrolled && p.kernel.as_ref().is_some_and(|k| k.complete)
-        })?;
-        wait_for("istio-cni's rules to go", SOON, || {
-            Ok((!has_istio_cnis(&server.netns)?).then_some(()))
-        })?;
+        let before = ruleset(&server.netns)?.lines().count();
+        node.wait_for_state(server, PodState::Degraded)?;
+        let (dry, said) = node.take_over(&["--dry-run"])?;
+        ensure!(dry && said.contains("would be taken over"), "{said}");
+        assert_eq!(ruleset(&server.netns)?.lines().count(), before);
+        let said = take_over(node, server)?;
+        ensure!(said.contains("taken over"), "{said}");
         node.assert_outbound(server, client, family)?;
         node.assert_inbound(client, server, family)
     })?;
@@ -355,14 +366,20 @@ fn taken_over_under_load(backend: Backend, family: Family) -> Result<()> {
     for conversation in &mut open {
         conversation.exchange(b"still there?")?;
     }
+    let (done, said) = node.take_over(&["-o", "json"])?;
+    ensure!(done && said.contains("\"open\""), "{said}");
     let kept = ruleset(&server.netns)?;
     assert!(kept.contains("redirect-agent-nat") && kept.lines().count() < 10, "{kept}");
-    let [outbound, inbound] = open;
+    let [outbound, mut inbound] = open;
     drop(outbound);
-    let mut inbound = inbound;
     inbound.exchange(b"still there?")?;
     assert!(ruleset(&server.netns)?.contains("redirect-agent-nat"));
     drop(inbound);
+    wait_for("the last of it to go", SOON, || {
+        let (done, said) = node.take_over(&[])?;
+        ensure!(done, "{said}");
+        Ok((!said.contains("connections open")).then_some(()))
+    })?;
     wait_until_clean(server)?;
     cluster.assert_redirected(family)?;
 
@@ -377,13 +394,8 @@ fn taken_over_under_load(backend: Backend, family: Family) -> Result<()> {
     node.enrol(server)?;
     assert_unchanged(&server.netns, &taken_over)?;
     assert_eq!(ruleset(&server.netns)?, "");
-    assert_eq!(legacy_rules(&server.netns)?, "");
-    // The kernel removes none before the namespace goes; we make none.
-    let tables: &[&str] = match backend {
-        Backend::IptablesLegacy => &["mangle", "nat", "raw"],
-        Backend::IptablesNft | Backend::NativeNftables => &[],
-    };
-    assert_eq!(legacy_tables(&server.netns)?, [tables, tables]);
+    let (done, said) = node.take_over(&[])?;
+    ensure!(done && said == "nothing of istio-cni's is in any pod of this node\n", "{said}");
     Ok(())
 }
 
@@ -391,24 +403,12 @@ fn pod_with_rules_of_iptables_nft_is_taken_over_under_load(family: Family) -> Re
     taken_over_under_load(Backend::IptablesNft, family)
 }
 
-fn pod_with_rules_of_iptables_legacy_is_taken_over_under_load(family: Family) -> Result<()> {
-    taken_over_under_load(Backend::IptablesLegacy, family)
-}
-
 fn pod_with_rules_of_native_nftables_is_taken_over_under_load(family: Family) -> Result<()> {
     taken_over_under_load(Backend::NativeNftables, family)
 }
 
 fn dns_is_answered_all_the_while(family: Family) -> Result<()> {
-    answers_dns_all_the_while(Backend::IptablesNft, family)
-}
-
-fn dns_is_answered_all_the_while_with_rules_of_iptables_legacy(family: Family) -> Result<()> {
-    answers_dns_all_the_while(Backend::IptablesLegacy, family)
-}
-
-fn answers_dns_all_the_while(backend: Backend, family: Family) -> Result<()> {
-    let (mut cluster, _) = migrating(backend, &["--take-over"], "ambient")?;
+    let (mut cluster, _) = migrating(Backend::IptablesNft, &[BESIDE], "ambient")?;
     let Cluster { node, server, .. } = &mut cluster;
     let (netns, service) = (&server.netns, [dns::service_ip(family)]);
     // Nobody is there: the proxy answers, or nobody.
@@ -465,8 +465,7 @@ fn answers_dns_all_the_while(backend: Backend, family: Family) -> Result<()> {
         });
         let taken_over = (|| {
             node.start_agent()?;
-            node.wait_for_state(server, PodState::Enrolled)?;
-            wait_until_clean(server)
+            take_over_wholly(node, server)
         })();
         done.store(true, Ordering::Relaxed);
         let mut asked = Vec::new();
@@ -479,67 +478,41 @@ fn answers_dns_all_the_while(backend: Backend, family: Family) -> Result<()> {
     Ok(())
 }
 
-fn rules_of_others_in_a_table_of_iptables_legacy_keep_the_pod_as_it_is(
+fn rules_of_iptables_legacy_are_named_and_stay(family: Family) -> Result<()> {
+    let (mut cluster, _) = migrating(Backend::IptablesLegacy, &[BESIDE], "ambient")?;
+    let _apps = (echo(&cluster.server)?, echo(&cluster.client)?);
+    cluster.node.start_agent()?;
+    cluster.node.wait_for_state(&cluster.server, PodState::Degraded)?;
+    let before = legacy_rules(&cluster.server.netns)?;
+    let (done, said) = cluster.node.take_over(&[])?;
+    ensure!(!done && said.contains("start the pod anew"), "{said}");
+    assert_eq!(legacy_rules(&cluster.server.netns)?, before);
+    cluster.assert_redirected(family)
+}
+
+fn rules_that_istio_cni_adds_to_a_pod_in_the_mesh_are_told_of_and_removed(
     family: Family,
 ) -> Result<()> {
-    let (mut cluster, _) = migrating(Backend::IptablesLegacy, &["--take-over"], "ambient")?;
+    let cluster = Cluster::enrolled(&[])?;
     let _apps = (echo(&cluster.server)?, echo(&cluster.client)?);
-    let netns = &cluster.server.netns;
-    // One family is enough.
-    let program = match family {
-        Family::V4 => "iptables-legacy",
-        Family::V6 => "ip6tables-legacy",
-    };
-    let theirs = |verb| {
-        let rule = format!("-t nat {verb} OUTPUT -p tcp --dport 81 -j REDIRECT --to-ports 8080");
-        netns.output(program, &rule.split(' ').collect::<Vec<_>>())
-    };
-    theirs("-A")?;
-    let before = (footprint(netns)?, ruleset(netns)?, legacy_rules(netns)?);
-    cluster.node.start_agent()?;
-    let told = cluster.node.wait_for_state(&cluster.server, PodState::Failed)?;
-    let message = told.message.context("no reason is told")?;
-    assert!(message.contains("iptables-legacy in which others have rules"), "{message}");
-    cluster.assert_redirected(family)?;
-    assert_unchanged(netns, &before.0)?;
-    assert_eq!((ruleset(netns)?, legacy_rules(netns)?), (before.1, before.2));
-
-    // Beside it, in another table or when it is gone, they do not matter.
-    netns.output(program, &["-t", "filter", "-A", "INPUT", "-p", "tcp", "--dport", "82"])?;
-    theirs("-D")?;
-    cluster.node.wait_for_state(&cluster.server, PodState::Enrolled)?;
-    wait_for("istio-cni's rules to go", SOON, || Ok((!has_istio_cnis(netns)?).then_some(())))?;
-    cluster.assert_redirected(family)?;
-    assert_eq!(legacy_rules(netns)?, "-A INPUT -p tcp -m tcp --dport 82");
+    let Cluster { node, server, .. } = &cluster;
+    let before = footprint(&server.netns)?;
+    for backend in [Backend::IptablesNft, Backend::NativeNftables] {
+        backend.redirect(&server.netns)?;
+        node.wait_for_pod("to have both told of", server, |p| {
+            p.state == PodState::Degraded
+                && p.message.as_ref().is_some_and(|m| m.contains("redirect-agent takeover"))
+        })?;
+        cluster.assert_redirected(family)?;
+        take_over_wholly(node, server)?;
+        assert_unchanged(&server.netns, &before)?;
+        cluster.assert_redirected(family)?;
+    }
     Ok(())
 }
 
-fn rules_that_istio_cni_adds_to_a_pod_in_the_mesh_are_removed_or_told_of(
-    family: Family,
-) -> Result<()> {
-    let mut cluster = Cluster::enrolled(&[])?;
-    let _apps = (echo(&cluster.server)?, echo(&cluster.client)?);
-    let before = footprint(&cluster.server.netns)?;
-    Backend::IptablesNft.redirect(&cluster.server.netns)?;
-    cluster.node.wait_for_pod("to have both told of", &cluster.server, |p| {
-        p.message.as_ref().is_some_and(|m| m.contains("istio-cni redirects this pod, too"))
-    })?;
-    cluster.assert_redirected(family)?;
-
-    cluster.node.stop_agent()?;
-    cluster.node.set_flags(&["--take-over"]);
-    cluster.node.start_agent()?;
-    wait_until_clean(&cluster.server)?;
-    assert_unchanged(&cluster.server.netns, &before)?;
-    Backend::NativeNftables.redirect(&cluster.server.netns)?;
-    cluster.assert_redirected(family)?;
-    wait_until_clean(&cluster.server)?;
-    cluster.assert_redirected(family)?;
-    assert_unchanged(&cluster.server.netns, &before)
-}
-
 fn rules_of_others_beside_istio_cnis_stay(family: Family) -> Result<()> {
-    let (mut cluster, _) = migrating(Backend::IptablesNft, &["--take-over"], "ambient")?;
+    let (mut cluster, _) = migrating(Backend::IptablesNft, &[BESIDE], "ambient")?;
     let _apps = (echo(&cluster.server)?, echo(&cluster.client)?);
     let netns = &cluster.server.netns;
     for program in ["iptables-nft", "ip6tables-nft"] {
@@ -550,11 +523,8 @@ fn rules_of_others_beside_istio_cnis_stay(family: Family) -> Result<()> {
         add("-t filter -A INPUT -p tcp --dport 82 -j DROP")?;
     }
     cluster.node.start_agent()?;
-    cluster.node.wait_for_state(&cluster.server, PodState::Enrolled)?;
-    wait_for("istio-cni's rules to go", SOON, || {
-        Ok((!ruleset(netns)?.contains("redirect-agent-nat") && !ruleset(netns)?.contains("ISTIO"))
-            .then_some(()))
-    })?;
+    take_over(&cluster.node, &cluster.server)?;
+    cluster.node.take_over(&[])?;
     cluster.assert_redirected(family)?;
     let left = ruleset(netns)?;
     for theirs in ["dport 81", "jump OTHERS", "dport 82"] {
@@ -581,7 +551,7 @@ fn cluster_is_told_what_becomes_of_a_pod_and_its_peers_notice_nothing(
     assert_has(address, "redirect_istio_cni_pods 1")?;
 
     managed.cluster.node.stop_agent()?;
-    managed.cluster.node.set_flags(&["--take-over"]);
+    managed.cluster.node.set_flags(&[BESIDE]);
     managed.cluster.node.kill_proxy()?;
     managed.cluster.node.start_agent()?;
     let Cluster { node, server, .. } = &managed.cluster;
@@ -590,8 +560,8 @@ fn cluster_is_told_what_becomes_of_a_pod_and_its_peers_notice_nothing(
     })?;
     assert!(ruleset(&server.netns)?.contains("istio-ambient-nat"));
     managed.cluster.node.start_proxy()?;
-    managed.wait_for_event(&managed.cluster.server, "TakenOver")?;
-    wait_until_clean(&managed.cluster.server)?;
+    managed.wait_for_event(&managed.cluster.server, "Enrolled")?;
+    take_over_wholly(&managed.cluster.node, &managed.cluster.server)?;
     assert_has(address, "redirect_istio_cni_pods 0")?;
     managed.cluster.assert_redirected(family)?;
     assert_eq!(managed.redirection(&managed.cluster.server).as_deref(), Some("enabled"));
@@ -600,15 +570,12 @@ fn cluster_is_told_what_becomes_of_a_pod_and_its_peers_notice_nothing(
 }
 
 fn translated_connections_are_refused_when_their_translation_is_lost(family: Family) -> Result<()> {
-    let (mut cluster, _) = migrating(Backend::IptablesNft, &["--take-over"], "ambient")?;
+    let (mut cluster, _) = migrating(Backend::IptablesNft, &[BESIDE], "ambient")?;
     let (_server, app) = (echo(&cluster.server)?, echo(&cluster.client)?);
     let [mut outbound, mut inbound] = open_by_istio_cni(&cluster, family)?;
     cluster.node.start_agent()?;
-    cluster.node.wait_for_state(&cluster.server, PodState::Enrolled)?;
+    take_over(&cluster.node, &cluster.server)?;
     let netns = &cluster.server.netns;
-    wait_for("istio-cni's rules to go", SOON, || {
-        Ok((!ruleset(netns)?.contains("ISTIO")).then_some(()))
-    })?;
     outbound.exchange(b"still there?")?;
     inbound.exchange(b"still there?")?;
 
@@ -621,20 +588,8 @@ fn translated_connections_are_refused_when_their_translation_is_lost(family: Fam
     cluster.assert_redirected(family)
 }
 
-fn agent_that_dies_in_a_takeover_is_succeeded_by_one_that_completes_it(
-    family: Family,
-) -> Result<()> {
-    succeeded_by_one_that_completes_it(Backend::IptablesNft, family)
-}
-
-fn agent_that_dies_in_a_takeover_from_iptables_legacy_is_succeeded_by_one_that_completes_it(
-    family: Family,
-) -> Result<()> {
-    succeeded_by_one_that_completes_it(Backend::IptablesLegacy, family)
-}
-
-fn succeeded_by_one_that_completes_it(backend: Backend, family: Family) -> Result<()> {
-    let (mut cluster, fresh) = migrating(backend, &["--take-over"], "ambient")?;
+fn agent_that_dies_meanwhile_is_succeeded_by_one_that_goes_on(family: Family) -> Result<()> {
+    let (mut cluster, fresh) = migrating(Backend::IptablesNft, &[BESIDE], "ambient")?;
     let _apps = (echo(&cluster.server)?, echo(&cluster.client)?);
     let mut open = open_by_istio_cni(&cluster, family)?;
     for _ in 0..4 {
@@ -648,71 +603,57 @@ fn succeeded_by_one_that_completes_it(backend: Backend, family: Family) -> Resul
         cluster.assert_redirected(family)?;
     }
     cluster.node.start_agent()?;
-    cluster.node.wait_for_state(&cluster.server, PodState::Enrolled)?;
+    take_over(&cluster.node, &cluster.server)?;
     cluster.node.stop_agent()?;
     // The flag is for those that are not taken over yet.
     cluster.node.set_flags(&[]);
     cluster.node.start_agent()?;
+    cluster.node.wait_until_enrolled(&cluster.server)?;
     for mut conversation in open {
         conversation.exchange(b"still there?")?;
     }
-    wait_until_clean(&cluster.server)?;
     cluster.assert_redirected(family)?;
     cluster.node.stop_agent()?;
     let (cleaned, said) = cluster.node.cleanup()?;
     ensure!(cleaned, "{said}");
+    assert_eq!(ruleset(&cluster.server.netns)?, "");
     assert_unchanged(&cluster.server.netns, &fresh)
 }
 
-/// Where an agent has died that was taking the pod over from `iptables-legacy`: what keeps open
-/// connections going is there, and one table is empty.
+/// Where a takeover was killed: the rules are gone, and their sign is there.
 fn stop_half_way(netns: &Netns) -> Result<()> {
-    feed(
-        netns,
-        &["nft", "-f", "-"],
-        "add table inet redirect-agent-nat
+    let keeper = "flush ruleset
+        add table inet redirect-agent-nat
         add chain inet redirect-agent-nat open-connections { type nat hook output priority -100 ; }
-        add rule inet redirect-agent-nat open-connections ct mark 0x111\n",
-    )?;
-    for what in ["-F", "-X"] {
-        netns.output("iptables-legacy", &["-t", "nat", what])?;
-    }
-    Ok(())
+        add rule inet redirect-agent-nat open-connections ct mark 0x111\n";
+    feed(netns, &["nft", "-f", "-"], keeper)
 }
 
-fn takeover_from_iptables_legacy_that_stopped_half_way_is_completed(family: Family) -> Result<()> {
-    let (mut cluster, _) = migrating(Backend::IptablesLegacy, &["--take-over"], "ambient")?;
+fn takeover_that_stopped_half_way_is_completed(family: Family) -> Result<()> {
+    let (mut cluster, _) = migrating(Backend::NativeNftables, &[BESIDE], "ambient")?;
     let _apps = (echo(&cluster.server)?, echo(&cluster.client)?);
-    let mut open = open_by_istio_cni(&cluster, family)?;
-    stop_half_way(&cluster.server.netns)?;
     cluster.node.start_agent()?;
-    cluster.node.wait_for_state(&cluster.server, PodState::Enrolled)?;
-    wait_for("istio-cni's rules to go", SOON, || {
-        Ok((!has_istio_cnis(&cluster.server.netns)?).then_some(()))
-    })?;
-    for conversation in &mut open {
-        conversation.exchange(b"still there?")?;
-    }
-    drop(open);
-    wait_until_clean(&cluster.server)?;
-    cluster.assert_redirected(family)
+    let Cluster { node, server, .. } = &cluster;
+    node.wait_for_state(server, PodState::Degraded)?;
+    stop_half_way(&server.netns)?;
+    cluster.assert_redirected(family)?;
+    let (done, said) = node.take_over(&[])?;
+    ensure!(done, "{said}");
+    node.wait_until_enrolled(server)?;
+    wait_until_clean(server)
 }
 
-fn cleanup_completes_a_takeover_from_iptables_legacy_that_stopped_half_way(
-    family: Family,
-) -> Result<()> {
+fn cleanup_completes_a_takeover(family: Family) -> Result<()> {
     let mut cluster = Cluster::start()?;
     let _apps = (echo(&cluster.server)?, echo(&cluster.client)?);
     let fresh = footprint(&cluster.server.netns)?;
     cluster.node.enrol(&cluster.server)?;
     cluster.node.kill_agent()?;
-    Backend::IptablesLegacy.redirect(&cluster.server.netns)?;
     stop_half_way(&cluster.server.netns)?;
     let (cleaned, said) = cluster.node.cleanup()?;
     ensure!(cleaned, "{said}");
     assert_unchanged(&cluster.server.netns, &fresh)?;
     assert_eq!(ruleset(&cluster.server.netns)?, "");
-    assert_eq!(legacy_rules(&cluster.server.netns)?, "");
     cluster.assert_direct(family)
 }
 
@@ -727,7 +668,9 @@ fn pod_that_istio_cni_redirects_is_left_alone_until_that_lets_go(family: Family)
     let told = node.wait_for_state(server, PodState::Failed)?;
     let message = told.message.context("no reason is told")?;
     assert!(message.contains("istio-cni redirects this pod"), "{message}");
-    assert!(message.contains("--take-over"), "{message}");
+    assert!(message.contains(BESIDE), "{message}");
+    let (done, said) = node.take_over(&[])?;
+    assert!(!done && said.contains(BESIDE), "{said}");
     assert_eq!(published(node, server), None);
     assert_unchanged(netns, &before.0)?;
     // But for the counters.
@@ -760,36 +703,23 @@ fn pod_that_istio_cni_redirects_is_left_alone_until_that_lets_go(family: Family)
     assert_unchanged(netns, &fresh)
 }
 
-fn pod_that_leaves_the_mesh_with_istio_cnis_rules_is_freed_of_them(family: Family) -> Result<()> {
-    freed_when_it_leaves_the_mesh(Backend::NativeNftables, family)
-}
-
-fn pod_that_leaves_the_mesh_with_rules_of_iptables_legacy_is_freed_of_them(
-    family: Family,
-) -> Result<()> {
-    freed_when_it_leaves_the_mesh(Backend::IptablesLegacy, family)
-}
-
-fn freed_when_it_leaves_the_mesh(backend: Backend, family: Family) -> Result<()> {
-    let (mut cluster, fresh) = migrating(backend, &["--take-over", "--drain", "60s"], "none")?;
+fn pod_that_left_the_mesh_with_istio_cnis_rules_is_freed_of_them(family: Family) -> Result<()> {
+    let (mut cluster, fresh) = migrating(Backend::NativeNftables, &[], "none")?;
     let _apps = (echo(&cluster.server)?, echo(&cluster.client)?);
-    let mut open = open_by_istio_cni(&cluster, family)?;
-    let Cluster { node, server, client, .. } = &mut cluster;
-    let load = Load::between(client, server, &[family]);
-    let (_, calls) = load.during(|| {
-        node.start_agent()?;
-        wait_for("istio-cni's rules to go", SOON, || {
-            Ok((!has_istio_cnis(&server.netns)?).then_some(()))
-        })?;
-        node.assert_direct(server, client, family)?;
-        node.assert_direct(client, server, family)
-    })?;
-    assert!(calls > 10, "{calls} calls are no load");
-    for conversation in &mut open {
-        conversation.exchange(b"still there?")?;
-    }
-    drop(open);
+    cluster.node.start_agent()?;
+    let Cluster { node, server, .. } = &cluster;
+    let told = node.wait_for_state(server, PodState::Failed)?;
+    let message = told.message.context("no reason is told")?;
+    assert!(message.contains("redirect-agent takeover"), "{message}");
+    cluster.assert_redirected(family)?;
+    let (done, said) = node.take_over(&[])?;
+    ensure!(done && said.contains("taken over"), "{said}");
     node.wait_for_state(server, PodState::Bypassing)?;
+    wait_for("nothing of it to be left", SOON, || {
+        let (done, said) = node.take_over(&[])?;
+        ensure!(done, "{said}");
+        Ok(said.contains("nothing of istio-cni's").then_some(()))
+    })?;
     wait_until_clean(server)?;
     assert_unchanged(&server.netns, &fresh)?;
     cluster.assert_direct(family)

@@ -188,7 +188,6 @@ fn action(kind: EventKind) -> &'static str {
     match kind {
         EventKind::Enrolled | EventKind::EnrolmentFailed => "Enrol",
         EventKind::Unenrolled => "Unenrol",
-        EventKind::TakenOver => "TakeOver",
         EventKind::Repaired => "Verify",
         EventKind::InvalidAnnotation => "Read",
     }

@@ -128,7 +128,11 @@ struct Annotation {
 enum Written {
     #[default]
     Nothing,
-    Value(Option<Redirection>),
+    Value {
+        value: Option<Redirection>,
+        /// What the watch had seen, until it has seen this.
+        unseen_since: Option<Option<String>>,
+    },
     /// No answer came: it may have been written or not.
     Unknown,
 }
@@ -315,7 +319,12 @@ impl Published {
         let mut published = self.lock();
         let mut before = std::mem::take(&mut *published);
         for (uid, seen) in state.redirections() {
-            let written = before.remove(uid).unwrap_or_default().written;
+            let mut written = before.remove(uid).unwrap_or_default().written;
+            if let Written::Value { value, unseen_since } = &mut written
+                && seen == value.map(Redirection::as_str)
+            {
+                *unseen_since = None;
+            }
             let annotation = Annotation { seen: seen.map(str::to_owned), written };
             published.insert(uid.to_owned(), annotation);
         }
@@ -324,18 +333,27 @@ impl Published {
     /// Whether `state` has to be written to the pod.
     fn differs(&self, uid: &str, state: Option<Redirection>) -> bool {
         self.lock().get(uid).is_some_and(|annotation| {
-            let written = match annotation.written {
-                Written::Nothing => true,
-                Written::Value(value) => value == state,
+            let seen = annotation.seen.as_deref() == state.map(Redirection::as_str);
+            !match &annotation.written {
+                Written::Nothing => seen,
+                Written::Value { value, unseen_since } => {
+                    let unseen = unseen_since.as_ref().is_some_and(|old| *old == annotation.seen);
+                    *value == state && (seen || unseen)
+                }
                 Written::Unknown => false,
-            };
-            !written || annotation.seen.as_deref() != state.map(Redirection::as_str)
+            }
         })
     }
 
-    fn write(&self, uid: &str, written: Written) {
+    /// Takes over what was written; `None`: perhaps something was.
+    fn write(&self, uid: &str, value: Option<Option<Redirection>>) {
         if let Some(annotation) = self.lock().get_mut(uid) {
-            annotation.written = written;
+            annotation.written = match value {
+                Some(value) => {
+                    Written::Value { value, unseen_since: Some(annotation.seen.clone()) }
+                }
+                None => Written::Unknown,
+            };
         }
     }
 }
@@ -352,7 +370,7 @@ impl Source for KubeSource {
     /// Writes the annotation to the pod's status, with no other permission than that; a pod of that
     /// name with another uid is not touched.
     async fn publish(&self, pod: &Pod, state: Option<Redirection>) -> Result<()> {
-        if !self.published.differs(&pod.uid, state) {
+        if self.is_published(pod, state) {
             return Ok(());
         }
         let patch = json!({
@@ -370,7 +388,7 @@ impl Source for KubeSource {
         let context = || format!("write annotation {ANNOTATION_REDIRECTION} of pod {}", pod.key);
         match patched {
             Ok(Ok(_)) => {
-                self.published.write(&pod.uid, Written::Value(state));
+                self.published.write(&pod.uid, Some(state));
                 Ok(())
             }
             Ok(Err(Error::Api(status))) if status.code == 404 || is_of_another_pod(&status) => {
@@ -379,14 +397,18 @@ impl Source for KubeSource {
             // It was understood, and refused: nothing is written.
             Ok(Err(error @ Error::Api(_))) => Err(failure(&error)).with_context(context),
             Ok(Err(error)) => {
-                self.published.write(&pod.uid, Written::Unknown);
+                self.published.write(&pod.uid, None);
                 Err(failure(&error)).with_context(context)
             }
             Err(_) => {
-                self.published.write(&pod.uid, Written::Unknown);
+                self.published.write(&pod.uid, None);
                 bail!("{}: the API server took more than {PATCH_TIMEOUT:?}", context())
             }
         }
+    }
+
+    fn is_published(&self, pod: &Pod, state: Option<Redirection>) -> bool {
+        !self.published.differs(&pod.uid, state)
     }
 
     fn gone_is_deleted(&self) -> bool {

@@ -1,0 +1,145 @@
+//! What there is of a pod, read from the kernel.
+
+use std::net::IpAddr;
+
+use anyhow::Result;
+use redirect_ebpf::abi::PodId;
+
+use super::{
+    Dataplane, Inspection, PartKind, PodNetns, inbound,
+    links::PodLinks,
+    routes::{Routing, Seen},
+    rows::{Row, is_captured},
+    sysctl,
+};
+use crate::traffic::Traffic;
+
+/// What there is of a pod at one moment.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct Observation {
+    /// What there is, and what is missing, of all that a captured pod has.
+    pub inspection: Inspection,
+    /// Whether everything is there that [`Dataplane::prepare`] makes.
+    pub prepared: bool,
+    /// Whether some of its new connections may be redirected.
+    pub partly_captured: bool,
+    /// Whether they are as the settings say, in both directions and all families.
+    pub captured: bool,
+    /// The ports of the proxy's that it does not listen on.
+    pub deaf: Vec<u16>,
+    /// Whether `lo` is up. The runtime takes it down before it takes the namespace away; then nothing can
+    /// be put right.
+    pub lo_is_up: bool,
+    /// Whether istio-cni redirects the pod, too.
+    pub istio_cni: bool,
+}
+
+impl Dataplane {
+    /// Looks what there is of a pod that is to be captured with these settings, for this
+    /// `membership::Reason`, as a number. Changes nothing, but for what the programs know of the proxy's
+    /// listeners.
+    ///
+    /// # Errors
+    ///
+    /// When a system call fails.
+    pub fn observe(&self, pod: &PodNetns, reason: u32, traffic: &Traffic) -> Result<Observation> {
+        let seen = pod.netns.run(|| Routing::open()?.look())??;
+        let row = self.kernel().pods()?.row(pod.id())?;
+        let inspection = self.inspect_seen(pod, traffic, &seen, row)?;
+        let by_prepare = |kind: PartKind| !kind.is_made_by_capture();
+        let is_missing = |which: &dyn Fn(PartKind) -> bool| {
+            inspection.missing.iter().any(|part| which(part.kind))
+        };
+        Ok(Observation {
+            prepared: row.is_some_and(|row| row == prepared(row, pod, reason, traffic))
+                && !is_missing(&by_prepare),
+            partly_captured: self.is_partly_captured(pod, &seen)?,
+            captured: !is_missing(&PartKind::is_made_by_capture),
+            deaf: self.proxy_listens(pod)?,
+            lo_is_up: seen.has_lo(),
+            istio_cni: seen.has_istio_cni(),
+            inspection,
+        })
+    }
+
+    /// Whether istio-cni redirects the pod.
+    ///
+    /// # Errors
+    ///
+    /// When a system call fails.
+    pub fn has_istio_cni(&self, pod: &PodNetns) -> Result<bool> {
+        Ok(pod.netns.run(|| Routing::open()?.look())??.has_istio_cni())
+    }
+
+    /// Whether the row of a pod that bypasses says so, for this reason.
+    ///
+    /// # Errors
+    ///
+    /// When a system call fails.
+    pub fn has_bypass(&self, pod_id: PodId, addresses: &[IpAddr], reason: u32) -> Result<bool> {
+        let row = self.kernel().pods()?.row(pod_id)?;
+        Ok(row == Some(Row::bypass(addresses, reason)))
+    }
+
+    /// Whether some of the pod's new connections may be redirected.
+    pub(super) fn is_partly_captured(&self, pod: &PodNetns, seen: &Seen) -> Result<bool> {
+        let row = self.kernel().pods()?.row(pod.id())?;
+        Ok(row.is_some_and(|row| row.capture)
+            || pod.sources().any(|source| seen.outbound(source, &Traffic::default()).any))
+    }
+
+    /// What the kernel has for a captured pod with these settings, and what it lacks.
+    ///
+    /// # Errors
+    ///
+    /// When a system call fails.
+    pub fn inspect(&self, pod: &PodNetns, traffic: &Traffic) -> Result<Inspection> {
+        let seen = pod.netns.run(|| Routing::open()?.look())??;
+        let row = self.kernel().pods()?.row(pod.id())?;
+        self.inspect_seen(pod, traffic, &seen, row)
+    }
+
+    fn inspect_seen(
+        &self,
+        pod: &PodNetns,
+        traffic: &Traffic,
+        seen: &Seen,
+        row: Option<Row>,
+    ) -> Result<Inspection> {
+        let mut found = Inspection::default();
+        found.add(row.is_some_and(|row| is_captured(&row, traffic)), PartKind::Row, None);
+        self.kernel().inspect(pod, traffic, &mut found)?;
+        let links = PodLinks::new(&self.dir, pod.id());
+        found.add(links.has_lookup(pod.id())?, PartKind::Lookup, None);
+        for (index, name) in seen.interfaces() {
+            if traffic.reroutes(&name) {
+                let capture = row.is_some_and(|row| row.capture);
+                let set =
+                    self.kernel().virtual_interfaces()?.is_set(pod.id(), index, traffic, capture);
+                found.add(set?, PartKind::Reroute, name.clone());
+            }
+            found.add(links.has_tcx(index)?, PartKind::Tcx, name);
+        }
+        for source in pod.sources() {
+            let family = || if source.is_ipv4() { "ipv4" } else { "ipv6" }.to_owned();
+            let outbound = seen.outbound(source, traffic);
+            found.add(outbound.routes, PartKind::Route, family());
+            found.add(outbound.rules, PartKind::Rule, family());
+            let (rule, route) = seen.has_keep(source, traffic);
+            found.add(route, PartKind::DrainRoute, family());
+            found.add(rule, PartKind::DrainRule, family());
+        }
+        found.add(!seen.has_foreign_rules(), PartKind::RuleOrder, None);
+        for (name, right) in pod.netns.run(sysctl::check)?? {
+            found.add(right, PartKind::Sysctl, name.to_owned());
+        }
+        Ok(found)
+    }
+}
+
+/// The row that a pod has once it is prepared: what capture sets of it stays as it is.
+fn prepared(row: Row, pod: &PodNetns, reason: u32, traffic: &Traffic) -> Row {
+    let Row { capture, captured_at_ns, dns, .. } = row;
+    let rules = inbound::flags(traffic);
+    Row { enrolled: true, capture, captured_at_ns, rules, dns, reason, ..pod.row() }
+}
