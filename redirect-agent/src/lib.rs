@@ -10,6 +10,7 @@ pub mod enablement;
 pub mod finder;
 pub mod health;
 pub mod kubelet;
+pub mod latest;
 pub mod membership;
 pub mod metrics;
 pub mod netns;
