@@ -175,14 +175,15 @@ impl Dataplane {
     ///
     /// # Errors
     ///
-    /// When a system call fails; what was set up so far stays, and calling again completes it.
+    /// When the pod has too many interfaces, or a system call fails; what was set up so far stays, and
+    /// calling again completes it.
     pub fn prepare(&self, pod: &PodNetns, reason: u32, traffic: &Traffic) -> Result<()> {
         let _pod = self.pod(pod.id());
         let links = PodLinks::new(&self.dir, pod.id());
         let (seen, sysctls, look_set) = pod.netns.run(|| {
             anyhow::Ok((Routing::open()?.look()?, sysctl::read()?, sysctl::look_set()?))
         })??;
-        let interfaces = seen.interfaces();
+        let interfaces = seen.interfaces()?;
         // The kernel gives a new namespace the number of one that is gone. Links that somebody has
         // detached look the same; then our sysctls are still there.
         if !look_set && links.are_left()? {
@@ -265,7 +266,7 @@ impl Dataplane {
         routing: &Routing,
         seen: &Seen,
     ) -> Result<()> {
-        let dns = traffic.captures_dns();
+        let (dns, interfaces) = (traffic.captures_dns(), seen.interfaces()?);
         // Before the rule that brings connections to resolvers to `lo`.
         self.change_row(pod.id(), |row| Row { dns: dns || row.dns, ..row })?;
         for source in pod.sources() {
@@ -276,7 +277,6 @@ impl Dataplane {
             let captured_at_ns = if row.capture { row.captured_at_ns } else { since };
             Row { enrolled: true, capture: true, captured_at_ns, dns, ..row }
         })?;
-        let interfaces = seen.interfaces();
         self.kernel().virtual_interfaces()?.set(pod.id(), &interfaces, traffic, true)
     }
 
@@ -411,7 +411,7 @@ impl Dataplane {
         pod.netns.run(|| {
             found.add(links.has_lookup(pod.id())?, PartKind::Lookup, None);
             let seen = Routing::open()?.look()?;
-            for (index, name) in seen.interfaces() {
+            for (index, name) in seen.interfaces()? {
                 if traffic.reroutes(&name) {
                     let mut kernel = self.kernel();
                     let virtual_interfaces = kernel.virtual_interfaces()?;
