@@ -134,7 +134,7 @@ async fn run(args: RunArgs) -> Result<()> {
                 selectors: args.enablement_selectors,
             },
             traffic: traffic::Settings {
-                defaults: args.traffic.selections(),
+                defaults: args.traffic.selections()?,
                 sidecar_annotations: args.sidecar_annotations,
                 dns_capture: args.traffic.dns_capture,
             },
@@ -269,7 +269,7 @@ fn attach(args: &AttachArgs) -> Result<()> {
     let dataplane = open(&args.bpffs.bpffs_dir, args.force.force)?;
     let traffic = Traffic {
         dns_capture: args.traffic.dns_capture,
-        selections: args.traffic.selections(),
+        selections: args.traffic.selections()?,
         ..Traffic::default()
     };
     dataplane.prepare(&pod, 0, &traffic)?;

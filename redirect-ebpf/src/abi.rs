@@ -333,6 +333,13 @@ pub struct Switch {
     pub padding: u32,
 }
 
+/// How many prefixes one pod may have in each of the maps `inbound_ports`, `inbound_ranges`,
+/// `outbound_ports` and `outbound_ranges`, which have room for as many of every pod. The agent sees to it.
+pub const POD_PREFIXES: usize = 512;
+
+/// How many virtual interfaces one pod may have in the map `virtual_ifs`, likewise.
+pub const POD_VIRTUAL_INTERFACES: usize = 64;
+
 /// How many flows of one pod the map `ways` takes.
 pub const POD_WAYS: u32 = 8192;
 
