@@ -321,18 +321,6 @@ pub struct PodFlow {
     pub flow: Flow,
 }
 
-/// Value of the map `switches`: a pod's way in or out of the mesh, or to other settings.
-#[repr(C)]
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Pod, Zeroable)]
-pub struct Switch {
-    /// When it is over at the latest, ns of CLOCK_MONOTONIC.
-    pub until_ns: u64,
-    /// How many entries of `ways` the pod has.
-    pub noted: u32,
-    /// Zero.
-    pub padding: u32,
-}
-
 /// How many prefixes one pod may have in each of the maps `inbound_ports`, `inbound_ranges`,
 /// `outbound_ports` and `outbound_ranges`, which have room for as many of every pod. The agent sees to it.
 pub const POD_PREFIXES: usize = 512;
@@ -578,7 +566,6 @@ const _: () = {
     assert!(size_of::<DnsFlow>() == 56);
     assert!(size_of::<PodFlow>() == 40);
     assert!(size_of::<Settled>() == 40);
-    assert!(size_of::<Switch>() == 16);
     assert!(size_of::<ThisPod>() == 16);
     assert!(size_of::<Hint>() == 44);
     assert!(size_of::<VirtualInterface>() == 8);
@@ -590,7 +577,7 @@ const _: () = {
 mod user {
     use super::{
         Addr, CounterKey, DnsFlow, DnsKey, Flow, Hint, ListenerKey, OwnAddress, PodEntry, PodFlow,
-        PodPeer, PodPort, SavedSysctls, Settled, SockOffsets, Switch, ThisPod, VirtualInterface,
+        PodPeer, PodPort, SavedSysctls, Settled, SockOffsets, ThisPod, VirtualInterface,
     };
 
     macro_rules! pod {
@@ -616,7 +603,6 @@ mod user {
         SavedSysctls,
         Settled,
         SockOffsets,
-        Switch,
         ThisPod,
         VirtualInterface
     );

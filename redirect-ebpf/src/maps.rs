@@ -11,7 +11,7 @@ use aya_ebpf::{
 use redirect_ebpf::abi::{
     CounterKey, DnsFlow, DnsKey, Flow, Hint, ListenerKey, OwnAddress, POD_PREFIXES,
     POD_VIRTUAL_INTERFACES, PodEntry, PodFlow, PodId, PodPeer, PodPort, SavedSysctls, Settled,
-    Switch, ThisPod, VirtualInterface,
+    ThisPod, VirtualInterface,
 };
 
 use crate::packet::Parsed;
@@ -119,9 +119,15 @@ pub static DNS_FLOWS: HashMap<DnsKey, DnsFlow, 262_144, AS_IT_COMES> = HashMap::
 #[btf_map(name = "ways")]
 pub static WAYS: HashMap<PodFlow, u32, 262_144, AS_IT_COMES> = HashMap::new();
 
-/// Pod that enters or leaves the mesh, or whose settings change → for how long at most.
+/// Pod that enters or leaves the mesh, or whose settings change → until when at most, ns of
+/// CLOCK_MONOTONIC. Only the agent writes it.
 #[btf_map(name = "switches")]
-pub static SWITCHES: HashMap<PodId, Switch, PODS> = HashMap::new();
+pub static SWITCHES: HashMap<PodId, u64, PODS> = HashMap::new();
+
+/// The same pod → how many entries of `ways` it has. The agent makes and deletes it; only the programs
+/// count.
+#[btf_map(name = "noted")]
+pub static NOTED: HashMap<PodId, u32, PODS> = HashMap::new();
 
 /// How many pods are in `switches`.
 #[btf_map(name = "switching")]

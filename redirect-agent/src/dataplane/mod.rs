@@ -652,7 +652,7 @@ impl Dataplane {
     fn switch(&self, pod: &PodNetns, change: impl FnOnce() -> Result<()> + Send) -> Result<()> {
         let _pod = self.pod(pod.id());
         self.kernel().end_switch(pod.id())?;
-        self.kernel().continue_switch(pod.id())?;
+        self.kernel().begin_switch(pod.id())?;
         let switched = pod.netns.run(change).flatten();
         if switched.is_err() {
             self.kernel().end_switch(pod.id())?;
