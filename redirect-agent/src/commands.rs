@@ -265,7 +265,7 @@ impl NodeState {
 }
 
 fn attach(args: &AttachArgs) -> Result<()> {
-    let pod = PodNetns::new(Netns::open(&args.netns)?, &args.address)?;
+    let pod = PodNetns::new(open_pod(&args.netns)?, &args.address)?;
     let dataplane = open(&args.bpffs.bpffs_dir, args.force.force)?;
     let traffic = Traffic {
         dns_capture: args.traffic.dns_capture,
@@ -273,15 +273,40 @@ fn attach(args: &AttachArgs) -> Result<()> {
         ..Traffic::default()
     };
     dataplane.prepare(&pod, 0, &traffic)?;
-    dataplane.proxy_listens(&pod)?;
+    let missing: Vec<String> =
+        dataplane.proxy_listens(&pod)?.iter().map(ToString::to_string).collect();
     dataplane.capture(&pod, &traffic)?;
-    dataplane.settle_wholly(&pod)
+    dataplane.settle_wholly(&pod)?;
+    if !missing.is_empty() {
+        warn!(
+            "the proxy does not listen on port {} in {}: what would go there is refused until it does",
+            missing.join(", "),
+            args.netns.display()
+        );
+    }
+    Ok(())
 }
 
 fn detach(args: &DetachArgs) -> Result<()> {
+    let netns = open_pod(&args.netns)?;
     let dataplane = open(&args.bpffs.bpffs_dir, args.force.force)?;
-    restore(&dataplane, Netns::open(&args.netns)?)?;
+    if dataplane.is_linked(netns.inode()) {
+        restore(&dataplane, netns)?;
+    } else {
+        print(format!("{} is not attached\n", args.netns.display()).as_bytes())?;
+    }
     dataplane.unpin_if_unused()
+}
+
+/// Opens the network namespace of a pod, and not the node's own, whose connections are all of the node's.
+fn open_pod(path: &Path) -> Result<Netns> {
+    let netns = Netns::open(path)?;
+    ensure!(
+        !netns.is_nodes()?,
+        "{} is the network namespace of the node itself; give that of a pod",
+        path.display()
+    );
+    Ok(netns)
 }
 
 /// Puts namespaces back to how they were found, many at once: first the traffic of all, then what takes

@@ -86,6 +86,21 @@ impl Netns {
         Arc::clone(&self.fd)
     }
 
+    /// Whether it is the node's own: the kernel's first, or that of the node's first process. A process that
+    /// is the first of a container of its own, and in this namespace with us, tells nothing.
+    ///
+    /// # Errors
+    ///
+    /// When the namespace cannot be entered.
+    pub fn is_nodes(&self) -> Result<bool> {
+        // Only the first one has it. Source: Linux `net/core/sysctl_net_core.c`, `net_core_table`.
+        const OF_FIRST: &str = "/proc/sys/net/core/dev_weight";
+        let is_first = self.run(|| Path::new(OF_FIRST).try_exists())?;
+        let is_first = is_first.with_context(|| format!("look for {OF_FIRST}"))?;
+        let with_us = self.is_at(Path::new("/proc/self/ns/net"));
+        Ok(is_first || (!with_us && self.is_at(Path::new("/proc/1/ns/net"))))
+    }
+
     /// Runs `f` inside the namespace, on a thread that exists for this alone.
     ///
     /// # Errors
