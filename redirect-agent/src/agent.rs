@@ -77,9 +77,10 @@ pub struct Options {
 ///
 /// When it cannot start, or one of its parts fails.
 pub async fn run(options: Options, shutdown: CancellationToken) -> Result<()> {
+    // First of all: the sockets are another agent's while that has the directory.
+    let dataplane = Arc::new(Dataplane::open(&options.dataplane)?);
     let control = control::Server::bind(&options.control_socket)?;
     let cni = cni::Server::bind(&options.cni_socket)?;
-    let dataplane = Arc::new(Dataplane::open(&options.dataplane)?);
     let mut ground = Ground {
         control,
         overrides: Arc::new(Store::open(&options.state_dir)?),

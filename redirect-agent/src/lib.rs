@@ -20,6 +20,7 @@ pub mod preflight;
 pub mod probes;
 pub mod reconcile;
 pub mod root_socket;
+pub mod socket_file;
 pub mod source;
 pub mod traffic;
 pub mod zds;
