@@ -92,6 +92,9 @@ async fn run(args: RunArgs) -> Result<()> {
         bpffs_dir: args.bpffs.bpffs_dir.clone(),
         cni: args.cni.clone().into(),
     })?;
+    // Until this process ends, and not just while the agent runs: what it puts back in the end must not be
+    // what the next one has set up by then.
+    let _owner = dataplane::own(&args.bpffs.bpffs_dir)?;
     let node = match args.node_name {
         Some(node) => node,
         None => gethostname()
@@ -120,7 +123,7 @@ async fn run(args: RunArgs) -> Result<()> {
         state_dir: args.state_dir.clone(),
         bpffs_dir: args.bpffs.bpffs_dir.clone(),
         cni: dirs.clone(),
-        // This process has owned it all along.
+        // This process owns it all along.
         force: true,
     };
     let control_socket = args.control.control_socket.clone();
@@ -147,7 +150,8 @@ async fn run(args: RunArgs) -> Result<()> {
             bpffs_dir: args.bpffs.bpffs_dir,
             proxy_grace: args.proxy_grace,
             log: args.ebpf_log,
-            force: false,
+            // It is owned.
+            force: true,
         },
         state_dir: args.state_dir,
         control_socket: args.control.control_socket,
@@ -225,7 +229,7 @@ struct NodeState {
     state_dir: PathBuf,
     bpffs_dir: PathBuf,
     cni: install::Dirs,
-    /// Whether to go ahead beside another owner of `bpffs_dir`.
+    /// Whether to go ahead although `bpffs_dir` has an owner: another one, or this process.
     force: bool,
 }
 
@@ -240,10 +244,10 @@ impl NodeState {
         for done in install::remove(&self.cni)? {
             print(format!("{done}\n").as_bytes())?;
         }
-        if let Some(dataplane) = dataplane {
+        if let Some(dataplane) = &dataplane {
             let records = Records::open(&self.state_dir)?;
             let linked = dataplane.linked_pods()?;
-            restore_all(&dataplane, finder::alive(&self.netns_dir, &records, &linked)?)?;
+            restore_all(dataplane, finder::alive(&self.netns_dir, &records, &linked)?)?;
             let nobody = BTreeSet::new();
             let unknown = dataplane.sweep(&nobody, &nobody, &nobody)?;
             dataplane.sweep(&nobody, &nobody, &unknown)?;
@@ -256,10 +260,13 @@ impl NodeState {
                     self.netns_dir.display()
                 );
             }
-            dataplane.unpin_if_unused()?;
         }
         records::remove_state(&self.state_dir)?;
         overrides::remove_state(&self.state_dir)?;
+        // Last: from then on the directory may be another agent's.
+        if let Some(dataplane) = dataplane {
+            dataplane.unpin_if_unused()?;
+        }
         print(b"nothing of redirect-agent is left on this node\n")
     }
 }

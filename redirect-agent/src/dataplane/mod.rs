@@ -57,7 +57,7 @@ use tracing::debug;
 pub use self::{
     istio_cni::{Displaced, IstioCni},
     kernel::OBJECT,
-    owner::Owned,
+    owner::{Owned, Owner},
     parts::{Inspection, Part, PartKind},
     pod_netns::PodNetns,
     sockets::offsets as sock_offsets,
@@ -66,7 +66,6 @@ pub use self::{
 use self::{
     kernel::{FIND_PROXY, Globals, INBOUND_RANGES, Kernel, TcxProgram},
     links::{KubeletLink, PodLinks, tcx_directions},
-    owner::Owner,
     pod_netns::first_of_each,
     routes::{LOOPBACK_IFINDEX, OutboundState, Routing, Seen},
     rows::{Row, is_captured},
@@ -99,7 +98,7 @@ pub struct Options {
     pub proxy_grace: Duration,
     /// Whether the programs log their decisions.
     pub log: bool,
-    /// Whether to go ahead although another process owns the directory.
+    /// Whether to go ahead although the directory has an owner: another process, or this one by [`own`].
     pub force: bool,
 }
 
@@ -133,6 +132,22 @@ pub struct Dataplane {
 
 const POD_LOCKS: usize = 64;
 
+/// Takes possession of the directory until the owner is dropped; makes it if it is not there.
+///
+/// # Errors
+///
+/// [`Owned`] when another process has it; else when it cannot be made.
+pub fn own(dir: &Path) -> Result<Owner> {
+    loop {
+        create_bpffs_dir(dir)?;
+        let owner = Owner::take(dir)?;
+        // Whoever had it may have removed it in the end, and somebody else made it anew.
+        if owner.is_at(dir) {
+            return Ok(owner);
+        }
+    }
+}
+
 impl Dataplane {
     /// Takes possession of the directory, loads the programs and opens or creates the pinned maps; nothing
     /// is attached yet.
@@ -143,7 +158,7 @@ impl Dataplane {
     /// allow it.
     pub fn open(options: &Options) -> Result<Self> {
         create_bpffs_dir(&options.bpffs_dir)?;
-        let owner = if options.force { None } else { Some(Owner::take(&options.bpffs_dir)?) };
+        let owner = if options.force { None } else { Some(own(&options.bpffs_dir)?) };
         let proxy_grace_ns =
             u64::try_from(options.proxy_grace.as_nanos()).context("use a proxy grace that long")?;
         let globals =
