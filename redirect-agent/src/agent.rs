@@ -24,7 +24,7 @@ use crate::{
     health::{self, Condition},
     latest::Latest,
     membership::decide,
-    metrics::Metrics,
+    metrics::{Metrics, Now},
     output::{PodStatus, Status},
     overrides::{Change, Store},
     probes::{self, Probes},
@@ -321,9 +321,9 @@ impl<S: Source> health::Agent for Agent<S> {
             None => (Arc::default(), 0),
         };
         let follows_kubelet = self.probes.in_force().kubelet.is_some();
-        self.metrics.update(&pods, proxies, follows_kubelet);
-        self.metrics.left_alone(self.observer.get().map_or(0, |observer| observer.left_alone()));
-        self.metrics.encode().context("write the metrics")
+        let left_alone = self.observer.get().map_or(0, |observer| observer.left_alone());
+        let now = Now { pods: &pods, proxies, follows_kubelet, left_alone };
+        self.metrics.report(&now).context("write the metrics")
     }
 }
 
