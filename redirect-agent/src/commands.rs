@@ -236,10 +236,10 @@ struct NodeState {
 impl NodeState {
     /// Puts the node back to how it was before the agent, which must not run any more.
     fn put_back(&self) -> Result<()> {
-        let dataplane = match self.bpffs_dir.exists() {
-            true => Some(open(&self.bpffs_dir, self.force)?),
-            false => None,
-        };
+        let there = self.bpffs_dir.try_exists().with_context(|| {
+            format!("look for {}; run the command as root", self.bpffs_dir.display())
+        })?;
+        let dataplane = if there { Some(open(&self.bpffs_dir, self.force)?) } else { None };
         // First of all: with the entry there, and nobody to ask, no pod can start.
         for done in install::remove(&self.cni)? {
             print(format!("{done}\n").as_bytes())?;

@@ -111,7 +111,7 @@ fn check_pins(dir: &Path) -> Result<()> {
     for name in PINNED_MAPS {
         let path = dir.join(name);
         let wanted = object.maps.get(name).with_context(|| format!("find map {name}"))?;
-        if !path.exists() {
+        if !path.try_exists().with_context(|| format!("look for {}", path.display()))? {
             continue;
         }
         let found = MapInfo::from_pin(&path)

@@ -403,8 +403,8 @@ impl<S: Source> Reconciler<S> {
             let known: BTreeSet<u32> = inventory
                 .pods
                 .values()
-                .filter_map(|pod| finder.inode(pod, |inode| linked.contains(&inode)))
-                .collect();
+                .filter_map(|pod| finder.inode(pod, |inode| linked.contains(&inode)).transpose())
+                .collect::<Result<_>>()?;
             for netns in netns::in_dir(finder.netns_dir())? {
                 if linked.contains(&netns.inode()) && !known.contains(&netns.inode()) {
                     let path = netns.path().to_owned();

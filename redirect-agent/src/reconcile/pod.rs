@@ -624,11 +624,15 @@ impl<S: Source> PodTask<S> {
         let netns = self.netns.clone();
         let stands = blocking(move || {
             Ok(match netns {
-                Some(netns) => finder.stands(&pod, &netns.netns),
-                None => finder.inode(&pod, |inode| dataplane.is_linked(inode)).is_some(),
+                Some(netns) => finder.stands(&pod, &netns.netns)?,
+                None => finder.inode(&pod, |inode| dataplane.is_linked(inode))?.is_some(),
             })
         });
-        stands.await.unwrap_or(false)
+        stands.await.unwrap_or_else(|e| {
+            // The proxy would stop what may be alive.
+            warn!(pod = %self.key, "cannot tell whether its network namespace is gone: {e:#}");
+            true
+        })
     }
 
     /// The namespace is gone or another: the proxy must let go of it. What the kernel still has

@@ -1,6 +1,10 @@
 //! The commands that do without an agent: `cleanup`, `attach` and `detach`.
 
+use std::fs;
+use std::os::unix::fs::PermissionsExt as _;
+use std::os::unix::process::CommandExt as _;
 use std::path::Path;
+use std::process::Command;
 
 use anyhow::{Context as _, Result, ensure};
 use redirect_tests::both_families;
@@ -65,6 +69,32 @@ fn cleanup_waits_for_the_agents_end_and_then_puts_everything_back(family: Family
         node.wait_until_enrolled(pod)?;
         node.assert_inbound(client, pod, family)?;
     }
+    Ok(())
+}
+
+/// Nobody may look into the directory of the pins.
+#[test]
+fn cleanup_by_somebody_else_does_not_say_that_nothing_is_left() -> Result<()> {
+    let mut cluster = Cluster::without_agent(&[])?;
+    cluster.node.start_agent()?;
+    cluster.node.stop_agent()?;
+    let Cluster { node, topology, .. } = &cluster;
+    // The program may lie where nobody can read it.
+    let dir = topology.dir().subdir("for-nobody")?;
+    let copy = dir.join("redirect-agent");
+    fs::copy(binary("redirect-agent")?, &copy).context("copy the program")?;
+    let modes = [(topology.dir().path(), 0o755), (&*dir, 0o755), (topology.bpffs(), 0o700)];
+    for (path, mode) in modes {
+        fs::set_permissions(path, fs::Permissions::from_mode(mode)).context("set a mode")?;
+    }
+    let mut command = Command::new(copy);
+    command.arg("cleanup").arg("--bpffs-dir").arg(node.bpffs());
+    for flag in ["--netns-dir", "--state-dir", "--cni-conf-dir", "--cni-bin-dir"] {
+        command.arg(flag).arg(dir.join("none"));
+    }
+    let (done, said) = finish(command.current_dir("/").uid(65534).gid(65534))?;
+    ensure!(!done && said.contains("as root"), "{said}");
+    ensure!(node.bpffs().exists());
     Ok(())
 }
 
