@@ -19,7 +19,7 @@ use crate::{
         install::{self, Installer},
         server::{self as cni, Door},
     },
-    control::{self, Answer},
+    control::{self, Answer, Remaining},
     dataplane::{self, Dataplane},
     health::{self, Condition},
     latest::Latest,
@@ -353,6 +353,13 @@ impl<S: Source> control::Agent for Agent<S> {
             pods: self.pods(observer, Duration::ZERO).await?.to_vec(),
             ..unknown
         })
+    }
+
+    fn remaining(&self) -> Result<Remaining> {
+        let Some(observer) = self.observer.get() else {
+            bail!("it does not know the pods yet: {}", self.waiting.explain());
+        };
+        Ok(observer.remaining())
     }
 
     async fn change(&self, change: Change) -> Result<Answer> {

@@ -38,7 +38,7 @@ use crate::{
     finder::{self, Finder},
     membership,
     netns::Netns,
-    output::{self, PodState},
+    output,
     overrides::{self, Mode, Target},
     preflight,
     reconcile::Settings,
@@ -203,15 +203,16 @@ async fn leave(agent: &Client) {
         agent.pause(&PauseRequest { for_seconds: Some(LEAVING.as_secs() * 2) }).await?;
         let mut stuck_since = Instant::now();
         loop {
-            let mut pods = agent.status().await?.pods;
-            pods.retain(|pod| pod.state != PodState::Bypassing);
-            let Some(pod) = pods.first() else { break };
-            if pods.iter().any(|pod| pod.state != PodState::Failed) {
+            let remaining = agent.remaining().await?;
+            if remaining.pods == 0 {
+                break;
+            }
+            if remaining.pods > remaining.failed {
                 stuck_since = Instant::now();
             }
             if stuck_since.elapsed() > STUCK {
-                let why = pod.message.as_deref().unwrap_or("unknown");
-                bail!("{} of them cannot: {why}", pods.len());
+                let why = remaining.why.as_deref().unwrap_or("unknown");
+                bail!("{} of them cannot: {why}", remaining.pods);
             }
             sleep(LEAVING_LOOK).await;
         }

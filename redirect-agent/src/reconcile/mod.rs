@@ -29,6 +29,7 @@ pub use self::admission::Admission;
 use self::{plan::Standing, pod::PodTask};
 use crate::{
     cni::records::{Sandbox, Sandboxes},
+    control::Remaining,
     dataplane::{Dataplane, Part, PodNetns},
     finder::Finder,
     membership::{self, Decision, Pod, PodKey, decide},
@@ -453,6 +454,20 @@ impl<S: Source> Observer<S> {
     /// How many pods are left alone because istio-cni redirects them.
     pub fn left_alone(&self) -> usize {
         self.shared.views().values().filter(|view| view.standing.foreign && view.failing).count()
+    }
+
+    /// The pods that do not bypass, as far as their tasks know.
+    pub fn remaining(&self) -> Remaining {
+        let mut remaining = Remaining::default();
+        for view in self.shared.views().values() {
+            let state = view.state();
+            if state != PodState::Bypassing {
+                remaining.pods += 1;
+                remaining.failed += usize::from(state == PodState::Failed);
+                remaining.why = remaining.why.or_else(|| view.problem.clone());
+            }
+        }
+        remaining
     }
 
     /// The proxies and the workloads they serve.
