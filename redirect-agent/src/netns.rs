@@ -15,11 +15,11 @@ use std::{
 use anyhow::{Context as _, Result, bail};
 use nix::{
     sched::{CloneFlags, setns},
-    sys::{stat::fstat, statfs::fstatfs},
+    sys::{
+        stat::fstat,
+        statfs::{NSFS_MAGIC, fstatfs},
+    },
 };
-
-/// Source: Linux `include/uapi/linux/magic.h`, `NSFS_MAGIC`.
-const NSFS_MAGIC: i64 = 0x6e73_6673;
 
 /// An open network namespace. It stays alive, and its inode number unique, while this is held.
 #[derive(Debug)]
@@ -50,7 +50,7 @@ impl Netns {
     pub fn from_fd(fd: OwnedFd, path: &Path) -> Result<Self> {
         let fs = fstatfs(&fd).with_context(|| format!("stat {}", path.display()))?;
         // Other kinds of namespaces live on the same filesystem.
-        if fs.filesystem_type().0 != NSFS_MAGIC || namespace_type(&fd) != Some(libc::CLONE_NEWNET) {
+        if fs.filesystem_type() != NSFS_MAGIC || namespace_type(&fd) != Some(libc::CLONE_NEWNET) {
             bail!(
                 "{} is not a network namespace; give a bind mount such as /var/run/netns/NAME, or /proc/PID/ns/net",
                 path.display()

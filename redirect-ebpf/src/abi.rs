@@ -321,6 +321,9 @@ pub struct PodFlow {
     pub flow: Flow,
 }
 
+/// `lo`'s index, in every namespace. Source: Linux `include/net/flow.h`, `LOOPBACK_IFINDEX`.
+pub const LOOPBACK_IFINDEX: u32 = 1;
+
 /// How many prefixes one pod may have in each of the maps `inbound_ports`, `inbound_ranges`,
 /// `outbound_ports` and `outbound_ranges`, which have room for as many of every pod. The agent sees to it.
 pub const POD_PREFIXES: usize = 512;

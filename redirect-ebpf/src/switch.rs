@@ -11,12 +11,15 @@ use aya_ebpf::{
     programs::TcContext,
 };
 use redirect_ebpf::{
-    abi::{Counter, Flow, MARK_PROXY, POD_WAYS, PodFlow, PodId, WAY_DIRECT, WAY_REDIRECTED},
+    abi::{
+        Counter, Flow, LOOPBACK_IFINDEX, MARK_PROXY, POD_WAYS, PodFlow, PodId, WAY_DIRECT,
+        WAY_REDIRECTED,
+    },
     verdict::mesh_mark,
 };
 
 use crate::{
-    LOOPBACK_IFINDEX, count,
+    count,
     maps::{NOTED, SWITCHES, SWITCHING, WAYS},
     mark,
     packet::{self, Parsed},

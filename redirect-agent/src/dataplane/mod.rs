@@ -45,12 +45,15 @@ use aya_log::EbpfLogger;
 use ipnet::IpNet;
 use nix::{
     mount::{MsFlags, mount},
-    sys::{statfs::statfs, time::TimeValLike as _},
+    sys::{
+        statfs::{BPF_FS_MAGIC, statfs},
+        time::TimeValLike as _,
+    },
     time::{ClockId, clock_gettime},
 };
 use redirect_ebpf::abi::{
-    ABI_VERSION, Counter, LISTENER_HBONE, LISTENER_INBOUND, LISTENER_OUTBOUND, PORT_HBONE,
-    PORT_INBOUND, PORT_OUTBOUND, PodId,
+    ABI_VERSION, Counter, LISTENER_HBONE, LISTENER_INBOUND, LISTENER_OUTBOUND, LOOPBACK_IFINDEX,
+    PORT_HBONE, PORT_INBOUND, PORT_OUTBOUND, PodId,
 };
 use tracing::debug;
 
@@ -67,7 +70,7 @@ use self::{
     kernel::{FIND_PROXY, Globals, INBOUND_RANGES, Kernel, TcxProgram},
     links::{KubeletLink, PodLinks, tcx_directions},
     pod_netns::first_of_each,
-    routes::{LOOPBACK_IFINDEX, OutboundState, Routing, Seen},
+    routes::{OutboundState, Routing, Seen},
     rows::{Row, is_captured},
 };
 use crate::traffic::Traffic;
@@ -77,8 +80,6 @@ pub const DEFAULT_PROXY_GRACE: Duration = Duration::from_secs(3);
 
 /// Where bpffs is mounted unless the operator has it elsewhere.
 const BPFFS: &str = "/sys/fs/bpf";
-/// Source: Linux `include/uapi/linux/magic.h`, `BPF_FS_MAGIC`.
-const BPF_FS_MAGIC: i64 = 0xcafe_4a11;
 /// After the switch, the flows that were caught half-way are marked at these instants: a connection
 /// that chose its route before the switch, or was half open, has shown itself before the last of
 /// them.
@@ -772,5 +773,5 @@ fn create_bpffs_dir(dir: &Path) -> Result<()> {
 
 fn is_bpffs(path: &Path) -> Result<bool> {
     let fs = statfs(path).with_context(|| format!("stat {}", path.display()))?;
-    Ok(fs.filesystem_type().0 == BPF_FS_MAGIC)
+    Ok(fs.filesystem_type() == BPF_FS_MAGIC)
 }

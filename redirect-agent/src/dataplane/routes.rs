@@ -11,7 +11,9 @@ use std::{
 use anyhow::{Context as _, Result, ensure};
 use futures_util::{Stream, StreamExt as _};
 use ipnet::{IpNet, Ipv4Net, Ipv6Net};
-use redirect_ebpf::abi::{MARK_MASK, MARK_REDIRECTED, MARK_RESCUED, MARK_VIRTUAL};
+use redirect_ebpf::abi::{
+    LOOPBACK_IFINDEX, MARK_MASK, MARK_REDIRECTED, MARK_RESCUED, MARK_VIRTUAL,
+};
 use rtnetlink::{
     Error, Handle, IpVersion, RouteMessageBuilder,
     packet_route::{
@@ -51,8 +53,6 @@ const TABLE_LOCAL: u32 = 255;
 const MARK_ISTIO_CNI: u32 = 0x111;
 /// Above those of the routes for sockets that are bound to no interface, which so take the latter.
 const BOUND_METRIC: u32 = 4096;
-/// `lo`'s index, in every namespace. Source: Linux `include/net/flow.h`, `LOOPBACK_IFINDEX`.
-pub(super) const LOOPBACK_IFINDEX: u32 = 1;
 
 /// Which connections of the pod take the redirection route, and which do not. All are for what the
 /// pod itself sends, but for those of virtual interfaces. They are declared in the order that the kernel
