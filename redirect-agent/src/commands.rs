@@ -46,8 +46,8 @@ use crate::{
     traffic::{self, Traffic},
 };
 
-/// How long an agent that is uninstalled lets pods leave the mesh in order; kubelet kills it 30 s after
-/// it has told it to end.
+/// How long an agent that is uninstalled lets pods leave the mesh in order. kubelet kills it 60 s after it has
+/// told it to end (`terminationGracePeriodSeconds`).
 const LEAVING: Duration = Duration::from_secs(10);
 const LEAVING_LOOK: Duration = Duration::from_millis(100);
 /// After how long without a pod that can still leave in order nobody waits any more: when the API server
@@ -218,9 +218,12 @@ async fn leave(agent: &Client) {
         }
         Ok(())
     };
-    let left = timeout(LEAVING, leaving).await.unwrap_or_else(|_| bail!("not within {LEAVING:?}"));
-    if let Err(error) = left {
-        warn!("let every pod leave the mesh in order: {error:#}; they are put back without");
+    match timeout(LEAVING, leaving).await {
+        Ok(Ok(())) => {}
+        Ok(Err(error)) => {
+            warn!("pods cannot leave the mesh in order: {error:#}; restoring them anyway");
+        }
+        Err(_) => warn!("pods did not leave the mesh within {LEAVING:?}; restoring them anyway"),
     }
 }
 
