@@ -511,11 +511,11 @@ impl<S: Source> PodTask<S> {
         let (finder, pod) = (Arc::clone(&self.shared.settings.finder), self.pod.clone());
         let reason = self.decision_code();
         let dataplane = Arc::clone(&self.shared.dataplane);
-        let old = self.noted.take();
+        let old = self.noted;
         let ours;
         (self.noted, ours) = blocking(move || {
             let is_ours = |inode| dataplane.is_linked(inode);
-            let pod_id = if own { finder.inode(&pod, is_ours) } else { None };
+            let pod_id = if own { finder.inode(&pod, is_ours)? } else { None };
             if pod_id.is_some_and(is_ours) {
                 // Nobody could find it so far.
                 return Ok((None, true));
