@@ -19,12 +19,13 @@ use crate::{
         install::{self, Installer},
         server::{self as cni, Door},
     },
-    control::{self, Answer},
+    control::{self, Answer, Remaining},
     dataplane::{self, Dataplane},
     health::{self, Condition},
+    latest::Latest,
     membership::decide,
-    metrics::Metrics,
-    output::Status,
+    metrics::{Metrics, Now},
+    output::{PodStatus, Status},
     overrides::{Change, Store},
     probes::{self, Probes},
     reconcile::{Admission, Observer, Reconciler, Settings},
@@ -34,6 +35,9 @@ use crate::{
 
 /// How often the programs' log is read, when it is on.
 const LOG_INTERVAL: Duration = Duration::from_millis(100);
+/// How old what the metrics say of the pods may be. Everybody can ask for them, and a look at every pod
+/// takes a while.
+const METRICS_AGE: Duration = Duration::from_secs(1);
 
 /// How to run the agent.
 #[derive(Clone, Debug)]
@@ -73,9 +77,10 @@ pub struct Options {
 ///
 /// When it cannot start, or one of its parts fails.
 pub async fn run(options: Options, shutdown: CancellationToken) -> Result<()> {
+    // First of all: the sockets are another agent's while that has the directory.
+    let dataplane = Arc::new(Dataplane::open(&options.dataplane)?);
     let control = control::Server::bind(&options.control_socket)?;
     let cni = cni::Server::bind(&options.cni_socket)?;
-    let dataplane = Arc::new(Dataplane::open(&options.dataplane)?);
     let mut ground = Ground {
         control,
         overrides: Arc::new(Store::open(&options.state_dir)?),
@@ -183,9 +188,17 @@ async fn serve<S: Source>(
         parts.spawn(installer.run(shutdown.clone()));
         missing
     });
-    let observer = OnceLock::new();
-    let agent =
-        Arc::new(Agent { options, overrides, observer, waiting, probes, metrics, cni_plugin });
+    let (observer, looked) = (OnceLock::new(), Latest::default());
+    let agent = Arc::new(Agent {
+        options,
+        overrides,
+        observer,
+        looked,
+        waiting,
+        probes,
+        metrics,
+        cni_plugin,
+    });
     if let health::Address::At(address) = agent.options.health {
         let server = health::Server::bind(address).await?;
         let (agent, shutdown) = (Arc::clone(&agent), shutdown.clone());
@@ -208,7 +221,7 @@ async fn serve<S: Source>(
             // A proxy stops whatever its snapshot does not name: every pod must be known first.
             reconciler.introduce().await;
             door.open(reconciler.admission(agent.options.cni_timeout));
-            let observer = agent.observer.get_or_init(|| reconciler.observer());
+            let observer = agent.observer.get_or_init(|| Arc::new(reconciler.observer()));
             info!(
                 version = env!("CARGO_PKG_VERSION"),
                 node = agent.options.node,
@@ -262,12 +275,30 @@ struct Agent<S> {
     options: Options,
     overrides: Arc<Store>,
     /// Set once the pods are known.
-    observer: OnceLock<Observer<S>>,
+    observer: OnceLock<Arc<Observer<S>>>,
+    /// What was found in the pods.
+    looked: Latest<Vec<PodStatus>>,
     waiting: Arc<Waiting>,
     probes: Probes,
     metrics: Metrics,
     /// What is missing of it, if it is to be installed.
     cni_plugin: Option<install::Missing>,
+}
+
+impl<S: Source> Agent<S> {
+    /// Every pod, as it was found at most `max_age` ago. Whoever asks, and however often, there is one look
+    /// at a time: the threads for blocking calls are those that the pods' steps need.
+    async fn pods(
+        &self,
+        observer: &Arc<Observer<S>>,
+        max_age: Duration,
+    ) -> Result<Arc<Vec<PodStatus>>> {
+        let look = || {
+            let (observer, overrides) = (Arc::clone(observer), self.overrides.current());
+            async move { observer.pods(&overrides).await }
+        };
+        self.looked.get(max_age, look).await
+    }
 }
 
 impl<S: Source> health::Agent for Agent<S> {
@@ -285,14 +316,14 @@ impl<S: Source> health::Agent for Agent<S> {
     async fn metrics(&self) -> Result<String> {
         let (pods, proxies) = match self.observer.get() {
             Some(observer) => {
-                (observer.pods(&self.overrides.current()).await?, observer.zds().proxies.len())
+                (self.pods(observer, METRICS_AGE).await?, observer.zds().proxies.len())
             }
-            None => (Vec::new(), 0),
+            None => (Arc::default(), 0),
         };
         let follows_kubelet = self.probes.in_force().kubelet.is_some();
-        self.metrics.update(&pods, proxies, follows_kubelet);
-        self.metrics.left_alone(self.observer.get().map_or(0, Observer::left_alone));
-        self.metrics.encode().context("write the metrics")
+        let left_alone = self.observer.get().map_or(0, |observer| observer.left_alone());
+        let now = Now { pods: &pods, proxies, follows_kubelet, left_alone };
+        self.metrics.report(&now).context("write the metrics")
     }
 }
 
@@ -318,9 +349,17 @@ impl<S: Source> control::Agent for Agent<S> {
             source: observer.source(),
             proxies: u32::try_from(proxies).unwrap_or(u32::MAX),
             problems: observer.inventory().problems.clone(),
-            pods: observer.pods(&overrides).await?,
+            // As of now: whoever has changed something looks whether it is done.
+            pods: self.pods(observer, Duration::ZERO).await?.to_vec(),
             ..unknown
         })
+    }
+
+    fn remaining(&self) -> Result<Remaining> {
+        let Some(observer) = self.observer.get() else {
+            bail!("it does not know the pods yet: {}", self.waiting.explain());
+        };
+        Ok(observer.remaining())
     }
 
     async fn change(&self, change: Change) -> Result<Answer> {

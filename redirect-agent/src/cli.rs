@@ -2,6 +2,7 @@
 
 use std::{net::IpAddr, path::PathBuf, str::FromStr, time::Duration};
 
+use anyhow::{Result, anyhow};
 use clap::{ArgAction, Args, CommandFactory as _, Parser, Subcommand, ValueEnum};
 use clap_complete::Shell;
 use ipnet::IpNet;
@@ -220,8 +221,12 @@ pub struct TrafficArgs {
 
 impl TrafficArgs {
     /// What they select.
-    pub fn selections(&self) -> Selections {
-        Selections {
+    ///
+    /// # Errors
+    ///
+    /// When a list is too long.
+    pub fn selections(&self) -> Result<Selections> {
+        let selections = Selections {
             outbound_ranges: Selection::new(
                 self.include_outbound_ip_ranges.as_deref(),
                 &self.exclude_outbound_ip_ranges,
@@ -238,7 +243,9 @@ impl TrafficArgs {
                 self.include_inbound_source_ip_ranges.as_deref(),
                 &self.exclude_inbound_source_ip_ranges,
             ),
-        }
+        };
+        selections.check().map_err(|why| anyhow!("read the flags: {why}"))?;
+        Ok(selections)
     }
 }
 

@@ -39,7 +39,7 @@ use crate::{
     finder::{self, Finder},
     membership,
     netns::Netns,
-    output::{self, Format, PodState, PodStatus},
+    output::{self, Format, PodStatus},
     overrides::{self, Mode, Target},
     preflight,
     reconcile::Settings,
@@ -48,8 +48,8 @@ use crate::{
     traffic::{self, Traffic},
 };
 
-/// How long an agent that is uninstalled lets pods leave the mesh in order; kubelet kills it 30 s after
-/// it has told it to end.
+/// How long an agent that is uninstalled lets pods leave the mesh in order. kubelet kills it 60 s after it has
+/// told it to end (`terminationGracePeriodSeconds`).
 const LEAVING: Duration = Duration::from_secs(10);
 const LEAVING_LOOK: Duration = Duration::from_millis(100);
 /// After how long without a pod that can still leave in order nobody waits any more: when the API server
@@ -95,6 +95,9 @@ async fn run(args: RunArgs) -> Result<()> {
         bpffs_dir: args.bpffs.bpffs_dir.clone(),
         cni: args.cni.clone().into(),
     })?;
+    // Until this process ends, and not just while the agent runs: what it puts back in the end must not be
+    // what the next one has set up by then.
+    let _owner = dataplane::own(&args.bpffs.bpffs_dir)?;
     let node = match args.node_name {
         Some(node) => node,
         None => gethostname()
@@ -123,7 +126,7 @@ async fn run(args: RunArgs) -> Result<()> {
         state_dir: args.state_dir.clone(),
         bpffs_dir: args.bpffs.bpffs_dir.clone(),
         cni: dirs.clone(),
-        // This process has owned it all along.
+        // This process owns it all along.
         force: true,
     };
     let control_socket = args.control.control_socket.clone();
@@ -137,7 +140,7 @@ async fn run(args: RunArgs) -> Result<()> {
                 selectors: args.enablement_selectors,
             },
             traffic: traffic::Settings {
-                defaults: args.traffic.selections(),
+                defaults: args.traffic.selections()?,
                 sidecar_annotations: args.sidecar_annotations,
                 dns_capture: args.traffic.dns_capture,
             },
@@ -150,7 +153,8 @@ async fn run(args: RunArgs) -> Result<()> {
             bpffs_dir: args.bpffs.bpffs_dir,
             proxy_grace: args.proxy_grace,
             log: args.ebpf_log,
-            force: false,
+            // It is owned.
+            force: true,
         },
         state_dir: args.state_dir,
         control_socket: args.control.control_socket,
@@ -202,23 +206,27 @@ async fn leave(agent: &Client) {
         agent.pause(&PauseRequest { for_seconds: Some(LEAVING.as_secs() * 2) }).await?;
         let mut stuck_since = Instant::now();
         loop {
-            let mut pods = agent.status().await?.pods;
-            pods.retain(|pod| pod.state != PodState::Bypassing);
-            let Some(pod) = pods.first() else { break };
-            if pods.iter().any(|pod| pod.state != PodState::Failed) {
+            let remaining = agent.remaining().await?;
+            if remaining.pods == 0 {
+                break;
+            }
+            if remaining.pods > remaining.failed {
                 stuck_since = Instant::now();
             }
             if stuck_since.elapsed() > STUCK {
-                let why = pod.message.as_deref().unwrap_or("unknown");
-                bail!("{} of them cannot: {why}", pods.len());
+                let why = remaining.why.as_deref().unwrap_or("unknown");
+                bail!("{} of them cannot: {why}", remaining.pods);
             }
             sleep(LEAVING_LOOK).await;
         }
         Ok(())
     };
-    let left = timeout(LEAVING, leaving).await.unwrap_or_else(|_| bail!("not within {LEAVING:?}"));
-    if let Err(error) = left {
-        warn!("let every pod leave the mesh in order: {error:#}; they are put back without");
+    match timeout(LEAVING, leaving).await {
+        Ok(Ok(())) => {}
+        Ok(Err(error)) => {
+            warn!("pods cannot leave the mesh in order: {error:#}; restoring them anyway");
+        }
+        Err(_) => warn!("pods did not leave the mesh within {LEAVING:?}; restoring them anyway"),
     }
 }
 
@@ -228,25 +236,25 @@ struct NodeState {
     state_dir: PathBuf,
     bpffs_dir: PathBuf,
     cni: install::Dirs,
-    /// Whether to go ahead beside another owner of `bpffs_dir`.
+    /// Whether to go ahead although `bpffs_dir` has an owner: another one, or this process.
     force: bool,
 }
 
 impl NodeState {
     /// Puts the node back to how it was before the agent, which must not run any more.
     fn put_back(&self) -> Result<()> {
-        let dataplane = match self.bpffs_dir.exists() {
-            true => Some(open(&self.bpffs_dir, self.force)?),
-            false => None,
-        };
+        let there = self.bpffs_dir.try_exists().with_context(|| {
+            format!("look for {}; run the command as root", self.bpffs_dir.display())
+        })?;
+        let dataplane = if there { Some(open(&self.bpffs_dir, self.force)?) } else { None };
         // First of all: with the entry there, and nobody to ask, no pod can start.
         for done in install::remove(&self.cni)? {
             print(format!("{done}\n").as_bytes())?;
         }
-        if let Some(dataplane) = dataplane {
+        if let Some(dataplane) = &dataplane {
             let records = Records::open(&self.state_dir)?;
             let linked = dataplane.linked_pods()?;
-            restore_all(&dataplane, finder::alive(&self.netns_dir, &records, &linked)?)?;
+            restore_all(dataplane, finder::alive(&self.netns_dir, &records, &linked)?)?;
             let nobody = BTreeSet::new();
             let unknown = dataplane.sweep(&nobody, &nobody, &nobody)?;
             dataplane.sweep(&nobody, &nobody, &unknown)?;
@@ -259,32 +267,60 @@ impl NodeState {
                     self.netns_dir.display()
                 );
             }
-            dataplane.unpin_if_unused()?;
         }
         records::remove_state(&self.state_dir)?;
         overrides::remove_state(&self.state_dir)?;
+        // Last: from then on the directory may be another agent's.
+        if let Some(dataplane) = dataplane {
+            dataplane.unpin_if_unused()?;
+        }
         print(b"nothing of redirect-agent is left on this node\n")
     }
 }
 
 fn attach(args: &AttachArgs) -> Result<()> {
-    let pod = PodNetns::new(Netns::open(&args.netns)?, &args.address)?;
+    let pod = PodNetns::new(open_pod(&args.netns)?, &args.address)?;
     let dataplane = open(&args.bpffs.bpffs_dir, args.force.force)?;
     let traffic = Traffic {
         dns_capture: args.traffic.dns_capture,
-        selections: args.traffic.selections(),
+        selections: args.traffic.selections()?,
         ..Traffic::default()
     };
     dataplane.prepare(&pod, 0, &traffic)?;
-    dataplane.proxy_listens(&pod)?;
+    let missing: Vec<String> =
+        dataplane.proxy_listens(&pod)?.iter().map(ToString::to_string).collect();
     dataplane.capture(&pod, &traffic)?;
-    dataplane.settle_wholly(&pod)
+    dataplane.settle_wholly(&pod)?;
+    if !missing.is_empty() {
+        warn!(
+            "the proxy does not listen on port {} in {}: what would go there is refused until it does",
+            missing.join(", "),
+            args.netns.display()
+        );
+    }
+    Ok(())
 }
 
 fn detach(args: &DetachArgs) -> Result<()> {
+    let netns = open_pod(&args.netns)?;
     let dataplane = open(&args.bpffs.bpffs_dir, args.force.force)?;
-    restore(&dataplane, Netns::open(&args.netns)?)?;
+    if dataplane.is_linked(netns.inode()) {
+        restore(&dataplane, netns)?;
+    } else {
+        print(format!("{} is not attached\n", args.netns.display()).as_bytes())?;
+    }
     dataplane.unpin_if_unused()
+}
+
+/// Opens the network namespace of a pod, and not the node's own, whose connections are all of the node's.
+fn open_pod(path: &Path) -> Result<Netns> {
+    let netns = Netns::open(path)?;
+    ensure!(
+        !netns.is_nodes()?,
+        "{} is the network namespace of the node itself; give that of a pod",
+        path.display()
+    );
+    Ok(netns)
 }
 
 /// Puts namespaces back to how they were found, many at once: first the traffic of all, then what takes

@@ -4,6 +4,7 @@
 //! |---|---|
 //! | `GET /healthz` | `{"ok":true}` |
 //! | `GET /status` | [`Status`] |
+//! | `GET /remaining` | [`Remaining`] |
 //! | `POST /overrides` with [`OverrideRequest`] | [`Answer`] |
 //! | `POST /pause` with [`PauseRequest`] | [`Answer`] |
 //! | `POST /resume` | [`Answer`] |
@@ -49,6 +50,9 @@ pub trait Agent: Send + Sync + 'static {
     /// What there is to know now.
     fn status(&self) -> impl Future<Output = anyhow::Result<Status>> + Send;
 
+    /// Which pods do not bypass, as far as their tasks know: that costs nothing.
+    fn remaining(&self) -> anyhow::Result<Remaining>;
+
     /// Makes `change` and keeps it; pods follow it after the answer.
     fn change(&self, change: Change) -> impl Future<Output = anyhow::Result<Answer>> + Send;
 }
@@ -60,6 +64,17 @@ pub struct Answer {
     pub changed: bool,
     /// What the operator should know: a pod that stays out for a hard reason, say.
     pub notes: Vec<String>,
+}
+
+/// Pods that are in the mesh, or on their way into it or out of it.
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Remaining {
+    /// How many there are.
+    pub pods: usize,
+    /// How many of them failed.
+    pub failed: usize,
+    /// What keeps one of them.
+    pub why: Option<String>,
 }
 
 /// Body of `POST /overrides`.
@@ -127,6 +142,7 @@ fn router<A: Agent>(agent: Arc<A>) -> Router {
     Router::new()
         .route("/healthz", get(|| async { Json(Health { ok: true }) }))
         .route("/status", get(status::<A>))
+        .route("/remaining", get(remaining::<A>))
         .route("/overrides", post(overrides::<A>))
         .route("/pause", post(pause::<A>))
         .route("/resume", post(resume::<A>))
@@ -165,6 +181,10 @@ fn answer<T: Serialize>(result: anyhow::Result<T>) -> Response {
 
 async fn status<A: Agent>(State(agent): State<Arc<A>>) -> Response {
     answer(agent.status().await)
+}
+
+async fn remaining<A: Agent>(State(agent): State<Arc<A>>) -> Response {
+    answer(agent.remaining())
 }
 
 async fn overrides<A: Agent>(
@@ -230,6 +250,15 @@ impl Client {
     /// When the agent cannot be reached, or says no.
     pub async fn status(&self) -> anyhow::Result<Status> {
         self.call(Method::GET, "/status", None::<&()>).await
+    }
+
+    /// Which pods do not bypass yet.
+    ///
+    /// # Errors
+    ///
+    /// As for [`Client::status`].
+    pub async fn remaining(&self) -> anyhow::Result<Remaining> {
+        self.call(Method::GET, "/remaining", None::<&()>).await
     }
 
     /// Sets an override, or takes it back.

@@ -21,7 +21,7 @@ use crate::{
     cni::records::Records,
     dataplane::PodNetns,
     membership::{Pod, PodKey},
-    netns::{Netns, in_dir},
+    netns::{Netns, in_dir, is_gone},
 };
 
 /// One look at all processes serves every pod that asks within this time.
@@ -79,7 +79,7 @@ impl Finder {
             PodNetns::of_pod(netns, &pod.ips, is_ours)
         };
         let named = self.named(&pod.key);
-        if named.exists() {
+        if is_there(&named)? {
             return accept(Netns::open(&named)?);
         }
         for netns in self.of_processes(pod)? {
@@ -114,34 +114,42 @@ impl Finder {
 
     /// The inode number of the pod's network namespace, whatever addresses that has; `None` when
     /// none is found.
-    pub fn inode(&self, pod: &Pod, is_ours: impl Fn(u32) -> bool) -> Option<u32> {
-        if let Some(netns) = self.told(pod) {
-            return Some(netns.inode());
+    ///
+    /// # Errors
+    ///
+    /// When it cannot be told whether there is one.
+    pub fn inode(&self, pod: &Pod, is_ours: impl Fn(u32) -> bool) -> Result<Option<u32>> {
+        let told = self.records.of(pod.kubelet_uid()).map(|told| told.netns.clone());
+        for path in told.into_iter().chain([self.named(&pod.key)]) {
+            if let Some(netns) = unless_gone(Netns::open(&path))? {
+                return Ok(Some(netns.inode()));
+            }
         }
-        let named = self.named(&pod.key);
-        if named.exists() {
-            return Netns::open(&named).ok().map(|netns| netns.inode());
-        }
-        self.find(pod, is_ours).ok().map(|found| found.netns.inode())
+        Ok(unless_gone(self.find(pod, is_ours))?.map(|found| found.netns.inode()))
     }
 
     /// Whether `netns` still is the pod's network namespace.
-    pub fn stands(&self, pod: &Pod, netns: &Netns) -> bool {
-        if let Some(told) = self.records.of(pod.kubelet_uid()).filter(|told| told.netns.exists()) {
-            return netns.is_at(&told.netns);
-        }
-        let named = self.named(&pod.key);
-        if named.exists() {
-            return netns.is_at(&named);
+    ///
+    /// # Errors
+    ///
+    /// When that cannot be told.
+    pub fn stands(&self, pod: &Pod, netns: &Netns) -> Result<bool> {
+        let told = self.records.of(pod.kubelet_uid()).map(|told| told.netns.clone());
+        for path in told.into_iter().chain([self.named(&pod.key)]) {
+            if is_there(&path)? {
+                return netns.is_at(&path);
+            }
         }
         // By the process that it was found by, or else by another one of the pod.
-        (netns.path().starts_with(PROC) && netns.is_at(netns.path()))
-            || self.namespaces_of(pod).is_ok_and(|paths| paths.iter().any(|path| netns.is_at(path)))
-    }
-
-    /// What is where CNI has told that the pod's network namespace is.
-    fn told(&self, pod: &Pod) -> Option<Netns> {
-        Netns::open(&self.records.of(pod.kubelet_uid())?.netns).ok()
+        if netns.path().starts_with(PROC) && netns.is_at(netns.path())? {
+            return Ok(true);
+        }
+        for path in self.namespaces_of(pod)? {
+            if netns.is_at(&path)? {
+                return Ok(true);
+            }
+        }
+        Ok(false)
     }
 
     fn named(&self, pod: &PodKey) -> PathBuf {
@@ -188,6 +196,19 @@ impl Processes {
             pids.into_iter().map(|(_, pid)| pid).collect()
         };
         Ok(Self(found.into_iter().map(|(uid, pids)| (uid, by_age(pids))).collect()))
+    }
+}
+
+fn is_there(path: &Path) -> Result<bool> {
+    path.try_exists().with_context(|| format!("look for {}", path.display()))
+}
+
+/// `None` for an error that means that nothing was found, and not that it cannot be told.
+fn unless_gone<T>(found: Result<T>) -> Result<Option<T>> {
+    match found {
+        Ok(found) => Ok(Some(found)),
+        Err(e) if e.downcast_ref::<io::Error>().is_none_or(is_gone) => Ok(None),
+        Err(e) => Err(e),
     }
 }
 
@@ -273,6 +294,11 @@ fn uid_of(name: &str) -> Option<String> {
 
 #[cfg(test)]
 mod tests {
+    use std::os::unix::fs::symlink;
+
+    use k8s_openapi::api::core::v1 as k8s;
+    use serde_json::json;
+
     use super::*;
 
     const UID: &str = "0d3a8f6e-5b1c-4c53-9c5f-0a1b2c3d4e5f";
@@ -318,6 +344,28 @@ mod tests {
             assert_eq!(pod_of(&cgroups).as_deref(), Some(UID), "{layout}");
         }
         assert_eq!(pod_of(&format!("0::/kubepods/pod{HASH}/{container}")).as_deref(), Some(HASH));
+    }
+
+    #[test]
+    fn what_cannot_be_looked_at_is_not_gone() {
+        let dir = tempfile::tempdir().unwrap();
+        let records = Arc::new(Records::open(&dir.path().join("state")).unwrap());
+        let finder = Finder::new(records, dir.path().to_owned());
+        let pod: k8s::Pod = serde_json::from_value(json!({
+            "metadata": {"name": "cart", "namespace": "shop", "uid": UID},
+        }))
+        .unwrap();
+        let pod = Pod::try_from(&pod).unwrap();
+        let netns = Netns::open(Path::new("/proc/self/ns/net")).unwrap();
+        let nobodys = |_| false;
+        assert!(finder.stands(&pod, &netns).unwrap());
+        assert_eq!(finder.inode(&pod, nobodys).unwrap(), None);
+
+        // A link to itself, as one that may not be followed.
+        symlink("shop_cart", dir.path().join("shop_cart")).unwrap();
+        assert!(finder.stands(&pod, &netns).is_err());
+        assert!(finder.inode(&pod, nobodys).is_err());
+        assert!(finder.find(&pod, nobodys).is_err());
     }
 
     #[test]

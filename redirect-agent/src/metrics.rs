@@ -1,11 +1,11 @@
 //! What the agent counts and measures, for Prometheus.
 //!
 //! Names and units follow Prometheus' conventions; the README lists them. What the kernel and the
-//! pods' tasks know is read when somebody asks ([`Metrics::update`]), the rest is counted as it
+//! pods' tasks know is read when somebody asks ([`Metrics::report`]), the rest is counted as it
 //! happens.
 
 use std::{
-    collections::BTreeMap,
+    collections::{BTreeMap, BTreeSet},
     fmt,
     sync::{Arc, Mutex, PoisonError},
     time::Duration,
@@ -25,7 +25,7 @@ use prometheus_client::{
 
 use crate::output::PodStatus;
 
-/// The content type of [`Metrics::encode`]. Source: OpenMetrics 1.0.
+/// The content type of [`Metrics::report`]. Source: OpenMetrics 1.0.
 pub const CONTENT_TYPE: &str = "application/openmetrics-text; version=1.0.0; charset=utf-8";
 
 #[derive(Clone, Debug, PartialEq, Eq, Hash, EncodeLabelSet)]
@@ -73,9 +73,28 @@ pub struct Metrics {
     watch_errors: Family<ResourceLabels, Counter>,
 }
 
-/// The kernel's counters as they were last read, by pod id and name. A pod's go with the pod, and a
-/// metric must not fall.
-type Seen = BTreeMap<(Option<u32>, String), u64>;
+/// The kernel's counters as they were last read, by pod id. A pod's go with the pod, and a metric must not
+/// fall.
+type Seen = BTreeMap<u32, Counted>;
+
+/// The counters of one pod, by name.
+struct Counted {
+    uid: String,
+    counters: BTreeMap<String, u64>,
+}
+
+/// What is true when the metrics are asked for.
+#[derive(Clone, Copy, Debug)]
+pub struct Now<'a> {
+    /// Every pod, with its counters.
+    pub pods: &'a [PodStatus],
+    /// How many proxies are connected.
+    pub proxies: usize,
+    /// Whether kubelet's probes are told by its cgroup.
+    pub follows_kubelet: bool,
+    /// How many pods are left alone because istio-cni redirects them.
+    pub left_alone: usize,
+}
 
 impl fmt::Debug for Metrics {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
@@ -203,40 +222,38 @@ impl Metrics {
         self.watch_errors.get_or_create(&ResourceLabels { resource }).inc();
     }
 
-    /// Takes over what is true now of the pods, the proxies and kubelet.
-    pub fn update(&self, pods: &[PodStatus], proxies: usize, follows_kubelet: bool) {
-        self.kubelet_followed.set(i64::from(follows_kubelet));
-        self.zds_connections.set(i64::try_from(proxies).unwrap_or(i64::MAX));
-        // One scrape at a time: the pods are counted anew.
-        let mut seen = self.seen.lock().unwrap_or_else(PoisonError::into_inner);
-        self.pods.clear();
-        let before = std::mem::take(&mut *seen);
-        for pod in pods {
-            let (state, reason) = (pod.state.as_str(), pod.reason.as_str());
-            self.pods.get_or_create(&PodLabels { state, reason }).inc();
-            for (verdict, &now) in &pod.counters {
-                let key = (pod.netns, verdict.clone());
-                let old = before.get(&key).copied().unwrap_or_default();
-                // A pod that left the mesh and came back counts from 0.
-                let new = now.checked_sub(old).unwrap_or(now);
-                let labels = VerdictLabels { verdict: verdict.clone() };
-                self.connections.get_or_create(&labels).inc_by(new);
-                seen.insert(key, now);
-            }
-        }
-    }
-
-    /// So many pods are left alone because istio-cni redirects them.
-    pub fn left_alone(&self, pods: usize) {
-        self.istio_cni_pods.set(i64::try_from(pods).unwrap_or(i64::MAX));
-    }
-
-    /// All metrics, in OpenMetrics' text format.
+    /// All metrics, in OpenMetrics' text format, with what is true now of the pods, the proxies and kubelet.
     ///
     /// # Errors
     ///
     /// Never in practice: when text cannot express them.
-    pub fn encode(&self) -> Result<String, fmt::Error> {
+    pub fn report(&self, now: &Now<'_>) -> Result<String, fmt::Error> {
+        self.kubelet_followed.set(i64::from(now.follows_kubelet));
+        self.zds_connections.set(i64::try_from(now.proxies).unwrap_or(i64::MAX));
+        self.istio_cni_pods.set(i64::try_from(now.left_alone).unwrap_or(i64::MAX));
+        // One report at a time, to its end: the pods are counted anew.
+        let mut seen = self.seen.lock().unwrap_or_else(PoisonError::into_inner);
+        self.pods.clear();
+        let mut before = std::mem::take(&mut *seen);
+        for pod in now.pods {
+            let (state, reason) = (pod.state.as_str(), pod.reason.as_str());
+            self.pods.get_or_create(&PodLabels { state, reason }).inc();
+            let Some(netns) = pod.netns else { continue };
+            let last = before.remove(&netns);
+            for (verdict, &count) in &pod.counters {
+                let old = last.as_ref().and_then(|last| last.counters.get(verdict));
+                // A pod that left the mesh and came back counts from 0.
+                let new = count.checked_sub(old.copied().unwrap_or_default()).unwrap_or(count);
+                let labels = VerdictLabels { verdict: verdict.clone() };
+                self.connections.get_or_create(&labels).inc_by(new);
+            }
+            let counted = || Counted { uid: pod.uid.clone(), counters: pod.counters.clone() };
+            seen.entry(netns).or_insert_with(counted);
+        }
+        // Not found at this moment: their counters go on when they are.
+        let lost = now.pods.iter().filter(|pod| pod.netns.is_none());
+        let lost: BTreeSet<&str> = lost.map(|pod| pod.uid.as_str()).collect();
+        seen.extend(before.into_iter().filter(|(_, last)| lost.contains(last.uid.as_str())));
         let mut out = String::new();
         text::encode(&mut out, &self.registry)?;
         Ok(out)
@@ -265,27 +282,58 @@ mod tests {
         }
     }
 
-    fn assert_has(metrics: &Metrics, line: &str) {
-        let text = metrics.encode().unwrap();
+    fn report(metrics: &Metrics, pods: &[PodStatus]) -> String {
+        let now = Now { pods, proxies: pods.len(), follows_kubelet: true, left_alone: 0 };
+        metrics.report(&now).unwrap()
+    }
+
+    #[track_caller]
+    fn assert_has(text: &str, line: &str) {
         assert!(text.lines().any(|l| l == line), "no {line:?} in\n{text}");
+    }
+
+    fn total(n: u64) -> String {
+        format!(r#"redirect_connections_total{{verdict="redirected_outbound"}} {n}"#)
+    }
+
+    fn enrolled(uid: &str, n: u64) -> PodStatus {
+        pod(uid, PodState::Enrolled, Reason::PodLabelAmbient, n)
     }
 
     #[test]
     fn counters_do_not_fall_when_a_pod_goes_or_starts_anew() {
         let metrics = Metrics::default();
-        let enrolled = |uid, n| pod(uid, PodState::Enrolled, Reason::PodLabelAmbient, n);
-        metrics.update(&[enrolled("u-1", 5), enrolled("u-2", 1)], 1, true);
-        assert_has(&metrics, r#"redirect_connections_total{verdict="redirected_outbound"} 6"#);
-        assert_has(&metrics, r#"redirect_pods{state="enrolled",reason="pod-label-ambient"} 2"#);
-        metrics.update(&[enrolled("u-1", 7)], 1, true);
-        assert_has(&metrics, r#"redirect_connections_total{verdict="redirected_outbound"} 8"#);
-        metrics.update(&[enrolled("u-1", 2)], 0, true);
-        assert_has(&metrics, r#"redirect_connections_total{verdict="redirected_outbound"} 10"#);
-        assert_has(&metrics, "redirect_zds_connections 0");
-        assert_has(&metrics, "redirect_kubelet_followed 1");
-        metrics.update(&[pod("u-1", PodState::Bypassing, Reason::NotLabelled, 2)], 0, true);
-        assert_has(&metrics, r#"redirect_pods{state="bypassing",reason="not-labelled"} 1"#);
-        assert!(!metrics.encode().unwrap().contains(r#"state="enrolled""#));
+        let text = report(&metrics, &[enrolled("u-1", 5), enrolled("u-2", 1)]);
+        assert_has(&text, &total(6));
+        assert_has(&text, r#"redirect_pods{state="enrolled",reason="pod-label-ambient"} 2"#);
+        assert_has(&text, "redirect_zds_connections 2");
+        assert_has(&text, "redirect_kubelet_followed 1");
+        assert_has(&report(&metrics, &[enrolled("u-1", 7)]), &total(8));
+        assert_has(&report(&metrics, &[enrolled("u-1", 2)]), &total(10));
+        let text = report(&metrics, &[pod("u-1", PodState::Bypassing, Reason::NotLabelled, 2)]);
+        assert_has(&text, r#"redirect_pods{state="bypassing",reason="not-labelled"} 1"#);
+        assert!(!text.contains(r#"state="enrolled""#));
+    }
+
+    #[test]
+    fn nothing_is_counted_twice_or_lost_when_a_namespace_is_not_found_for_a_moment_or_is_another() {
+        let metrics = Metrics::default();
+        let lost = || PodStatus { netns: None, counters: BTreeMap::new(), ..enrolled("u-1", 0) };
+        assert_has(&report(&metrics, &[enrolled("u-1", 100)]), &total(100));
+        assert_has(&report(&metrics, &[lost()]), &total(100));
+        assert_has(&report(&metrics, &[enrolled("u-1", 103)]), &total(103));
+        // Another sandbox, whose counters begin at 0.
+        assert_has(&report(&metrics, &[lost()]), &total(103));
+        let anew = PodStatus { netns: Some(77), ..enrolled("u-1", 200) };
+        assert_has(&report(&metrics, &[anew]), &total(303));
+        // The mirror of a static pod is another one.
+        let mirror = PodStatus { netns: Some(77), ..enrolled("u-2", 200) };
+        assert_has(&report(&metrics, &[mirror]), &total(303));
+        // It has left the mesh, so its counters are gone; and is back.
+        let left = PodStatus { netns: Some(77), counters: BTreeMap::new(), ..enrolled("u-1", 0) };
+        assert_has(&report(&metrics, &[left]), &total(303));
+        let back = PodStatus { netns: Some(77), ..enrolled("u-1", 300) };
+        assert_has(&report(&metrics, &[back]), &total(603));
     }
 
     #[test]
@@ -297,15 +345,16 @@ mod tests {
         metrics.watch_error("pods");
         metrics.enrolled(Duration::from_millis(300));
         metrics.failed();
-        assert_has(&metrics, r#"redirect_drift_total{kind="rule"} 1"#);
-        assert_has(&metrics, r#"redirect_cni_requests_total{operation="add",result="success"} 1"#);
-        assert_has(&metrics, r#"redirect_cni_requests_total{operation="add",result="failure"} 1"#);
+        let text = report(&metrics, &[]);
+        assert_has(&text, r#"redirect_drift_total{kind="rule"} 1"#);
+        assert_has(&text, r#"redirect_cni_requests_total{operation="add",result="success"} 1"#);
+        assert_has(&text, r#"redirect_cni_requests_total{operation="add",result="failure"} 1"#);
         assert_has(
-            &metrics,
+            &text,
             r#"redirect_cni_request_duration_seconds_count{operation="add",result="failure"} 1"#,
         );
-        assert_has(&metrics, r#"redirect_watch_errors_total{resource="pods"} 1"#);
-        assert_has(&metrics, "redirect_enrolment_duration_seconds_count 1");
-        assert_has(&metrics, "redirect_reconcile_failures_total 1");
+        assert_has(&text, r#"redirect_watch_errors_total{resource="pods"} 1"#);
+        assert_has(&text, "redirect_enrolment_duration_seconds_count 1");
+        assert_has(&text, "redirect_reconcile_failures_total 1");
     }
 }

@@ -15,11 +15,11 @@ use std::{
 use anyhow::{Context as _, Result, bail};
 use nix::{
     sched::{CloneFlags, setns},
-    sys::{stat::fstat, statfs::fstatfs},
+    sys::{
+        stat::fstat,
+        statfs::{NSFS_MAGIC, fstatfs},
+    },
 };
-
-/// Source: Linux `include/uapi/linux/magic.h`, `NSFS_MAGIC`.
-const NSFS_MAGIC: i64 = 0x6e73_6673;
 
 /// An open network namespace. It stays alive, and its inode number unique, while this is held.
 #[derive(Debug)]
@@ -50,7 +50,7 @@ impl Netns {
     pub fn from_fd(fd: OwnedFd, path: &Path) -> Result<Self> {
         let fs = fstatfs(&fd).with_context(|| format!("stat {}", path.display()))?;
         // Other kinds of namespaces live on the same filesystem.
-        if fs.filesystem_type().0 != NSFS_MAGIC || namespace_type(&fd) != Some(libc::CLONE_NEWNET) {
+        if fs.filesystem_type() != NSFS_MAGIC || namespace_type(&fd) != Some(libc::CLONE_NEWNET) {
             bail!(
                 "{} is not a network namespace; give a bind mount such as /var/run/netns/NAME, or /proc/PID/ns/net",
                 path.display()
@@ -63,12 +63,18 @@ impl Netns {
     }
 
     /// Whether the network namespace at `path` is this one.
-    pub fn is_at(&self, path: &Path) -> bool {
+    ///
+    /// # Errors
+    ///
+    /// When that cannot be told. Where nothing is, is not this one.
+    pub fn is_at(&self, path: &Path) -> Result<bool> {
+        let there = match fs::metadata(path) {
+            Err(e) if is_gone(&e) => return Ok(false),
+            there => there.with_context(|| format!("look at {}", path.display()))?,
+        };
+        let here = fstat(&self.fd).with_context(|| format!("stat {}", self.path.display()))?;
         // All namespaces are on one filesystem, which has no other files of that number.
-        let (there, here) = (fs::metadata(path), fstat(&self.fd));
-        there.is_ok_and(|there| {
-            here.is_ok_and(|here| (there.ino(), there.dev()) == (here.st_ino, here.st_dev))
-        })
+        Ok((there.ino(), there.dev()) == (here.st_ino, here.st_dev))
     }
 
     /// The inode number, which is unique among the namespaces that are alive.
@@ -84,6 +90,23 @@ impl Netns {
     /// Its descriptor, for whoever else needs it.
     pub fn fd(&self) -> Arc<OwnedFd> {
         Arc::clone(&self.fd)
+    }
+
+    /// Whether it is the node's own: the kernel's first, or that of the node's first process. A process that
+    /// is the first of a container of its own, and in this namespace with us, tells nothing.
+    ///
+    /// # Errors
+    ///
+    /// When the namespace cannot be entered.
+    pub fn is_nodes(&self) -> Result<bool> {
+        // Only the first one has it. Source: Linux `net/core/sysctl_net_core.c`, `net_core_table`.
+        const OF_FIRST: &str = "/proc/sys/net/core/dev_weight";
+        let is_first = self.run(|| Path::new(OF_FIRST).try_exists())?;
+        let is_first = is_first.with_context(|| format!("look for {OF_FIRST}"))?;
+        let with_us = self.is_at(Path::new("/proc/self/ns/net"))?;
+        // Not everyone with the agent's rights may look at that process.
+        let with_its_first = || self.is_at(Path::new("/proc/1/ns/net")).unwrap_or(false);
+        Ok(is_first || (!with_us && with_its_first()))
     }
 
     /// Runs `f` inside the namespace, on a thread that exists for this alone.
@@ -107,6 +130,12 @@ impl Netns {
             }
         })
     }
+}
+
+/// Whether an error says that nothing is there; any other says nothing of that. A process that has ended is
+/// gone from `/proc`, too.
+pub fn is_gone(error: &io::Error) -> bool {
+    error.kind() == io::ErrorKind::NotFound || error.raw_os_error() == Some(libc::ESRCH)
 }
 
 /// Which kind of namespace it is, one of `CLONE_NEW*`. Source: Linux `include/uapi/linux/nsfs.h`.

@@ -15,7 +15,7 @@ use aya::{
 };
 use caps::{CapSet, Capability};
 use nix::{
-    sys::statfs::statfs,
+    sys::statfs::{BPF_FS_MAGIC, statfs},
     unistd::{AccessFlags, access},
 };
 use serde::Serialize;
@@ -29,8 +29,6 @@ use crate::{
 
 /// The oldest kernel with everything that the datapath needs: tcx.
 const OLDEST_KERNEL: (u32, u32) = (6, 6);
-/// Source: Linux `include/uapi/linux/magic.h`, `BPF_FS_MAGIC`.
-const BPF_FS_MAGIC: i64 = 0xcafe_4a11;
 
 /// What to look at.
 #[derive(Clone, Debug)]
@@ -359,7 +357,7 @@ fn bpffs(dir: &Path) -> Check {
     let there = existing.display();
     match statfs(existing) {
         Err(error) => Check::cannot_tell(name, format!("stat {there}: {error}")),
-        Ok(fs) if fs.filesystem_type().0 == BPF_FS_MAGIC => {
+        Ok(fs) if fs.filesystem_type() == BPF_FS_MAGIC => {
             match access(existing, AccessFlags::W_OK) {
                 Ok(()) => Check::yes(name, format!("at {there}")),
                 Err(nix::Error::EROFS) => {

@@ -1,12 +1,12 @@
 //! HTTP on a Unix socket that only root can use.
 
 use std::{
-    fs, io,
-    os::unix::fs::{DirBuilderExt as _, FileTypeExt as _, PermissionsExt as _},
-    path::{Path, PathBuf},
+    fs,
+    os::unix::fs::{DirBuilderExt as _, PermissionsExt as _},
+    path::Path,
 };
 
-use anyhow::{Context as _, Result, bail};
+use anyhow::{Context as _, Result, anyhow, bail};
 use axum::{
     Router,
     extract::{ConnectInfo, Request, State, connect_info::Connected},
@@ -17,7 +17,8 @@ use axum::{
 use nix::unistd::geteuid;
 use tokio::net::UnixListener;
 use tokio_util::sync::CancellationToken;
-use tracing::warn;
+
+use crate::socket_file::{Obstacle, SocketFile, remove_stale};
 
 /// What a socket is called, for messages.
 #[derive(Clone, Copy, Debug)]
@@ -31,21 +32,22 @@ pub struct Name {
 /// A socket that is open, for root alone.
 #[derive(Debug)]
 pub struct RootSocket {
-    listener: UnixListener,
+    // Dropped first: an agent that starts meanwhile finds no file, rather than a stale one.
     file: SocketFile,
-}
-
-/// The socket's file; it goes when this does.
-#[derive(Debug)]
-struct SocketFile {
-    path: PathBuf,
+    listener: UnixListener,
     name: Name,
 }
 
-impl Drop for SocketFile {
-    fn drop(&mut self) {
-        if let Err(error) = fs::remove_file(&self.path) {
-            warn!("remove the {} {}: {error}", self.name.what, self.path.display());
+impl Name {
+    fn explain(self, obstacle: Obstacle) -> anyhow::Error {
+        match obstacle {
+            Obstacle::NotASocket => {
+                anyhow!("there is something else of that name: remove it, or use {}", self.flag)
+            }
+            Obstacle::InUse => {
+                anyhow!("another agent listens there: stop it first, or use {}", self.flag)
+            }
+            Obstacle::Io(error) => error.into(),
         }
     }
 }
@@ -61,11 +63,11 @@ impl RootSocket {
     pub fn bind(path: &Path, name: Name) -> Result<Self> {
         let context = || format!("listen on the {} {}", name.what, path.display());
         make_directory(path, name).with_context(context)?;
-        remove_stale(path, name).with_context(context)?;
+        remove_stale(path).map_err(|obstacle| name.explain(obstacle)).with_context(context)?;
         let listener = UnixListener::bind(path).with_context(context)?;
-        let file = SocketFile { path: path.to_owned(), name };
+        let file = SocketFile::of(path).with_context(context)?;
         fs::set_permissions(path, fs::Permissions::from_mode(0o600)).with_context(context)?;
-        Ok(Self { listener, file })
+        Ok(Self { file, listener, name })
     }
 
     /// Serves `router` until `shutdown`; requests that are under way are answered. Who is not root
@@ -80,12 +82,12 @@ impl RootSocket {
         refuse: fn() -> Response,
         shutdown: CancellationToken,
     ) -> Result<()> {
-        let Self { listener, file } = self;
+        let Self { file, listener, name } = self;
         let router = router.layer(middleware::from_fn_with_state(refuse, root_only));
         axum::serve(listener, router.into_make_service_with_connect_info::<Peer>())
             .with_graceful_shutdown(shutdown.cancelled_owned())
             .await
-            .with_context(|| format!("serve the {} {}", file.name.what, file.path.display()))
+            .with_context(|| format!("serve the {} {}", name.what, file.path().display()))
     }
 }
 
@@ -106,22 +108,6 @@ fn make_directory(socket: &Path, name: Name) -> Result<()> {
             name.flag
         );
     }
-    Ok(())
-}
-
-fn remove_stale(path: &Path, name: Name) -> Result<()> {
-    match fs::symlink_metadata(path) {
-        Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(()),
-        Err(error) => return Err(error.into()),
-        Ok(metadata) if !metadata.file_type().is_socket() => {
-            bail!("there is something else of that name: remove it, or use {}", name.flag);
-        }
-        Ok(_) => {}
-    }
-    if std::os::unix::net::UnixStream::connect(path).is_ok() {
-        bail!("another agent listens there: stop it first, or use {}", name.flag);
-    }
-    fs::remove_file(path)?;
     Ok(())
 }
 

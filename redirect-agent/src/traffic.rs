@@ -9,7 +9,7 @@ use std::{
 };
 
 use ipnet::IpNet;
-use redirect_ebpf::abi::PORT_DNS;
+use redirect_ebpf::abi::{POD_PREFIXES, PORT_DNS};
 use serde::{Deserialize, Serialize};
 
 /// What comes to the pod is not redirected; what it sends is.
@@ -36,6 +36,8 @@ const SIDECAR_NAMES: [&str; 5] = [
 ];
 /// Entries of one list: each is a rule or a route of the pod.
 const ENTRIES: usize = 64;
+/// Prefixes that the entries of one list become. Two lists, and what stands for all others, share a map.
+const PREFIXES: usize = POD_PREFIXES / 2 - 1;
 /// The longest name of an interface. Source: Linux `include/uapi/linux/if.h`, `IFNAMSIZ`.
 const INTERFACE_NAME: usize = 15;
 
@@ -163,6 +165,40 @@ pub struct Ports {
     pub last: u16,
 }
 
+impl Ports {
+    /// The range as prefixes: the first port of each, and its number of bits that are not fixed.
+    pub fn prefixes(self) -> impl Iterator<Item = (u16, u32)> {
+        let (mut first, end) = (u32::from(self.first), u32::from(self.last) + 1);
+        std::iter::from_fn(move || {
+            // As many as begin here and end in time.
+            let fits = |bits: &u32| first + (1 << bits) <= end;
+            let bits = (0..=first.trailing_zeros().min(16)).rev().find(fits)?;
+            let prefix = (u16::try_from(first).ok()?, bits);
+            first += 1 << bits;
+            Some(prefix)
+        })
+    }
+}
+
+/// What a list has.
+trait Entry: Ord {
+    /// How many entries of a map it becomes.
+    fn weight(&self) -> usize {
+        1
+    }
+}
+
+impl Entry for Ports {
+    fn weight(&self) -> usize {
+        self.prefixes().count()
+    }
+}
+
+impl Entry for IpNet {}
+
+/// The name of an interface.
+impl Entry for String {}
+
 impl fmt::Display for Ports {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         match self.first == self.last {
@@ -201,6 +237,43 @@ impl From<Ports> for String {
     fn from(ports: Ports) -> String {
         ports.to_string()
     }
+}
+
+impl Selections {
+    /// Whether the programs have room for them.
+    ///
+    /// # Errors
+    ///
+    /// Names the list that is too long.
+    pub fn check(&self) -> Result<(), String> {
+        fn check<T: Entry>(selection: &Selection<T>, what: &str) -> Result<(), String> {
+            let lists =
+                [("include", selection.only.as_deref()), ("exclude", Some(&selection.except))];
+            for (how, list) in lists {
+                fits(list.unwrap_or_default()).map_err(|why| format!("{how} {what}: {why}"))?;
+            }
+            Ok(())
+        }
+        check(&self.outbound_ranges, "outbound IP ranges")?;
+        check(&self.outbound_ports, "outbound ports")?;
+        check(&self.inbound_ports, "inbound ports")?;
+        check(&self.inbound_sources, "inbound source IP ranges")
+    }
+}
+
+/// Whether a list is not too long.
+fn fits<T: Entry>(list: &[T]) -> Result<(), String> {
+    if list.len() > ENTRIES {
+        return Err(format!("more than {ENTRIES} entries"));
+    }
+    let prefixes: usize = list.iter().map(Entry::weight).sum();
+    if prefixes > PREFIXES {
+        return Err(format!(
+            "the ranges take {prefixes} prefixes and may take {PREFIXES}: give fewer, or such that begin \
+             and end at multiples of a power of two, like 1024-2047"
+        ));
+    }
+    Ok(())
 }
 
 /// A CIDR block, or an address alone; host bits are cleared.
@@ -298,7 +371,7 @@ impl Reader<'_> {
         }
     }
 
-    fn selection<T: Clone + Ord>(
+    fn selection<T: Clone + Entry>(
         &mut self,
         what: &str,
         parse: impl Fn(&str) -> Result<T, String> + Copy,
@@ -328,15 +401,13 @@ impl Reader<'_> {
 }
 
 /// A list separated by commas, in order, each thing once; what is empty is no entry.
-fn list<T: Ord>(s: &str, parse: impl Fn(&str) -> Result<T, String>) -> Result<Vec<T>, String> {
+fn list<T: Entry>(s: &str, parse: impl Fn(&str) -> Result<T, String>) -> Result<Vec<T>, String> {
     let entries = s.split(',').map(str::trim).filter(|entry| !entry.is_empty());
     let mut found = entries.map(parse).collect::<Result<Vec<T>, String>>()?;
     found.sort();
     found.dedup();
-    match found.len() <= ENTRIES {
-        true => Ok(found),
-        false => Err(format!("more than {ENTRIES} entries")),
-    }
+    fits(&found)?;
+    Ok(found)
 }
 
 /// As Go's `strconv.ParseBool`.
@@ -525,5 +596,22 @@ mod tests {
         }
         let many: Vec<String> = (1..=65).map(|port| port.to_string()).collect();
         assert!(list(&many.join(","), str::parse::<Ports>).is_err());
+        // 25 or 26 prefixes each.
+        let wide = |n: u16| -> Vec<String> {
+            (0..n).map(|n| format!("{}-{}", n * 4096 + 1, n * 4096 + 16382)).collect()
+        };
+        let read = |n| list(&wide(n).join(","), str::parse::<Ports>);
+        let prefixes: usize = read(9).unwrap().iter().map(Entry::weight).sum();
+        assert!(prefixes <= PREFIXES && 2 * PREFIXES < POD_PREFIXES, "{prefixes}");
+        let problem = read(11).unwrap_err();
+        assert!(problem.contains("may take 255"), "{problem}");
+        let selections = |except| Selections {
+            inbound_ports: Selection { only: None, except },
+            ..Selections::default()
+        };
+        assert_eq!(selections(read(9).unwrap()).check(), Ok(()));
+        let ports = wide(11).iter().map(|ports| ports.parse().unwrap()).collect();
+        let problem = selections(ports).check().unwrap_err();
+        assert!(problem.starts_with("exclude inbound ports: "), "{problem}");
     }
 }

@@ -16,7 +16,7 @@ use std::{
 };
 
 use redirect_agent::{
-    control::{Agent, Answer, Client, OverrideRequest, PauseRequest, Server},
+    control::{Agent, Answer, Client, OverrideRequest, PauseRequest, Remaining, Server},
     membership::{Decision, PodKey, Reason},
     output::Status,
     overrides::{Change, Mode, Store, Target},
@@ -44,6 +44,10 @@ impl Agent for Overridden {
             problems: Vec::new(),
             pods: Vec::new(),
         })
+    }
+
+    fn remaining(&self) -> anyhow::Result<Remaining> {
+        Ok(Remaining { pods: 3, failed: 1, why: Some("no proxy".to_owned()) })
     }
 
     async fn change(&self, change: Change) -> anyhow::Result<Answer> {
@@ -105,6 +109,7 @@ async fn overrides_and_the_pause_are_set_taken_back_and_repeated_without_harm() 
     let fixture = Fixture::new();
     let client = fixture.client();
     client.healthz().await.unwrap();
+    assert_eq!(client.remaining().await.unwrap(), fixture.agent.remaining().unwrap());
     let cart: PodKey = "shop/cart".parse().unwrap();
     let plain = Decision::bypass(Reason::NotLabelled);
     let decided = || fixture.agent.store.current().apply(plain, &cart, SystemTime::now()).reason;

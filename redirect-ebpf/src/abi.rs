@@ -321,17 +321,15 @@ pub struct PodFlow {
     pub flow: Flow,
 }
 
-/// Value of the map `switches`: a pod's way in or out of the mesh, or to other settings.
-#[repr(C)]
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Pod, Zeroable)]
-pub struct Switch {
-    /// When it is over at the latest, ns of CLOCK_MONOTONIC.
-    pub until_ns: u64,
-    /// How many entries of `ways` the pod has.
-    pub noted: u32,
-    /// Zero.
-    pub padding: u32,
-}
+/// `lo`'s index, in every namespace. Source: Linux `include/net/flow.h`, `LOOPBACK_IFINDEX`.
+pub const LOOPBACK_IFINDEX: u32 = 1;
+
+/// How many prefixes one pod may have in each of the maps `inbound_ports`, `inbound_ranges`,
+/// `outbound_ports` and `outbound_ranges`, which have room for as many of every pod. The agent sees to it.
+pub const POD_PREFIXES: usize = 512;
+
+/// How many virtual interfaces one pod may have in the map `virtual_ifs`, likewise.
+pub const POD_VIRTUAL_INTERFACES: usize = 64;
 
 /// How many flows of one pod the map `ways` takes.
 pub const POD_WAYS: u32 = 8192;
@@ -571,7 +569,6 @@ const _: () = {
     assert!(size_of::<DnsFlow>() == 56);
     assert!(size_of::<PodFlow>() == 40);
     assert!(size_of::<Settled>() == 40);
-    assert!(size_of::<Switch>() == 16);
     assert!(size_of::<ThisPod>() == 16);
     assert!(size_of::<Hint>() == 44);
     assert!(size_of::<VirtualInterface>() == 8);
@@ -583,7 +580,7 @@ const _: () = {
 mod user {
     use super::{
         Addr, CounterKey, DnsFlow, DnsKey, Flow, Hint, ListenerKey, OwnAddress, PodEntry, PodFlow,
-        PodPeer, PodPort, SavedSysctls, Settled, SockOffsets, Switch, ThisPod, VirtualInterface,
+        PodPeer, PodPort, SavedSysctls, Settled, SockOffsets, ThisPod, VirtualInterface,
     };
 
     macro_rules! pod {
@@ -609,7 +606,6 @@ mod user {
         SavedSysctls,
         Settled,
         SockOffsets,
-        Switch,
         ThisPod,
         VirtualInterface
     );

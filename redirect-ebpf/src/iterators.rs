@@ -20,20 +20,18 @@ use redirect_ebpf::{
 };
 
 use crate::{
+    AF_INET,
     config::offset,
     dns_flow, is_own,
-    sockets::from_words,
+    sockets::{TCP_LISTEN, TCP_NEW_SYN_RECV, from_words},
     switch::{note, noted},
 };
 
 const SOL_SOCKET: i32 = 1;
 const SO_REUSEADDR: i32 = 2;
 const SO_MARK: i32 = 36;
-const AF_INET: u16 = 2;
-const TCP_ESTABLISHED: u8 = 1;
-const TCP_SYN_SENT: u8 = 2;
-const TCP_LISTEN: u8 = 10;
-const TCP_NEW_SYN_RECV: u8 = 12;
+const TCP_ESTABLISHED: u32 = 1;
+const TCP_SYN_SENT: u32 = 2;
 
 /// `struct bpf_iter_meta`, its first field. Source: Linux `include/linux/bpf.h`.
 #[repr(C)]
@@ -166,7 +164,7 @@ fn share_ports(sk: &Socket) {
 /// way that was noted. A listener never has one: an accepted socket would take its mark before that
 /// of the SYN.
 #[inline(always)]
-fn mark_connection(ctx: *mut IterTcp, choose: impl Fn(u8, Option<u32>) -> Option<u32>) -> i32 {
+fn mark_connection(ctx: *mut IterTcp, choose: impl Fn(u32, Option<u32>) -> Option<u32>) -> i32 {
     let Some(sk) = Socket::new(ctx) else { return 0 };
     let Some(old) = sk.get(SO_MARK) else { return 0 };
     if mesh_mark(old) != 0 {
@@ -208,8 +206,8 @@ impl Common {
     }
 
     #[inline(always)]
-    fn state(&self) -> u8 {
-        self.read(offset!(state))
+    fn state(&self) -> u32 {
+        self.read::<u8>(offset!(state)).into()
     }
 
     /// The inode number of its network namespace; 0 where it cannot be read.
@@ -239,7 +237,9 @@ impl Common {
 
     #[inline(always)]
     fn flow(&self) -> Flow {
-        let (local, remote): (Addr, Addr) = if self.read::<u16>(offset!(family)) == AF_INET {
+        let (local, remote): (Addr, Addr) = if u32::from(self.read::<u16>(offset!(family)))
+            == AF_INET
+        {
             (Addr::v4(self.read(offset!(local_v4))), Addr::v4(self.read(offset!(remote_v4))))
         } else {
             (from_words(self.read(offset!(local_v6))), from_words(self.read(offset!(remote_v6))))

@@ -28,9 +28,9 @@ use redirect_ebpf::{
     abi::{
         Addr, Counter, CounterKey, DECISION_ENROLLED, DnsFlow, DnsKey, EVERY_POD, Flow,
         HALF_OPEN_NS, HINT_NONE, HINT_QUESTION, Hint, INBOUND_BYPASS, LISTENER_HBONE,
-        LISTENER_INBOUND, LISTENER_OUTBOUND, ListenerKey, MARK_PROXY, MARK_REDIRECTED,
-        NEW_LISTENERS, OwnAddress, POD_ENROLLED, PORT_PROXY_DNS, PodId, PodPeer, PodPort,
-        VirtualInterface, WAY_DIRECT,
+        LISTENER_INBOUND, LISTENER_OUTBOUND, LOOPBACK_IFINDEX, ListenerKey, MARK_PROXY,
+        MARK_REDIRECTED, NEW_LISTENERS, OwnAddress, POD_ENROLLED, PORT_PROXY_DNS, PodId, PodPeer,
+        PodPort, VirtualInterface, WAY_DIRECT,
     },
     dns::{self, Dns, DnsEnv, Message},
     verdict::{
@@ -51,7 +51,6 @@ use crate::{
 
 const AF_INET: u32 = 2;
 const IPPROTO_TCP: u32 = 6;
-const LOOPBACK_IFINDEX: u32 = 1;
 const SK_DROP: u32 = 0;
 const SK_PASS: u32 = 1;
 
@@ -60,7 +59,7 @@ const SK_PASS: u32 = 1;
 pub fn redirect_lo(ctx: TcContext) -> i32 {
     clear_hint();
     let Some(parsed) = parsed() else { return TC_ACT_SHOT };
-    if !parse_message(&ctx, parsed) {
+    if !parse(&ctx, true, parsed) {
         return if drops_unread(&ctx) { TC_ACT_SHOT } else { on_lo(&ctx, None) };
     }
     if parsed.message.tcp && switch::holds_sent(&ctx, parsed) {
@@ -96,8 +95,8 @@ fn drops_unread(ctx: &TcContext) -> bool {
 
 /// What has a function of its own here has a stack of its own: all in one would be too large.
 #[inline(never)]
-fn parse_message(ctx: &TcContext, parsed: &mut Parsed) -> bool {
-    match packet::parse_any(ctx, packet::network(ctx), true) {
+fn parse(ctx: &TcContext, udp: bool, parsed: &mut Parsed) -> bool {
+    match packet::parse(ctx, packet::network(ctx), udp) {
         Some(found) => {
             *parsed = found;
             true
@@ -222,7 +221,7 @@ fn carry_out_dns(ctx: &TcContext, parsed: &Parsed, decided: &Decided) -> i32 {
 pub fn redirect_ext(ctx: TcContext) -> i32 {
     clear_hint();
     let Some(parsed) = parsed() else { return TC_ACT_SHOT };
-    let is_tcp = parse_tcp(&ctx, parsed);
+    let is_tcp = parse(&ctx, false, parsed);
     on_interface(&ctx, is_tcp, parsed)
 }
 
@@ -253,7 +252,7 @@ fn carry_out(ctx: &TcContext, verdict: &Verdict, parsed: Option<&Parsed>) -> i32
 pub fn redirect_virt(ctx: TcContext) -> i32 {
     clear_hint();
     let Some(parsed) = parsed() else { return TC_ACT_SHOT };
-    let is_tcp = parse_tcp(&ctx, parsed);
+    let is_tcp = parse(&ctx, false, parsed);
     let segment = if is_tcp { Some(parsed.segment()) } else { None };
     match virtual_interface(&ctx) {
         Some(interface) if !verdict::is_inbound(segment, interface.pod_id, &Tc { ctx: &ctx }) => {
@@ -261,18 +260,6 @@ pub fn redirect_virt(ctx: TcContext) -> i32 {
         }
         // It is for the pod itself; or the interface is being set up, or removed.
         _ => on_interface(&ctx, is_tcp, parsed),
-    }
-}
-
-/// See [`parse_message`].
-#[inline(never)]
-fn parse_tcp(ctx: &TcContext, parsed: &mut Parsed) -> bool {
-    match packet::parse(ctx, packet::network(ctx)) {
-        Some(found) => {
-            *parsed = found;
-            true
-        }
-        None => false,
     }
 }
 
@@ -308,7 +295,7 @@ pub fn redirect_out(ctx: TcContext) -> i32 {
         return TC_ACT_UNSPEC;
     }
     let Some(parsed) = parsed() else { return TC_ACT_SHOT };
-    let readable = parse_message(&ctx, parsed);
+    let readable = parse(&ctx, true, parsed);
     if readable && parsed.message.tcp && switch::holds_sent(&ctx, parsed) {
         return TC_ACT_SHOT;
     }

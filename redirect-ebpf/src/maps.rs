@@ -9,14 +9,18 @@ use aya_ebpf::{
     macros::btf_map,
 };
 use redirect_ebpf::abi::{
-    CounterKey, DnsFlow, DnsKey, Flow, Hint, ListenerKey, OwnAddress, PodEntry, PodFlow, PodId,
-    PodPeer, PodPort, SavedSysctls, Settled, Switch, ThisPod, VirtualInterface,
+    CounterKey, DnsFlow, DnsKey, Flow, Hint, ListenerKey, OwnAddress, POD_PREFIXES,
+    POD_VIRTUAL_INTERFACES, PodEntry, PodFlow, PodId, PodPeer, PodPort, SavedSysctls, Settled,
+    ThisPod, VirtualInterface,
 };
 
 use crate::packet::Parsed;
 
 /// Pods of a node, enrolled or not.
 const PODS: usize = 2048;
+/// Room for the prefixes of all pods, and for those that count for every pod. A trie takes memory as it
+/// comes.
+const PREFIXES: usize = (PODS + 1) * POD_PREFIXES;
 /// Maps that are filled as it comes take memory as it comes.
 const AS_IT_COMES: usize = BPF_F_NO_PREALLOC as usize;
 
@@ -76,26 +80,31 @@ pub static SETTLED: SkStorage<Settled> = SkStorage::new();
 /// Pod and port of the pod, by their longest prefix → one of `INBOUND_*`. Looked into only for pods
 /// with `POD_INBOUND_RULES`.
 #[btf_map(name = "inbound_ports")]
-pub static INBOUND_PORTS: LpmTrie<PodPort, u32, 65536> = LpmTrie::new();
+pub static INBOUND_PORTS: LpmTrie<PodPort, u32, PREFIXES> = LpmTrie::new();
 
 /// Pod and peer of the pod, by their longest prefix → one of `INBOUND_*`. As `inbound_ports`, but what
 /// is under `EVERY_POD` counts for all.
 #[btf_map(name = "inbound_ranges")]
-pub static INBOUND_RANGES: LpmTrie<PodPeer, u32, 65536> = LpmTrie::new();
+pub static INBOUND_RANGES: LpmTrie<PodPeer, u32, PREFIXES> = LpmTrie::new();
 
 /// Virtual interface of a pod → bits of `VIRTUAL_*`. Only these interfaces have the program that looks
 /// into it.
 #[btf_map(name = "virtual_ifs")]
-pub static VIRTUAL_INTERFACES: HashMap<VirtualInterface, u32, { PODS * 4 }> = HashMap::new();
+pub static VIRTUAL_INTERFACES: HashMap<
+    VirtualInterface,
+    u32,
+    { PODS * POD_VIRTUAL_INTERFACES },
+    AS_IT_COMES,
+> = HashMap::new();
 
 /// Pod and port that is called, by their longest prefix → one of `INBOUND_*`. Looked into by the guard
 /// for pods with `POD_OUTBOUND_RULES`, and for virtual interfaces; else rules and routes decide.
 #[btf_map(name = "outbound_ports")]
-pub static OUTBOUND_PORTS: LpmTrie<PodPort, u32, 65536> = LpmTrie::new();
+pub static OUTBOUND_PORTS: LpmTrie<PodPort, u32, PREFIXES> = LpmTrie::new();
 
 /// The same for the address that is called.
 #[btf_map(name = "outbound_ranges")]
-pub static OUTBOUND_RANGES: LpmTrie<PodPeer, u32, 65536> = LpmTrie::new();
+pub static OUTBOUND_RANGES: LpmTrie<PodPeer, u32, PREFIXES> = LpmTrie::new();
 
 /// Connection that kubelet has opened, as the pod sees it → since when, ns of CLOCK_MONOTONIC. Only
 /// kubelet's cgroup fills it. An entry that is lost costs a probe.
@@ -110,9 +119,15 @@ pub static DNS_FLOWS: HashMap<DnsKey, DnsFlow, 262_144, AS_IT_COMES> = HashMap::
 #[btf_map(name = "ways")]
 pub static WAYS: HashMap<PodFlow, u32, 262_144, AS_IT_COMES> = HashMap::new();
 
-/// Pod that enters or leaves the mesh, or whose settings change → for how long at most.
+/// Pod that enters or leaves the mesh, or whose settings change → until when at most, ns of
+/// CLOCK_MONOTONIC. Only the agent writes it.
 #[btf_map(name = "switches")]
-pub static SWITCHES: HashMap<PodId, Switch, PODS> = HashMap::new();
+pub static SWITCHES: HashMap<PodId, u64, PODS> = HashMap::new();
+
+/// The same pod → how many entries of `ways` it has. The agent makes and deletes it; only the programs
+/// count.
+#[btf_map(name = "noted")]
+pub static NOTED: HashMap<PodId, u32, PODS> = HashMap::new();
 
 /// How many pods are in `switches`.
 #[btf_map(name = "switching")]

@@ -14,7 +14,7 @@ use aya_ebpf::{
     programs::TcContext,
 };
 use redirect_ebpf::{
-    abi::{Addr, PORT_DNS, PodId},
+    abi::{Addr, LOOPBACK_IFINDEX, PORT_DNS, PodId},
     dns::Message,
     verdict::{Hidden, Segment},
 };
@@ -60,7 +60,6 @@ const DNS_SERVFAIL: u8 = 2;
 /// Length of an Ethernet header: of zeros, it is also in front of what `lo` delivers.
 const ETHERNET: u32 = 14;
 const LO_HEADER: u32 = ETHERNET;
-const LOOPBACK_IFINDEX: u32 = 1;
 
 /// The network protocol of a packet.
 #[derive(Clone, Copy, PartialEq, Eq)]
@@ -94,17 +93,11 @@ pub fn network(ctx: &TcContext) -> Network {
     }
 }
 
-/// The TCP segment in the packet; `None` for anything else, for fragments, and for IPv6 packets with
-/// extension headers or mapped IPv4 addresses: those are left to `sk_lookup`, which sees them
-/// reassembled.
+/// The TCP segment in the packet, or where `udp` says so the UDP datagram; `None` for anything else, for
+/// fragments, and for IPv6 packets with extension headers or mapped IPv4 addresses: those are left to
+/// `sk_lookup`, which sees them reassembled.
 #[inline(always)]
-pub fn parse(ctx: &TcContext, network: Network) -> Option<Parsed> {
-    parse_any(ctx, network, false)
-}
-
-/// As [`parse`], and where `udp` says so the UDP datagram.
-#[inline(always)]
-pub fn parse_any(ctx: &TcContext, network: Network, udp: bool) -> Option<Parsed> {
+pub fn parse(ctx: &TcContext, network: Network, udp: bool) -> Option<Parsed> {
     let (src, dst, protocol, offset) = match network {
         Network::V4 => {
             let ip: [u8; 20] = load(ctx, 0)?;

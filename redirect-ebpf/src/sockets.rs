@@ -38,8 +38,8 @@ use crate::{
 const NO_SOCKET: u32 = 0;
 /// Source: Linux `include/net/tcp_states.h`.
 const TCP_TIME_WAIT: u32 = 6;
-const TCP_LISTEN: u32 = 10;
-const TCP_NEW_SYN_RECV: u32 = 12;
+pub const TCP_LISTEN: u32 = 10;
+pub const TCP_NEW_SYN_RECV: u32 = 12;
 
 /// Whether the kernel finds a socket for this segment. It runs `sk_lookup` too: the caller sets
 /// the hint first, so that only the application's own listeners and connections are found.

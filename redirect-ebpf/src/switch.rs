@@ -12,14 +12,15 @@ use aya_ebpf::{
 };
 use redirect_ebpf::{
     abi::{
-        Counter, Flow, MARK_PROXY, POD_WAYS, PodFlow, PodId, Switch, WAY_DIRECT, WAY_REDIRECTED,
+        Counter, Flow, LOOPBACK_IFINDEX, MARK_PROXY, POD_WAYS, PodFlow, PodId, WAY_DIRECT,
+        WAY_REDIRECTED,
     },
     verdict::mesh_mark,
 };
 
 use crate::{
-    LOOPBACK_IFINDEX, count,
-    maps::{SWITCHES, SWITCHING, WAYS},
+    count,
+    maps::{NOTED, SWITCHES, SWITCHING, WAYS},
     mark,
     packet::{self, Parsed},
 };
@@ -87,16 +88,11 @@ fn is_on() -> bool {
 #[inline(always)]
 fn switching_pod(ctx: &TcContext) -> Option<PodId> {
     let pod_id = packet::netns_inode(ctx)?;
-    let switch = switch(pod_id)?;
-    // SAFETY: the pointer is to a live map value; the helper has no arguments.
+    let until_ns = SWITCHES.get_ptr(&pod_id)?;
+    // SAFETY: the pointer is to a live map value, of one word; the helper has no arguments.
     // An agent that dies in it must not leave flows held back.
-    let on = unsafe { bpf_ktime_get_ns() < (*switch).until_ns };
+    let on = unsafe { bpf_ktime_get_ns() < *until_ns };
     on.then_some(pod_id)
-}
-
-#[inline(always)]
-fn switch(pod_id: PodId) -> Option<*mut Switch> {
-    SWITCHES.get_ptr_mut(&pod_id)
 }
 
 /// Notes the way of a flow; `flags` as of an update of a map. Of each pod only so many flows are noted:
@@ -104,14 +100,15 @@ fn switch(pod_id: PodId) -> Option<*mut Switch> {
 #[inline(never)]
 pub fn note(pod_id: PodId, flow: Flow, way: u32, flags: u32) {
     let key = PodFlow { pod_id, flow };
-    let Some(switch) = switch(pod_id) else { return };
-    // SAFETY: the pointers are to live map values. CPUs that count at the same instant may lose one.
+    let Some(count) = NOTED.get_ptr_mut(&pod_id) else { return };
+    // SAFETY: the pointers are to live map values. CPUs that count at the same instant may lose one, but
+    // not the first: where there are notes the count is not 0.
     unsafe {
         if WAYS.get_ptr(&key).is_none() {
-            if (*switch).noted >= POD_WAYS {
+            if *count >= POD_WAYS {
                 return;
             }
-            (*switch).noted += 1;
+            *count += 1;
         }
     }
     // Refused only where a note is there already that counts for more.

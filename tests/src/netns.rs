@@ -306,6 +306,13 @@ impl Netns {
         })
     }
 
+    /// Adds so many routes by `eth0`, each to an address of its own.
+    pub fn add_routes(&self, count: u32) -> Result<()> {
+        let first = u32::from(Ipv4Addr::new(11, 0, 0, 0));
+        let route = |n| format!("route add {}/32 dev eth0\n", Ipv4Addr::from(first + n));
+        self.ip(&(0..count).map(route).collect::<String>())
+    }
+
     /// Runs a command in the namespace and gives its standard output.
     pub fn output(&self, program: &str, args: &[&str]) -> Result<String> {
         self.run(|| {

@@ -132,16 +132,9 @@ fn resolve<T>(selection: &Selection<T>, prefixes: impl Fn(&T) -> Vec<Prefix>) ->
 
 /// The prefixes that make up a range of ports.
 fn port_prefixes(ports: Ports) -> Vec<Prefix> {
-    let (mut first, end) = (u32::from(ports.first), u32::from(ports.last) + 1);
-    let mut prefixes = Vec::new();
-    while first < end {
-        // As many as begin here and end in time.
-        let size = (0..=first.trailing_zeros().min(16)).rev().find(|n| first + (1 << n) <= end);
-        let size = size.unwrap_or(0);
-        prefixes.push(Prefix { len: 16 - size, bits: u128::from(first) << 112 });
-        first += 1 << size;
-    }
-    prefixes
+    let prefix =
+        |(first, bits): (u16, u32)| Prefix { len: 16 - bits, bits: u128::from(first) << 112 };
+    ports.prefixes().map(prefix).collect()
 }
 
 fn range_prefix(range: IpNet) -> Prefix {

@@ -17,7 +17,7 @@ use aya::{
 use redirect_ebpf::abi::{
     Addr, Counter, CounterKey, DNS_PLACES, DnsFlow, DnsKey, LISTENER_HBONE, LISTENER_INBOUND,
     LISTENER_OUTBOUND, ListenerKey, OwnAddress, POD_INBOUND_RULES, PROTOCOL_TCP, PROTOCOL_UDP,
-    PodFlow, PodId, PodPeer, PodPort, SavedSysctls, SockOffsets, Switch,
+    PodFlow, PodId, PodPeer, PodPort, SavedSysctls, SockOffsets,
 };
 
 use super::{
@@ -36,7 +36,7 @@ use crate::{netns::Netns, traffic::Traffic};
 pub static OBJECT: &[u8] = aya::include_bytes_aligned!(concat!(env!("OUT_DIR"), "/redirect"));
 
 /// The maps that outlive the agent.
-const PINNED_MAPS: [&str; 22] = [
+const PINNED_MAPS: [&str; 23] = [
     PODS,
     ADDRESSES,
     THIS_POD,
@@ -45,6 +45,7 @@ const PINNED_MAPS: [&str; 22] = [
     "any_strays",
     "settled",
     SWITCHES,
+    NOTED,
     SWITCHING,
     "counters",
     "listeners",
@@ -67,6 +68,7 @@ const PROGRAMS: &str = "programs";
 const STRAYS: &str = "strays";
 const WAYS: &str = "ways";
 const SWITCHES: &str = "switches";
+const NOTED: &str = "noted";
 const SWITCHING: &str = "switching";
 const DNS_FLOWS: &str = "dns_flows";
 const INBOUND_PORTS: &str = "inbound_ports";
@@ -109,7 +111,7 @@ fn check_pins(dir: &Path) -> Result<()> {
     for name in PINNED_MAPS {
         let path = dir.join(name);
         let wanted = object.maps.get(name).with_context(|| format!("find map {name}"))?;
-        if !path.exists() {
+        if !path.try_exists().with_context(|| format!("look for {}", path.display()))? {
             continue;
         }
         let found = MapInfo::from_pin(&path)
@@ -126,6 +128,11 @@ fn check_pins(dir: &Path) -> Result<()> {
         );
     }
     Ok(())
+}
+
+/// When a switch that begins or goes on now is over at the latest.
+fn switch_end() -> Result<u64> {
+    Ok(monotonic_ns()? + SWITCH_NS)
 }
 
 impl Kernel {
@@ -309,29 +316,33 @@ impl Kernel {
         Ok(missing)
     }
 
-    /// From now on the ways of the pod's flows are noted; to be called again while it lasts.
+    /// From now on the ways of the pod's flows are noted.
+    pub(super) fn begin_switch(&mut self, pod_id: PodId) -> Result<()> {
+        // First: nothing is noted of a pod without a count.
+        self.noted()?.insert(pod_id, 0, 0).context("write map noted")?;
+        self.switches()?.insert(pod_id, switch_end()?, 0).context("write map switches")?;
+        self.count_switches()
+    }
+
+    /// They go on being noted, if they are.
     pub(super) fn continue_switch(&mut self, pod_id: PodId) -> Result<()> {
-        let until_ns = monotonic_ns()? + SWITCH_NS;
-        let old = self.switch(pod_id)?;
-        let noted = old.map_or(0, |old| old.noted);
-        let new = Switch { until_ns, noted, padding: 0 };
-        self.switches()?.insert(pod_id, new, 0).context("write map switches")?;
-        if old.is_none() { self.count_switches() } else { Ok(()) }
+        const BPF_EXIST: u64 = 2;
+        let continued = self.switches()?.insert(pod_id, switch_end()?, BPF_EXIST);
+        absent(continued).map(drop).context("write map switches")
     }
 
     /// Whether flows of the pod are noted.
     pub(super) fn has_noted(&mut self, pod_id: PodId) -> Result<bool> {
-        Ok(self.switch(pod_id)?.is_some_and(|switch| switch.noted > 0))
+        let noted = absent(self.noted()?.get(&pod_id, 0)).context("read map noted")?;
+        Ok(noted.is_some_and(|noted| noted > 0))
     }
 
     /// Forgets which way the pod's flows go, and notes no more of them.
     pub(super) fn end_switch(&mut self, pod_id: PodId) -> Result<()> {
-        let Some(switch) = self.switch(pod_id)? else { return Ok(()) };
         absent(self.switches()?.remove(&pod_id)).context("write map switches")?;
         self.count_switches()?;
-        if switch.noted == 0 {
-            return Ok(());
-        }
+        absent(self.noted()?.remove(&pod_id)).context("write map noted")?;
+        // Whatever was counted: a program that was under way may have noted one more.
         let mut ways: HashMap<_, PodFlow, u32> = self.map(WAYS)?;
         let keys = ways.keys().filter_map(Result::ok);
         let noted: Vec<PodFlow> = keys.filter(|key| key.pod_id == pod_id).collect();
@@ -348,12 +359,12 @@ impl Kernel {
         self.count_switches()
     }
 
-    fn switch(&mut self, pod_id: PodId) -> Result<Option<Switch>> {
-        absent(self.switches()?.get(&pod_id, 0)).context("read map switches")
+    fn switches(&mut self) -> Result<HashMap<&mut MapData, PodId, u64>> {
+        self.map(SWITCHES)
     }
 
-    fn switches(&mut self) -> Result<HashMap<&mut MapData, PodId, Switch>> {
-        self.map(SWITCHES)
+    fn noted(&mut self) -> Result<HashMap<&mut MapData, PodId, u32>> {
+        self.map(NOTED)
     }
 
     /// Tells the programs whether they have to look into `switches`.

@@ -10,8 +10,9 @@ use std::{
 use anyhow::{Context as _, Result};
 use aya::programs::{CgroupAttachMode, ProgramFd, SockOps, TcAttachType, links::FdLink};
 use aya_obj::generated::bpf_attach_type;
+use redirect_ebpf::abi::LOOPBACK_IFINDEX;
 
-use super::{kernel::TcxProgram, remove_if_there, routes::LOOPBACK_IFINDEX, sys};
+use super::{kernel::TcxProgram, remove_if_there, sys};
 use crate::netns::Netns;
 
 /// The pins of one pod, `<bpffs>/links/<netns inode>/…`.

@@ -44,19 +44,22 @@ use aya_log::EbpfLogger;
 use ipnet::IpNet;
 use nix::{
     mount::{MsFlags, mount},
-    sys::{statfs::statfs, time::TimeValLike as _},
+    sys::{
+        statfs::{BPF_FS_MAGIC, statfs},
+        time::TimeValLike as _,
+    },
     time::{ClockId, clock_gettime},
 };
 use redirect_ebpf::abi::{
-    ABI_VERSION, Counter, LISTENER_HBONE, LISTENER_INBOUND, LISTENER_OUTBOUND, PORT_HBONE,
-    PORT_INBOUND, PORT_OUTBOUND, PodId,
+    ABI_VERSION, Counter, LISTENER_HBONE, LISTENER_INBOUND, LISTENER_OUTBOUND, LOOPBACK_IFINDEX,
+    PORT_HBONE, PORT_INBOUND, PORT_OUTBOUND, PodId,
 };
 use tracing::debug;
 
 pub use self::{
     kernel::OBJECT,
     observe::Observation,
-    owner::Owned,
+    owner::{Owned, Owner},
     parts::{Inspection, Part, PartKind},
     pod_netns::PodNetns,
     sockets::offsets as sock_offsets,
@@ -65,8 +68,7 @@ pub use self::{
 use self::{
     kernel::{FIND_PROXY, Globals, INBOUND_RANGES, Kernel, TcxProgram},
     links::{KubeletLink, PodLinks, tcx_directions},
-    owner::Owner,
-    routes::{LOOPBACK_IFINDEX, Routing, Seen},
+    routes::{Routing, Seen},
     rows::Row,
 };
 use crate::traffic::Traffic;
@@ -76,8 +78,6 @@ pub const DEFAULT_PROXY_GRACE: Duration = Duration::from_secs(3);
 
 /// Where bpffs is mounted unless the operator has it elsewhere.
 const BPFFS: &str = "/sys/fs/bpf";
-/// Source: Linux `include/uapi/linux/magic.h`, `BPF_FS_MAGIC`.
-const BPF_FS_MAGIC: i64 = 0xcafe_4a11;
 /// After the switch, the flows that were caught half-way are marked at these instants: a connection
 /// that chose its route before the switch, or was half open, has shown itself before the last of
 /// them.
@@ -97,7 +97,7 @@ pub struct Options {
     pub proxy_grace: Duration,
     /// Whether the programs log their decisions.
     pub log: bool,
-    /// Whether to go ahead although another process owns the directory.
+    /// Whether to go ahead although the directory has an owner: another process, or this one by [`own`].
     pub force: bool,
 }
 
@@ -122,6 +122,22 @@ pub struct Dataplane {
 
 const POD_LOCKS: usize = 64;
 
+/// Takes possession of the directory until the owner is dropped; makes it if it is not there.
+///
+/// # Errors
+///
+/// [`Owned`] when another process has it; else when it cannot be made.
+pub fn own(dir: &Path) -> Result<Owner> {
+    loop {
+        create_bpffs_dir(dir)?;
+        let owner = Owner::take(dir)?;
+        // Whoever had it may have removed it in the end, and somebody else made it anew.
+        if owner.is_at(dir) {
+            return Ok(owner);
+        }
+    }
+}
+
 impl Dataplane {
     /// Takes possession of the directory, loads the programs and opens or creates the pinned maps; nothing
     /// is attached yet.
@@ -132,7 +148,7 @@ impl Dataplane {
     /// allow it.
     pub fn open(options: &Options) -> Result<Self> {
         create_bpffs_dir(&options.bpffs_dir)?;
-        let owner = if options.force { None } else { Some(Owner::take(&options.bpffs_dir)?) };
+        let owner = if options.force { None } else { Some(own(&options.bpffs_dir)?) };
         let proxy_grace_ns =
             u64::try_from(options.proxy_grace.as_nanos()).context("use a proxy grace that long")?;
         let globals =
@@ -164,14 +180,15 @@ impl Dataplane {
     ///
     /// # Errors
     ///
-    /// When a system call fails; what was set up so far stays, and calling again completes it.
+    /// When the pod has too many interfaces, or a system call fails; what was set up so far stays, and
+    /// calling again completes it.
     pub fn prepare(&self, pod: &PodNetns, reason: u32, traffic: &Traffic) -> Result<()> {
         let _pod = self.pod(pod.id());
         let links = PodLinks::new(&self.dir, pod.id());
         let (seen, sysctls, look_set) = pod.netns.run(|| {
             anyhow::Ok((Routing::open()?.look()?, sysctl::read()?, sysctl::look_set()?))
         })??;
-        let interfaces = seen.interfaces();
+        let interfaces = seen.interfaces()?;
         // The kernel gives a new namespace the number of one that is gone. Links that somebody has
         // detached look the same; then our sysctls are still there.
         if !look_set && links.are_left()? {
@@ -254,7 +271,7 @@ impl Dataplane {
         routing: &Routing,
         seen: &Seen,
     ) -> Result<()> {
-        let dns = traffic.captures_dns();
+        let (dns, interfaces) = (traffic.captures_dns(), seen.interfaces()?);
         // Before the rule that brings connections to resolvers to `lo`.
         self.change_row(pod.id(), |row| Row { dns: dns || row.dns, ..row })?;
         for source in pod.sources() {
@@ -265,7 +282,6 @@ impl Dataplane {
             let captured_at_ns = if row.capture { row.captured_at_ns } else { since };
             Row { enrolled: true, capture: true, captured_at_ns, dns, ..row }
         })?;
-        let interfaces = seen.interfaces();
         self.kernel().virtual_interfaces()?.set(pod.id(), &interfaces, traffic, true)
     }
 
@@ -570,7 +586,7 @@ impl Dataplane {
     fn switch(&self, pod: &PodNetns, change: impl FnOnce() -> Result<()> + Send) -> Result<()> {
         let _pod = self.pod(pod.id());
         self.kernel().end_switch(pod.id())?;
-        self.kernel().continue_switch(pod.id())?;
+        self.kernel().begin_switch(pod.id())?;
         let switched = pod.netns.run(change).flatten();
         if switched.is_err() {
             self.kernel().end_switch(pod.id())?;
@@ -675,5 +691,5 @@ fn create_bpffs_dir(dir: &Path) -> Result<()> {
 
 fn is_bpffs(path: &Path) -> Result<bool> {
     let fs = statfs(path).with_context(|| format!("stat {}", path.display()))?;
-    Ok(fs.filesystem_type().0 == BPF_FS_MAGIC)
+    Ok(fs.filesystem_type() == BPF_FS_MAGIC)
 }

@@ -111,7 +111,7 @@ impl Dataplane {
         self.kernel().inspect(pod, traffic, &mut found)?;
         let links = PodLinks::new(&self.dir, pod.id());
         found.add(links.has_lookup(pod.id())?, PartKind::Lookup, None);
-        for (index, name) in seen.interfaces() {
+        for (index, name) in seen.interfaces()? {
             if traffic.reroutes(&name) {
                 let capture = row.is_some_and(|row| row.capture);
                 let set =

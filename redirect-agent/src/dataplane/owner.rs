@@ -24,8 +24,8 @@ const LOOK: Duration = Duration::from_millis(20);
 
 /// Holds the directory until dropped.
 #[derive(Debug)]
-pub(super) struct Owner {
-    _lock: Flock<fs::File>,
+pub struct Owner {
+    lock: Flock<fs::File>,
 }
 
 impl Owner {
@@ -39,7 +39,7 @@ impl Owner {
         let mut file = fs::File::open(dir).with_context(|| format!("open {}", dir.display()))?;
         loop {
             match Flock::lock(file, FlockArg::LockExclusiveNonblock) {
-                Ok(lock) => return Ok(Self { _lock: lock }),
+                Ok(lock) => return Ok(Self { lock }),
                 Err((again, Errno::EWOULDBLOCK)) if Instant::now() < deadline => {
                     thread::sleep(LOOK);
                     file = again;
@@ -50,6 +50,12 @@ impl Owner {
                 Err((_, e)) => return Err(e).with_context(|| format!("lock {}", dir.display())),
             }
         }
+    }
+
+    /// Whether the directory is still where it was: a former owner may have removed it.
+    pub(super) fn is_at(&self, dir: &Path) -> bool {
+        let (here, there) = (self.lock.metadata(), fs::metadata(dir));
+        here.is_ok_and(|here| there.is_ok_and(|there| here.st_ino() == there.st_ino()))
     }
 }
 

@@ -3,10 +3,10 @@
 use std::{collections::BTreeSet, net::IpAddr};
 
 use anyhow::{Result, bail};
-use redirect_ebpf::abi::PodId;
+use redirect_ebpf::abi::{LOOPBACK_IFINDEX, PodId};
 
 use super::{
-    routes::{Address, LOOPBACK_IFINDEX, Routing},
+    routes::{Address, Routing},
     rows::Row,
 };
 use crate::netns::Netns;

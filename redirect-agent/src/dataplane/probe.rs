@@ -12,11 +12,12 @@ use std::{
 use anyhow::{Context as _, Result, anyhow};
 use aya::{Btf, EbpfLoader, programs::TcAttachType};
 use nix::sched::{CloneFlags, unshare};
+use redirect_ebpf::abi::LOOPBACK_IFINDEX;
 
 use super::{
     kernel::{ITERATORS, Kernel, OBJECT, TCX_PROGRAMS},
     links::attach_tcx,
-    routes::{LOOPBACK_IFINDEX, Routing},
+    routes::Routing,
     sockets, sys, sysctl,
 };
 use crate::netns::Netns;

@@ -5,12 +5,15 @@ use std::{
     collections::{BTreeMap, BTreeSet},
     fmt,
     net::{IpAddr, Ipv4Addr, Ipv6Addr},
+    pin::pin,
 };
 
 use anyhow::{Context as _, Result, ensure};
-use futures_util::{StreamExt as _, TryStreamExt as _};
+use futures_util::{Stream, StreamExt as _};
 use ipnet::{IpNet, Ipv4Net, Ipv6Net};
-use redirect_ebpf::abi::{MARK_MASK, MARK_REDIRECTED, MARK_RESCUED, MARK_VIRTUAL};
+use redirect_ebpf::abi::{
+    LOOPBACK_IFINDEX, MARK_MASK, MARK_REDIRECTED, MARK_RESCUED, MARK_VIRTUAL,
+};
 use rtnetlink::{
     Error, Handle, IpVersion, RouteMessageBuilder,
     packet_route::{
@@ -36,6 +39,12 @@ const PRIORITY: u32 = 0;
 const PRIORITY_LANDING: u32 = 1;
 /// How many rules of a pod are moved behind ours; nobody needs more.
 const FOREIGN_RULES: usize = 64;
+/// How many interfaces of a pod get programs, besides `lo`. One that gets none would be a way past the
+/// proxy, so a pod that has more is not set up.
+const POD_INTERFACES: usize = 64;
+/// How much of each kind is read of a pod: a pod with `NET_ADMIN` may have as much as it likes, and the
+/// agent's memory is there for all pods. The settings need half of it at most.
+const POD_ENTRIES: usize = 8192;
 /// istio-cni's table for what comes back from the application, and the mark that leads to it, which
 /// happens to be ours. Source: Istio `cni/pkg/config`, `RouteTableInbound`, `InpodTProxyMark`.
 const TABLE_ISTIO_CNI: u32 = 100;
@@ -44,8 +53,6 @@ const TABLE_LOCAL: u32 = 255;
 const MARK_ISTIO_CNI: u32 = 0x111;
 /// Above those of the routes for sockets that are bound to no interface, which so take the latter.
 const BOUND_METRIC: u32 = 4096;
-/// `lo`'s index, in every namespace. Source: Linux `include/net/flow.h`, `LOOPBACK_IFINDEX`.
-pub(super) const LOOPBACK_IFINDEX: u32 = 1;
 
 /// Which connections of the pod take the redirection route, and which do not. All are for what the
 /// pod itself sends, but for those of virtual interfaces. They are declared in the order that the kernel
@@ -466,7 +473,7 @@ struct Link {
     up: bool,
 }
 
-/// The rules of one family, and the routes of our tables.
+/// The rules of one family that may matter to ours, and the routes of our tables.
 struct Family {
     rules: Vec<RuleMessage>,
     routes: Vec<RouteMessage>,
@@ -474,8 +481,17 @@ struct Family {
 
 impl Seen {
     /// The interfaces: index → name.
-    pub(super) fn interfaces(&self) -> BTreeMap<u32, String> {
-        self.interfaces.iter().map(|(index, link)| (*index, link.name.clone())).collect()
+    ///
+    /// # Errors
+    ///
+    /// When there are more than can have programs.
+    pub(super) fn interfaces(&self) -> Result<BTreeMap<u32, String>> {
+        let besides_lo = self.interfaces.keys().filter(|index| **index != LOOPBACK_IFINDEX).count();
+        ensure!(
+            besides_lo <= POD_INTERFACES,
+            "the pod has {besides_lo} network interfaces besides lo, and at most {POD_INTERFACES} can be guarded; remove some"
+        );
+        Ok(self.interfaces.iter().map(|(index, link)| (*index, link.name.clone())).collect())
     }
 
     /// Whether `lo` is up.
@@ -629,7 +645,9 @@ impl Routing {
             .build()
             .context("start a runtime for netlink")?;
         let _context = runtime.enter();
-        let (connection, handle, _) = rtnetlink::new_connection().context("open netlink")?;
+        // The kernel, and not we, leaves out the routes of other tables.
+        let (connection, handle, _) =
+            rtnetlink::new_connection_with_strict_check().context("open netlink")?;
         runtime.spawn(connection);
         Ok(Self { runtime, handle })
     }
@@ -637,12 +655,12 @@ impl Routing {
     /// Reads everything that the other functions need to know.
     pub(super) fn look(&self) -> Result<Seen> {
         self.runtime.block_on(async {
-            let links = self.handle.link().get().execute().try_collect();
-            let links: Vec<LinkMessage> = links.await.context("list interfaces")?;
-            let addresses = self.handle.address().get().execute().try_collect();
+            let links = self.handle.link().get().execute();
+            let links = collect("network interfaces", links, |link| Some(interface(link))).await?;
+            let addresses = self.handle.address().get().execute();
             Ok(Seen {
-                interfaces: links.into_iter().map(interface).collect(),
-                addresses: addresses.await.context("list addresses")?,
+                interfaces: links.into_iter().collect(),
+                addresses: collect("addresses", addresses, Some).await?,
                 v4: self.family(IpVersion::V4).await?,
                 v6: self.family(IpVersion::V6).await?,
             })
@@ -770,7 +788,7 @@ impl Routing {
     pub(super) fn delete_istio_cni(&self) -> Result<()> {
         self.runtime.block_on(async {
             for family in [IpVersion::V4, IpVersion::V6] {
-                for route in self.routes_of(family, &[TABLE_ISTIO_CNI]).await? {
+                for route in self.routes_of(family, TABLE_ISTIO_CNI).await? {
                     let default = route.header.destination_prefix_length == 0;
                     let to_lo = route.attributes.contains(&RouteAttribute::Oif(LOOPBACK_IFINDEX));
                     if route.header.kind == RouteType::Local && default && to_lo {
@@ -859,48 +877,69 @@ impl Routing {
     }
 
     async fn rules(&self, family: IpVersion) -> Result<Vec<RuleMessage>> {
-        let rules: Result<Vec<_>, Error> = self
-            .handle
-            .rule()
-            .get(family)
-            .execute()
-            .collect::<Vec<_>>()
-            .await
-            .into_iter()
-            .collect();
-        absent_family(rules).context("list rules")
+        let rules = self.handle.rule().get(family).execute();
+        let matters = |rule: &RuleMessage| {
+            priority(rule) <= PRIORITY_LANDING || leads_to_ours(rule) || is_istio_cnis(rule)
+        };
+        let what = "routing rules of priority 0 or 1, or to our tables";
+        collect(what, rules, |rule| Some(rule).filter(matters)).await
     }
 
     async fn routes(&self, family: IpVersion) -> Result<Vec<RouteMessage>> {
-        self.routes_of(family, &[TABLE, TABLE_KEEP]).await
-    }
-
-    async fn routes_of(&self, family: IpVersion, tables: &[u32]) -> Result<Vec<RouteMessage>> {
-        let filter = match family {
-            IpVersion::V4 => RouteMessageBuilder::<Ipv4Addr>::new().build(),
-            IpVersion::V6 => RouteMessageBuilder::<Ipv6Addr>::new().build(),
-        };
-        let routes: Result<Vec<_>, Error> = self
-            .handle
-            .route()
-            .get(filter)
-            .execute()
-            .collect::<Vec<_>>()
-            .await
-            .into_iter()
-            .collect();
-        let mut routes = absent_family(routes).context("list routes")?;
-        let within =
-            |a: &RouteAttribute| matches!(a, RouteAttribute::Table(t) if tables.contains(t));
-        routes.retain(|route| route.attributes.iter().any(within));
+        let mut routes = self.routes_of(family.clone(), TABLE).await?;
+        routes.extend(self.routes_of(family, TABLE_KEEP).await?);
         Ok(routes)
     }
+
+    async fn routes_of(&self, family: IpVersion, table: u32) -> Result<Vec<RouteMessage>> {
+        let mut filter = RouteMessage::default();
+        filter.header.address_family = match family {
+            IpVersion::V4 => AddressFamily::Inet,
+            IpVersion::V6 => AddressFamily::Inet6,
+        };
+        filter.attributes.push(RouteAttribute::Table(table));
+        let routes = self.handle.route().get(filter).execute();
+        let within = |route: &RouteMessage| {
+            route.attributes.iter().any(|a| matches!(a, RouteAttribute::Table(t) if *t == table))
+        };
+        // A kernel that leaves out none gives those of other tables, too.
+        let what = format!("routes in table {table}");
+        collect(&what, routes, |route| Some(route).filter(within)).await
+    }
+}
+
+/// What of a list that the kernel sends is to be kept.
+async fn collect<T, U>(
+    what: &str,
+    messages: impl Stream<Item = Result<T, Error>>,
+    keep: impl Fn(T) -> Option<U>,
+) -> Result<Vec<U>> {
+    let mut messages = pin!(messages);
+    let mut kept = Vec::new();
+    while let Some(message) = messages.next().await {
+        let message = match message {
+            Err(e) if is_absent(&e) => break,
+            message => message.with_context(|| format!("list {what}"))?,
+        };
+        let Some(message) = keep(message) else { continue };
+        ensure!(
+            kept.len() < POD_ENTRIES,
+            "the pod has more than {POD_ENTRIES} {what}; remove some"
+        );
+        kept.push(message);
+    }
+    Ok(kept)
+}
+
+/// Whether a rule leads to a table of ours.
+fn leads_to_ours(rule: &RuleMessage) -> bool {
+    let tables = [RuleAttribute::Table(TABLE), RuleAttribute::Table(TABLE_KEEP)];
+    tables.iter().any(|table| rule.attributes.contains(table))
 }
 
 /// Whether a rule leads to a table of ours and is none of ours.
 fn is_stale(rule: &RuleMessage) -> bool {
-    let tables = [RuleAttribute::Table(TABLE), RuleAttribute::Table(TABLE_KEEP)];
-    tables.iter().any(|table| rule.attributes.contains(table)) && Rule::read(rule).is_none()
+    leads_to_ours(rule) && Rule::read(rule).is_none()
 }
 
 /// Whether a rule is istio-cni's.
@@ -965,16 +1004,10 @@ fn done(result: Result<(), Error>) -> Result<(), Error> {
     }
 }
 
-/// A kernel without IPv6 has no IPv6 rules.
-fn absent_family<T>(result: Result<Vec<T>, Error>) -> Result<Vec<T>, Error> {
-    match result {
-        Err(Error::NetlinkError(e))
-            if matches!(-e.raw_code(), libc::EAFNOSUPPORT | libc::EOPNOTSUPP) =>
-        {
-            Ok(Vec::new())
-        }
-        result => result,
-    }
+/// A kernel without IPv6 has none of its rules, and a table without a route does not exist.
+fn is_absent(error: &Error) -> bool {
+    let Error::NetlinkError(e) = error else { return false };
+    matches!(-e.raw_code(), libc::EAFNOSUPPORT | libc::EOPNOTSUPP | libc::ENOENT)
 }
 
 #[cfg(test)]

@@ -3,7 +3,7 @@
 
 use std::{
     fs,
-    io::{self, Read as _},
+    io::{self, BufRead, BufReader, Read as _},
 };
 
 use anyhow::{Context as _, Result, anyhow};
@@ -66,13 +66,8 @@ impl Readable for BtfBytes {
 /// Whether a UDP socket is bound to the port of the proxy's DNS, in either family.
 pub(super) fn dns_listens() -> Result<bool> {
     for path in ["/proc/thread-self/net/udp", "/proc/thread-self/net/udp6"] {
-        match fs::read_to_string(path) {
-            Ok(table) if has_port(&table, PORT_PROXY_DNS) => return Ok(true),
-            // A kernel without IPv6 has no such table.
-            Err(e) if e.kind() != io::ErrorKind::NotFound => {
-                return Err(e).with_context(|| format!("read {path}"));
-            }
-            _ => {}
+        if read(path, |table| has_port(table, PORT_PROXY_DNS))? {
+            return Ok(true);
         }
     }
     Ok(false)
@@ -83,37 +78,48 @@ pub(super) fn dns_listens() -> Result<bool> {
 pub(super) fn accepted_at(ports: &[u16]) -> Result<usize> {
     let mut connections = 0;
     for path in ["/proc/thread-self/net/tcp", "/proc/thread-self/net/tcp6"] {
-        match fs::read_to_string(path) {
-            // A kernel without IPv6 has no such table.
-            Err(e) if e.kind() == io::ErrorKind::NotFound => {}
-            table => {
-                let table = table.with_context(|| format!("read {path}"))?;
-                connections +=
-                    ports.iter().map(|port| connections_at(&table, *port)).sum::<usize>();
-            }
-        }
+        connections += read(path, |table| connections_at(table, ports))?;
     }
     Ok(connections)
 }
 
+/// Reads a table of sockets, line by line: a pod may have very many. A kernel without IPv6 lacks half of
+/// the tables, which then are empty.
+fn read<T: Default>(
+    path: &str,
+    read: impl FnOnce(BufReader<fs::File>) -> io::Result<T>,
+) -> Result<T> {
+    match fs::File::open(path).and_then(|file| read(BufReader::new(file))) {
+        Err(e) if e.kind() == io::ErrorKind::NotFound => Ok(T::default()),
+        result => result.with_context(|| format!("read {path}")),
+    }
+}
+
 /// Source: Linux `net/ipv4/tcp_ipv4.c`, `get_tcp4_sock`; `include/net/tcp_states.h`.
-fn connections_at(table: &str, port: u16) -> usize {
+fn connections_at(table: impl BufRead, ports: &[u16]) -> io::Result<usize> {
     const NONE: [&str; 3] = ["06", "07", "0A"];
-    let end = format!(":{port:04X}");
-    let is_one = |line: &&str| {
+    let ends: Vec<String> = ports.iter().map(|port| format!(":{port:04X}")).collect();
+    let mut connections = 0;
+    for line in table.lines().skip(1) {
+        let line = line?;
         let mut fields = line.split_whitespace().skip(1);
-        let local = fields.next().is_some_and(|local| local.ends_with(&end));
-        local && fields.nth(1).is_some_and(|state| !NONE.contains(&state))
-    };
-    table.lines().skip(1).filter(is_one).count()
+        let local = fields.next().is_some_and(|local| ends.iter().any(|end| local.ends_with(end)));
+        let open = fields.nth(1).is_some_and(|state| !NONE.contains(&state));
+        connections += usize::from(local && open);
+    }
+    Ok(connections)
 }
 
 /// Whether a socket of the table has this local port. Source: Linux `net/ipv4/udp.c`,
 /// `udp4_format_sock`.
-fn has_port(table: &str, port: u16) -> bool {
+fn has_port(table: impl BufRead, port: u16) -> io::Result<bool> {
     let end = format!(":{port:04X}");
-    let mut sockets = table.lines().skip(1);
-    sockets.any(|line| line.split_whitespace().nth(1).is_some_and(|local| local.ends_with(&end)))
+    for line in table.lines().skip(1) {
+        if line?.split_whitespace().nth(1).is_some_and(|local| local.ends_with(&end)) {
+            return Ok(true);
+        }
+    }
+    Ok(false)
 }
 
 /// Listeners of the proxy, a bit for each of `LISTENER_*`.
@@ -151,7 +157,7 @@ pub(super) fn run(mut iterator: fs::File) -> Result<usize> {
 
 #[cfg(test)]
 mod tests {
-    use redirect_ebpf::abi::PORT_OUTBOUND;
+    use redirect_ebpf::abi::{PORT_INBOUND, PORT_OUTBOUND};
 
     use super::*;
 
@@ -167,8 +173,11 @@ mod tests {
         let none = ["06", "07", "0A"].map(|state| socket("0100007F:3A99", state)).concat();
         let other = socket("0100007F:0035", "01");
         let table = |sockets: &[&str]| format!("  sl  local_address\n{}", sockets.concat());
-        assert_eq!(connections_at(&table(&[&none, &v4, &other, &v6]), PORT_OUTBOUND), 2);
-        assert_eq!(connections_at(&table(&[&none, &other]), PORT_OUTBOUND), 0);
+        let count = |sockets: &[&str]| {
+            connections_at(table(sockets).as_bytes(), &[PORT_INBOUND, PORT_OUTBOUND]).unwrap()
+        };
+        assert_eq!(count(&[&none, &v4, &other, &v6]), 2);
+        assert_eq!(count(&[&none, &other]), 0);
     }
 
     #[test]
@@ -180,7 +189,8 @@ mod tests {
         let other =
             "  3: 0100007F:0035 0100007F:3ACD 07 00000000:00000000 00:00000000 00000000  0\n";
         for (socket, found) in [(v4, true), (v6, true), (other, false), ("", false)] {
-            assert_eq!(has_port(&format!("{head}{socket}"), PORT_PROXY_DNS), found, "{socket}");
+            let table = format!("{head}{socket}");
+            assert_eq!(has_port(table.as_bytes(), PORT_PROXY_DNS).unwrap(), found, "{socket}");
         }
     }
 }

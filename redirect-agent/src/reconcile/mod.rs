@@ -32,6 +32,7 @@ pub use self::admission::Admission;
 use self::{plan::Standing, pod::PodTask};
 use crate::{
     cni::records::{Sandbox, Sandboxes},
+    control::Remaining,
     dataplane::{Dataplane, Part, PodNetns},
     finder::Finder,
     membership::{self, Decision, Pod, PodKey, decide},
@@ -416,8 +417,8 @@ impl<S: Source> Reconciler<S> {
             let known: BTreeSet<u32> = inventory
                 .pods
                 .values()
-                .filter_map(|pod| finder.inode(pod, |inode| linked.contains(&inode)))
-                .collect();
+                .filter_map(|pod| finder.inode(pod, |inode| linked.contains(&inode)).transpose())
+                .collect::<Result<_>>()?;
             for netns in netns::in_dir(finder.netns_dir())? {
                 if linked.contains(&netns.inode()) && !known.contains(&netns.inode()) {
                     let path = netns.path().to_owned();
@@ -466,6 +467,20 @@ impl<S: Source> Observer<S> {
     /// How many pods are left alone because istio-cni redirects them.
     pub fn left_alone(&self) -> usize {
         self.shared.views().values().filter(|view| view.left_alone).count()
+    }
+
+    /// The pods that do not bypass, as far as their tasks know.
+    pub fn remaining(&self) -> Remaining {
+        let mut remaining = Remaining::default();
+        for view in self.shared.views().values() {
+            let state = view.state();
+            if state != PodState::Bypassing {
+                remaining.pods += 1;
+                remaining.failed += usize::from(state == PodState::Failed);
+                remaining.why = remaining.why.or_else(|| view.problem.clone());
+            }
+        }
+        remaining
     }
 
     /// The proxies and the workloads they serve.

@@ -99,7 +99,8 @@ impl<S: Source> PodTask<S> {
         let dataplane = Arc::clone(&self.shared.dataplane);
         blocking(move || {
             let is_ours = |inode| dataplane.is_linked(inode);
-            let Some(pod_id) = own.then(|| finder.inode(&pod, is_ours)).flatten() else {
+            let pod_id = if own { finder.inode(&pod, is_ours)? } else { None };
+            let Some(pod_id) = pod_id else {
                 // One that has a namespace of its own may be found later.
                 return Ok((!own && noted.is_none(), false));
             };
@@ -210,11 +211,15 @@ impl<S: Source> PodTask<S> {
         let netns = self.netns.clone();
         let stands = blocking(move || {
             Ok(match netns {
-                Some(netns) => finder.stands(&pod, &netns.netns),
-                None => finder.inode(&pod, |inode| dataplane.is_linked(inode)).is_some(),
+                Some(netns) => finder.stands(&pod, &netns.netns)?,
+                None => finder.inode(&pod, |inode| dataplane.is_linked(inode))?.is_some(),
             })
         });
-        stands.await.unwrap_or(false)
+        stands.await.unwrap_or_else(|e| {
+            // The proxy would stop what may be alive.
+            warn!(pod = %self.key, "cannot tell whether its network namespace is gone: {e:#}");
+            true
+        })
     }
 
     /// The namespace is gone or another: the proxy must let go of it. What the kernel still has

@@ -157,10 +157,10 @@ impl<S: Source> PodTask<S> {
         let (finder, pod) = (Arc::clone(&self.shared.settings.finder), self.pod.clone());
         let reason = self.decision_code();
         let dataplane = Arc::clone(&self.shared.dataplane);
-        let old = self.noted.take();
+        let old = self.noted;
         self.noted = blocking(move || {
             let is_ours = |inode| dataplane.is_linked(inode);
-            let pod_id = own.then(|| finder.inode(&pod, is_ours)).flatten();
+            let pod_id = if own { finder.inode(&pod, is_ours)? } else { None };
             if let Some(old) = old.filter(|old| Some(*old) != pod_id) {
                 dataplane.delete_bypass(old)?;
             }

@@ -10,7 +10,7 @@ use std::{
     io::{IoSlice, IoSliceMut},
     os::{
         fd::{AsRawFd as _, BorrowedFd, OwnedFd},
-        unix::fs::{DirBuilderExt as _, FileTypeExt as _, MetadataExt as _, PermissionsExt as _},
+        unix::fs::{DirBuilderExt as _, PermissionsExt as _},
     },
     path::{Path, PathBuf},
     time::Duration,
@@ -20,7 +20,7 @@ use nix::{
     errno::Errno,
     sys::socket::{
         AddressFamily, Backlog, ControlMessage, MsgFlags, SockFlag, SockType, UnixAddr, bind,
-        connect, listen, recvmsg, sendmsg, socket,
+        listen, recvmsg, sendmsg, socket,
     },
 };
 use tokio::{
@@ -30,6 +30,7 @@ use tokio::{
 };
 
 use super::messages::{DecodeError, MAX_RESPONSE_BYTES};
+use crate::socket_file::{Obstacle, SocketFile, remove_stale};
 
 /// Why the ZDS socket cannot be had.
 #[derive(Debug, thiserror::Error)]
@@ -129,7 +130,11 @@ impl Listener {
             made.map_err(failed("create the directory of"))?;
         }
         let addr = UnixAddr::new(path).map_err(|e| failed("bind")(e.into()))?;
-        remove_stale(path, &addr)?;
+        remove_stale(path).map_err(|obstacle| match obstacle {
+            Obstacle::NotASocket => BindError::NotASocket(path.to_owned()),
+            Obstacle::InUse => BindError::InUse(path.to_owned()),
+            Obstacle::Io(e) => failed("replace stale")(e),
+        })?;
 
         let fd = seqpacket().map_err(|e| failed("create")(e.into()))?;
         bind(fd.as_raw_fd(), &addr).map_err(|e| failed("bind")(e.into()))?;
@@ -143,7 +148,7 @@ impl Listener {
     }
 
     pub(super) fn path(&self) -> &Path {
-        &self.file.path
+        self.file.path()
     }
 
     /// Waits for the next proxy. Can be dropped at any time.
@@ -153,60 +158,9 @@ impl Listener {
     }
 }
 
-/// Unlinks the socket file on drop, unless somebody has put another one in its place.
-#[derive(Debug)]
-struct SocketFile {
-    path: PathBuf,
-    id: (u64, u64),
-}
-
-impl SocketFile {
-    fn of(path: &Path) -> io::Result<Self> {
-        Ok(Self { path: path.to_owned(), id: file_id(path)? })
-    }
-}
-
-impl Drop for SocketFile {
-    fn drop(&mut self) {
-        if file_id(&self.path).is_ok_and(|id| id == self.id) {
-            // A file that stays behind is stale, and the next agent removes it.
-            let _ = fs::remove_file(&self.path);
-        }
-    }
-}
-
-fn file_id(path: &Path) -> io::Result<(u64, u64)> {
-    let meta = fs::symlink_metadata(path)?;
-    Ok((meta.dev(), meta.ino()))
-}
-
 fn seqpacket() -> nix::Result<OwnedFd> {
     let flags = SockFlag::SOCK_NONBLOCK | SockFlag::SOCK_CLOEXEC;
     socket(AddressFamily::Unix, SockType::SeqPacket, flags, None)
-}
-
-/// Removes a socket that nobody answers on.
-fn remove_stale(path: &Path, addr: &UnixAddr) -> Result<(), BindError> {
-    let failed = |source| BindError::Io { action: "replace stale", path: path.to_owned(), source };
-    match fs::symlink_metadata(path) {
-        Err(e) if e.kind() == io::ErrorKind::NotFound => return Ok(()),
-        Err(e) => return Err(failed(e)),
-        Ok(meta) if !meta.file_type().is_socket() => {
-            return Err(BindError::NotASocket(path.to_owned()));
-        }
-        Ok(_) => {}
-    }
-    let probe = seqpacket().map_err(|e| failed(e.into()))?;
-    match connect(probe.as_raw_fd(), addr) {
-        Err(Errno::ECONNREFUSED) => match fs::remove_file(path) {
-            Err(e) if e.kind() != io::ErrorKind::NotFound => Err(failed(e)),
-            _ => Ok(()),
-        },
-        Err(Errno::ENOENT) => Ok(()),
-        // Answered; answered, but its queue is full; answered, but it is a socket of another type.
-        Ok(()) | Err(Errno::EAGAIN | Errno::EPROTOTYPE) => Err(BindError::InUse(path.to_owned())),
-        Err(e) => Err(failed(e.into())),
-    }
 }
 
 /// One proxy's connection. Dropping it closes it.

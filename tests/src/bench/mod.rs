@@ -1,6 +1,6 @@
 //! The benchmark: what redirection costs, against the same traffic without it. `cargo xtask bench`.
 //!
-//! A pod calls a server on another node, by a proxy that only relays. Each mode gets fresh network
+//! A pod calls a server on another node, through a proxy that only relays. Each mode gets fresh network
 //! namespaces (connections in TIME_WAIT of the mode before would slow the proxy down), and within a round
 //! the modes come in random order, so that what else the machine does hits all of them alike. Only ratios
 //! within a round are compared.

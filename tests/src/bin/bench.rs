@@ -13,7 +13,7 @@ use redirect_tests::netns::Family;
 
 /// Measures what redirection costs, on real packets in network namespaces of its own
 ///
-/// A pod calls a server by a proxy that only relays. Rounds alternate between the modes in random order,
+/// A pod calls a server through a proxy that only relays. Rounds alternate between the modes in random order,
 /// and only ratios within a round are compared. The machine should be idle otherwise.
 #[derive(Debug, Parser)]
 #[command(

@@ -1,16 +1,18 @@
 //! The CNI plugin in a chain with real network plugins, called as a container runtime does it, and the
 //! agent that installs it.
 
-use std::fs;
+use std::fs::{self, File};
 use std::net::{Ipv6Addr, TcpListener};
 use std::os::unix::fs::MetadataExt as _;
 use std::os::unix::net::UnixListener;
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::process::Command;
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::thread;
 use std::time::{Duration, Instant};
 
 use anyhow::{Context as _, Result, anyhow, bail, ensure};
+use nix::fcntl::{Flock, FlockArg};
 use redirect_agent::output::PodState;
 use redirect_tests::apiserver::{ApiServer, Kind};
 use redirect_tests::both_families;
@@ -23,6 +25,7 @@ use serde_json::{Value, json};
 use crate::api_server::Managed;
 use crate::cluster::{Cluster, Manifest, SOON, echo};
 use crate::health::get;
+use crate::load::Until;
 
 both_families! {
     first_connection_of_a_pod_is_redirected_behind_a_bridge,
@@ -420,7 +423,17 @@ fn agent_that_is_uninstalled_leaves_the_node_as_it_was(family: Family) -> Result
     site.start_agent()?;
     site.cluster().node.wait_for_state(&sandbox.pod, PodState::Enrolled)?;
     site.managed.api.delete(Kind::DaemonSet, "istio-system", "redirect-agent");
-    site.managed.cluster.node.stop_agent()?;
+    let bpffs = site.cluster().node.bpffs().to_owned();
+    let done = AtomicBool::new(false);
+    let had_no_owner = thread::scope(|scope| {
+        let until = Until(&done);
+        let looking = scope.spawn(|| has_no_owner(&bpffs, &done));
+        let stopped = site.managed.cluster.node.stop_agent();
+        drop(until);
+        stopped.map(|_| looking.join())
+    })?;
+    // Another agent could have begun to set up what this one puts back.
+    assert!(!had_no_owner.map_err(|_| anyhow!("a thread panicked"))?, "the pins had no owner");
     assert_eq!(site.files()?, found);
     assert_eq!(published(&site), None);
     site.assert_direct(&sandbox, family)?;
@@ -429,6 +442,18 @@ fn agent_that_is_uninstalled_leaves_the_node_as_it_was(family: Family) -> Result
     assert_eq!(site.runtime().add(&mut other)?, Ok(()));
     site.report(&other)?;
     site.assert_direct(&other, family)
+}
+
+/// Whether a directory that is there had no owner at any time until `done`.
+fn has_no_owner(dir: &Path, done: &AtomicBool) -> bool {
+    while !done.load(Ordering::Relaxed) {
+        let lock = |file| Flock::lock(file, FlockArg::LockExclusiveNonblock).is_ok();
+        if File::open(dir).is_ok_and(lock) && dir.exists() {
+            return true;
+        }
+        thread::sleep(Duration::from_millis(1));
+    }
+    false
 }
 
 /// However the API server says it.

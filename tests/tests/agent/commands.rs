@@ -1,19 +1,24 @@
 //! The commands that do without an agent: `cleanup`, `attach` and `detach`.
 
+use std::fs;
+use std::os::unix::fs::PermissionsExt as _;
+use std::os::unix::process::CommandExt as _;
 use std::path::Path;
+use std::process::Command;
 
 use anyhow::{Context as _, Result, ensure};
 use redirect_tests::both_families;
 use redirect_tests::footprint::{assert_unchanged, footprint, programs};
 use redirect_tests::netns::Family;
 use redirect_tests::plain_proxy::{PlainProxy, Via};
-use redirect_tests::process::binary;
+use redirect_tests::process::{binary, finish};
 
 use crate::cluster::{Cluster, converse, echo};
 
 both_families! {
     cleanup_waits_for_the_agents_end_and_then_puts_everything_back,
     namespace_attaches_itself_and_detaches_itself,
+    detach_of_what_is_not_attached_leaves_connections_alone,
 }
 
 fn cleanup_waits_for_the_agents_end_and_then_puts_everything_back(family: Family) -> Result<()> {
@@ -64,6 +69,81 @@ fn cleanup_waits_for_the_agents_end_and_then_puts_everything_back(family: Family
         node.wait_until_enrolled(pod)?;
         node.assert_inbound(client, pod, family)?;
     }
+    Ok(())
+}
+
+/// Nobody may look into the directory of the pins.
+#[test]
+fn cleanup_by_somebody_else_does_not_say_that_nothing_is_left() -> Result<()> {
+    let mut cluster = Cluster::without_agent(&[])?;
+    cluster.node.start_agent()?;
+    cluster.node.stop_agent()?;
+    let Cluster { node, topology, .. } = &cluster;
+    // The program may lie where nobody can read it.
+    let dir = topology.dir().subdir("for-nobody")?;
+    let copy = dir.join("redirect-agent");
+    fs::copy(binary("redirect-agent")?, &copy).context("copy the program")?;
+    let modes = [(topology.dir().path(), 0o755), (&*dir, 0o755), (topology.bpffs(), 0o700)];
+    for (path, mode) in modes {
+        fs::set_permissions(path, fs::Permissions::from_mode(mode)).context("set a mode")?;
+    }
+    let mut command = Command::new(copy);
+    command.arg("cleanup").arg("--bpffs-dir").arg(node.bpffs());
+    for flag in ["--netns-dir", "--state-dir", "--cni-conf-dir", "--cni-bin-dir"] {
+        command.arg(flag).arg(dir.join("none"));
+    }
+    let (done, said) = finish(command.current_dir("/").uid(65534).gid(65534))?;
+    ensure!(!done && said.contains("as root"), "{said}");
+    ensure!(node.bpffs().exists());
+    Ok(())
+}
+
+/// All connections of the node would be redirected, or marked.
+#[test]
+fn nodes_own_namespace_is_neither_attached_nor_detached() -> Result<()> {
+    let Cluster { node, .. } = &Cluster::without_agent(&[])?;
+    for verb in ["attach", "detach"] {
+        let mut command = node.command_without_agent(verb)?;
+        command.args(["--netns", "/proc/1/ns/net", "--bpffs-dir"]).arg(node.bpffs());
+        let (done, said) = finish(&mut command)?;
+        ensure!(!done && said.contains("of the node itself"), "{said}");
+        ensure!(!node.bpffs().exists(), "{verb} has made {}", node.bpffs().display());
+    }
+    Ok(())
+}
+
+fn detach_of_what_is_not_attached_leaves_connections_alone(family: Family) -> Result<()> {
+    let Cluster { node, server, client, .. } = &Cluster::without_agent(&[])?;
+    let _apps = (echo(server)?, echo(client)?);
+    let mut open = converse(client, server, family)?;
+    let before = footprint(&server.netns)?;
+    for _ in 0..2 {
+        let mut command = node.command_without_agent("detach")?;
+        command.arg("--bpffs-dir").arg(node.bpffs()).arg("--netns").arg(server.netns_path());
+        let (done, said) = finish(&mut command)?;
+        ensure!(done && said.contains("is not attached"), "{said}");
+    }
+    assert_unchanged(&server.netns, &before)?;
+    let marked = server.netns.output("ss", &["--no-header", "--tcp", "--extended"])?;
+    ensure!(!marked.contains("fwmark:"), "{marked}");
+    open.exchange(b"still there?")?;
+    Ok(())
+}
+
+/// Whoever attaches by hand may have forgotten the proxy.
+#[test]
+fn attach_names_the_ports_that_the_proxy_does_not_listen_on() -> Result<()> {
+    let Cluster { node, server, .. } = &Cluster::without_agent(&[])?;
+    let attach = || {
+        let mut command = node.command_without_agent("attach")?;
+        command.arg("--bpffs-dir").arg(node.bpffs()).arg("--netns").arg(server.netns_path());
+        finish(&mut command)
+    };
+    let (done, said) = attach()?;
+    ensure!(done && said.contains("does not listen on port 15001, 15006, 15008"), "{said}");
+    let _proxy = PlainProxy::start(&server.netns)?;
+    let (done, said) = attach()?;
+    ensure!(done && !said.contains("15001") && !said.contains("15006"), "{said}");
     Ok(())
 }
 

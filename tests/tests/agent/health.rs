@@ -3,6 +3,8 @@
 use std::fs;
 use std::io::{Read as _, Write as _};
 use std::net::{Ipv4Addr, Ipv6Addr, SocketAddr, TcpListener, TcpStream};
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::thread;
 use std::time::Duration;
 
 use anyhow::{Context as _, Result, ensure};
@@ -10,6 +12,7 @@ use redirect_tests::netns::Family;
 use redirect_tests::process::wait_for;
 
 use crate::cluster::{Cluster, SOON, echo};
+use crate::load::Until;
 
 #[test]
 fn agent_tells_its_health_and_what_it_has_counted() -> Result<()> {
@@ -66,6 +69,36 @@ fn strangers_that_connect_and_say_nothing_take_neither_descriptors_nor_answers()
     // They have had their time: it is the others' turn.
     wait_for("an answer to the stranger's neighbor", SOON, || {
         Ok(get(stranger, "/healthz").is_ok_and(|answer| answer.0 == 200).then_some(()))
+    })
+}
+
+/// Everybody may scrape, and a look at a pod with many routes takes a while.
+#[test]
+fn many_who_scrape_without_end_do_not_keep_a_pod_from_the_mesh() -> Result<()> {
+    let mut cluster = Cluster::without_agent(&[])?;
+    let second = cluster.topology.add_pod(0, "shop", "second")?;
+    let Cluster { node, server, .. } = &mut cluster;
+    let address = free_address()?;
+    node.serve_health(address);
+    node.start_agent()?;
+    node.start_proxy()?;
+    node.enrol(server)?;
+    server.netns.add_routes(50_000)?;
+    let done = AtomicBool::new(false);
+    thread::scope(|scope| {
+        let until = Until(&done);
+        for _ in 0..16 {
+            scope.spawn(|| {
+                while !done.load(Ordering::Relaxed) {
+                    // One beyond those that an address may have is refused.
+                    let _refused = get(address, "/metrics");
+                }
+            });
+        }
+        assert_has(address, "redirect_pods{state=\"enrolled\",reason=\"pod-label-ambient\"} 1")?;
+        let enrolled = node.enrol(&second);
+        drop(until);
+        enrolled
     })
 }
 

@@ -202,6 +202,71 @@ fn thousands_of_addresses_of_a_neighbour_keep_no_pod_out(family: Family) -> Resu
     node.assert_inbound(client, &late, family)
 }
 
+/// The agent's memory is there for all pods: what another pod's kernel holds may not fill it, and an agent
+/// that starts with it neither.
+#[test]
+fn hundreds_of_thousands_of_routes_and_rules_of_a_neighbour_cost_the_agent_no_memory() -> Result<()>
+{
+    let (neighbour, mut cluster) = with_neighbour()?;
+    cluster.node.start_agent()?;
+    cluster.node.start_proxy()?;
+    cluster.node.enrol(&neighbour)?;
+    neighbour.netns.add_routes(300_000)?;
+    let rule = |n| format!("rule add from 11.0.0.1 priority {n} lookup 77\n");
+    neighbour.netns.ip(&(10_000..15_000).map(rule).collect::<String>())?;
+    for again in [false, true] {
+        if again {
+            cluster.node.kill_agent()?;
+            cluster.node.start_agent()?;
+        }
+        let Cluster { node, server, .. } = &cluster;
+        node.wait_until_enrolled(&neighbour)?;
+        node.enrol(server)?;
+        let peak = peak_memory(node.agent_pid()?)?;
+        ensure!(peak < 128 << 10, "{peak} KiB");
+    }
+    Ok(())
+}
+
+/// The most that a process has had in memory, KiB.
+fn peak_memory(pid: u32) -> Result<u64> {
+    let status = fs::read_to_string(format!("/proc/{pid}/status")).context("read status")?;
+    let peak = status.lines().find_map(|line| line.strip_prefix("VmHWM:"));
+    let number = peak.and_then(|peak| peak.trim().strip_suffix(" kB"));
+    number.context("find VmHWM")?.trim().parse().context("read VmHWM")
+}
+
+/// Each interface has programs, and one without them would be a way past the proxy.
+#[test]
+fn pod_with_more_interfaces_than_can_be_guarded_is_not_enrolled_and_says_why() -> Result<()> {
+    let (neighbour, mut cluster) = with_neighbour()?;
+    cluster.node.start_agent()?;
+    cluster.node.start_proxy()?;
+    let Cluster { node, server, .. } = &cluster;
+    let pairs = |what: &str, peer: bool| -> String {
+        let pair = |n| match peer {
+            true => format!("link {what} x{n} type veth peer name y{n}\n"),
+            false => format!("link {what} x{n}\n"),
+        };
+        (0..32).map(pair).collect()
+    };
+    // With eth0 one too many.
+    neighbour.netns.ip(&pairs("add", true))?;
+    node.write(&Manifest::of(&neighbour).mode("ambient"))?;
+    let failed = node.wait_for_state(&neighbour, PodState::Failed)?;
+    let message = failed.message.context("no message")?;
+    ensure!(message.contains("65 network interfaces") && message.contains("64"), "{message}");
+    node.enrol(server)?;
+
+    neighbour.netns.ip(&pairs("del", false))?;
+    node.wait_until_enrolled(&neighbour)?;
+    neighbour.netns.ip(&pairs("add", true))?;
+    let degraded = node.wait_for_state(&neighbour, PodState::Degraded)?;
+    let message = degraded.message.context("no message")?;
+    ensure!(message.contains("65 network interfaces"), "{message}");
+    Ok(())
+}
+
 fn forged_sources_are_refused_and_counted(family: Family) -> Result<()> {
     let cluster = Cluster::enrolled(&[])?;
     let Cluster { node, server, client, topology } = &cluster;

@@ -23,7 +23,7 @@ pub struct Load<'a> {
 }
 
 /// Says that the load is to end, also when what it was for has panicked.
-struct Until<'a>(&'a AtomicBool);
+pub struct Until<'a>(pub &'a AtomicBool);
 
 impl Drop for Until<'_> {
     fn drop(&mut self) {

@@ -1,6 +1,7 @@
 //! One process at a time owns the pins: whoever comes second is told by whom, at once.
 
 use std::fs;
+use std::os::unix::net::UnixListener;
 use std::process::Command;
 use std::time::{Duration, Instant};
 
@@ -21,15 +22,21 @@ both_families! {
 /// By when a command has failed, on a busy machine; alone it takes less than one second.
 const AT_ONCE: Duration = Duration::from_secs(5);
 
+const SOCKETS: [&str; 3] = ["control.sock", "zds.sock", "cni.sock"];
+
 /// What `run` on the same directory, but with sockets of its own, `attach`, `detach` and `cleanup` say.
 fn refusals(cluster: &Cluster) -> Result<Vec<(bool, String)>> {
     let Cluster { node, server, topology, .. } = cluster;
     let dir = topology.dir().subdir("second")?;
+    // Stale, but not for others to remove.
+    for name in SOCKETS {
+        let _stale = UnixListener::bind(dir.join(name));
+    }
     let mut run = node.command_without_agent("run")?;
     for (flag, name) in [
-        ("--control-socket", "control.sock"),
-        ("--zds-socket", "zds.sock"),
-        ("--cni-socket", "cni.sock"),
+        ("--control-socket", SOCKETS[0]),
+        ("--zds-socket", SOCKETS[1]),
+        ("--cni-socket", SOCKETS[2]),
         ("--state-dir", "state"),
     ] {
         run.arg(flag).arg(dir.join(name));
@@ -41,7 +48,7 @@ fn refusals(cluster: &Cluster) -> Result<Vec<(bool, String)>> {
         command.arg("--bpffs-dir").arg(node.bpffs()).arg("--netns").arg(server.netns_path());
         Ok(command)
     };
-    [run, on_netns("attach")?, on_netns("detach")?, node.cleanup_command()?]
+    let refusals = [run, on_netns("attach")?, on_netns("detach")?, node.cleanup_command()?]
         .iter_mut()
         .map(|command| {
             let began = Instant::now();
@@ -49,7 +56,11 @@ fn refusals(cluster: &Cluster) -> Result<Vec<(bool, String)>> {
             ensure!(began.elapsed() < AT_ONCE, "{command:?} took {:?}", began.elapsed());
             Ok(said)
         })
-        .collect()
+        .collect();
+    for name in SOCKETS {
+        ensure!(dir.join(name).exists(), "{name} is gone");
+    }
+    refusals
 }
 
 fn commands_beside_an_agent_fail_at_once_and_name_it(family: Family) -> Result<()> {

@@ -7,7 +7,7 @@ use std::time::Duration;
 
 use anyhow::{Context as _, Result};
 use redirect_agent::membership::Reason;
-use redirect_agent::metrics::Metrics;
+use redirect_agent::metrics::{Metrics, Now};
 use redirect_agent::output::{PodState, PodStatus};
 use redirect_ebpf::abi::Counter;
 use redirect_tests::manifests::dir;
@@ -23,8 +23,8 @@ fn metrics() -> Result<String> {
     metrics.watch_error("pods");
     let states = [PodState::Enrolled, PodState::Degraded, PodState::Failed, PodState::Bypassing];
     let pods: Vec<PodStatus> = states.into_iter().map(pod).collect();
-    metrics.update(&pods, 1, true);
-    metrics.encode().context("write the metrics")
+    let now = Now { pods: &pods, proxies: 1, follows_kubelet: true, left_alone: 0 };
+    metrics.report(&now).context("write the metrics")
 }
 
 fn pod(state: PodState) -> PodStatus {

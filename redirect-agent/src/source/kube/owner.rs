@@ -14,7 +14,8 @@ use tracing::{info, warn};
 use super::{Config, client, explain};
 use crate::cni::entry::DaemonSet;
 
-/// How long one answer may take, and how often the question is asked: kubelet leaves 30 s for all.
+/// How long one answer may take, and how often the question is asked: kubelet leaves 60 s for
+/// all.
 const TIMEOUT: Duration = Duration::from_secs(2);
 const ATTEMPTS: u32 = 3;
 const PAUSE: Duration = Duration::from_millis(500);
