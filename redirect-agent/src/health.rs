@@ -45,7 +45,7 @@ const HEADER_WITHIN: Duration = Duration::from_secs(2);
 const WITHIN: Duration = Duration::from_secs(10);
 /// How long a header may be.
 const HEADER_BYTES: usize = 16 * 1024;
-/// How many connections one address may have at once, and all together.
+/// How many connections one address may have at once, and all together but for this node's own.
 const OF_ONE: usize = 16;
 const OF_ALL: usize = 256;
 /// After the system refused a connection, for want of file descriptors say.
@@ -133,7 +133,9 @@ impl Server {
             match accepted {
                 None => return,
                 Some(Ok((stream, peer))) => {
-                    if let Some(guest) = Guests::admit(&guests, peer.ip()) {
+                    // Kubelet's probes come from an address of this node to the same.
+                    let own = stream.local_addr().is_ok_and(|local| local.ip() == peer.ip());
+                    if let Some(guest) = Guests::admit(&guests, peer.ip(), own) {
                         tokio::spawn(answer(stream, router.clone(), guest));
                     }
                 }
@@ -169,12 +171,12 @@ struct Guest {
 }
 
 impl Guests {
-    /// `None` when there are enough.
-    fn admit(guests: &Arc<Self>, ip: IpAddr) -> Option<Guest> {
+    /// `None` when there are enough; those of an address that is this node's `own` count for themselves.
+    fn admit(guests: &Arc<Self>, ip: IpAddr, own: bool) -> Option<Guest> {
         let mut counts = guests.0.lock().unwrap_or_else(PoisonError::into_inner);
         let all: usize = counts.values().sum();
         let count = counts.get(&ip).copied().unwrap_or_default();
-        if count >= OF_ONE || all >= OF_ALL {
+        if count >= OF_ONE || (all >= OF_ALL && !own) {
             return None;
         }
         counts.insert(ip, count + 1);

@@ -519,7 +519,7 @@ impl Counter {
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Pod, Zeroable)]
 pub struct SavedSysctls {
     /// The values; the last one says which of the proxy's ports were reserved already, a bit each.
-    pub values: [i32; 8],
+    pub values: [i32; 7],
 }
 
 /// [`SavedSysctls::values`]: the kernel had no such sysctl (IPv6 is off, say).
@@ -573,7 +573,7 @@ const _: () = {
     assert!(size_of::<Hint>() == 44);
     assert!(size_of::<VirtualInterface>() == 8);
     assert!(size_of::<CounterKey>() == 8);
-    assert!(size_of::<SavedSysctls>() == 32);
+    assert!(size_of::<SavedSysctls>() == 28);
 };
 
 #[cfg(feature = "user")]

@@ -488,6 +488,9 @@ mod tests {
         fn is_forwarded(&self) -> bool {
             panic!("DNS is not forwarded")
         }
+        fn came_by_lo(&self) -> bool {
+            panic!("DNS is not forwarded")
+        }
 
         fn is_proxys(&self) -> bool {
             panic!("DNS goes by marks and ports")

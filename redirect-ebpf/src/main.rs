@@ -719,6 +719,12 @@ impl Env for Tc<'_> {
     }
 
     #[inline(always)]
+    fn came_by_lo(&self) -> bool {
+        // SAFETY: the context is valid while the program runs.
+        unsafe { (*self.ctx.skb.skb).ingress_ifindex == LOOPBACK_IFINDEX }
+    }
+
+    #[inline(always)]
     fn is_proxys(&self) -> bool {
         sockets::sender_is_proxys(self.ctx)
     }

@@ -225,10 +225,12 @@ unsafe fn is_known(key: &ListenerKey, sk: *mut bpf_sock) -> bool {
     }
 }
 
-/// Whether the packet has no socket here that has sent it.
+/// Whether the packet came in on an interface, and has no socket here that has sent it.
 #[inline(never)]
 pub fn is_forwarded(ctx: &TcContext) -> bool {
-    sender(ctx).is_none()
+    // SAFETY: the context is valid while the program runs.
+    let came_in = unsafe { (*ctx.skb.skb).ingress_ifindex } != 0;
+    came_in && sender(ctx).is_none()
 }
 
 /// The socket that has sent the packet. One of another namespace, which a packet keeps as long as no

@@ -106,8 +106,10 @@ pub trait Env: Pods {
     fn proxy(&self, pod_id: PodId, kind: u32, segment: &Segment) -> Proxy;
     /// Whether answers of the pod to somebody past the proxy have met `lo`: see [`Verdict::strays`].
     fn strays(&self, pod_id: PodId) -> bool;
-    /// At egress: whether the packet is only forwarded, and no socket here has sent it.
+    /// At egress: whether the packet came in on an interface, and no socket here has sent it.
     fn is_forwarded(&self) -> bool;
+    /// At egress: whether that interface is `lo`, where only the pod's own packets are.
+    fn came_by_lo(&self) -> bool;
     /// At egress: whether the socket that has sent it, or the listener that answers, is the proxy's,
     /// whatever mark netfilter has given to the packet.
     fn is_proxys(&self) -> bool;
@@ -436,11 +438,11 @@ pub fn on_egress(mark: u32, message: Result<&Message, Hidden>, env: &impl Env) -
         Err(hidden) => return on_hidden_egress(hidden, env),
     };
     let segment = &message.segment;
-    if segment.dst.is_loopback() || (segment.opens && segment.dst.is_link_local()) {
+    if segment.opens && segment.dst.is_link_local() {
         return Verdict::NEXT;
     }
     let asks = segment.opens && segment.dst_port == PORT_DNS && message.is_query;
-    if !message.tcp && !asks {
+    if !message.tcp && (!asks || segment.dst.is_loopback()) {
         return Verdict::NEXT;
     }
     let forwarded = env.is_forwarded();
@@ -449,7 +451,7 @@ pub fn on_egress(mark: u32, message: Result<&Message, Hidden>, env: &impl Env) -
         let drop = Verdict { fate: Fate::Drop, ..Verdict::of(env.pod_id()) };
         return drop.count(Counter::RefusedPastProxy);
     }
-    if forwarded && segment.opens {
+    if forwarded && segment.opens && !env.came_by_lo() {
         // A guest's, which virtual interfaces are for.
         let verdict = Verdict::of(env.pod_id());
         return if message.tcp { verdict.count(Counter::Forwarded) } else { verdict };
@@ -468,6 +470,14 @@ pub fn on_egress(mark: u32, message: Result<&Message, Hidden>, env: &impl Env) -
         return Verdict { fate: Fate::Drop, ..next.count(Counter::RefusedUnknownPod) };
     };
     if !is_enrolled(pod) {
+        return next;
+    }
+    // Nobody has that address but on `lo`; and what was on `lo` has lost what says whose it is.
+    let strange = segment.dst.is_loopback() || (forwarded && segment.opens);
+    if strange && captures(pod) {
+        return Verdict { fate: Fate::Drop, ..next.count(Counter::RefusedPastProxy) };
+    }
+    if strange {
         return next;
     }
     if segment.opens {
@@ -762,6 +772,7 @@ mod tests {
         proxy: Proxy,
         strays: bool,
         forwarded: bool,
+        by_lo: bool,
         /// Whether the packet's socket is the proxy's, whatever its mark.
         proxys: bool,
         /// Whether a socket of the proxy here has the connection as its sender.
@@ -790,6 +801,7 @@ mod tests {
                 proxy: Proxy::Listens,
                 strays: false,
                 forwarded: false,
+                by_lo: false,
                 proxys: false,
                 proxy_sent: false,
                 sender_listens: true,
@@ -885,6 +897,9 @@ mod tests {
 
         fn is_forwarded(&self) -> bool {
             self.forwarded
+        }
+        fn came_by_lo(&self) -> bool {
+            self.by_lo
         }
 
         fn is_proxys(&self) -> bool {
@@ -1623,11 +1638,10 @@ mod tests {
     }
 
     #[test]
-    fn the_guard_leaves_loopback_link_local_and_what_is_no_tcp_alone() {
+    fn the_guard_leaves_link_local_and_what_is_no_tcp_alone() {
         let query = |segment| Segment { dst_port: PORT_DNS, ..segment };
         for a in both_families() {
             for (scenario, message) in [
-                ("to loopback", tcp(syn(a.own, a.loopback))),
                 ("to a link-local address", tcp(syn(a.own, link_local()))),
                 ("a query to loopback", udp(query(syn(a.own, a.loopback)))),
                 ("a query to a link-local resolver", udp(query(syn(a.own, link_local())))),
@@ -1726,6 +1740,27 @@ mod tests {
     }
 
     #[test]
+    fn what_comes_from_lo_or_is_for_the_loopback_address_does_not_leave() {
+        let dropped = refused(GOES_ON, Fate::Drop, Counter::RefusedPastProxy);
+        for a in both_families() {
+            for (pod, expected) in
+                [(BYPASSING, GOES_ON), (PREPARING, GOES_ON), (CAPTURING, dropped)]
+            {
+                for mark in [0, 1, MARK_DIRECT, MARK_REDIRECTED] {
+                    let node = Node { forwarded: true, by_lo: true, ..Node::new(&a, pod) };
+                    let opens = tcp(syn(a.own, a.stranger));
+                    assert_eq!(on_egress(mark, Ok(&opens), &node), expected, "from lo");
+                    let node = Node::new(&a, pod);
+                    for segment in [syn(a.own, a.loopback), data(a.own, a.loopback)] {
+                        let found = on_egress(mark, Ok(&tcp(segment)), &node);
+                        assert_eq!(found, expected, "to the loopback address");
+                    }
+                }
+            }
+        }
+    }
+
+    #[test]
     fn what_the_guard_has_brought_to_lo_is_not_forwarded() {
         let dropped = refused(GOES_ON, Fate::Drop, Counter::RefusedPastProxy);
         for a in both_families() {
@@ -1739,15 +1774,15 @@ mod tests {
                             tcp(syn_ack(a.own, a.stranger)),
                             tcp(data(a.own, a.stranger)),
                             tcp(data(a.own, link_local())),
+                            tcp(data(a.own, a.loopback)),
                             tcp(query),
                             udp(query),
                         ] {
                             assert_eq!(on_egress(mark, Ok(&message), &node), dropped);
                         }
-                        for message in [udp(syn(a.own, a.stranger)), tcp(data(a.own, a.loopback))] {
-                            // The guard brings none of these.
-                            assert_eq!(on_egress(mark, Ok(&message), &node), Verdict::NEXT);
-                        }
+                        // The guard brings no such thing.
+                        let datagram = udp(syn(a.own, a.stranger));
+                        assert_eq!(on_egress(mark, Ok(&datagram), &node), Verdict::NEXT);
                         node.assert_asked(&[]);
                     }
                 }

@@ -16,6 +16,7 @@ mod links;
 mod observe;
 mod owner;
 mod parts;
+mod pod_locks;
 mod pod_netns;
 pub mod probe;
 mod reroute;
@@ -68,6 +69,7 @@ pub use self::{
 use self::{
     kernel::{FIND_PROXY, Globals, INBOUND_RANGES, Kernel, TcxProgram},
     links::{KubeletLink, PodLinks, tcx_directions},
+    pod_locks::{PodLock, PodLocks},
     routes::{Routing, Seen},
     rows::Row,
 };
@@ -116,11 +118,9 @@ pub struct Dataplane {
     kernel: Mutex<Kernel>,
     tcx: BTreeMap<&'static str, TcxProgram>,
     /// One step at a time for a pod: those of pods with the same remainder wait for each other.
-    pods: [Mutex<()>; POD_LOCKS],
+    pods: PodLocks,
     _owner: Option<Owner>,
 }
-
-const POD_LOCKS: usize = 64;
 
 /// Takes possession of the directory until the owner is dropped; makes it if it is not there.
 ///
@@ -160,7 +160,7 @@ impl Dataplane {
             dir: options.bpffs_dir.clone(),
             tcx: kernel.tcx_programs()?,
             kernel: Mutex::new(kernel),
-            pods: [const { Mutex::new(()) }; POD_LOCKS],
+            pods: PodLocks::default(),
             _owner: owner,
         })
     }
@@ -198,6 +198,9 @@ impl Dataplane {
         links.create_dir()?;
         self.kernel().enter(pod, reason, traffic, &interfaces)?;
         self.kernel().save_sysctls(pod.id(), sysctls)?;
+        // First of the programs, and before accepted sockets take marks: what the proxy sends loses its own
+        // there, and what the pod sends to itself is known to.
+        pod.netns.run(|| self.attach(pod, &links, LOOPBACK_IFINDEX, "lo"))??;
         links.ensure_lookup(&pod.netns, || self.kernel().load_stub(&pod.netns))?;
         pod.netns.run(|| {
             sysctl::set()?;
@@ -207,13 +210,19 @@ impl Dataplane {
                 routing.add_keep(&seen, source, traffic)?;
             }
             for (index, name) in interfaces {
-                for &at in tcx_directions(index) {
-                    let program = &self.tcx[self.program_for(pod.id(), index, at)?];
-                    links.ensure_tcx(program, (index, &name), at)?;
-                }
+                self.attach(pod, &links, index, &name)?;
             }
             routing.precede_foreign_rules()
         })?
+    }
+
+    /// Attaches the programs of an interface; called inside the pod's namespace.
+    fn attach(&self, pod: &PodNetns, links: &PodLinks, index: u32, name: &str) -> Result<()> {
+        for &at in tcx_directions(index) {
+            let program = &self.tcx[self.program_for(pod.id(), index, at)?];
+            links.ensure_tcx(program, (index, name), at)?;
+        }
+        Ok(())
     }
 
     /// Which program an interface of a pod has.
@@ -641,8 +650,8 @@ impl Dataplane {
     }
 
     /// For a step of a pod.
-    fn pod(&self, pod_id: PodId) -> MutexGuard<'_, ()> {
-        self.pods[pod_id as usize % POD_LOCKS].lock().unwrap_or_else(PoisonError::into_inner)
+    fn pod(&self, pod_id: PodId) -> PodLock<'_> {
+        self.pods.lock(pod_id)
     }
 }
 

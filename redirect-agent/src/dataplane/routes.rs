@@ -11,6 +11,7 @@ use std::{
 use anyhow::{Context as _, Result, ensure};
 use futures_util::{Stream, StreamExt as _};
 use ipnet::{IpNet, Ipv4Net, Ipv6Net};
+use nix::net::if_::if_nameindex;
 use redirect_ebpf::abi::{
     LOOPBACK_IFINDEX, MARK_MASK, MARK_REDIRECTED, MARK_RESCUED, MARK_VIRTUAL,
 };
@@ -658,8 +659,16 @@ impl Routing {
             let links = self.handle.link().get().execute();
             let links = collect("network interfaces", links, |link| Some(interface(link))).await?;
             let addresses = self.handle.address().get().execute();
+            let mut interfaces: BTreeMap<u32, Link> = links.into_iter().collect();
+            // One whose name is not UTF-8 is not among them.
+            for interface in &if_nameindex().context("list the interfaces")? {
+                interfaces.entry(interface.index()).or_insert_with(|| Link {
+                    name: interface.name().to_string_lossy().into_owned(),
+                    up: true,
+                });
+            }
             Ok(Seen {
-                interfaces: links.into_iter().collect(),
+                interfaces,
                 addresses: collect("addresses", addresses, Some).await?,
                 v4: self.family(IpVersion::V4).await?,
                 v6: self.family(IpVersion::V6).await?,

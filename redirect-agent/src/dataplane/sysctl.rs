@@ -20,16 +20,16 @@ use redirect_ebpf::abi::{
 /// - `src_valid_mark`: reverse-path validation looks at the mark too, else what comes in on the
 ///   pod's interface would be validated against the redirection route.
 /// - `fwmark_reflect`: answers without a socket, such as RST, go the way the packet came.
-/// - `tcp_migrate_req`: while the proxy is replaced both listen; connections that the old one has
-///   not accepted when it closes its listeners go to the new one, and are not reset.
 /// - `accept_local` and `route_localnet` of `lo`: what the guard brings there has lost its route, and is
 ///   routed anew, from an address of the pod and, for DNS, to 127.0.0.1.
-const SYSCTLS: [(&str, i32); 7] = [
+///
+/// Not `tcp_migrate_req`: what the proxy's listener has not accepted when it closes would go to any
+/// socket of its group, with the proxy's mark; an application of the same user can be in that.
+const SYSCTLS: [(&str, i32); 6] = [
     ("net/ipv4/tcp_fwmark_accept", 1),
     ("net/ipv4/conf/all/src_valid_mark", 1),
     ("net/ipv4/fwmark_reflect", 1),
     ("net/ipv6/fwmark_reflect", 1),
-    ("net/ipv4/tcp_migrate_req", 1),
     ("net/ipv4/conf/lo/accept_local", 1),
     ("net/ipv4/conf/lo/route_localnet", 1),
 ];

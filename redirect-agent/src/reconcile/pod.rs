@@ -226,6 +226,10 @@ impl<S: Source> PodTask<S> {
     async fn round(&mut self) -> Result<bool> {
         let mut before = Vec::new();
         loop {
+            if !self.gone && self.wanted.borrow().is_none() {
+                // It has to be told first what kind of end that is.
+                return Ok(false);
+            }
             if !self.observe().await? {
                 return Ok(false);
             }
@@ -300,7 +304,8 @@ impl<S: Source> PodTask<S> {
     async fn bury(&mut self) {
         self.gone = true;
         let stands = self.netns_stands().await;
-        if stands && self.shared.source.gone_is_deleted() && self.standing.captured {
+        let captured = self.observe().await.is_err() || self.standing.captured;
+        if stands && self.shared.source.gone_is_deleted() && captured {
             // Its containers have ended, unless it was deleted by force: then what still runs must
             // not go on in plaintext.
             info!(pod = %self.key, "deleted; what still runs of it is refused");

@@ -463,6 +463,11 @@ impl Env for World {
         false
     }
 
+    fn came_by_lo(&self) -> bool {
+        // comes from nowhere,
+        false
+    }
+
     fn is_proxys(&self) -> bool {
         // without a mark,
         false

@@ -10,6 +10,7 @@ mod held_attacks;
 mod isolation;
 mod load;
 mod no_proxy;
+mod own_ways;
 mod proxy_ports;
 mod raw_packets;
 mod restart;

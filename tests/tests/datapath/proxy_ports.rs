@@ -233,3 +233,134 @@ fn plaintext_to_an_address_of_the_link_does_not_get_past_a_strict_proxy() -> Res
     );
     Ok(())
 }
+
+mod mark_of_the_proxy {
+    use nix::libc::{self, IPPROTO_IP, IPPROTO_IPV6, c_int};
+    use nix::{setsockopt_impl, sockopt_impl};
+    use redirect_ebpf::abi::{MARK_MASK, MARK_PROXY};
+    use redirect_tests::app::Conversation;
+    use rustix::net::connect_unspec;
+    use socket2::SockRef;
+
+    use super::*;
+
+    both_families! {
+        application_in_the_proxys_group_gets_no_socket_of_the_proxys_when_that_ends,
+        application_in_the_proxys_group_does_not_become_the_proxy_when_that_ends,
+    }
+
+    // Source: Linux `include/uapi/linux/in.h`, IP_MINTTL; `in6.h`, IPV6_MINHOPCOUNT.
+    const IP_MINTTL: c_int = 21;
+    const IPV6_MINHOPCOUNT: c_int = 73;
+    sockopt_impl!(MinTtl, SetOnly, IPPROTO_IP, IP_MINTTL, c_int);
+    sockopt_impl!(MinHops, SetOnly, IPPROTO_IPV6, IPV6_MINHOPCOUNT, c_int);
+
+    const HALF_OPEN: usize = 16;
+
+    fn take_answers_from(socket: &Socket, ttl: c_int) -> Result<()> {
+        match socket.domain()? == Domain::IPV4 {
+            true => setsockopt(&socket.as_fd(), MinTtl, &ttl)?,
+            false => setsockopt(&socket.as_fd(), MinHops, &ttl)?,
+        }
+        Ok(())
+    }
+
+    /// An application joins the group of one of the proxy's ports, calls that port by loopback without ever
+    /// taking the SYN-ACK (IP_MINTTL), and lets it come when the proxy's listener has closed. Needs the
+    /// proxy's uid, and no capability. What it accepts that has the proxy's mark.
+    fn steal(
+        family: Family,
+        netns: &Netns,
+        port: u16,
+        proxy: PlainProxy,
+    ) -> Result<Option<Socket>> {
+        let (listener, callers) = netns.run(|| {
+            let listener = Socket::new(Domain::IPV6, Type::STREAM, Some(Protocol::TCP))?;
+            listener.set_reuse_port(true)?;
+            listener.bind(&SocketAddr::from((Ipv6Addr::UNSPECIFIED, port)).into())?;
+            listener.listen(128)?;
+            listener.set_nonblocking(true)?;
+            let to = SocketAddr::new(family.localhost(), port);
+            let callers = (0..HALF_OPEN).map(|_| {
+                let socket = Socket::new(Domain::for_address(to), Type::STREAM, None)?;
+                socket.set_nonblocking(true)?;
+                take_answers_from(&socket, 255)?;
+                let _in_progress = socket.connect(&to.into());
+                anyhow::Ok(socket)
+            });
+            let callers = callers.collect::<Result<Vec<_>>>()?;
+            Ok((listener, callers))
+        })?;
+        drop(proxy);
+        callers.iter().try_for_each(|socket| take_answers_from(socket, 0))?;
+        let stolen = wait_for("a socket of the proxy's", SOON, || {
+            while let Ok((socket, _)) = listener.accept() {
+                if SockRef::from(&socket).mark()? & MARK_MASK == MARK_PROXY {
+                    return Ok(Some(socket));
+                }
+            }
+            Ok(None)
+        });
+        Ok(stolen.ok())
+    }
+
+    fn application_in_the_proxys_group_gets_no_socket_of_the_proxys_when_that_ends(
+        family: Family,
+    ) -> Result<()> {
+        let pair = Pair::new()?;
+        let Pair { client, server, topology } = &pair;
+        let apps = [echo(client, family)?, echo(server, family)?];
+        let proxy = PlainProxy::start(&server.netns)?;
+        let _attached = Attached::new(topology, server)?;
+
+        let stolen = steal(family, &server.netns, PORT_OUTBOUND, proxy)?;
+
+        let proxy = PlainProxy::start(&server.netns)?;
+        let Some(stolen) = stolen else { return Ok(()) };
+        connect_unspec(&stolen).context("disconnect")?;
+        stolen.set_nonblocking(false)?;
+        let to = match client.addr(family, PORT) {
+            SocketAddr::V4(v4) => (v4.ip().to_ipv6_mapped(), v4.port()).into(),
+            to => to,
+        };
+        stolen.connect_timeout(&to.into(), SOON).context("connect")?;
+        let conversation = Conversation::new(stolen.into(), SOON)?;
+        ensure!(
+            !proxy.relayed_via(Via::Outbound).is_empty(),
+            "past the proxy: {:?}, {:?}",
+            conversation.answer(),
+            apps[0].accepted()
+        );
+        Ok(())
+    }
+
+    fn application_in_the_proxys_group_does_not_become_the_proxy_when_that_ends(
+        family: Family,
+    ) -> Result<()> {
+        let pair = Pair::new()?;
+        let Pair { client, server, topology } = &pair;
+        let _app = echo(server, family)?;
+        let strict = || Policy { strict: true, ..Policy::default() };
+        let proxy = PlainProxy::with_policy(&server.netns, strict())?;
+        let _attached = Attached::new(topology, server)?;
+
+        let stolen = steal(family, &server.netns, PORT_INBOUND, proxy)?;
+
+        let Some(stolen) = stolen else { return Ok(()) };
+        connect_unspec(&stolen).context("disconnect")?;
+        stolen.bind(&SocketAddr::from((Ipv6Addr::UNSPECIFIED, PORT_INBOUND)).into())?;
+        stolen.listen(128)?;
+        stolen.set_nonblocking(true)?;
+        let call = Call::to(server.addr(family, PORT)).within(LITTLE_PATIENCE);
+        call.in_turn(&client.netns, 3)?;
+        let _proxy = PlainProxy::with_policy(&server.netns, strict())?;
+        call.in_turn(&client.netns, 3)?;
+
+        let mut taken = Vec::new();
+        while let Ok((socket, peer)) = stolen.accept() {
+            taken.push((peer.as_socket(), socket.local_addr()?.as_socket()));
+        }
+        assert_eq!(taken, [], "plaintext to a STRICT pod came to its application");
+        Ok(())
+    }
+}
