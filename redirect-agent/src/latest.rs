@@ -5,9 +5,15 @@ use std::{sync::Arc, time::Duration};
 use anyhow::{Context as _, Result};
 use tokio::{spawn, sync::Mutex, time::Instant};
 
-/// What was found last, and when that look began.
+/// What was found last.
 #[derive(Debug)]
-pub struct Latest<T>(Arc<Mutex<Option<(Instant, Arc<T>)>>>);
+pub struct Latest<T>(Arc<Mutex<Option<Look<T>>>>);
+
+#[derive(Debug)]
+struct Look<T> {
+    began: Instant,
+    found: Arc<T>,
+}
 
 impl<T> Default for Latest<T> {
     fn default() -> Self {
@@ -28,10 +34,10 @@ impl<T: Send + Sync + 'static> Latest<T> {
     {
         let asked = Instant::now();
         let mut latest = Arc::clone(&self.0).lock_owned().await;
-        if let Some((began, found)) = &*latest
-            && *began + max_age >= asked
+        if let Some(last) = &*latest
+            && last.began + max_age >= asked
         {
-            return Ok(Arc::clone(found));
+            return Ok(Arc::clone(&last.found));
         }
         let began = Instant::now();
         let looking = look();
@@ -39,7 +45,7 @@ impl<T: Send + Sync + 'static> Latest<T> {
         // even when nobody waits for its result.
         let looked = spawn(async move {
             let found = Arc::new(looking.await?);
-            *latest = Some((began, Arc::clone(&found)));
+            *latest = Some(Look { began, found: Arc::clone(&found) });
             Ok(found)
         });
         looked.await.context("look")?

@@ -13,7 +13,7 @@ use super::{
 };
 use crate::{
     dataplane::{Dataplane, Observation, Part, PodNetns, Watch},
-    source::{EventKind, Redirection, Source},
+    source::{ANNOTATION_REDIRECTION, EventKind, Redirection, Source},
 };
 
 /// Why a pod that istio-cni redirects is left alone.
@@ -40,7 +40,9 @@ impl<S: Source> PodTask<S> {
         let mut ours = false;
         if bypass {
             (standing.noted, ours) = self.look_for_row().await?;
-            if !ours && !standing.published {
+            // istio-cni may have left its own where it says so.
+            let marked = self.pod.annotations.contains_key(ANNOTATION_REDIRECTION);
+            if !ours && !standing.published && !marked {
                 // Nothing of ours keeps the namespace of a pod that bypasses alive.
                 self.close_netns();
                 self.standing = standing;

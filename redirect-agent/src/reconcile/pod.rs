@@ -180,6 +180,9 @@ impl<S: Source> PodTask<S> {
                 return;
             }
             let round = self.round().await;
+            if self.wanted.borrow().is_none() {
+                continue;
+            }
             let calm = matches!(round, Ok(true));
             let pause = match round {
                 Ok(true) => {
@@ -226,11 +229,11 @@ impl<S: Source> PodTask<S> {
     async fn round(&mut self) -> Result<bool> {
         let mut before = Vec::new();
         loop {
-            if !self.gone && self.wanted.borrow().is_none() {
-                // It has to be told first what kind of end that is.
+            if !self.observe().await? {
                 return Ok(false);
             }
-            if !self.observe().await? {
+            if !self.gone && self.wanted.borrow().is_none() {
+                // How it leaves is not decided here.
                 return Ok(false);
             }
             if self.wish() == Wish::Enrolled {
@@ -270,7 +273,9 @@ impl<S: Source> PodTask<S> {
 
     /// Whether there is another wish, or the agent stops.
     pub(super) fn is_interrupted(&self) -> bool {
-        self.wanted.has_changed().unwrap_or(false) || self.shared.stop.is_cancelled()
+        // Nothing more is told of a pod that is gone.
+        let told = !self.gone && self.wanted.has_changed().unwrap_or(true);
+        told || self.shared.stop.is_cancelled()
     }
 
     fn fail(&mut self, error: &anyhow::Error) {

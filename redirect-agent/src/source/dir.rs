@@ -189,9 +189,6 @@ impl Source for DirSource {
         match (fs::read_to_string(file), state) {
             (Ok(text), Some(state)) => text == patch(state),
             (Err(e), None) => e.kind() == io::ErrorKind::NotFound,
-            (Err(e), Some(state)) if e.kind() == io::ErrorKind::NotFound => {
-                pod.annotations.get(ANNOTATION_REDIRECTION).is_some_and(|is| is == state.as_str())
-            }
             _ => false,
         }
     }

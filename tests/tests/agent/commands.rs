@@ -102,9 +102,10 @@ fn cleanup_by_somebody_else_does_not_say_that_nothing_is_left() -> Result<()> {
 #[test]
 fn nodes_own_namespace_is_neither_attached_nor_detached() -> Result<()> {
     let Cluster { node, .. } = &Cluster::without_agent(&[])?;
-    for verb in ["attach", "detach"] {
+    // An address that it does not have: should it not be refused, it is left alone all the same.
+    for (verb, more) in [("attach", &["--address", "203.0.113.1"][..]), ("detach", &[])] {
         let mut command = node.command_without_agent(verb)?;
-        command.args(["--netns", "/proc/1/ns/net", "--bpffs-dir"]).arg(node.bpffs());
+        command.args(["--netns", "/proc/self/ns/net", "--bpffs-dir"]).arg(node.bpffs()).args(more);
         let (done, said) = finish(&mut command)?;
         ensure!(!done && said.contains("of the node itself"), "{said}");
         ensure!(!node.bpffs().exists(), "{verb} has made {}", node.bpffs().display());

@@ -309,7 +309,7 @@ fn take_over(node: &Node, pod: &Pod) -> Result<String> {
     })?;
     let (done, said) = node.take_over(&[])?;
     ensure!(done, "{said}");
-    node.wait_until_enrolled(pod)?;
+    node.wait_for_pod("to be redirected by ours alone", pod, |p| p.state == PodState::Enrolled)?;
     ensure!(!has_istio_cnis(&pod.netns)?, "{}", ruleset(&pod.netns)?);
     Ok(said)
 }
@@ -685,13 +685,13 @@ fn pod_that_istio_cni_redirects_is_left_alone_until_that_lets_go(family: Family)
 
     // Its label goes: it is for istio-cni to let go of it.
     let Cluster { node, server, .. } = &cluster;
-    node.write(&Manifest::of(server))?;
-    node.wait_for_pod("to be unlabelled", server, |p| {
-        p.reason == Reason::NotLabelled && p.state == PodState::Failed
+    node.write(&annotated(server, "none"))?;
+    node.wait_for_pod("to be taken out", server, |p| {
+        p.reason == Reason::PodLabelNone && p.state == PodState::Failed
     })?;
     cluster.assert_redirected(family)?;
     let Cluster { node, server, .. } = &cluster;
-    node.write(&Manifest::of(server).mode("ambient"))?;
+    node.write(&annotated(server, "ambient"))?;
     node.wait_for_state(server, PodState::Failed)?;
 
     Backend::IptablesNft.let_go(netns)?;

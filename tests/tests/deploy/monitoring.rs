@@ -38,7 +38,7 @@ fn pod(state: PodState) -> PodStatus {
         message: None,
         overridden: None,
         traffic: None,
-        netns: None,
+        netns: Some(7),
         kernel: None,
         counters: BTreeMap::from_iter(Counter::ALL.map(|(_, name)| (name.to_owned(), 1))),
     }
