@@ -76,14 +76,13 @@ impl PodLinks {
         is_attached(&self.lookup_pin(), netns_inode.into())
     }
 
-    /// Whether tcx is attached to the interface, in every direction that it should be.
-    pub(super) fn has_tcx(&self, index: u32) -> Result<bool> {
-        for &at in tcx_directions(index) {
-            if !is_attached(&self.tcx_pin(index, at), index.into())? {
-                return Ok(false);
-            }
+    /// Whether this program is attached to the interface, and not one of a former agent.
+    pub(super) fn has_tcx(&self, program_id: u32, index: u32, at: TcAttachType) -> Result<bool> {
+        let attached = LinkView { program_id, target: index.into() };
+        match open(&self.tcx_pin(index, at))? {
+            Some(link) => Ok(view(&link)? == attached),
+            None => Ok(false),
         }
-        Ok(true)
     }
 
     /// Whether nothing is attached any more: that is so when the namespace is gone. An interface

@@ -225,6 +225,17 @@ impl Dataplane {
         Ok(())
     }
 
+    /// Whether the programs of an interface are attached, as this process has loaded them.
+    fn is_attached(&self, pod: &PodNetns, links: &PodLinks, index: u32) -> Result<bool> {
+        for &at in tcx_directions(index) {
+            let program = &self.tcx[self.program_for(pod.id(), index, at)?];
+            if !links.has_tcx(program.id, index, at)? {
+                return Ok(false);
+            }
+        }
+        Ok(true)
+    }
+
     /// Which program an interface of a pod has.
     fn program_for(&self, pod_id: PodId, index: u32, at: TcAttachType) -> Result<&'static str> {
         Ok(if at == TcAttachType::Egress {

@@ -118,7 +118,7 @@ impl Dataplane {
                     self.kernel().virtual_interfaces()?.is_set(pod.id(), index, traffic, capture);
                 found.add(set?, PartKind::Reroute, name.clone());
             }
-            found.add(links.has_tcx(index)?, PartKind::Tcx, name);
+            found.add(self.is_attached(pod, &links, index)?, PartKind::Tcx, name);
         }
         for source in pod.sources() {
             let family = || if source.is_ipv4() { "ipv4" } else { "ipv6" }.to_owned();

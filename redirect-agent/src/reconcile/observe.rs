@@ -56,6 +56,10 @@ impl<S: Source> PodTask<S> {
                 if bypass && !ours {
                     return Ok(true);
                 }
+                let starts = self.shared.settings.finder.records().is_held(&uid);
+                if self.lost && self.standing.published && !starts {
+                    self.retract().await?;
+                }
                 if !bypass && self.pod.ips.is_empty() {
                     // It is starting; the source tells when it has one.
                     self.problem = Some(format!("pod {} has no address yet", self.key));
@@ -64,6 +68,11 @@ impl<S: Source> PodTask<S> {
                 return Err(e);
             }
         };
+        self.lost = false;
+        if !bypass {
+            // Before anything is looked at: what changes from now on is heard.
+            self.watch_network(&netns);
+        }
         let (present, observed) = self.observe_netns(&netns).await?;
         standing.present = present;
         standing.prepared = observed.prepared;
@@ -241,7 +250,7 @@ impl<S: Source> PodTask<S> {
     pub(super) async fn let_go(&mut self) {
         self.close_netns();
         self.shared.zds.delete(self.pod.kubelet_uid()).await;
-        (self.beside, self.settled) = (false, false);
+        (self.beside, self.settled, self.lost) = (false, false, true);
     }
 
     /// Hears of changes in the namespace from now on; without it they are found by the timer.

@@ -55,6 +55,8 @@ pub(super) struct PodTask<S> {
     /// How it stands, as last observed.
     pub(super) standing: Standing,
     pub(super) netns: Option<Arc<PodNetns>>,
+    /// Whether the namespace that it had is gone, and no other one found since.
+    pub(super) lost: bool,
     /// Hears of changes in the namespace while the pod is in the mesh, or should be.
     pub(super) network: Option<Watch>,
     /// Whether all was as wished, and the wish is the same since: what differs was changed by others.
@@ -115,6 +117,7 @@ impl<S: Source> PodTask<S> {
             gone: false,
             standing: Standing::default(),
             netns: None,
+            lost: false,
             network: None,
             settled: false,
             left_alone: false,

@@ -49,8 +49,6 @@ impl<S: Source> PodTask<S> {
 
     async fn prepare(&mut self) -> Result<()> {
         let netns = self.open_netns().await?;
-        // Before anything is looked at: what changes from now on is heard.
-        self.watch_network(&netns);
         let (reason, traffic) = (self.decision_code(), self.traffic());
         self.on_netns(netns, move |d, pod| d.prepare(pod, reason, &traffic)).await?;
         self.noted = None;
@@ -100,7 +98,7 @@ impl<S: Source> PodTask<S> {
         Ok(())
     }
 
-    async fn retract(&mut self) -> Result<()> {
+    pub(super) async fn retract(&mut self) -> Result<()> {
         match self.shared.source.publish(&self.pod, None).await {
             // It is about to be true again.
             Err(e) if self.wish() == Wish::Enrolled => {
