@@ -36,12 +36,16 @@ impl PodNetns {
     ///
     /// When the namespace carries no address, or lacks one of `known`: then it is not that pod's.
     pub fn new(netns: Netns, known: &[IpAddr]) -> Result<Self> {
-        let pod = Self::of_pod(netns, known, false)?;
-        if let Some(ip) = pod.missing(known).next() {
-            let path = pod.netns.path().display();
+        let pod = Self::existing(netns)?;
+        let path = pod.netns.path().display();
+        // Not one on `lo`, which is nobody's to call.
+        if let Some(ip) = known.iter().find(|ip| !pod.addresses.contains(ip)) {
             bail!("{path} does not carry address {ip}; it has {}", list(&pod.addresses));
         }
-        Ok(pod)
+        if pod.addresses.is_empty() {
+            bail!("{path} has no address besides loopback");
+        }
+        Ok(pod.known_first(known))
     }
 
     /// The same for a pod that others have named: some of `known` may have gone, and the rest is to work.

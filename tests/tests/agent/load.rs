@@ -20,6 +20,8 @@ pub struct Load<'a> {
     calls: Vec<(&'a Pod, &'a Pod, Family)>,
     keeps_old: bool,
     seen_as: Option<&'a Pod>,
+    /// How many connections of each caller may be closed without an answer.
+    may_close: usize,
 }
 
 /// Says that the load is to end, also when what it was for has panicked.
@@ -35,17 +37,22 @@ impl<'a> Load<'a> {
     /// Two pods call each other.
     pub fn between(a: &'a Pod, b: &'a Pod, families: &[Family]) -> Self {
         let calls = families.iter().flat_map(|&family| [(a, b, family), (b, a, family)]).collect();
-        Self { calls, keeps_old: false, seen_as: None }
+        Self { calls, keeps_old: false, seen_as: None, may_close: 0 }
     }
 
     /// One pod calls another, or what is behind a pod does.
     pub fn of(from: &'a Pod, to: &'a Pod, family: Family) -> Self {
-        Self { calls: vec![(from, to, family)], keeps_old: false, seen_as: None }
+        Self { calls: vec![(from, to, family)], keeps_old: false, seen_as: None, may_close: 0 }
     }
 
     /// Whoever answers may see this pod in the place of the one that calls.
     pub fn seen_as(self, pod: &'a Pod) -> Self {
         Self { seen_as: Some(pod), ..self }
+    }
+
+    /// So many times a proxy ends, which closes what it has not accepted by then.
+    pub fn while_proxies_end(self, times: usize) -> Self {
+        Self { may_close: times * AT_ONCE, ..self }
     }
 
     /// A connection of each caller is opened before, and has to go on all the while.
@@ -68,14 +75,18 @@ impl<'a> Load<'a> {
                 callers.push(scope.spawn(move || {
                     let mut old = old;
                     let mut failures = Vec::new();
-                    let mut made = 0;
+                    let (mut made, mut closed) = (0, 0);
                     let started = Instant::now();
                     while !done.load(Ordering::Relaxed) {
                         let addr = to.addr(family, PORT);
                         let at = started.elapsed();
                         for outcome in Call::to(addr).at_once(&from.netns, AT_ONCE)? {
                             made += 1;
-                            if !is_right(&outcome, from, self.seen_as, to, addr) {
+                            if matches!(outcome, Outcome::Closed { bytes: 0 })
+                                && closed < self.may_close
+                            {
+                                closed += 1;
+                            } else if !is_right(&outcome, from, self.seen_as, to, addr) {
                                 failures.push(format!("after {at:?}: {outcome}"));
                             }
                         }

@@ -88,7 +88,8 @@ fn proxy_is_replaced_under_load(family: Family) -> Result<()> {
     let Cluster { node, server, client, .. } = &mut cluster;
     let _apps = (echo(server)?, echo(client)?);
 
-    Load::between(client, server, &[family]).during(|| {
+    let load = Load::between(client, server, &[family]).while_proxies_end(3);
+    load.during(|| {
         for _ in 0..3 {
             node.start_proxy()?;
             wait_for("both proxies in status", SOON, || {

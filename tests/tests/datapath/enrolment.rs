@@ -206,7 +206,7 @@ fn namespace_with_the_number_of_a_dead_one_starts_afresh(family: Family) -> Resu
     bpftool.arg("key").args(number.map(|byte| byte.to_string()));
     bpftool
         .arg("value")
-        .args([1_i32; 8].iter().flat_map(|v| v.to_ne_bytes().map(|b| b.to_string())));
+        .args([1_i32; 7].iter().flat_map(|v| v.to_ne_bytes().map(|b| b.to_string())));
     succeed(&mut bpftool)?;
     let before = footprint(&next.netns)?;
 
