@@ -69,6 +69,7 @@ pub use self::{
 use self::{
     kernel::{FIND_PROXY, Globals, INBOUND_RANGES, Kernel, TcxProgram},
     links::{KubeletLink, PodLinks, tcx_directions},
+    observe::is_partly_captured,
     pod_locks::{PodLock, PodLocks},
     routes::{Routing, Seen},
     rows::Row,
@@ -260,7 +261,8 @@ impl Dataplane {
         self.switch(pod, || {
             let routing = Routing::open()?;
             let seen = routing.look()?;
-            let captured = self.is_partly_captured(pod, &seen)?;
+            let row = self.kernel().pods()?.row(pod.id())?;
+            let captured = is_partly_captured(pod, row, &seen);
             self.mark(if captured { "mark_open" } else { "mark_all" })?;
             self.redirect(pod, traffic, monotonic_ns()?, &routing, &seen)
         })

@@ -46,15 +46,14 @@ impl Dataplane {
         let seen = pod.netns.run(|| Routing::open()?.look())??;
         let row = self.kernel().pods()?.row(pod.id())?;
         let inspection = self.inspect_seen(pod, traffic, &seen, row)?;
-        let by_prepare = |kind: PartKind| !kind.is_made_by_capture();
-        let is_missing = |which: &dyn Fn(PartKind) -> bool| {
-            inspection.missing.iter().any(|part| which(part.kind))
+        let lacks = |by_capture: bool| {
+            inspection.missing.iter().any(|part| part.kind.is_made_by_capture() == by_capture)
         };
         Ok(Observation {
             prepared: row.is_some_and(|row| row == prepared(row, pod, reason, traffic))
-                && !is_missing(&by_prepare),
-            partly_captured: self.is_partly_captured(pod, &seen)?,
-            captured: !is_missing(&PartKind::is_made_by_capture),
+                && !lacks(false),
+            partly_captured: is_partly_captured(pod, row, &seen),
+            captured: !lacks(true),
             deaf: self.proxy_listens(pod)?,
             lo_is_up: seen.has_lo(),
             istio_cni: seen.has_istio_cni(),
@@ -79,13 +78,6 @@ impl Dataplane {
     pub fn has_bypass(&self, pod_id: PodId, addresses: &[IpAddr], reason: u32) -> Result<bool> {
         let row = self.kernel().pods()?.row(pod_id)?;
         Ok(row == Some(Row::bypass(addresses, reason)))
-    }
-
-    /// Whether some of the pod's new connections may be redirected.
-    pub(super) fn is_partly_captured(&self, pod: &PodNetns, seen: &Seen) -> Result<bool> {
-        let row = self.kernel().pods()?.row(pod.id())?;
-        Ok(row.is_some_and(|row| row.capture)
-            || pod.sources().any(|source| seen.outbound(source, &Traffic::default()).any))
     }
 
     /// What the kernel has for a captured pod with these settings, and what it lacks.
@@ -135,6 +127,11 @@ impl Dataplane {
         }
         Ok(found)
     }
+}
+
+/// Whether some of the pod's new connections may be redirected.
+pub(super) fn is_partly_captured(pod: &PodNetns, row: Option<Row>, seen: &Seen) -> bool {
+    row.is_some_and(|row| row.capture) || pod.sources().any(|source| seen.has_capture_of(source))
 }
 
 /// The row that a pod has once it is prepared: what capture sets of it stays as it is.

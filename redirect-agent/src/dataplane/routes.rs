@@ -441,8 +441,6 @@ fn port_rules(ports: &Selection<Ports>) -> BTreeSet<Rule> {
 /// How much of a pod's outbound capture is there in one family.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(super) struct OutboundState {
-    /// Something is captured.
-    pub(super) any: bool,
     /// The rules are those of the settings.
     pub(super) rules: bool,
     /// So are the routes.
@@ -526,10 +524,12 @@ impl Seen {
 
     /// Whether there is a capture rule of ours, in either family.
     pub(super) fn has_capture(&self) -> bool {
-        let has = |family: &Family| {
-            family.capture_rules().1.iter().any(|rule| matches!(rule, Rule::Capture(_)))
-        };
-        has(&self.v4) || has(&self.v6)
+        self.v4.has_capture() || self.v6.has_capture()
+    }
+
+    /// The same in the family of `source`.
+    pub(super) fn has_capture_of(&self, source: IpAddr) -> bool {
+        self.family(source).has_capture()
     }
 
     /// What there is of the outbound capture of one family.
@@ -539,11 +539,7 @@ impl Seen {
         let (_, rules) = family.capture_rules();
         let mut routes = family.our_routes();
         routes.retain(|route| route.table == TABLE);
-        OutboundState {
-            any: rules.iter().any(|rule| matches!(rule, Rule::Capture(_))),
-            rules: rules == wanted.rules,
-            routes: routes == wanted.routes,
-        }
+        OutboundState { rules: rules == wanted.rules, routes: routes == wanted.routes }
     }
 
     /// Whether what [`Routing::add_keep`] adds is there: the rules, the routes.
@@ -602,6 +598,10 @@ impl Family {
     fn our_rule_messages(&self) -> Vec<(Rule, RuleMessage)> {
         let ours = |message: &RuleMessage| Some((Rule::read(message)?, message.clone()));
         self.rules.iter().filter_map(ours).collect()
+    }
+
+    fn has_capture(&self) -> bool {
+        self.capture_rules().1.iter().any(|rule| matches!(rule, Rule::Capture(_)))
     }
 
     /// The rules that say what is captured, and those alone, in the kernel's order.

@@ -35,6 +35,8 @@ impl<S: Source> PodTask<S> {
             mentioned: !source.is_published(&self.pod, None),
             ..Standing::default()
         };
+        // It is about to be true of a pod whose start waits for us.
+        let starts = self.shared.settings.finder.records().is_held(&uid);
         self.left_alone = false;
         let bypass = self.wish() == Wish::Bypass;
         let mut ours = false;
@@ -56,7 +58,6 @@ impl<S: Source> PodTask<S> {
                 if bypass && !ours {
                     return Ok(true);
                 }
-                let starts = self.shared.settings.finder.records().is_held(&uid);
                 if self.lost && self.standing.published && !starts {
                     self.retract().await?;
                 }
@@ -81,7 +82,6 @@ impl<S: Source> PodTask<S> {
         standing.served = present && (observed.deaf.is_empty() || self.shared.zds.acked(&uid));
         standing.redirected =
             observed.partly_captured || present && self.has_redirected(&netns).await?;
-        let starts = self.shared.settings.finder.records().is_held(&uid);
         standing.stale = standing.published && !standing.captured && !starts && !observed.istio_cni;
         self.standing = standing;
         self.beside = present && observed.istio_cni;

@@ -326,12 +326,8 @@ impl Node {
 
     /// What that runs.
     pub fn cleanup_command(&self) -> Result<Command> {
-        let mut command = self.command_without_agent("cleanup")?;
+        let mut command = self.command_on_node("cleanup")?;
         command
-            .arg("--netns-dir")
-            .arg(&self.netns_dir)
-            .arg("--state-dir")
-            .arg(self.state_dir())
             .arg("--bpffs-dir")
             .arg(&self.bpffs)
             .arg("--cni-conf-dir")
@@ -343,16 +339,15 @@ impl Node {
 
     /// `takeover`, which may fail: whether it succeeded, and what it said.
     pub fn take_over(&self, args: &[&str]) -> Result<(bool, String)> {
-        let mut command = self.command_without_agent("takeover")?;
-        command
-            .args(args)
-            .arg("--netns-dir")
-            .arg(&self.netns_dir)
-            .arg("--state-dir")
-            .arg(self.state_dir())
-            .arg("--control-socket")
-            .arg(self.control_socket());
-        finish(&mut command)
+        let mut command = self.command_on_node("takeover")?;
+        finish(command.args(args).arg("--control-socket").arg(self.control_socket()))
+    }
+
+    /// A command that looks for the node's pods itself.
+    fn command_on_node(&self, verb: &str) -> Result<Command> {
+        let mut command = self.command_without_agent(verb)?;
+        command.arg("--netns-dir").arg(&self.netns_dir).arg("--state-dir").arg(self.state_dir());
+        Ok(command)
     }
 
     /// What `status` says.
