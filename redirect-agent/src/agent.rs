@@ -81,12 +81,16 @@ pub async fn run(options: Options, shutdown: CancellationToken) -> Result<()> {
     let dataplane = Arc::new(Dataplane::open(&options.dataplane)?);
     let control = control::Server::bind(&options.control_socket)?;
     let cni = cni::Server::bind(&options.cni_socket)?;
+    let zds = zds::Server::bind(&options.zds_socket)?.with_admission({
+        let dataplane = Arc::clone(&dataplane);
+        move |pid| dataplane.admit_proxy(pid)
+    });
     let mut ground = Ground {
         control,
         overrides: Arc::new(Store::open(&options.state_dir)?),
         probes: Probes::open(Arc::clone(&dataplane), options.probes.clone()).await?,
         dataplane,
-        zds: zds::Server::bind(&options.zds_socket)?,
+        zds,
         metrics: Metrics::default(),
         door: Arc::new(Door::new(options.settings.membership.excluded_namespaces.clone())),
         parts: JoinSet::new(),

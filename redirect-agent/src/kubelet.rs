@@ -3,18 +3,14 @@
 use std::{
     fmt,
     fs::{self, File},
-    io,
-    os::{fd::AsFd, unix::fs::MetadataExt as _},
     path::{Path, PathBuf},
-    thread,
 };
 
-use anyhow::{Context as _, Result, anyhow, bail};
-use nix::sched::{CloneFlags, setns};
+use anyhow::{Context as _, Result, bail};
 use procfs::process::Process;
 use serde::{Deserialize, Serialize};
 
-use crate::finder;
+use crate::{cgroup::Cgroup, finder};
 
 /// What the processes are called in which kubelet runs: its own, MicroK8s', k3s'.
 const NAMES: [&str; 5] = ["kubelet", "kubelite", "k3s-server", "k3s-agent", "k3s"];
@@ -71,23 +67,14 @@ impl Kubelet {
 
     fn of(process: &Process, started: u64) -> Result<Self> {
         let pid = u32::try_from(process.pid).context("convert a process id")?;
-        let cgroup = cgroup_of(process)?;
+        // By its own root, because the agent's container may show cgroups otherwise.
+        let Cgroup { path: cgroup, dir } = Cgroup::of(process, process)?;
         if cgroup == "/" {
             bail!(
                 "it is in the root cgroup, and so is told from no other process; let its service \
                  manager give it a cgroup of version 2"
             );
         }
-        let mounts = process.mountinfo().context("read its mounts")?;
-        let mount = mounts
-            .into_iter()
-            .find(|mount| mount.fs_type == "cgroup2")
-            .context("cgroup v2 is not mounted where it runs")?;
-        let inside = |path: &Path| path.strip_prefix("/").map(Path::to_owned);
-        // By its own root, because the agent's container may show cgroups otherwise.
-        let dir = PathBuf::from(format!("/proc/{pid}/root"))
-            .join(inside(&mount.mount_point)?)
-            .join(inside(Path::new(&cgroup))?);
         if let Some(pods) = cgroup_of_pods(&dir)? {
             bail!(
                 "the pods' cgroup {} is within its own: they would pass for kubelet",
@@ -103,12 +90,7 @@ impl Kubelet {
     ///
     /// When it is gone.
     pub fn open_cgroup(&self) -> Result<(File, u64)> {
-        let open = || {
-            let dir = File::open(&self.dir)?;
-            let id = dir.metadata()?.ino();
-            io::Result::Ok((dir, id))
-        };
-        open().with_context(|| format!("open cgroup {}", self.dir.display()))
+        Cgroup { path: self.cgroup.clone(), dir: self.dir.clone() }.open()
     }
 
     /// Whether it still runs, and in that cgroup.
@@ -116,7 +98,7 @@ impl Kubelet {
         let look = || {
             let process = Process::new(i32::try_from(self.pid)?)?;
             let same = process.stat()?.starttime == self.started;
-            anyhow::Ok(same && cgroup_of(&process)? == self.cgroup)
+            anyhow::Ok(same && Cgroup::of(&process, &process)?.path == self.cgroup)
         };
         look().unwrap_or(false)
     }
@@ -137,20 +119,6 @@ fn started(process: &Process, hosts: &std::collections::BTreeSet<u32>) -> Result
         bail!("not kubelet");
     }
     Ok(stat.starttime)
-}
-
-/// The process's cgroup of version 2, as it sees it itself.
-fn cgroup_of(process: &Process) -> Result<String> {
-    let namespace = File::open(format!("/proc/{}/ns/cgroup", process.pid))
-        .context("open its cgroup namespace")?;
-    let read = || {
-        setns(namespace.as_fd(), CloneFlags::CLONE_NEWCGROUP)
-            .context("enter its cgroup namespace")?;
-        let cgroups = process.cgroups().context("read its cgroups")?;
-        let unified = cgroups.0.into_iter().find(|cgroup| cgroup.hierarchy == 0);
-        Ok(unified.context("it has no cgroup of version 2")?.pathname)
-    };
-    thread::scope(|scope| scope.spawn(read).join()).map_err(|_| anyhow!("a thread panicked"))?
 }
 
 /// A cgroup within `dir` that has pods in it.

@@ -188,6 +188,8 @@ pub const LISTENER_INBOUND: u32 = 1;
 /// [`ListenerKey::kind`]: [`PORT_HBONE`].
 pub const LISTENER_HBONE: u32 = 2;
 
+/// By how much `find_proxy` shifts the bits of listeners that IPv4 connections find.
+pub const LISTENERS_V4: u32 = 4;
 /// By how many bits what `find_proxy` returns of new listeners is shifted.
 pub const NEW_LISTENERS: u32 = 8;
 
@@ -362,6 +364,12 @@ pub struct ThisPod {
 pub const WAY_DIRECT: u32 = 1;
 /// Value of the map `ways`: through the proxy.
 pub const WAY_REDIRECTED: u32 = 2;
+/// [`Settled::way`]: the proxy's own connection, which leaves the pod.
+pub const WAY_PROXYS: u32 = 3;
+
+/// Key of the map `proxy_cgroups`: sockets of every cgroup pass for the proxy's by their mark. There until
+/// the first proxy has connected to the agent, and where the agent cannot find out a proxy's cgroup.
+pub const ANY_CGROUP: u64 = 0;
 
 /// Key of the map `virtual_ifs`: an interface whose TCP counts as the pod's own, a VM's or a nested
 /// container's.
@@ -525,8 +533,8 @@ pub struct SavedSysctls {
 /// [`SavedSysctls::values`]: the kernel had no such sysctl (IPv6 is off, say).
 pub const SYSCTL_ABSENT: i32 = i32::MIN;
 
-/// Offsets in the kernel's `struct sock_common`, `struct net`, `struct sk_buff` and `struct
-/// net_device`, bytes. Source: the running kernel's BTF.
+/// Offsets in the kernel's `struct sock_common`, `struct net`, `struct sk_buff`, `struct net_device`,
+/// `struct sock`, `struct cgroup` and `struct kernfs_node`, bytes. Source: the running kernel's BTF.
 #[repr(C)]
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Pod, Zeroable)]
 pub struct SockOffsets {
@@ -554,10 +562,17 @@ pub struct SockOffsets {
     pub packet_device: u32,
     /// `nd_net` of `struct net_device`, the address of its `struct net`.
     pub device_net: u32,
+    /// `sk_cgrp_data.cgroup` of `struct sock`, the address of the `struct cgroup` (version 2) that its
+    /// process was in when the socket was made.
+    pub socket_cgroup: u32,
+    /// `kn` of `struct cgroup`, the address of its `struct kernfs_node`.
+    pub cgroup_node: u32,
+    /// `id` of `struct kernfs_node`, u64: the inode number of the cgroup's directory.
+    pub node_id: u32,
 }
 
 const _: () = {
-    assert!(size_of::<SockOffsets>() == 48);
+    assert!(size_of::<SockOffsets>() == 60);
     assert!(size_of::<Addr>() == 16);
     assert!(size_of::<PodEntry>() == 56);
     assert!(size_of::<OwnAddress>() == 20);

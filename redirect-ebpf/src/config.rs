@@ -26,6 +26,9 @@ pub static SOCK_OFFSETS: SockOffsets = SockOffsets {
     net_inode: 0,
     packet_device: 0,
     device_net: 0,
+    socket_cgroup: 0,
+    cgroup_node: 0,
+    node_id: 0,
 };
 
 pub use redirect_ebpf::abi::SockOffsets;

@@ -492,7 +492,7 @@ mod tests {
             panic!("DNS is not forwarded")
         }
 
-        fn is_proxys(&self) -> bool {
+        fn is_proxys(&self, _: u32) -> bool {
             panic!("DNS goes by marks and ports")
         }
 

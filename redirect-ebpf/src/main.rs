@@ -28,9 +28,9 @@ use redirect_ebpf::{
     abi::{
         Addr, Counter, CounterKey, DECISION_ENROLLED, DnsFlow, DnsKey, EVERY_POD, Flow,
         HALF_OPEN_NS, HINT_NONE, HINT_QUESTION, Hint, INBOUND_BYPASS, LISTENER_HBONE,
-        LISTENER_INBOUND, LISTENER_OUTBOUND, LOOPBACK_IFINDEX, ListenerKey, MARK_PROXY,
-        MARK_REDIRECTED, NEW_LISTENERS, OwnAddress, POD_ENROLLED, PORT_PROXY_DNS, PodId, PodPeer,
-        PodPort, VirtualInterface, WAY_DIRECT,
+        LISTENER_INBOUND, LISTENER_OUTBOUND, LISTENERS_V4, LOOPBACK_IFINDEX, ListenerKey,
+        MARK_PROXY, MARK_REDIRECTED, NEW_LISTENERS, OwnAddress, POD_ENROLLED, PORT_PROXY_DNS,
+        PodId, PodPeer, PodPort, VirtualInterface, WAY_PROXYS,
     },
     dns::{self, Dns, DnsEnv, Message},
     verdict::{
@@ -291,7 +291,7 @@ pub fn redirect_out(ctx: TcContext) -> i32 {
         return TC_ACT_UNSPEC;
     }
     // Nearly everything is the proxy's.
-    if mesh_mark(mark(&ctx)) == MARK_PROXY && sockets::settled_once(&ctx) == Some(WAY_DIRECT) {
+    if mesh_mark(mark(&ctx)) == MARK_PROXY && sockets::settled_once(&ctx) == Some(WAY_PROXYS) {
         return TC_ACT_UNSPEC;
     }
     let Some(parsed) = parsed() else { return TC_ACT_SHOT };
@@ -324,8 +324,8 @@ fn on_egress(ctx: &TcContext, readable: bool, parsed: &Parsed) -> i32 {
 }
 
 /// Run by the agent in a pod's namespace, on a packet that does not matter: enters the proxy's
-/// listeners. Returns a bit for each of `LISTENER_*` that it has found, and the same, shifted by
-/// [`NEW_LISTENERS`], for each that it had not known.
+/// listeners. Returns a bit for each of `LISTENER_*` that IPv6 connections find, the same, shifted by
+/// [`LISTENERS_V4`], for IPv4, and, shifted by [`NEW_LISTENERS`], for each that it had not known.
 #[classifier]
 pub fn find_proxy(ctx: TcContext) -> i32 {
     let mut found = 0;
@@ -340,18 +340,27 @@ pub fn find_proxy(ctx: TcContext) -> i32 {
 fn find_listener(ctx: &TcContext, kind: u32) -> i32 {
     let Some(pod_id) = packet::netns_inode(ctx) else { return 0 };
     let key = ListenerKey { pod_id, kind };
+    let v6 = find_in_group(ctx, &key, false, true);
+    // One socket serves both families.
+    let v4 = find_in_group(ctx, &key, true, v6 == Found::Nothing);
+    if v6 == Found::Nothing && v4 == Found::Nothing {
+        return 0;
+    }
+    let _absent = PROXY_MISSING.remove(&key);
+    i32::from(v6 != Found::Nothing)
+        | i32::from(v4 != Found::Nothing) << LISTENERS_V4
+        | i32::from(v6 == Found::New || v4 == Found::New) << NEW_LISTENERS
+}
+
+#[inline(never)]
+fn find_in_group(ctx: &TcContext, key: &ListenerKey, v4: bool, enter: bool) -> Found {
     for client_port in 1..=GROUP_TRIES {
-        for v4 in [false, true] {
-            let found = match sockets::find_listener(ctx, &key, v4, client_port) {
-                Found::Nothing => continue,
-                Found::Known => 1,
-                Found::New => 1 | 1 << NEW_LISTENERS,
-            };
-            let _absent = PROXY_MISSING.remove(&key);
-            return found;
+        match sockets::find_listener(ctx, key, v4, client_port, enter) {
+            Found::Nothing => {}
+            found => return found,
         }
     }
-    0
+    Found::Nothing
 }
 
 /// How many clients are tried where others share the proxy's port.
@@ -725,8 +734,8 @@ impl Env for Tc<'_> {
     }
 
     #[inline(always)]
-    fn is_proxys(&self) -> bool {
-        sockets::sender_is_proxys(self.ctx)
+    fn is_proxys(&self, mark: u32) -> bool {
+        sockets::is_proxys_packet(self.ctx, mark)
     }
 
     #[inline(always)]

@@ -49,6 +49,12 @@ pub static COUNTERS: PerCpuHashMap<CounterKey, u64, { PODS * 32 }, AS_IT_COMES> 
 #[btf_map(name = "listeners")]
 pub static LISTENERS: SockHash<ListenerKey, { PODS * 4 }> = SockHash::new();
 
+/// Cgroup whose sockets are the proxy's if they have its mark, or `ANY_CGROUP` → when its proxy last
+/// connected to the agent, ns of CLOCK_MONOTONIC. Only the agent writes it. The kernel uses no cgroup's
+/// number again.
+#[btf_map(name = "proxy_cgroups")]
+pub static PROXY_CGROUPS: HashMap<u64, u64, 64> = HashMap::new();
+
 /// Pod and kind → since when the proxy does not listen, ns of CLOCK_MONOTONIC.
 #[btf_map(name = "proxy_missing")]
 pub static PROXY_MISSING: HashMap<ListenerKey, u64, { PODS * 4 }> = HashMap::new();

@@ -19,7 +19,7 @@ use aya_ebpf::{
 };
 use redirect_ebpf::{
     abi::{
-        Addr, Flow, HINT_QUESTION, LISTENER_HBONE, LISTENER_INBOUND, LISTENER_OUTBOUND,
+        ANY_CGROUP, Addr, Flow, HINT_QUESTION, LISTENER_HBONE, LISTENER_INBOUND, LISTENER_OUTBOUND,
         ListenerKey, MARK_PROXY, PORT_HBONE, PORT_INBOUND, PORT_OUTBOUND, PORT_PROXY_DNS, PodId,
         Settled,
     },
@@ -29,7 +29,7 @@ use redirect_ebpf::{
 
 use crate::{
     config,
-    maps::{LISTENERS, PROXY_MISSING, SETTLED},
+    maps::{LISTENERS, PROXY_CGROUPS, PROXY_MISSING, SETTLED},
     packet::{self, tail},
     set_hint,
 };
@@ -139,7 +139,7 @@ pub fn proxy(ctx: &TcContext, key: &ListenerKey, v4: bool) -> Proxy {
             return Proxy::Listens;
         }
     }
-    if find_listener(ctx, key, v4, ANY_CLIENT) != Found::Nothing {
+    if find_listener(ctx, key, v4, ANY_CLIENT, true) != Found::Nothing {
         let _gone = PROXY_MISSING.remove(key);
         return Proxy::Listens;
     }
@@ -163,11 +163,17 @@ pub fn proxy(ctx: &TcContext, key: &ListenerKey, v4: bool) -> Proxy {
     }
 }
 
-/// Enters the proxy's listener of this kind into `listeners`, in place of the one that is there. What was
-/// found. Others may have joined the group of sockets that share the port: of those the
+/// Looks for the proxy's listener of this kind, and enters it into `listeners`, in place of the one that is
+/// there, if `enter`. What was found. Others may have joined the group of sockets that share the port: of those the
 /// kernel chooses one by `client_port`.
 #[inline(never)]
-pub fn find_listener(ctx: &TcContext, key: &ListenerKey, v4: bool, client_port: u16) -> Found {
+pub fn find_listener(
+    ctx: &TcContext,
+    key: &ListenerKey,
+    v4: bool,
+    client_port: u16,
+    enter: bool,
+) -> Found {
     let port = match key.kind {
         LISTENER_INBOUND => PORT_INBOUND,
         LISTENER_HBONE => PORT_HBONE,
@@ -194,7 +200,7 @@ pub fn find_listener(ctx: &TcContext, key: &ListenerKey, v4: bool, client_port: 
         let is_it = (*sk).state == TCP_LISTEN && is_proxys(sk);
         let found = if !is_it {
             Found::Nothing
-        } else if is_known(key, sk) {
+        } else if !enter || is_known(key, sk) {
             Found::Known
         } else if bpf_map_update_elem(listeners(), ptr::from_ref(key).cast(), sk.cast(), 0) == 0 {
             Found::New
@@ -245,20 +251,40 @@ fn sender(ctx: &TcContext) -> Option<*mut bpf_sock> {
 /// The address of the socket's network namespace.
 #[inline(always)]
 fn netns(sk: *mut bpf_sock) -> u64 {
-    let offset = u64::from(config::offset!(net));
-    // The verifier lets nobody compute with a socket's address; as a number it does.
-    let slot = core::hint::black_box(sk);
-    // SAFETY: the helper copes with any address.
-    unsafe {
-        let sk: u64 = bpf_probe_read_kernel(ptr::from_ref(&slot).cast()).unwrap_or(0);
-        bpf_probe_read_kernel((sk + offset) as *const u64).unwrap_or(0)
-    }
+    field(sk, config::offset!(net))
 }
 
-/// Whether the socket that has sent the packet, or the listener that it answers for, is the proxy's.
+/// The number of the cgroup (version 2) that the socket's process was in when it made the socket, or the
+/// listener that has accepted it.
+#[inline(always)]
+fn cgroup(sk: *mut bpf_sock) -> u64 {
+    let cgroup = field(sk, config::offset!(socket_cgroup));
+    kernel_u64(
+        kernel_u64(cgroup + u64::from(config::offset!(cgroup_node)))
+            + u64::from(config::offset!(node_id)),
+    )
+}
+
+/// Eight bytes at `offset` of the kernel's `struct sock`.
+#[inline(always)]
+fn field(sk: *mut bpf_sock, offset: u32) -> u64 {
+    // The verifier lets nobody compute with a socket's address; as a number it does.
+    let slot = core::hint::black_box(sk);
+    kernel_u64(kernel_u64(ptr::from_ref(&slot) as u64) + u64::from(offset))
+}
+
+/// Eight bytes of kernel memory; 0 where nothing can be read.
+#[inline(always)]
+fn kernel_u64(address: u64) -> u64 {
+    // SAFETY: the helper copes with any address.
+    unsafe { bpf_probe_read_kernel(address as *const u64) }.unwrap_or(0)
+}
+
+/// Whether the packet is the proxy's: the socket that has sent it says so, or the listener that it answers
+/// for, and where there is none, its mark.
 #[inline(never)]
-pub fn sender_is_proxys(ctx: &TcContext) -> bool {
-    let Some(sk) = sender(ctx) else { return false };
+pub fn is_proxys_packet(ctx: &TcContext, mark: u32) -> bool {
+    let Some(sk) = sender(ctx) else { return mesh_mark(mark) == MARK_PROXY };
     // SAFETY: the helpers check what they are given.
     unsafe {
         let full = bpf_sk_fullsock(sk);
@@ -357,7 +383,8 @@ pub fn dns_listens(ctx: &TcContext, message: &Message) -> bool {
     }
 }
 
-/// Whether a socket here is the proxy's. An application that took the port is not the proxy.
+/// Whether a socket here is the proxy's. An application that took the port is not the proxy, nor is one
+/// that may set marks.
 ///
 /// # Safety
 ///
@@ -365,7 +392,12 @@ pub fn dns_listens(ctx: &TcContext, message: &Message) -> bool {
 #[inline(always)]
 unsafe fn is_proxys(sk: *mut bpf_sock) -> bool {
     // SAFETY: the caller's promise.
-    mesh_mark(unsafe { (*sk).mark }) == MARK_PROXY
+    mesh_mark(unsafe { (*sk).mark }) == MARK_PROXY && is_in_proxys_cgroup(sk)
+}
+
+#[inline(never)]
+fn is_in_proxys_cgroup(sk: *mut bpf_sock) -> bool {
+    PROXY_CGROUPS.get_ptr(&cgroup(sk)).is_some() || PROXY_CGROUPS.get_ptr(&ANY_CGROUP).is_some()
 }
 
 /// Hands a lookup to the proxy's listener, and to no other of the group that shares its port. Fails when

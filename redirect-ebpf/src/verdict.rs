@@ -13,7 +13,7 @@ use crate::abi::{
     MARK_INBOUND, MARK_MASK, MARK_PROXY, MARK_REDIRECTED, MARK_RESCUED, MARK_VIRTUAL,
     POD_BYPASS_INBOUND, POD_CAPTURE, POD_DNS, POD_ENROLLED, POD_INBOUND_RULES, POD_OUTBOUND_RULES,
     PORT_DNS, PORT_HBONE, PORT_INBOUND, PORT_OUTBOUND, PodId, VIRTUAL_CAPTURE, VIRTUAL_RULES,
-    WAY_DIRECT, WAY_REDIRECTED,
+    WAY_DIRECT, WAY_PROXYS, WAY_REDIRECTED,
 };
 use crate::dns::Message;
 
@@ -110,9 +110,9 @@ pub trait Env: Pods {
     fn is_forwarded(&self) -> bool;
     /// At egress: whether that interface is `lo`, where only the pod's own packets are.
     fn came_by_lo(&self) -> bool;
-    /// At egress: whether the socket that has sent it, or the listener that answers, is the proxy's,
-    /// whatever mark netfilter has given to the packet.
-    fn is_proxys(&self) -> bool;
+    /// At egress: whether the packet is the proxy's. The socket that has sent it says so, or the listener
+    /// that answers; only where there is none, under SYN cookies say, its mark.
+    fn is_proxys(&self, mark: u32) -> bool;
     /// Whether the socket here that has sent this segment is the proxy's.
     fn has_proxy_sent(&self, segment: &Segment) -> bool;
     /// Whether anybody here listens where this segment comes from.
@@ -427,7 +427,7 @@ pub enum Hidden {
 /// `message` is `Err` for what could not be parsed.
 #[inline(always)]
 pub fn on_egress(mark: u32, message: Result<&Message, Hidden>, env: &impl Env) -> Verdict {
-    if mesh_mark(mark) == MARK_PROXY || env.is_proxys() {
+    if env.is_proxys(mark) {
         return match message {
             Ok(message) if message.tcp => on_proxys_egress(&message.segment, env),
             _ => Verdict::NEXT,
@@ -509,8 +509,7 @@ pub fn on_egress(mark: u32, message: Result<&Message, Hidden>, env: &impl Env) -
     Verdict { settle: code(WAY_DIRECT), ..next }
 }
 
-/// The same for the proxy's packets, or for those of a socket of the application that has got its mark:
-/// such a one has the proxy at its other end.
+/// The same for the proxy's packets. Some have the application at their other end.
 #[inline(always)]
 fn on_proxys_egress(segment: &Segment, env: &impl Env) -> Verdict {
     if !segment.opens {
@@ -523,7 +522,7 @@ fn on_proxys_egress(segment: &Segment, env: &impl Env) -> Verdict {
             None => {}
         }
     }
-    Verdict { settle: code(WAY_DIRECT), ..Verdict::NEXT }
+    Verdict { settle: code(WAY_PROXYS), ..Verdict::NEXT }
 }
 
 #[inline(always)]
@@ -773,8 +772,8 @@ mod tests {
         strays: bool,
         forwarded: bool,
         by_lo: bool,
-        /// Whether the packet's socket is the proxy's, whatever its mark.
-        proxys: bool,
+        /// Whether the packet's socket is the proxy's; `None` for a packet without one.
+        proxys: Option<bool>,
         /// Whether a socket of the proxy here has the connection as its sender.
         proxy_sent: bool,
         /// Whether anybody listens where the segment comes from.
@@ -802,7 +801,7 @@ mod tests {
                 strays: false,
                 forwarded: false,
                 by_lo: false,
-                proxys: false,
+                proxys: Some(false),
                 proxy_sent: false,
                 sender_listens: true,
                 half_open: false,
@@ -902,8 +901,8 @@ mod tests {
             self.by_lo
         }
 
-        fn is_proxys(&self) -> bool {
-            self.proxys
+        fn is_proxys(&self, mark: u32) -> bool {
+            self.proxys.unwrap_or(mesh_mark(mark) == MARK_PROXY)
         }
 
         fn has_proxy_sent(&self, _: &Segment) -> bool {
@@ -1801,19 +1800,21 @@ mod tests {
 
     #[test]
     fn the_guard_lets_out_what_is_the_proxys() {
-        let direct = Verdict { settle: code(WAY_DIRECT), ..Verdict::NEXT };
+        let direct = Verdict { settle: code(WAY_PROXYS), ..Verdict::NEXT };
         let back = Verdict { fate: Fate::ToLo, mark: code(MARK_RESCUED), ..Verdict::NEXT };
         for a in both_families() {
             let query = Segment { dst_port: PORT_DNS, ..syn(a.own, a.stranger) };
             let accepts = syn_ack(a.own, a.stranger);
             let later = [data(a.own, a.stranger), reply(a.own, a.stranger)];
-            // By its mark; by its socket, where netfilter has taken or changed that.
+            // By its socket, also where netfilter has taken or changed its mark; by its mark, where it
+            // has none.
             for (mark, proxys) in [
-                (MARK_PROXY, false),
-                (0xabcd_e000 | MARK_PROXY, true),
-                (0, true),
-                (MARK_RESCUED, true),
-                (MARK_DIRECT, true),
+                (MARK_PROXY, None),
+                (0xabcd_e000 | MARK_PROXY, None),
+                (MARK_PROXY, Some(true)),
+                (0, Some(true)),
+                (MARK_RESCUED, Some(true)),
+                (MARK_DIRECT, Some(true)),
             ] {
                 for pod in [UNKNOWN, BYPASSING, PREPARING, capturing(POD_DNS)] {
                     let new = || Node { proxys, ..Node::new(&a, pod) };
@@ -1857,10 +1858,38 @@ mod tests {
     }
 
     #[test]
+    fn the_guard_takes_no_socket_of_the_application_for_the_proxys() {
+        for a in both_families() {
+            let query = Segment { dst_port: PORT_DNS, ..syn(a.own, a.stranger) };
+            for pod in [UNKNOWN, BYPASSING, PREPARING, CAPTURING, capturing(POD_DNS)] {
+                for connection in [false, true] {
+                    let node = Node { connection, ..Node::new(&a, pod) };
+                    for message in [
+                        tcp(syn(a.own, a.stranger)),
+                        tcp(syn_ack(a.own, a.stranger)),
+                        tcp(data(a.own, a.stranger)),
+                        tcp(query),
+                        udp(query),
+                    ] {
+                        let found = on_egress(MARK_PROXY, Ok(&message), &node);
+                        assert_eq!(found, guarded(message, &node));
+                    }
+                    for hidden in [Hidden::Nothing, Hidden::Tcp, Hidden::Dns] {
+                        let found = on_egress(MARK_PROXY, Err(hidden), &node);
+                        assert_eq!(found, on_egress(0, Err(hidden), &node));
+                    }
+                }
+            }
+        }
+    }
+
+    #[test]
     fn the_guard_keeps_connections_on_the_way_that_was_found() {
         let to_lo = Verdict { fate: Fate::ToLo, mark: code(MARK_RESCUED), ..Verdict::NEXT };
         for a in both_families() {
-            for (way, expected) in [(WAY_REDIRECTED, to_lo), (WAY_DIRECT, Verdict::NEXT)] {
+            for (way, expected) in
+                [(WAY_REDIRECTED, to_lo), (WAY_DIRECT, Verdict::NEXT), (WAY_PROXYS, Verdict::NEXT)]
+            {
                 for pod in [UNKNOWN, BYPASSING, PREPARING, CAPTURING] {
                     for segment in [
                         data(a.own, a.stranger),

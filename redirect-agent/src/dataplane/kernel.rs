@@ -36,7 +36,7 @@ use crate::{netns::Netns, traffic::Traffic};
 pub static OBJECT: &[u8] = aya::include_bytes_aligned!(concat!(env!("OUT_DIR"), "/redirect"));
 
 /// The maps that outlive the agent.
-const PINNED_MAPS: [&str; 23] = [
+const PINNED_MAPS: [&str; 24] = [
     PODS,
     ADDRESSES,
     THIS_POD,
@@ -49,6 +49,7 @@ const PINNED_MAPS: [&str; 23] = [
     SWITCHING,
     "counters",
     "listeners",
+    "proxy_cgroups",
     "proxy_missing",
     "hints",
     WAYS,

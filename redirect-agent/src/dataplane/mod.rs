@@ -19,6 +19,7 @@ mod parts;
 mod pod_locks;
 mod pod_netns;
 pub mod probe;
+mod proxies;
 mod reroute;
 mod routes;
 mod rows;
@@ -30,7 +31,7 @@ mod watch;
 
 use std::{
     collections::{BTreeMap, BTreeSet},
-    fs, io,
+    fmt, fs, io,
     net::IpAddr,
     os::unix::fs::DirBuilderExt as _,
     path::{Path, PathBuf},
@@ -71,6 +72,7 @@ use self::{
     links::{KubeletLink, PodLinks, tcx_directions},
     observe::is_partly_captured,
     pod_locks::{PodLock, PodLocks},
+    proxies::{ProxyCgroups, UnknownProxy},
     routes::{Routing, Seen},
     rows::Row,
 };
@@ -120,6 +122,7 @@ pub struct Dataplane {
     tcx: BTreeMap<&'static str, TcxProgram>,
     /// One step at a time for a pod: those of pods with the same remainder wait for each other.
     pods: PodLocks,
+    unknown_proxy: UnknownProxy,
     _owner: Option<Owner>,
 }
 
@@ -135,6 +138,25 @@ pub fn own(dir: &Path) -> Result<Owner> {
         // Whoever had it may have removed it in the end, and somebody else made it anew.
         if owner.is_at(dir) {
             return Ok(owner);
+        }
+    }
+}
+
+/// A port on which the proxy does not listen in a pod.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Deaf {
+    /// The port.
+    pub port: u16,
+    /// The pod's address of the family that the proxy leaves out, when it listens for the other.
+    pub family: Option<IpAddr>,
+}
+
+impl fmt::Display for Deaf {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self.family {
+            None => write!(f, "{}", self.port),
+            Some(IpAddr::V4(_)) => write!(f, "{} (IPv4)", self.port),
+            Some(IpAddr::V6(_)) => write!(f, "{} (IPv6)", self.port),
         }
     }
 }
@@ -155,6 +177,7 @@ impl Dataplane {
         let globals =
             Globals { log: options.log.into(), proxy_grace_ns, offsets: sockets::offsets()? };
         let mut kernel = Kernel::load(&options.bpffs_dir, &globals)?;
+        ProxyCgroups::open(&mut kernel)?.begin()?;
         // The kernel's types are large, and are not needed any more.
         sys::release_freed_memory();
         Ok(Self {
@@ -162,6 +185,7 @@ impl Dataplane {
             tcx: kernel.tcx_programs()?,
             kernel: Mutex::new(kernel),
             pods: PodLocks::default(),
+            unknown_proxy: UnknownProxy::default(),
             _owner: owner,
         })
     }
@@ -309,17 +333,16 @@ impl Dataplane {
 
     /// Makes the proxy's listeners known to the programs, and, in a captured pod, lets the application bind
     /// ports that the proxy's accepted connections hold; [`Dataplane::capture`] does that for others. To be
-    /// called whenever the proxy may have opened listeners in the pod. Returns the ports that it does not
-    /// listen on.
+    /// called whenever the proxy may have opened listeners in the pod. Returns where it does not listen.
     ///
     /// # Errors
     ///
     /// When a system call fails.
-    pub fn proxy_listens(&self, pod: &PodNetns) -> Result<Vec<u16>> {
+    pub fn proxy_listens(&self, pod: &PodNetns) -> Result<Vec<Deaf>> {
         pod.netns.run(|| {
             let found = sockets::find_proxy(self.kernel().classifier(FIND_PROXY)?)?;
             let captured = self.kernel().pods()?.row(pod.id())?.is_some_and(|row| row.capture);
-            if found.new != 0 && captured {
+            if found.are_new() && captured {
                 self.iterate("reuse_addr")?;
             }
             let ports = [
@@ -327,8 +350,14 @@ impl Dataplane {
                 (LISTENER_INBOUND, PORT_INBOUND),
                 (LISTENER_HBONE, PORT_HBONE),
             ];
-            let missing = ports.into_iter().filter(|(kind, _)| found.all & (1 << kind) == 0);
-            Ok(missing.map(|(_, port)| port).collect())
+            let sources: Vec<IpAddr> = pod.sources().collect();
+            let deaf = |(kind, port): (u32, u16)| {
+                let (heard, missed): (Vec<IpAddr>, Vec<IpAddr>) =
+                    sources.iter().partition(|source| found.has(kind, **source));
+                let family = if heard.is_empty() { None } else { missed.first().copied() };
+                (!missed.is_empty()).then_some(Deaf { port, family })
+            };
+            Ok(ports.into_iter().filter_map(deaf).collect())
         })?
     }
 

@@ -6,7 +6,7 @@ use anyhow::Result;
 use redirect_ebpf::abi::PodId;
 
 use super::{
-    Dataplane, Inspection, PartKind, PodNetns, inbound,
+    Dataplane, Deaf, Inspection, PartKind, PodNetns, inbound,
     links::PodLinks,
     routes::{Routing, Seen},
     rows::{Row, is_captured},
@@ -25,8 +25,8 @@ pub struct Observation {
     pub partly_captured: bool,
     /// Whether they are as the settings say, in both directions and all families.
     pub captured: bool,
-    /// The ports of the proxy's that it does not listen on.
-    pub deaf: Vec<u16>,
+    /// Where the proxy does not listen.
+    pub deaf: Vec<Deaf>,
     /// Whether `lo` is up. The runtime takes it down before it takes the namespace away; then nothing can
     /// be put right.
     pub lo_is_up: bool,

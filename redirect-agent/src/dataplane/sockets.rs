@@ -4,12 +4,13 @@
 use std::{
     fs,
     io::{self, BufRead, BufReader, Read as _},
+    net::IpAddr,
 };
 
 use anyhow::{Context as _, Result, anyhow};
 use aya::programs::{Iter, SchedClassifier, TestRun as _, TestRunOptions};
 use btfparse::{Offset, Readable, TypeInformation};
-use redirect_ebpf::abi::{NEW_LISTENERS, PORT_PROXY_DNS, SockOffsets};
+use redirect_ebpf::abi::{LISTENERS_V4, NEW_LISTENERS, PORT_PROXY_DNS, SockOffsets};
 
 const VMLINUX_BTF: &str = "/sys/kernel/btf/vmlinux";
 
@@ -46,6 +47,9 @@ pub fn offsets() -> Result<SockOffsets> {
         net_inode: offset_in("net", "ns.inum")?,
         packet_device: offset_in("sk_buff", "dev")?,
         device_net: offset_in("net_device", "nd_net.net")?,
+        socket_cgroup: offset_in("sock", "sk_cgrp_data.cgroup")?,
+        cgroup_node: offset_in("cgroup", "kn")?,
+        node_id: offset_in("kernfs_node", "id")?,
     })
 }
 
@@ -122,13 +126,21 @@ fn has_port(table: impl BufRead, port: u16) -> io::Result<bool> {
     Ok(false)
 }
 
-/// Listeners of the proxy, a bit for each of `LISTENER_*`.
+/// Listeners of the proxy, as `find_proxy` returns them.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub(super) struct Listeners {
-    /// Those that there are.
-    pub(super) all: u32,
-    /// Those of them that the programs had not known.
-    pub(super) new: u32,
+pub(super) struct Listeners(u32);
+
+impl Listeners {
+    /// Whether the programs had not known one of them.
+    pub(super) fn are_new(self) -> bool {
+        self.0 >> NEW_LISTENERS != 0
+    }
+
+    /// Whether connections to an address like this find one of this kind.
+    pub(super) fn has(self, kind: u32, like: IpAddr) -> bool {
+        let shift = if like.is_ipv4() { LISTENERS_V4 } else { 0 };
+        self.0 & (1 << (kind + shift)) != 0
+    }
 }
 
 /// Runs the program that enters the proxy's listeners.
@@ -137,7 +149,7 @@ pub(super) fn find_proxy(program: &SchedClassifier) -> Result<Listeners> {
     let packet = [0; 64];
     let options = TestRunOptions { data_in: Some(&packet), ..TestRunOptions::default() };
     let found = program.test_run(options).context("look for the proxy's listeners")?.return_value;
-    Ok(Listeners { all: found & ((1 << NEW_LISTENERS) - 1), new: found >> NEW_LISTENERS })
+    Ok(Listeners(found))
 }
 
 /// Opens an iterator over all TCP sockets of the thread's namespace.

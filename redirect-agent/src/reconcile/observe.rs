@@ -12,7 +12,7 @@ use super::{
     pod::PodTask,
 };
 use crate::{
-    dataplane::{Dataplane, Observation, Part, PodNetns, Watch},
+    dataplane::{Dataplane, Deaf, Observation, Part, PodNetns, Watch},
     source::{ANNOTATION_REDIRECTION, EventKind, Redirection, Source},
 };
 
@@ -157,8 +157,8 @@ impl<S: Source> PodTask<S> {
         Err(anyhow!(why))
     }
 
-    fn tell_deaf(&mut self, ports: &[u16]) {
-        let ports: Vec<String> = ports.iter().map(u16::to_string).collect();
+    fn tell_deaf(&mut self, deaf: &[Deaf]) {
+        let ports: Vec<String> = deaf.iter().map(Deaf::to_string).collect();
         let deaf = (!ports.is_empty() && self.standing.captured)
             .then(|| format!("the proxy does not listen in this pod on port {}", ports.join(", ")));
         if let Some(deaf) = deaf.as_ref().filter(|_| self.deaf != deaf) {

@@ -1,7 +1,7 @@
 //! The ZDS server: one task per proxy, and the handle by which the agent says what is known.
 
 use std::{
-    io,
+    fmt, io,
     os::fd::{AsFd as _, OwnedFd},
     path::{Path, PathBuf},
     pin::pin,
@@ -11,7 +11,7 @@ use std::{
 
 use tokio::{
     sync::{broadcast, watch},
-    task::JoinSet,
+    task::{JoinSet, spawn_blocking},
     time::sleep,
 };
 use tracing::{error, info, warn};
@@ -68,6 +68,18 @@ pub struct Server {
     listener: Listener,
     shared: Arc<Shared>,
     deadline: Duration,
+    admit: Admit,
+}
+
+/// What is done about a proxy before it is told anything, by its process as the agent sees it; it is
+/// disconnected where that fails.
+#[derive(Clone)]
+struct Admit(Arc<dyn Fn(Option<i32>) -> anyhow::Result<()> + Send + Sync>);
+
+impl fmt::Debug for Admit {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str("Admit")
+    }
 }
 
 impl Server {
@@ -83,12 +95,22 @@ impl Server {
             events: broadcast::Sender::new(EVENTS),
             socket: listener.path().to_owned(),
         };
-        Ok(Self { listener, shared: Arc::new(shared), deadline: DEADLINE })
+        let admit = Admit(Arc::new(|_| Ok(())));
+        Ok(Self { listener, shared: Arc::new(shared), deadline: DEADLINE, admit })
     }
 
     /// Another deadline than [`DEADLINE`].
     pub fn with_deadline(self, deadline: Duration) -> Self {
         Self { deadline, ..self }
+    }
+
+    /// With something to be done about each proxy before it is told anything, by its process as the agent
+    /// sees it. It may block. A proxy for which it fails is disconnected, and comes again.
+    pub fn with_admission(
+        self,
+        admit: impl Fn(Option<i32>) -> anyhow::Result<()> + Send + Sync + 'static,
+    ) -> Self {
+        Self { admit: Admit(Arc::new(admit)), ..self }
     }
 
     /// A handle, before and while the server runs.
@@ -102,7 +124,7 @@ impl Server {
     /// Start it only when every enrolled workload of the node is known, by [`Handle::add`] or
     /// [`Handle::keep`]: at the end of the snapshot a proxy *stops* all workloads that are not in it.
     pub async fn run(self, shutdown: impl Future<Output = ()>) {
-        let Self { listener, shared, deadline } = self;
+        let Self { listener, shared, deadline, admit } = self;
         let mut shutdown = pin!(shutdown);
         let mut connections = JoinSet::new();
         info!(socket = %shared.socket.display(), "serving ZDS");
@@ -110,7 +132,7 @@ impl Server {
             tokio::select! {
                 () = &mut shutdown => break,
                 accepted = accept(&listener) => if let Some(connection) = accepted {
-                    connections.spawn(serve(connection, Arc::clone(&shared), deadline));
+                    connections.spawn(serve(connection, Arc::clone(&shared), deadline, admit.clone()));
                 },
                 Some(ended) = connections.join_next() => if let Err(e) = ended {
                     error!("serve a proxy: {e}");
@@ -135,10 +157,15 @@ async fn accept(listener: &Listener) -> Option<Connection> {
 }
 
 /// One proxy, from its hello to its end.
-async fn serve(connection: Connection, shared: Arc<Shared>, deadline: Duration) {
+async fn serve(connection: Connection, shared: Arc<Shared>, deadline: Duration, admit: Admit) {
     let pid = connection.pid();
     if let Err(fault) = greet(&connection, deadline).await {
         warn!(pid, "disconnecting what connected to ZDS: it {fault}");
+        return;
+    }
+    let admitted = spawn_blocking(move || (admit.0)(pid)).await;
+    if let Err(e) = admitted.map_err(anyhow::Error::from).flatten() {
+        warn!(pid, "disconnecting ztunnel, which will come again: {e:#}");
         return;
     }
     let mut session = Session::begin(&shared, pid);

@@ -11,7 +11,10 @@ use std::{
         unix::net::UnixListener as StreamListener,
     },
     path::{Path, PathBuf},
-    sync::Arc,
+    sync::{
+        Arc,
+        atomic::{AtomicUsize, Ordering},
+    },
     time::Duration,
 };
 
@@ -833,6 +836,35 @@ async fn proxies_that_connect_before_the_server_runs_are_served_then() {
     let server = tokio::spawn(server.run(pending()));
     proxy.takes("keep a").await;
     proxy.takes("snapshot sent").await;
+    server.abort();
+}
+
+#[tokio::test]
+async fn proxy_is_told_nothing_before_it_is_admitted() {
+    let dir = Dir::new();
+    let asked = Arc::new(AtomicUsize::new(0));
+    let server = Server::bind(&dir.socket()).unwrap().with_admission({
+        let asked = Arc::clone(&asked);
+        move |pid| {
+            assert_eq!(pid, Some(std::process::id().cast_signed()));
+            match asked.fetch_add(1, Ordering::SeqCst) {
+                0 => anyhow::bail!("not the first one"),
+                _ => Ok(()),
+            }
+        }
+    });
+    let handle = server.handle();
+    handle.keep(pod("a")).unwrap();
+    let server = tokio::spawn(server.run(pending()));
+    let refused = FakeProxy::connect(&dir.socket()).await;
+    refused.say(HELLO).await;
+    refused.is_disconnected().await;
+    assert!(handle.status().proxies.is_empty());
+    let proxy = FakeProxy::connect(&dir.socket()).await;
+    proxy.say(HELLO).await;
+    proxy.takes("keep a").await;
+    proxy.takes("snapshot sent").await;
+    assert_eq!(asked.load(Ordering::SeqCst), 2);
     server.abort();
 }
 

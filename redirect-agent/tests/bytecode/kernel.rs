@@ -332,6 +332,7 @@ pub struct Maps {
     addresses: HashMap<MapData, OwnAddress, u32>,
     counters: PerCpuHashMap<MapData, CounterKey, u64>,
     listeners: SockHash<MapData, ListenerKey>,
+    proxy_cgroups: HashMap<MapData, u64, u64>,
     missing: HashMap<MapData, ListenerKey, u64>,
     hint: PerCpuArray<MapData, Hint>,
     inbound_ports: LpmTrie<MapData, PodPort, u32>,
@@ -356,6 +357,7 @@ impl Maps {
             addresses: map("addresses")?.try_into()?,
             counters: map("counters")?.try_into()?,
             listeners: map("listeners")?.try_into()?,
+            proxy_cgroups: map("proxy_cgroups")?.try_into()?,
             missing: map("proxy_missing")?.try_into()?,
             hint: map("hints")?.try_into()?,
             inbound_ports: map("inbound_ports")?.try_into()?,
@@ -379,6 +381,14 @@ impl Maps {
         pods.iter().try_for_each(|(pod_id, entry)| self.pods.insert(pod_id, entry, 0))?;
         addresses.iter().try_for_each(|address| self.addresses.insert(address, 1, 0))?;
         Ok(())
+    }
+
+    /// The cgroups whose sockets are the proxy's if they have its mark.
+    pub fn trust(&mut self, cgroups: &[u64]) -> Result<()> {
+        for id in self.proxy_cgroups.keys().collect::<Result<Vec<_>, _>>()? {
+            self.proxy_cgroups.remove(&id)?;
+        }
+        Ok(cgroups.iter().try_for_each(|id| self.proxy_cgroups.insert(id, 0, 0))?)
     }
 
     /// What is kept off the proxy of a pod: a port, a peer. All around them is redirected.

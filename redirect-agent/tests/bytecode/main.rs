@@ -84,6 +84,7 @@ fn the_bytecode_and_verdict_rs_give_the_same_verdict_for_generated_packets() -> 
         for number in 0..WORLDS {
             let world = World::random(&mut rng)?;
             kernel.maps.enter(&world.pods, &world.addresses)?;
+            kernel.maps.trust(&world.proxy_cgroups)?;
             kernel.maps.exclude(own_id(), world.excluded)?;
             kernel.maps.set_virtual(own_id(), world.virtual_flags, world.excluded_outbound)?;
             if let Some(source) = world.probe_source {
@@ -289,7 +290,7 @@ struct Seen {
     deaf_stray: usize,
     proxy_without_mark: usize,
     cannot_leave: usize,
-    guard_proxys: [usize; 3],
+    guard_proxys_mark: usize,
     rescued_outbound: usize,
     rescued_inbound: usize,
     rescued_later: usize,
@@ -347,9 +348,7 @@ impl Seen {
             ("a stray answer, and nobody listens", self.deaf_stray),
             ("a stray packet, and no interface", self.cannot_leave),
             ("the proxy's call without its mark", self.proxy_without_mark),
-            ("the guard: the proxy's", self.guard_proxys[0]),
-            ("the guard: noted of the proxy's", self.guard_proxys[1]),
-            ("the guard: the proxy's mark, but the application's", self.guard_proxys[2]),
+            ("the guard: the proxy's mark, but the application's", self.guard_proxys_mark),
             ("the guard: rescued outbound", self.rescued_outbound),
             ("the guard: rescued inbound", self.rescued_inbound),
             ("the guard: a later packet rescued", self.rescued_later),
@@ -641,9 +640,6 @@ impl Checks<'_> {
             }
             (Fate::Drop, Some(Counter::DroppedDnsUnreadable)) => seen.dns_unreadable += 1,
             (Fate::Drop, _) => seen.drop += 1,
-            (Fate::Next, _) if at == Tcx::Out && mesh_mark(mark) == MARK_PROXY => {
-                seen.guard_proxys[usize::from(verdict.settle.is_some())] += 1;
-            }
             (Fate::Next, _) if verdict.settle.is_some() => seen.settled_direct += 1,
             (Fate::Next, _) => seen.next += 1,
             (Fate::Reset, _) => {}
@@ -663,11 +659,9 @@ impl Checks<'_> {
         let deaf = std::mem::take(&mut self.world.state.borrow_mut().deaf);
         seen.deaf_stray += usize::from(deaf);
         let proxys = mesh_mark(mark) == MARK_PROXY;
-        let by_proxy = self
-            .world
-            .open
-            .as_ref()
-            .is_some_and(|open| open.marked && open.flow == segment.sender_flow());
+        let by_proxy = self.world.open.as_ref().is_some_and(|open| {
+            self.world.trusts(open.marked) && open.flow == segment.sender_flow()
+        });
         match (at, verdict.fate) {
             (Tcx::Lo, Fate::Leave) if by_proxy => {
                 seen.proxys_leaves[usize::from(!segment.opens)] += 1;
@@ -675,7 +669,7 @@ impl Checks<'_> {
             (Tcx::Lo, Fate::Next) if by_proxy && !proxys && verdict.mark.is_some() => {
                 seen.proxy_without_mark += 1;
             }
-            (Tcx::Out, Fate::ToLo) if proxys => seen.guard_proxys[2] += 1,
+            (Tcx::Out, Fate::ToLo) if proxys => seen.guard_proxys_mark += 1,
             _ => {}
         }
     }

@@ -8,19 +8,21 @@ use std::{
     collections::{BTreeMap, BTreeSet},
     net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr},
     os::unix::fs::MetadataExt as _,
+    sync::OnceLock,
 };
 
 use anyhow::{Context as _, Result};
 use fastrand::Rng;
 use nix::sys::socket::{setsockopt, sockopt::TcpRepair};
+use redirect_agent::cgroup::of_proxy;
 use redirect_ebpf::{
     abi::{
-        Addr, Counter, DECISION_BYPASS, DECISION_ENROLLED, DNS_PLACES, DnsFlow, DnsKey, Flow,
-        HINT_QUESTION, Hint, LISTENER_HBONE, LISTENER_INBOUND, LISTENER_OUTBOUND, MARK_PROXY,
-        MARK_REDIRECTED, NEW_LISTENERS, OwnAddress, POD_BYPASS_INBOUND, POD_CAPTURE, POD_DNS,
-        POD_ENROLLED, POD_INBOUND_RULES, PORT_DNS, PORT_HBONE, PORT_INBOUND, PORT_OUTBOUND,
-        PORT_PROXY_DNS, PROTOCOL_TCP, PROTOCOL_UDP, PodEntry, PodId, VIRTUAL_CAPTURE,
-        VIRTUAL_RULES,
+        ANY_CGROUP, Addr, Counter, DECISION_BYPASS, DECISION_ENROLLED, DNS_PLACES, DnsFlow, DnsKey,
+        Flow, HINT_QUESTION, Hint, LISTENER_HBONE, LISTENER_INBOUND, LISTENER_OUTBOUND,
+        LISTENERS_V4, MARK_PROXY, MARK_REDIRECTED, NEW_LISTENERS, OwnAddress, POD_BYPASS_INBOUND,
+        POD_CAPTURE, POD_DNS, POD_ENROLLED, POD_INBOUND_RULES, PORT_DNS, PORT_HBONE, PORT_INBOUND,
+        PORT_OUTBOUND, PORT_PROXY_DNS, PROTOCOL_TCP, PROTOCOL_UDP, PodEntry, PodId,
+        VIRTUAL_CAPTURE, VIRTUAL_RULES,
     },
     dns::{self, DnsEnv, Message},
     verdict::{self, Env, Pods, Proxy, Segment, Steer},
@@ -36,6 +38,18 @@ const OWN: [&str; 4] = ["10.0.0.2", "10.0.0.3", "fd00::2", "fd00::3"];
 pub fn own_id() -> PodId {
     let netns = std::fs::metadata("/proc/thread-self/ns/net").expect("our network namespace");
     PodId::try_from(netns.ino()).expect("its inode number")
+}
+
+/// The cgroup that the test's sockets are of.
+fn own_cgroup() -> Result<u64> {
+    static OWN: OnceLock<u64> = OnceLock::new();
+    match OWN.get() {
+        Some(own) => Ok(*own),
+        None => {
+            let own = of_proxy(i32::try_from(std::process::id())?)?;
+            Ok(*OWN.get_or_init(|| own))
+        }
+    }
 }
 
 /// The pod's own, or another one's.
@@ -255,6 +269,8 @@ pub struct World {
     pub kubelets: Option<Flow>,
     /// The connection that is open in the namespace.
     pub open: Option<Connection>,
+    /// The cgroups whose sockets are the proxy's if they are marked.
+    pub proxy_cgroups: [u64; 2],
     /// Every socket that listens in the namespace.
     pub sockets: Vec<Listener>,
     /// Every UDP socket in it.
@@ -291,7 +307,11 @@ impl World {
             .then(|| choose(rng, &[0, VIRTUAL_CAPTURE, VIRTUAL_CAPTURE | VIRTUAL_RULES]));
         let excluded_port = rng.bool().then(|| self::port(rng));
         let excluded_peer = rng.bool().then(|| any(rng, v4));
+        let own = own_cgroup()?;
+        let trusted =
+            [[ANY_CGROUP, own + 1], [own, own + 1], [own, ANY_CGROUP], [own + 1, own + 2]];
         Ok(Self {
+            proxy_cgroups: choose(rng, &trusted),
             pods: pods(rng),
             addresses: own_addresses(rng),
             excluded: (port, peer),
@@ -304,6 +324,12 @@ impl World {
             udp,
             state: RefCell::default(),
         })
+    }
+
+    /// Whether a socket of the test's is the proxy's, if it is `marked`.
+    pub fn trusts(&self, marked: bool) -> bool {
+        let trusted = |id: &u64| *id == ANY_CGROUP || own_cgroup().is_ok_and(|own| own == *id);
+        marked && self.proxy_cgroups.iter().any(trusted)
     }
 
     /// The listener that the kernel finds by itself.
@@ -323,7 +349,7 @@ impl World {
 
     /// What the programs find for a kind at a loopback address.
     fn proxys_listener(&self, kind: u32, loopback: &Addr) -> Option<&Listener> {
-        self.listener(loopback, port_of(kind)).filter(|socket| socket.marked)
+        self.listener(loopback, port_of(kind)).filter(|socket| self.trusts(socket.marked))
     }
 
     /// Enters the proxy's listeners, as `find_proxy` does; gives a bit for each, and one for each that was
@@ -333,12 +359,12 @@ impl World {
         state.hint = None;
         let mut found = 0;
         for (kind, _) in KINDS {
-            let mut families = [false, true].into_iter();
-            let socket = families.find_map(|v4| self.proxys_listener(kind, &Addr::loopback(v4)));
-            if let Some(socket) = socket {
+            let of = |v4| self.proxys_listener(kind, &Addr::loopback(v4));
+            if let Some(socket) = of(false).or_else(|| of(true)) {
                 let known = state.listeners.insert((own_id(), kind), socket.cookie);
                 state.missing.remove(&(own_id(), kind));
-                found |= 1 << kind;
+                found |= u32::from(of(false).is_some()) << kind;
+                found |= u32::from(of(true).is_some()) << (kind + LISTENERS_V4);
                 if known != Some(socket.cookie) {
                     found |= 1 << (kind + NEW_LISTENERS);
                 }
@@ -468,8 +494,8 @@ impl Env for World {
         false
     }
 
-    fn is_proxys(&self) -> bool {
-        // without a mark,
+    fn is_proxys(&self, _: u32) -> bool {
+        // without a mark, whatever mark the packet has,
         false
     }
 
@@ -481,7 +507,7 @@ impl Env for World {
     fn has_proxy_sent(&self, segment: &Segment) -> bool {
         self.state.borrow_mut().hint = None;
         let flow = segment.sender_flow();
-        self.open.as_ref().is_some_and(|open| open.flow == flow && open.marked)
+        self.open.as_ref().is_some_and(|open| open.flow == flow && self.trusts(open.marked))
     }
 
     fn has_half_open(&self, pod_id: PodId) -> bool {
@@ -502,7 +528,7 @@ impl DnsEnv for World {
         let sockets = if message.tcp { &self.sockets } else { &self.udp };
         let loopback = Addr::loopback(message.segment.dst.is_v4());
         let found = sockets.iter().find(|socket| socket.hears(&loopback, PORT_PROXY_DNS));
-        pod_id == own_id() && found.is_some_and(|socket| socket.marked)
+        pod_id == own_id() && found.is_some_and(|socket| self.trusts(socket.marked))
     }
 
     fn now(&self) -> u64 {

@@ -15,6 +15,8 @@ use redirect_tests::process::{Process, binary, finish, succeed, wait_for};
 use redirect_tests::topology::{Pod, Style, Topology};
 use serde_json::{Value, json};
 
+use crate::cgroup::Cgroup;
+
 /// The port that the applications listen on.
 pub const PORT: u16 = 8080;
 /// By when something that takes a moment has happened, on a busy machine.
@@ -231,8 +233,18 @@ impl Node {
 
     /// The same, with these flags for the proxy.
     pub fn start_proxy_with(&mut self, flags: &[&str]) -> Result<()> {
+        self.start_proxy_by(Command::new(binary("standin-proxy")?), flags)
+    }
+
+    /// The same, in a cgroup.
+    pub fn start_proxy_in(&mut self, cgroup: &Cgroup) -> Result<()> {
+        let mut command = cgroup.shell(None, "exec \"$0\" \"$@\"");
+        command.arg(binary("standin-proxy")?);
+        self.start_proxy_by(command, &[])
+    }
+
+    fn start_proxy_by(&mut self, mut command: Command, flags: &[&str]) -> Result<()> {
         let log = self.next_log("proxy");
-        let mut command = Command::new(binary("standin-proxy")?);
         command
             .env("RUST_LOG", "info,h2=warn")
             .args(["run", "--node", &self.name])

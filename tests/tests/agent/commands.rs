@@ -1,17 +1,20 @@
 //! The commands that do without an agent: `cleanup`, `attach` and `detach`.
 
 use std::fs;
+use std::net::{Ipv4Addr, SocketAddr};
 use std::os::unix::fs::PermissionsExt as _;
 use std::os::unix::process::CommandExt as _;
 use std::path::Path;
 use std::process::Command;
 
 use anyhow::{Context as _, Result, ensure};
+use redirect_ebpf::abi::{MARK_PROXY, PORT_HBONE, PORT_INBOUND, PORT_OUTBOUND};
 use redirect_tests::both_families;
 use redirect_tests::footprint::{assert_unchanged, footprint, programs};
 use redirect_tests::netns::Family;
 use redirect_tests::plain_proxy::{PlainProxy, Via};
 use redirect_tests::process::{binary, finish};
+use socket2::{Domain, Socket, Type};
 
 use crate::cluster::{Cluster, converse, echo};
 
@@ -131,6 +134,14 @@ fn detach_of_what_is_not_attached_leaves_connections_alone(family: Family) -> Re
     Ok(())
 }
 
+fn listen_v4(port: u16) -> Result<Socket> {
+    let socket = Socket::new(Domain::IPV4, Type::STREAM, None)?;
+    socket.set_mark(MARK_PROXY)?;
+    socket.bind(&SocketAddr::from((Ipv4Addr::UNSPECIFIED, port)).into())?;
+    socket.listen(16)?;
+    Ok(socket)
+}
+
 /// Whoever attaches by hand may have forgotten the proxy.
 #[test]
 fn attach_names_the_ports_that_the_proxy_does_not_listen_on() -> Result<()> {
@@ -141,7 +152,15 @@ fn attach_names_the_ports_that_the_proxy_does_not_listen_on() -> Result<()> {
         finish(&mut command)
     };
     let (done, said) = attach()?;
-    ensure!(done && said.contains("does not listen on port 15001, 15006, 15008"), "{said}");
+    ensure!(done && said.contains("does not listen on port 15001, 15006, 15008 in"), "{said}");
+    // As ztunnel does with IPV6_ENABLED=false.
+    let v4_only = server.netns.run(|| {
+        let ports = [PORT_OUTBOUND, PORT_INBOUND, PORT_HBONE];
+        ports.iter().map(|&port| listen_v4(port)).collect::<Result<Vec<_>>>()
+    })?;
+    let (done, said) = attach()?;
+    ensure!(done && said.contains("port 15001 (IPv6), 15006 (IPv6), 15008 (IPv6) in"), "{said}");
+    drop(v4_only);
     let _proxy = PlainProxy::start(&server.netns)?;
     let (done, said) = attach()?;
     ensure!(done && !said.contains("15001") && !said.contains("15006"), "{said}");

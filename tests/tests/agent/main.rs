@@ -28,6 +28,7 @@ mod pods;
 mod probes;
 mod processes;
 mod proxies;
+mod proxys_mark;
 mod reroute;
 mod reserved_ports;
 mod resources;

@@ -16,7 +16,7 @@ use redirect_tests::topology::Pod;
 use serde_json::json;
 use socket2::{Domain, Socket, Type};
 
-use crate::cgroup::shell_in;
+use crate::cgroup::{Cgroup, shell_in, unified};
 use crate::cluster::{Cluster, Manifest, PORT, echo, now};
 use crate::dns::{SERVICE, ask_tcp, exchange, service, service_ip};
 use crate::interfaces::{add_network, second_address};
@@ -162,6 +162,7 @@ const MARKED: &[Oddity] = &[
         ..PLAIN
     },
     Oddity { name: "SO_MARK 0x111", mark: Some(0x111), ..PLAIN },
+    Oddity { name: "SO_MARK 0x539", mark: Some(0x539), ..PLAIN },
 ];
 
 const LEAVING: &[Oddity] = &[
@@ -183,6 +184,11 @@ const LEAVING: &[Oddity] = &[
     Oddity {
         name: "MARK 0xd2 on what has none",
         netfilter: &["-t mangle -A OUTPUT -m mark --mark 0 -j MARK --set-mark 0xd2"],
+        ..PLAIN
+    },
+    Oddity {
+        name: "MARK 0x539 on what has none",
+        netfilter: &["-t mangle -A OUTPUT -m mark --mark 0 -j MARK --set-mark 0x539"],
         ..PLAIN
     },
     // The proxy's own as well.
@@ -395,6 +401,8 @@ struct World {
     /// In the mesh, on the same node.
     neighbour: Pod,
     cluster: Cluster,
+    /// The proxy's; its process has to be gone before it.
+    proxys: Cgroup,
 }
 
 impl World {
@@ -426,6 +434,7 @@ impl World {
             _apps: apps,
             neighbour,
             cluster,
+            proxys: Cgroup::new(&unified()?, "ztunnel")?,
         };
         odd.make_odd()?;
         odd.assert_works_without_a_mesh().context("without a mesh")?;
@@ -443,7 +452,7 @@ impl World {
         let server = excluded(server, "excludeInboundPorts");
         self.cluster.node.use_node_network(self.cluster.topology.node(0));
         self.cluster.node.start_agent()?;
-        self.cluster.node.start_proxy()?;
+        self.cluster.node.start_proxy_in(&self.proxys)?;
         self.cluster.node.write(&excluded(server, "excludeOutboundPorts"))?;
         self.cluster.node.write(&Manifest::of(&self.neighbour).mode("ambient"))?;
         self.cluster.node.wait_until_enrolled(&self.cluster.server)?;

@@ -1,0 +1,91 @@
+//! Whose sockets are the proxy's: those with its mark, of the cgroups of the proxies that have connected to
+//! the agent. The mark alone any application could have that may set marks (`CAP_NET_RAW`, which most
+//! runtimes give to every container).
+
+use std::sync::atomic::{AtomicBool, Ordering};
+
+use anyhow::{Context as _, Result};
+use aya::maps::{HashMap, MapData};
+use procfs::process::Process;
+use redirect_ebpf::abi::ANY_CGROUP;
+use tracing::warn;
+
+use super::{Dataplane, absent, kernel::Kernel, monotonic_ns};
+use crate::cgroup;
+
+/// How many proxies' cgroups are kept: one that was replaced goes on serving its connections.
+const KEPT: usize = 32;
+
+/// Whether a proxy has connected whose cgroup could not be found out: then the mark has to be enough.
+#[derive(Debug, Default)]
+pub(super) struct UnknownProxy(AtomicBool);
+
+impl Dataplane {
+    /// From now on sockets of this process's cgroup are the proxy's. `pid` is that of a proxy that has
+    /// connected, if it can be seen. When its cgroup cannot be found out, the mark is enough from now on.
+    ///
+    /// # Errors
+    ///
+    /// When the process is gone, or the map cannot be written.
+    pub fn admit_proxy(&self, pid: Option<i32>) -> Result<()> {
+        let found = pid
+            .context("the agent does not see its process (in a container, it needs hostPID)")
+            .and_then(cgroup::of_proxy);
+        if let (Some(pid), Err(e)) = (pid, &found)
+            && Process::new(pid).is_err()
+        {
+            anyhow::bail!("{e:#}");
+        }
+        let mut kernel = self.kernel();
+        let mut cgroups = ProxyCgroups::open(&mut kernel)?;
+        match found {
+            Ok(id) => {
+                cgroups.enter(id)?;
+                if self.unknown_proxy.0.load(Ordering::Relaxed) {
+                    return Ok(());
+                }
+                cgroups.remove(ANY_CGROUP)
+            }
+            Err(e) => {
+                warn!(
+                    "cannot tell the proxy's sockets by their cgroup, so whatever has its mark passes for the \
+                     proxy, an application with CAP_NET_RAW too: {e:#}"
+                );
+                self.unknown_proxy.0.store(true, Ordering::Relaxed);
+                cgroups.enter(ANY_CGROUP)
+            }
+        }
+    }
+}
+
+/// The map `proxy_cgroups`.
+pub(super) struct ProxyCgroups<'a>(HashMap<&'a mut MapData, u64, u64>);
+
+impl<'a> ProxyCgroups<'a> {
+    pub(super) fn open(kernel: &'a mut Kernel) -> Result<Self> {
+        kernel.map("proxy_cgroups").map(Self)
+    }
+
+    /// As long as no proxy is known, its mark is enough.
+    pub(super) fn begin(&mut self) -> Result<()> {
+        if self.0.keys().next().is_none() { self.enter(ANY_CGROUP) } else { Ok(()) }
+    }
+
+    fn enter(&mut self, id: u64) -> Result<()> {
+        let mut known: Vec<(u64, u64)> = Vec::new();
+        for entry in self.0.iter() {
+            let (id, since) = entry.context("read map proxy_cgroups")?;
+            known.push((since, id));
+        }
+        known.sort_unstable();
+        let surplus = known.len().saturating_sub(KEPT - 1);
+        for (_, old) in known.into_iter().take(surplus) {
+            self.remove(old)?;
+        }
+        self.0.insert(id, monotonic_ns()?, 0).context("write map proxy_cgroups")
+    }
+
+    fn remove(&mut self, id: u64) -> Result<()> {
+        absent(self.0.remove(&id)).map(drop).context("write map proxy_cgroups")
+    }
+}
