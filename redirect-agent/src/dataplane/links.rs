@@ -24,6 +24,7 @@ pub(super) struct PodLinks {
 /// `kernel/bpf/tcx.c`, `kernel/bpf/net_namespace.c` and `kernel/bpf/cgroup.c`, their `show_fdinfo`.
 #[derive(Debug, Default, PartialEq, Eq)]
 struct LinkView {
+    id: u32,
     program_id: u32,
     /// The interface's index, the namespace's inode number, or the cgroup's id; 0 once that is gone.
     target: u64,
@@ -45,7 +46,7 @@ impl PodLinks {
         load: impl FnOnce() -> Result<OwnedFd>,
     ) -> Result<()> {
         let pin = self.lookup_pin();
-        if adopt(&pin, netns.inode().into())?.is_some() {
+        if adopt(&pin, |view| view.target == u64::from(netns.inode()))?.is_some() {
             return Ok(());
         }
         let program = load()?;
@@ -63,7 +64,10 @@ impl PodLinks {
         at: TcAttachType,
     ) -> Result<()> {
         let pin = self.tcx_pin(index, at);
-        if let Some(link) = adopt(&pin, index.into())? {
+        let attached = tcx_links(index, at)
+            .with_context(|| format!("list the tcx programs of interface {name}"))?;
+        // By its index alone it could be another interface, that has left the namespace.
+        if let Some(link) = adopt(&pin, |view| attached.contains(&view.id))? {
             return swap(&link, program.id, program.fd.as_fd());
         }
         let link = attach_tcx(&program.fd, index, at)
@@ -76,13 +80,14 @@ impl PodLinks {
         is_attached(&self.lookup_pin(), netns_inode.into())
     }
 
-    /// Whether this program is attached to the interface, and not one of a former agent.
+    /// Whether this program is attached to the interface, and not one of a former agent. Runs inside the
+    /// pod's namespace.
     pub(super) fn has_tcx(&self, program_id: u32, index: u32, at: TcAttachType) -> Result<bool> {
-        let attached = LinkView { program_id, target: index.into() };
-        match open(&self.tcx_pin(index, at))? {
-            Some(link) => Ok(view(&link)? == attached),
-            None => Ok(false),
-        }
+        let Some(link) = open(&self.tcx_pin(index, at))? else { return Ok(false) };
+        let view = view(&link)?;
+        // An interface that is gone has none.
+        Ok(view.program_id == program_id
+            && tcx_links(index, at).is_ok_and(|attached| attached.contains(&view.id)))
     }
 
     /// Whether nothing is attached any more: that is so when the namespace is gone. An interface
@@ -173,7 +178,7 @@ impl KubeletLink {
     /// another cgroup goes.
     pub(super) fn ensure(&self, program: &mut SockOps, cgroup: &fs::File, id: u64) -> Result<()> {
         let program_id = program.info().context("inspect sock_ops program")?.id();
-        if let Some(link) = adopt(&self.pin, id)? {
+        if let Some(link) = adopt(&self.pin, |view| view.target == id)? {
             return swap(&link, program_id, program.fd()?.as_fd());
         }
         // Beside those of others: a link is never exclusive.
@@ -194,11 +199,18 @@ impl KubeletLink {
 
 /// Attaches a program at the head of an interface's tcx chain. Runs inside the pod's namespace.
 pub(super) fn attach_tcx(program: &ProgramFd, index: u32, at: TcAttachType) -> io::Result<OwnedFd> {
-    let at = match at {
+    sys::link_tcx(program.as_fd(), index, kernels(at))
+}
+
+fn tcx_links(index: u32, at: TcAttachType) -> io::Result<Vec<u32>> {
+    sys::tcx_links(index, kernels(at))
+}
+
+fn kernels(at: TcAttachType) -> bpf_attach_type {
+    match at {
         TcAttachType::Egress => bpf_attach_type::BPF_TCX_EGRESS,
         _ => bpf_attach_type::BPF_TCX_INGRESS,
-    };
-    sys::link_tcx(program.as_fd(), index, at)
+    }
 }
 
 /// Detaches the link pinned at `pin`, if there is one, and removes the pin.
@@ -211,10 +223,10 @@ fn detach(pin: &Path) -> Result<()> {
     remove_if_there(pin)
 }
 
-/// The link pinned at `pin`, if it is attached to `target`; a pin of anything else is removed.
-fn adopt(pin: &Path, target: u64) -> Result<Option<OwnedFd>> {
+/// The link pinned at `pin`, if it is the right one; a pin of anything else is removed.
+fn adopt(pin: &Path, is_right: impl FnOnce(&LinkView) -> bool) -> Result<Option<OwnedFd>> {
     let Some(link) = open(pin)? else { return Ok(None) };
-    if view(&link)?.target == target {
+    if is_right(&view(&link)?) {
         return Ok(Some(link));
     }
     remove_if_there(pin)?;
@@ -254,6 +266,7 @@ fn parse_fdinfo(text: &str) -> LinkView {
     for (key, value) in text.lines().filter_map(|line| line.split_once(':')) {
         let value: u64 = value.trim().parse().unwrap_or(0);
         match key {
+            "link_id" => view.id = u32::try_from(value).unwrap_or(0),
             "prog_id" => view.program_id = u32::try_from(value).unwrap_or(0),
             "ifindex" | "netns_ino" | "cgroup_id" => view.target = value,
             _ => {}
@@ -269,11 +282,11 @@ mod tests {
     #[test]
     fn fdinfo_of_every_kind_of_link_names_program_and_target() {
         let tcx = "pos:\t0\nflags:\t02000002\nlink_type:\ttcx\nlink_id:\t7\nprog_tag:\tab\nprog_id:\t42\nifindex:\t3\nattach_type:\t46 (tcx_ingress)\n";
-        assert_eq!(parse_fdinfo(tcx), LinkView { program_id: 42, target: 3 });
+        assert_eq!(parse_fdinfo(tcx), LinkView { id: 7, program_id: 42, target: 3 });
         let lookup = "link_type:\tnetns\nlink_id:\t8\nprog_id:\t43\nnetns_ino:\t4026532001\nattach_type:\t36\n";
-        assert_eq!(parse_fdinfo(lookup), LinkView { program_id: 43, target: 4_026_532_001 });
+        assert_eq!(parse_fdinfo(lookup), LinkView { id: 8, program_id: 43, target: 4_026_532_001 });
         let cgroup = "link_type:\tcgroup\nlink_id:\t9\nprog_id:\t44\ncgroup_id:\t4294967297\nattach_type:\t3\n";
-        assert_eq!(parse_fdinfo(cgroup), LinkView { program_id: 44, target: 4_294_967_297 });
+        assert_eq!(parse_fdinfo(cgroup), LinkView { id: 9, program_id: 44, target: 4_294_967_297 });
     }
 
     #[test]

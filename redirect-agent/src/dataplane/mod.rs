@@ -250,7 +250,8 @@ impl Dataplane {
         Ok(())
     }
 
-    /// Whether the programs of an interface are attached, as this process has loaded them.
+    /// Whether the programs of an interface are attached, as this process has loaded them. Runs inside the
+    /// pod's namespace.
     fn is_attached(&self, pod: &PodNetns, links: &PodLinks, index: u32) -> Result<bool> {
         for &at in tcx_directions(index) {
             let program = &self.tcx[self.program_for(pod.id(), index, at)?];

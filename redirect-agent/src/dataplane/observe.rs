@@ -103,14 +103,18 @@ impl Dataplane {
         self.kernel().inspect(pod, traffic, &mut found)?;
         let links = PodLinks::new(&self.dir, pod.id());
         found.add(links.has_lookup(pod.id())?, PartKind::Lookup, None);
-        for (index, name) in seen.interfaces()? {
+        let interfaces = seen.interfaces()?;
+        let attached = pod.netns.run(|| {
+            interfaces.keys().map(|&index| self.is_attached(pod, &links, index)).collect()
+        })?;
+        for ((index, name), attached) in interfaces.into_iter().zip::<Vec<_>>(attached) {
             if traffic.reroutes(&name) {
                 let capture = row.is_some_and(|row| row.capture);
                 let set =
                     self.kernel().virtual_interfaces()?.is_set(pod.id(), index, traffic, capture);
                 found.add(set?, PartKind::Reroute, name.clone());
             }
-            found.add(self.is_attached(pod, &links, index)?, PartKind::Tcx, name);
+            found.add(attached?, PartKind::Tcx, name);
         }
         for source in pod.sources() {
             let family = || if source.is_ipv4() { "ipv4" } else { "ipv6" }.to_owned();

@@ -108,6 +108,29 @@ pub(super) fn link_tcx(
     Ok(unsafe { OwnedFd::from_raw_fd(fd) })
 }
 
+/// The ids of the tcx links of an interface of the calling thread's network namespace, in the order in which
+/// their programs run; 0 for a program without a link.
+///
+/// # Errors
+///
+/// Those of bpf(2), `BPF_PROG_QUERY`: that there is no such interface, or more programs than the kernel
+/// lets anybody attach.
+pub(super) fn tcx_links(interface: u32, at: bpf_attach_type) -> io::Result<Vec<u32>> {
+    // Source: Linux `include/linux/bpf_mprog.h`, `BPF_MPROG_MAX`.
+    let (mut programs, mut links) = ([0u32; 64], [0u32; 64]);
+    // SAFETY: all zeros is a valid `bpf_attr`.
+    let mut attr: bpf_attr = unsafe { mem::zeroed() };
+    attr.query.__bindgen_anon_1.target_ifindex = interface;
+    attr.query.attach_type = at as u32;
+    attr.query.prog_ids = programs.as_mut_ptr() as u64;
+    attr.query.__bindgen_anon_2.count = programs.len() as u32;
+    attr.query.link_ids = links.as_mut_ptr() as u64;
+    bpf(bpf_cmd::BPF_PROG_QUERY, &mut attr)?;
+    // SAFETY: it is the member for this command, which the kernel has written.
+    let count = unsafe { attr.query.__bindgen_anon_2.count } as usize;
+    Ok(links.into_iter().take(count).collect())
+}
+
 /// Replaces the program of `link`, without a moment in which none runs.
 ///
 /// # Errors

@@ -20,6 +20,7 @@ both_families! {
     sockets_bound_to_an_interface_are_captured,
     connection_of_a_bound_socket_survives_entering_and_leaving,
     interface_that_comes_later_is_captured_until_it_goes,
+    interface_with_the_number_of_one_that_was_moved_away_is_captured,
     interfaces_come_and_go_in_an_enrolled_pod,
     address_that_comes_later_is_captured_until_it_goes,
 }
@@ -145,6 +146,34 @@ fn interface_that_comes_later_is_captured_until_it_goes(family: Family) -> Resul
     wait_for("everything as before", SOON, || {
         Ok((footprint(&server.netns)? == before).then_some(()))
     })
+}
+
+/// The one that has left keeps its number, and its programs.
+fn interface_with_the_number_of_one_that_was_moved_away_is_captured(family: Family) -> Result<()> {
+    let cluster = &Cluster::enrolled(OFTEN)?;
+    let Cluster { node, server, client, topology } = cluster;
+    let _app = echo(client)?;
+    add_network(cluster)?;
+    let wait_until_captured = |address: &str| {
+        let capture = format!("address {address}");
+        node.wait_for_pod("to have the new network captured", server, |p| {
+            p.kernel.as_ref().is_some_and(|k| k.complete && k.present.contains(&capture))
+        })
+    };
+    wait_until_captured(&second_address(family)?.to_string())?;
+    let number = index(server, "net1")?;
+    server.netns.ip(&format!("link set net1 netns {}", client.netns.path().display()))?;
+    let host = topology.node(0).path().display();
+    server.netns.ip(&format!(
+        "link add net1 index {number} type veth peer name third netns {host}\n\
+         addr add 10.9.1.2/24 dev net1\n\
+         addr add fd09:1::2/64 dev net1 nodad\n\
+         link set net1 up"
+    ))?;
+    topology.node(0).ip("link set third up")?;
+    wait_until_captured(if family == Family::V4 { "10.9.1.2" } else { "fd09:1::2" })?;
+    assert_captured(node, server, "net1", client.addr(family, PORT))?;
+    assert_captured(node, server, "eth0", client.addr(family, PORT)).map(drop)
 }
 
 /// As Multus does it. The links of what stays are left alone.
