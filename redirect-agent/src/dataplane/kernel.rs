@@ -42,7 +42,7 @@ const PINNED_MAPS: [&str; 24] = [
     THIS_POD,
     PROGRAMS,
     STRAYS,
-    "any_strays",
+    ANY_STRAYS,
     "settled",
     SWITCHES,
     NOTED,
@@ -67,6 +67,7 @@ const ADDRESSES: &str = "addresses";
 const THIS_POD: &str = "this_pod";
 const PROGRAMS: &str = "programs";
 const STRAYS: &str = "strays";
+const ANY_STRAYS: &str = "any_strays";
 const WAYS: &str = "ways";
 const SWITCHES: &str = "switches";
 const NOTED: &str = "noted";
@@ -446,8 +447,7 @@ impl Kernel {
     pub(super) fn delete_state(&mut self, pod_id: PodId) -> Result<()> {
         self.delete_addresses(|key| key.pod_id == pod_id)?;
         self.end_switch(pod_id)?;
-        let mut strays: HashMap<_, PodId, u32> = self.map(STRAYS)?;
-        absent(strays.remove(&pod_id)).context("write map strays")?;
+        self.forget_strays(pod_id)?;
         self.delete_counters(pod_id)?;
         self.clear_proxy_missing(pod_id)?;
         inbound::clear::<PodPort>(&mut self.map(INBOUND_PORTS)?, pod_id)?;
@@ -458,6 +458,30 @@ impl Kernel {
         self.clear_dns_flows(pod_id)?;
         absent(self.saved_sysctls()?.remove(&pod_id)).context("write map saved_sysctls")?;
         Ok(())
+    }
+
+    /// Nobody pays for them any more once the last one is gone.
+    fn forget_strays(&mut self, pod_id: PodId) -> Result<()> {
+        absent(self.strays()?.remove(&pod_id)).context("write map strays")?;
+        if self.any_strays()? {
+            return Ok(());
+        }
+        self.set_any_strays(0)?;
+        // A program enters its pod first, and sets this then.
+        if self.any_strays()? { self.set_any_strays(1) } else { Ok(()) }
+    }
+
+    fn strays(&mut self) -> Result<HashMap<&mut MapData, PodId, u32>> {
+        self.map(STRAYS)
+    }
+
+    fn any_strays(&mut self) -> Result<bool> {
+        Ok(self.strays()?.keys().next().is_some())
+    }
+
+    fn set_any_strays(&mut self, any: u32) -> Result<()> {
+        let mut map: Array<_, u32> = self.map(ANY_STRAYS)?;
+        map.set(0, any, 0).context("write map any_strays")
     }
 
     fn clear_dns_flows(&mut self, pod_id: PodId) -> Result<()> {
