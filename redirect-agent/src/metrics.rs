@@ -1,6 +1,6 @@
 //! What the agent counts and measures, for Prometheus.
 //!
-//! Names and units follow Prometheus' conventions; the README lists them. What the kernel and the
+//! Names and units follow Prometheus' conventions; docs/metrics.md lists them. What the kernel and the
 //! pods' tasks know is read when somebody asks ([`Metrics::report`]), the rest is counted as it
 //! happens.
 

@@ -129,7 +129,7 @@ struct Oddity {
     rules: &'static [&'static str],
     /// What iptables is told.
     netfilter: &'static [&'static str],
-    /// What is known not to work (README, Known limits), and leaves nothing past the proxy either.
+    /// What is known not to work (docs/limits.md), and leaves nothing past the proxy either.
     limits: &'static [Cell],
 }
 

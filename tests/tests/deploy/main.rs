@@ -3,4 +3,5 @@
 
 mod agreement;
 mod chart;
+mod docs;
 mod monitoring;

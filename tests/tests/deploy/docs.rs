@@ -1,0 +1,109 @@
+//! The documentation: that its links lead somewhere, and that it says what it has to.
+
+use std::collections::BTreeSet;
+use std::fs;
+use std::path::{Path, PathBuf};
+
+use anyhow::{Context as _, Result, ensure};
+use pulldown_cmark::{Event, Options, Parser, Tag, TagEnd};
+use redirect_tests::manifests::dir;
+use serde_json::Value;
+
+/// The repository's root.
+fn root() -> Result<PathBuf> {
+    dir().join("..").canonicalize().context("find the repository")
+}
+
+/// Every page of the documentation.
+fn pages() -> Result<Vec<PathBuf>> {
+    let root = root()?;
+    let mut pages: Vec<PathBuf> =
+        ["README.md", "ARCHITECTURE.md", "SECURITY.md", "CONTRIBUTING.md", "CHANGELOG.md"]
+            .map(|name| root.join(name))
+            .into();
+    for entry in fs::read_dir(root.join("docs"))? {
+        let path = entry?.path();
+        if path.extension().is_some_and(|extension| extension == "md") {
+            pages.push(path);
+        }
+    }
+    Ok(pages)
+}
+
+/// What a page links to, and the anchors of its headings, as GitHub makes them.
+fn links_and_anchors(text: &str) -> (Vec<String>, BTreeSet<String>) {
+    let (mut links, mut anchors, mut heading) = (Vec::new(), BTreeSet::new(), None);
+    for event in Parser::new_ext(text, Options::ENABLE_TABLES) {
+        match event {
+            Event::Start(Tag::Link { dest_url, .. } | Tag::Image { dest_url, .. }) => {
+                links.push(dest_url.into_string());
+            }
+            Event::Start(Tag::Heading { .. }) => heading = Some(String::new()),
+            Event::End(TagEnd::Heading(_)) => {
+                let title = heading.take().unwrap_or_default().to_lowercase();
+                let kept = title.chars().filter(|c| c.is_alphanumeric() || " -_".contains(*c));
+                anchors.insert(kept.map(|c| if c == ' ' { '-' } else { c }).collect());
+            }
+            Event::Text(text) | Event::Code(text) => {
+                if let Some(heading) = &mut heading {
+                    heading.push_str(&text);
+                }
+            }
+            _ => {}
+        }
+    }
+    (links, anchors)
+}
+
+#[test]
+fn every_link_leads_somewhere() -> Result<()> {
+    let mut wrong = Vec::new();
+    for page in pages()? {
+        let text = fs::read_to_string(&page).with_context(|| format!("read {}", page.display()))?;
+        let dir = page.parent().unwrap_or(Path::new("/"));
+        for link in links_and_anchors(&text).0 {
+            if link.contains("://") {
+                continue;
+            }
+            let (file, anchor) = link.split_once('#').unwrap_or((&link, ""));
+            let target = if file.is_empty() { page.clone() } else { dir.join(file) };
+            let is_page = target.extension().is_some_and(|extension| extension == "md");
+            let found = match anchor {
+                "" => target.exists(),
+                anchor if is_page => fs::read_to_string(&target)
+                    .is_ok_and(|text| links_and_anchors(&text).1.contains(anchor)),
+                _ => false,
+            };
+            if !found {
+                wrong.push(format!("{}: {link}", page.display()));
+            }
+        }
+    }
+    ensure!(wrong.is_empty(), "these links lead nowhere:\n{}", wrong.join("\n"));
+    Ok(())
+}
+
+#[test]
+fn every_alert_has_a_section_in_the_runbook() -> Result<()> {
+    let alerts = fs::read_to_string(dir().join("monitoring/alerts.yaml"))?;
+    let alerts: Value = serde_saphyr::from_str(&alerts)?;
+    let runbook = fs::read_to_string(root()?.join("docs/runbook.md"))?;
+    let sections = links_and_anchors(&runbook).1;
+    let rules = alerts["spec"]["groups"][0]["rules"].as_array().context("no rules")?;
+    for rule in rules {
+        let url = rule["annotations"]["runbook_url"].as_str().context("no runbook_url")?;
+        let section = url.strip_prefix("docs/runbook.md#").context("another runbook")?;
+        let alert = rule["alert"].as_str().context("no name")?;
+        ensure!(section == alert.to_lowercase() && sections.contains(section), "{alert}: {url}");
+    }
+    // The title, and nothing that no alert leads to.
+    ensure!(sections.len() == rules.len() + 1, "{sections:?}");
+    Ok(())
+}
+
+#[test]
+fn readme_is_short() -> Result<()> {
+    let words = fs::read_to_string(root()?.join("README.md"))?.split_whitespace().count();
+    ensure!(words <= 900, "{words} words");
+    Ok(())
+}
