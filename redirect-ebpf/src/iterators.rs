@@ -32,6 +32,9 @@ const SO_REUSEADDR: i32 = 2;
 const SO_MARK: i32 = 36;
 const TCP_ESTABLISHED: u32 = 1;
 const TCP_SYN_SENT: u32 = 2;
+const TCP_FIN_WAIT1: u32 = 4;
+const TCP_FIN_WAIT2: u32 = 5;
+const TCP_CLOSE_WAIT: u32 = 8;
 
 /// `struct bpf_iter_meta`, its first field. Source: Linux `include/linux/bpf.h`.
 #[repr(C)]
@@ -118,7 +121,7 @@ pub extern "C" fn mark_noted(ctx: *mut IterTcp) -> i32 {
     mark_connection(ctx, |state, noted| if state == TCP_LISTEN { None } else { noted })
 }
 
-/// Writes one byte for each open connection that keeps the redirection route, and for each of those
+/// Writes one byte for each open or half-closed connection that keeps the redirection route, and for each of those
 /// behind a virtual interface: their number is what a pod that leaves the mesh still has to wait for.
 #[unsafe(no_mangle)]
 #[unsafe(link_section = "iter/tcp")]
@@ -129,7 +132,12 @@ pub extern "C" fn count_redir(ctx: *mut IterTcp) -> i32 {
         Some(MARK_PROXY) => sk.common().is_guests(),
         _ => false,
     };
-    if counts && sk.common().state() == TCP_ESTABLISHED {
+    // Half of a connection may yet have much to say.
+    let open = matches!(
+        sk.common().state(),
+        TCP_ESTABLISHED | TCP_FIN_WAIT1 | TCP_FIN_WAIT2 | TCP_CLOSE_WAIT
+    );
+    if counts && open {
         let byte = b'.';
         // SAFETY: the context and its sequence file are valid while the program runs.
         unsafe { bpf_seq_write((*(*ctx).meta).seq, (&raw const byte).cast_mut().cast(), 1) };

@@ -420,15 +420,14 @@ impl<S: Source> Reconciler<S> {
                 .filter_map(|pod| finder.inode(pod, |inode| linked.contains(&inode)).transpose())
                 .collect::<Result<_>>()?;
             for netns in netns::in_dir(finder.netns_dir())? {
-                if linked.contains(&netns.inode()) && !known.contains(&netns.inode()) {
-                    let path = netns.path().to_owned();
-                    warn!("restoring {}: no pod that is known has it", path.display());
-                    let pod = PodNetns::existing(netns)?;
-                    dataplane.release(&pod)?;
-                    dataplane.settle_wholly(&pod)?;
-                    dataplane
-                        .remove(&pod)
-                        .with_context(|| format!("restore {}", path.display()))?;
+                if !linked.contains(&netns.inode()) || known.contains(&netns.inode()) {
+                    continue;
+                }
+                let path = netns.path().to_owned();
+                warn!("restoring {}: no pod that is known has it", path.display());
+                // One that fails keeps no other from it.
+                if let Err(e) = restore(&dataplane, netns) {
+                    warn!("cannot restore {}: {e:#}", path.display());
                 }
             }
             anyhow::Ok(())
@@ -604,6 +603,14 @@ async fn blocking<T: Send + 'static>(f: impl FnOnce() -> Result<T> + Send + 'sta
 
 fn names(parts: &[Part]) -> Vec<String> {
     parts.iter().map(Part::to_string).collect()
+}
+
+/// Puts a namespace back as it was before a pod in it was set up.
+fn restore(dataplane: &Dataplane, netns: Netns) -> Result<()> {
+    let pod = PodNetns::existing(netns)?;
+    dataplane.release(&pod)?;
+    dataplane.settle_wholly(&pod)?;
+    dataplane.remove(&pod)
 }
 
 #[cfg(test)]

@@ -1,6 +1,11 @@
 //! Labels decide, and an edited one is followed at once.
 
-use anyhow::{Context as _, Result};
+use std::io::{Read as _, Write as _};
+use std::net::{Shutdown, TcpListener, TcpStream};
+use std::thread;
+use std::time::Duration;
+
+use anyhow::{Context as _, Result, ensure};
 use redirect_agent::membership::Reason;
 use redirect_agent::output::PodState;
 use redirect_tests::app::Call;
@@ -11,7 +16,7 @@ use redirect_tests::netns::Family;
 use redirect_tests::topology::Pod;
 use serde_json::json;
 
-use crate::cluster::{Cluster, Manifest, PORT, echo, now};
+use crate::cluster::{Cluster, Manifest, PORT, SOON, echo, now};
 use crate::load::Load;
 
 both_families! {
@@ -19,6 +24,7 @@ both_families! {
     namespace_label_brings_its_pods_in_but_those_that_opt_out,
     pods_that_cannot_be_in_the_mesh_are_left_alone,
     connection_with_a_port_that_the_proxy_has_just_used_goes_on,
+    half_closed_connection_is_waited_for,
 }
 
 /// How often the label goes on and off.
@@ -181,4 +187,30 @@ fn connection_with_a_port_that_the_proxy_has_just_used_goes_on(family: Family) -
     assert_eq!(direct.answer().saw_peer, proxys);
     node.enrol(server)?;
     direct.exchange(b"still there?")
+}
+
+/// The pod has sent all it has to say, and the answer takes its time.
+fn half_closed_connection_is_waited_for(family: Family) -> Result<()> {
+    let Cluster { node, server, client, .. } = &Cluster::enrolled(&["--drain", "20s"])?;
+    let at = client.addr(family, PORT);
+    let listener = client.netns.run(|| TcpListener::bind(at).context("listen"))?;
+    let mut asking = server.netns.run(|| TcpStream::connect(at).context("connect"))?;
+    asking.set_read_timeout(Some(SOON))?;
+    let (mut answering, _) = listener.accept().context("accept")?;
+    asking.write_all(b"?")?;
+    asking.shutdown(Shutdown::Write)?;
+    let mut question = Vec::new();
+    answering.read_to_end(&mut question).context("read the question")?;
+
+    node.write(&Manifest::of(server))?;
+    node.wait_for_state(server, PodState::Leaving)?;
+    for _ in 0..10 {
+        answering.write_all(&[b'!'; 10_000]).context("answer")?;
+        thread::sleep(Duration::from_millis(200));
+    }
+    drop(answering);
+    let mut answer = Vec::new();
+    asking.read_to_end(&mut answer).context("read the answer")?;
+    ensure!(answer.len() == 100_000, "{} bytes of the answer", answer.len());
+    node.wait_for_state(server, PodState::Bypassing).map(drop)
 }
