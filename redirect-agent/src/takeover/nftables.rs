@@ -203,7 +203,7 @@ impl Batch {
             bytes.extend(message.finish());
         }
         bytes.extend(Message::batch(BATCH_END).finish());
-        let socket = open()?;
+        let socket = open().context("open netlink to netfilter")?;
         send(&socket, &bytes).context("change nf_tables")?;
         // The kernel has answered before `send` returned.
         socket.set_non_blocking(true).context("read netlink")?;
@@ -284,7 +284,11 @@ fn jump(attributes: &[u8]) -> Result<Option<String>> {
 
 /// Lists all of one kind, in all families; `each` takes the family and the attributes.
 fn dump(kind: u16, mut each: impl FnMut(u8, &[u8]) -> Result<()>) -> Result<()> {
-    let socket = open()?;
+    let socket = match open() {
+        // A kernel without netfilter, or whose module is not loaded, has none.
+        Err(e) if e.raw_os_error() == Some(libc::EPROTONOSUPPORT) => return Ok(()),
+        socket => socket.context("open netlink to netfilter")?,
+    };
     let mut request = Message::new(kind, 0, ANY_FAMILY);
     request.set_flags(FLAG_REQUEST | FLAG_DUMP);
     send(&socket, &request.finish())?;
@@ -310,8 +314,8 @@ fn dump(kind: u16, mut each: impl FnMut(u8, &[u8]) -> Result<()>) -> Result<()> 
     }
 }
 
-fn open() -> Result<Socket> {
-    Socket::new(NETLINK_NETFILTER).context("open netlink to netfilter")
+fn open() -> io::Result<Socket> {
+    Socket::new(NETLINK_NETFILTER)
 }
 
 fn send(socket: &Socket, bytes: &[u8]) -> io::Result<()> {
