@@ -8,9 +8,12 @@ use std::{
 };
 
 use anyhow::{Context as _, Result, bail};
-use tokio::{task::JoinSet, time::interval};
+use tokio::{
+    task::{JoinSet, spawn_blocking},
+    time::interval,
+};
 use tokio_util::sync::CancellationToken;
-use tracing::{error, info};
+use tracing::{debug, error, info};
 
 use crate::{
     cli::SourceSpec,
@@ -35,6 +38,9 @@ use crate::{
 
 /// How often the programs' log is read, when it is on.
 const LOG_INTERVAL: Duration = Duration::from_millis(100);
+/// How often the agent looks for the cgroups of the proxies. They do not change unless somebody moves a
+/// proxy's process, whose connections are refused until then.
+const PROXIES_INTERVAL: Duration = Duration::from_secs(10);
 /// How old what the metrics say of the pods may be. Everybody can ask for them, and a look at every pod
 /// takes a while.
 const METRICS_AGE: Duration = Duration::from_secs(1);
@@ -81,9 +87,11 @@ pub async fn run(options: Options, shutdown: CancellationToken) -> Result<()> {
     let dataplane = Arc::new(Dataplane::open(&options.dataplane)?);
     let control = control::Server::bind(&options.control_socket)?;
     let cni = cni::Server::bind(&options.cni_socket)?;
-    let zds = zds::Server::bind(&options.zds_socket)?.with_admission({
-        let dataplane = Arc::clone(&dataplane);
-        move |pid| dataplane.admit_proxy(pid)
+    let zds = zds::Server::bind(&options.zds_socket)?;
+    let proxies = zds.handle();
+    let zds = zds.with_admission({
+        let (dataplane, proxies) = (Arc::clone(&dataplane), proxies.clone());
+        move |pid| dataplane.admit_proxy(pid, &pids(&proxies))
     });
     let mut ground = Ground {
         control,
@@ -97,6 +105,8 @@ pub async fn run(options: Options, shutdown: CancellationToken) -> Result<()> {
     };
     // From now on, so that the plugin is told to try again and does not find nobody.
     let (door, metrics) = (Arc::clone(&ground.door), ground.metrics.clone());
+    let dataplane = Arc::clone(&ground.dataplane);
+    ground.parts.spawn(follow_proxies(dataplane, proxies, shutdown.clone()));
     ground.parts.spawn(cni.run(door, metrics, shutdown.clone()));
     let (node, stop) = (options.node.clone(), shutdown.clone());
     match options.source.clone() {
@@ -123,6 +133,31 @@ pub async fn run(options: Options, shutdown: CancellationToken) -> Result<()> {
             serve(options, ground, waiting, opening, shutdown).await
         }
     }
+}
+
+/// The processes of the proxies that are connected, as far as they can be seen.
+fn pids(proxies: &zds::Handle) -> Vec<i32> {
+    proxies.status().proxies.iter().filter_map(|proxy| proxy.pid).collect()
+}
+
+/// Looks now and then whether the connected proxies have moved to other cgroups.
+async fn follow_proxies(
+    dataplane: Arc<Dataplane>,
+    proxies: zds::Handle,
+    shutdown: CancellationToken,
+) -> Result<()> {
+    let mut tick = interval(PROXIES_INTERVAL);
+    while shutdown.run_until_cancelled(tick.tick()).await.is_some() {
+        let (dataplane, connected) = (Arc::clone(&dataplane), pids(&proxies));
+        let look = move || {
+            connected.iter().try_for_each(|pid| dataplane.admit_proxy(Some(*pid), &connected))
+        };
+        // One that has just ended is as good as gone.
+        if let Err(e) = spawn_blocking(look).await.context("look at the proxies")? {
+            debug!("look at the proxies: {e:#}");
+        }
+    }
+    Ok(())
 }
 
 /// What the agent waits for until it knows the pods.

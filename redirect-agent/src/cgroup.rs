@@ -2,6 +2,7 @@
 //! sockets are let out of pods.
 
 use std::{
+    collections::BTreeSet,
     fs::File,
     io,
     os::{fd::AsFd, unix::fs::MetadataExt as _},
@@ -9,9 +10,15 @@ use std::{
     thread,
 };
 
-use anyhow::{Context as _, Result, anyhow};
-use nix::sched::{CloneFlags, setns};
-use procfs::process::Process;
+use anyhow::{Context as _, Result, anyhow, ensure};
+use nix::{
+    sched::{CloneFlags, setns},
+    sys::statfs::{CGROUP2_SUPER_MAGIC, fstatfs},
+};
+use procfs::{FromRead as _, ProcessCGroups, process::Process};
+
+/// The number of the root cgroup. Source: Linux `fs/kernfs/dir.c`, `kernfs_create_root`.
+const ROOT: u64 = 1;
 
 /// The cgroup that a process is in.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -30,12 +37,16 @@ impl Cgroup {
     ///
     /// When the process has none, or `viewer` has no cgroup v2 mounted that shows it.
     pub fn of(process: &Process, viewer: &Process) -> Result<Self> {
-        let (path, mounts) = in_cgroup_namespace_of(viewer, || {
-            let cgroups = process.cgroups().context("read its cgroups")?;
-            let unified = cgroups.0.into_iter().find(|cgroup| cgroup.hierarchy == 0);
-            let path = unified.context("it has no cgroup of version 2")?.pathname;
-            Ok((path, viewer.mountinfo().context("read the mounts")?))
+        let path = in_cgroup_namespace_of(viewer, || {
+            path_in(process.cgroups().context("read its cgroups")?)
         })?;
+        Self::at(path, viewer)
+    }
+
+    /// The cgroup at this path, as `viewer` sees it.
+    fn at(path: String, viewer: &Process) -> Result<Self> {
+        let mounts =
+            in_cgroup_namespace_of(viewer, || viewer.mountinfo().context("read the mounts"))?;
         let below = mounts
             .into_iter()
             .filter(|mount| mount.fs_type == "cgroup2")
@@ -52,15 +63,40 @@ impl Cgroup {
     ///
     /// # Errors
     ///
-    /// When it is gone.
+    /// When it is gone, or something else is mounted there.
     pub fn open(&self) -> Result<(File, u64)> {
         let open = || {
             let dir = File::open(&self.dir)?;
+            if fstatfs(&dir)?.filesystem_type() != CGROUP2_SUPER_MAGIC {
+                return Err(io::Error::other("it is on no cgroup v2"));
+            }
             let id = dir.metadata()?.ino();
-            io::Result::Ok((dir, id))
+            Ok((dir, id))
         };
         open().with_context(|| format!("open cgroup {}", self.dir.display()))
     }
+}
+
+/// The path in version 2.
+fn path_in(cgroups: ProcessCGroups) -> Result<String> {
+    let unified = cgroups.0.into_iter().find(|cgroup| cgroup.hierarchy == 0);
+    Ok(unified.context("it has no cgroup of version 2")?.pathname)
+}
+
+/// Those of the process's threads, as `viewer` sees them.
+fn paths_of_threads(process: &Process, viewer: &Process) -> Result<BTreeSet<String>> {
+    in_cgroup_namespace_of(viewer, || {
+        let mut paths = BTreeSet::new();
+        for thread in process.tasks().context("list its threads")?.flatten() {
+            let file = format!("/proc/{}/task/{}/cgroup", process.pid, thread.tid);
+            // One that has ended has none.
+            if let Ok(cgroups) = ProcessCGroups::from_file(file) {
+                paths.insert(path_in(cgroups)?);
+            }
+        }
+        ensure!(!paths.is_empty(), "it has no thread any more");
+        Ok(paths)
+    })
 }
 
 /// Runs `read` in a thread that sees cgroups as `viewer` does.
@@ -78,18 +114,30 @@ fn in_cgroup_namespace_of<T: Send>(
     thread::scope(|scope| scope.spawn(entered).join()).map_err(|_| anyhow!("a thread panicked"))?
 }
 
-/// The number of the cgroup that a proxy, process `pid`, makes its sockets in.
+/// The numbers of the cgroups that a proxy, process `pid`, makes its sockets in: those of its threads, which
+/// nearly always are one.
 ///
 /// # Errors
 ///
-/// When it cannot be found out.
-pub fn of_proxy(pid: i32) -> Result<u64> {
+/// When they cannot be found out, or one is the root, which tells nobody from anybody.
+pub fn of_proxy(pid: i32) -> Result<BTreeSet<u64>> {
     let process = Process::new(pid).with_context(|| format!("find process {pid}"))?;
-    let number = |viewer: &Process| Cgroup::of(&process, viewer)?.open().map(|(_, number)| number);
-    number(&process).or_else(|first| {
+    let numbers = |viewer: &Process| -> Result<BTreeSet<u64>> {
+        let mut numbers = BTreeSet::new();
+        for path in paths_of_threads(&process, viewer)? {
+            numbers.insert(Cgroup::at(path, viewer)?.open()?.1);
+        }
+        Ok(numbers)
+    };
+    let numbers = numbers(&process).or_else(|first| {
         let init = Process::new(1).context("find process 1")?;
-        number(&init).map_err(|_| first.context(format!("find the cgroup of process {pid}")))
-    })
+        numbers(&init).map_err(|_| first.context(format!("find the cgroup of process {pid}")))
+    })?;
+    ensure!(
+        !numbers.contains(&ROOT),
+        "process {pid} is in the root cgroup of version 2, as on nodes with cgroup v1"
+    );
+    Ok(numbers)
 }
 
 #[cfg(test)]
@@ -103,7 +151,10 @@ mod tests {
         let (_, number) = cgroup.open().unwrap();
         let listed = std::fs::read_to_string(cgroup.dir.join("cgroup.procs")).unwrap();
         assert!(listed.lines().any(|pid| pid == own.pid.to_string()), "{cgroup:?}: {listed}");
-        assert_eq!(of_proxy(own.pid).unwrap(), number);
+        match of_proxy(own.pid) {
+            Ok(numbers) => assert_eq!(numbers, BTreeSet::from([number])),
+            Err(e) => assert!(number == ROOT && format!("{e:#}").contains("root cgroup"), "{e:#}"),
+        }
     }
 
     #[test]

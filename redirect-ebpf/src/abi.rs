@@ -32,6 +32,8 @@ pub const MARK_RESCUED: u32 = 0x0d3;
 /// The mark of a SYN from outside that is the proxy's to accept. Whoever else accepts it has this mark
 /// or its own, and not [`MARK_DIRECT`].
 pub const MARK_INBOUND: u32 = 0x0d4;
+/// The mark of a SYN that the guard brings to `lo` to be refused.
+pub const MARK_REFUSED: u32 = 0x0d5;
 
 /// For how long after the capture of a pod began the application may still answer a SYN from before
 /// it. The kernel gives up sooner. Source: Linux `net.ipv4.tcp_synack_retries`, whose default of 5
@@ -366,6 +368,8 @@ pub const WAY_DIRECT: u32 = 1;
 pub const WAY_REDIRECTED: u32 = 2;
 /// [`Settled::way`]: the proxy's own connection, which leaves the pod.
 pub const WAY_PROXYS: u32 = 3;
+/// [`Settled::way`]: the same, as long as [`ANY_CGROUP`] is there.
+pub const WAY_MARKED: u32 = 4;
 
 /// Key of the map `proxy_cgroups`: sockets of every cgroup pass for the proxy's by their mark. There until
 /// the first proxy has connected to the agent, and where the agent cannot find out a proxy's cgroup.
@@ -487,11 +491,14 @@ pub enum Counter {
     RefusedForgedAddress = 24,
     /// Connections that the pod only forwards, for guests behind an interface that is not named.
     Forwarded = 25,
+    /// Connections of sockets that have the proxy's mark and are none of a proxy that the agent knows, and
+    /// of the proxy to its own ports in the pod; refused with RST.
+    RefusedProxysMark = 26,
 }
 
 impl Counter {
     /// Every counter with its name, as `status` and the metrics show it.
-    pub const ALL: [(Counter, &'static str); 26] = [
+    pub const ALL: [(Counter, &'static str); 27] = [
         (Counter::RedirectedOutbound, "redirected_outbound"),
         (Counter::RedirectedInbound, "redirected_inbound"),
         (Counter::Hbone, "hbone"),
@@ -518,6 +525,7 @@ impl Counter {
         (Counter::RefusedPastProxy, "refused_past_proxy"),
         (Counter::RefusedForgedAddress, "refused_forged_address"),
         (Counter::Forwarded, "forwarded"),
+        (Counter::RefusedProxysMark, "refused_proxys_mark"),
     ];
 }
 

@@ -14,8 +14,8 @@
 
 use crate::{
     abi::{
-        Addr, Counter, DNS_PLACES, DnsFlow, DnsKey, LISTENER_OUTBOUND, MARK_PROXY, POD_DNS,
-        POD_ENROLLED, PORT_DNS, PORT_PROXY_DNS, PROTOCOL_TCP, PROTOCOL_UDP, PodId,
+        Addr, Counter, DNS_PLACES, DnsFlow, DnsKey, LISTENER_OUTBOUND, MARK_PROXY, MARK_REFUSED,
+        POD_DNS, POD_ENROLLED, PORT_DNS, PORT_PROXY_DNS, PROTOCOL_TCP, PROTOCOL_UDP, PodId,
     },
     verdict::{Env, Pods, Proxy, Segment, mesh_mark},
 };
@@ -113,7 +113,7 @@ pub fn on_lo(mark: u32, message: &Message, env: &impl DnsEnv) -> Dns {
     if *src_port == PORT_PROXY_DNS && src.is_loopback() {
         return answer(pod_id, message, env);
     }
-    if mesh_mark(mark) == MARK_PROXY {
+    if matches!(mesh_mark(mark), MARK_PROXY | MARK_REFUSED) {
         return Dns::Other;
     }
     if !is_for_dns(pod_id, message, env) {
@@ -307,6 +307,7 @@ mod tests {
 
     use super::*;
     use crate::abi::{Flow, MARK_DIRECT, MARK_REDIRECTED, MARK_RESCUED, MARK_VIRTUAL, POD_CAPTURE};
+    use crate::verdict::Sender;
 
     const OWN: PodId = 7;
     const NEIGHBOUR: PodId = 8;
@@ -492,7 +493,7 @@ mod tests {
             panic!("DNS is not forwarded")
         }
 
-        fn is_proxys(&self, _: u32) -> bool {
+        fn sender(&self) -> Sender {
             panic!("DNS goes by marks and ports")
         }
 

@@ -30,12 +30,12 @@ use redirect_ebpf::{
         HALF_OPEN_NS, HINT_NONE, HINT_QUESTION, Hint, INBOUND_BYPASS, LISTENER_HBONE,
         LISTENER_INBOUND, LISTENER_OUTBOUND, LISTENERS_V4, LOOPBACK_IFINDEX, ListenerKey,
         MARK_PROXY, MARK_REDIRECTED, NEW_LISTENERS, OwnAddress, POD_ENROLLED, PORT_PROXY_DNS,
-        PodId, PodPeer, PodPort, VirtualInterface, WAY_PROXYS,
+        PodId, PodPeer, PodPort, VirtualInterface,
     },
     dns::{self, Dns, DnsEnv, Message},
     verdict::{
-        self, Env, Fate, Hidden, Lookup, Pods, Proxy, Segment, Steer, Verdict, Virtual, mesh_mark,
-        with_mesh_mark,
+        self, Env, Fate, Hidden, Lookup, Pods, Proxy, Segment, Sender, Steer, Verdict, Virtual,
+        mesh_mark, with_mesh_mark,
     },
 };
 
@@ -291,7 +291,7 @@ pub fn redirect_out(ctx: TcContext) -> i32 {
         return TC_ACT_UNSPEC;
     }
     // Nearly everything is the proxy's.
-    if mesh_mark(mark(&ctx)) == MARK_PROXY && sockets::settled_once(&ctx) == Some(WAY_PROXYS) {
+    if mesh_mark(mark(&ctx)) == MARK_PROXY && sockets::is_settled_proxys(&ctx) {
         return TC_ACT_UNSPEC;
     }
     let Some(parsed) = parsed() else { return TC_ACT_SHOT };
@@ -299,14 +299,22 @@ pub fn redirect_out(ctx: TcContext) -> i32 {
     if readable && parsed.message.tcp && switch::holds_sent(&ctx, parsed) {
         return TC_ACT_SHOT;
     }
-    on_egress(&ctx, readable, parsed)
+    let sender = sender(&ctx, readable, parsed);
+    on_egress(&ctx, readable, parsed, sender)
+}
+
+/// Apart from what follows, because both need much of the stack.
+#[inline(never)]
+fn sender(ctx: &TcContext, readable: bool, parsed: &Parsed) -> Sender {
+    let message = if readable { Ok(&parsed.message) } else { Err(Hidden::Nothing) };
+    verdict::sender(mark(ctx), message, &Tc { ctx })
 }
 
 #[inline(never)]
-fn on_egress(ctx: &TcContext, readable: bool, parsed: &Parsed) -> i32 {
+fn on_egress(ctx: &TcContext, readable: bool, parsed: &Parsed, sender: Sender) -> i32 {
     let message =
         if readable { Ok(&parsed.message) } else { Err(packet::hidden(ctx, packet::network(ctx))) };
-    let verdict = verdict::on_egress(mark(ctx), message, &Tc { ctx });
+    let verdict = verdict::on_egress_of(sender, mark(ctx), message, &Tc { ctx });
     let noted = match verdict.settle {
         Some(way) => sockets::settle(ctx, &parsed.segment().sender_flow(), way.get()),
         None => true,
@@ -734,8 +742,8 @@ impl Env for Tc<'_> {
     }
 
     #[inline(always)]
-    fn is_proxys(&self, mark: u32) -> bool {
-        sockets::is_proxys_packet(self.ctx, mark)
+    fn sender(&self) -> Sender {
+        sockets::sender_kind(self.ctx)
     }
 
     #[inline(always)]

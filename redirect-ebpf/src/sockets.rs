@@ -21,10 +21,10 @@ use redirect_ebpf::{
     abi::{
         ANY_CGROUP, Addr, Flow, HINT_QUESTION, LISTENER_HBONE, LISTENER_INBOUND, LISTENER_OUTBOUND,
         ListenerKey, MARK_PROXY, PORT_HBONE, PORT_INBOUND, PORT_OUTBOUND, PORT_PROXY_DNS, PodId,
-        Settled,
+        Settled, WAY_MARKED, WAY_PROXYS,
     },
     dns::Message,
-    verdict::{Proxy, Segment, mesh_mark},
+    verdict::{Proxy, Segment, Sender, mesh_mark},
 };
 
 use crate::{
@@ -280,20 +280,44 @@ fn kernel_u64(address: u64) -> u64 {
     unsafe { bpf_probe_read_kernel(address as *const u64) }.unwrap_or(0)
 }
 
-/// Whether the packet is the proxy's: the socket that has sent it says so, or the listener that it answers
-/// for, and where there is none, its mark.
-#[inline(never)]
-pub fn is_proxys_packet(ctx: &TcContext, mark: u32) -> bool {
-    let Some(sk) = sender(ctx) else { return mesh_mark(mark) == MARK_PROXY };
+/// Whose the socket is that has sent the packet, or the listener that it answers for.
+#[inline(always)]
+pub fn sender_kind(ctx: &TcContext) -> Sender {
+    let Some(sk) = sender(ctx) else { return Sender::Nobody };
     // SAFETY: the helpers check what they are given.
     unsafe {
         let full = bpf_sk_fullsock(sk);
         if !full.is_null() {
-            return is_proxys(full);
+            return kind(full);
         }
         let listener = bpf_get_listener_sock(sk);
-        !listener.is_null() && is_proxys(listener)
+        if listener.is_null() { Sender::Application } else { kind(listener) }
     }
+}
+
+/// Whose a socket here is.
+///
+/// # Safety
+///
+/// The socket is a live one.
+#[inline(always)]
+unsafe fn kind(sk: *mut bpf_sock) -> Sender {
+    // SAFETY: the caller's promise.
+    if mesh_mark(unsafe { (*sk).mark }) != MARK_PROXY {
+        Sender::Application
+    } else if PROXY_CGROUPS.get_ptr(&cgroup(sk)).is_some() {
+        Sender::Proxy
+    } else if is_mark_enough() {
+        Sender::Marked
+    } else {
+        Sender::Impostor
+    }
+}
+
+/// Whether the proxy's mark makes a socket the proxy's, whatever its cgroup.
+#[inline(always)]
+fn is_mark_enough() -> bool {
+    PROXY_CGROUPS.get_ptr(&ANY_CGROUP).is_some()
 }
 
 /// Whether the socket of this segment's receiver is the proxy's. The caller sets the hint first.
@@ -313,14 +337,19 @@ pub fn is_proxys_connection(ctx: *mut c_void, segment: &Segment) -> bool {
     }
 }
 
-/// What was found for whatever connection the socket that has sent the packet has: for the proxy's,
-/// which have one each.
+/// Whether the packet is of a connection of the proxy's that leaves the pod: whatever connection its socket
+/// has, because those of the proxy have one each.
 #[inline(always)]
-pub fn settled_once(ctx: &TcContext) -> Option<u32> {
+pub fn is_settled_proxys(ctx: &TcContext) -> bool {
     // SAFETY: the context is valid while the program runs.
     let sk = unsafe { (*ctx.skb.skb).__bindgen_anon_2.sk };
+    let Some(settled) = storage(sk, ptr::null_mut(), 0) else { return false };
     // SAFETY: the pointer is to a live map value.
-    storage(sk, ptr::null_mut(), 0).map(|settled| unsafe { (*settled).way })
+    match unsafe { (*settled).way } {
+        WAY_PROXYS => true,
+        WAY_MARKED => is_mark_enough(),
+        _ => false,
+    }
 }
 
 /// What was found for this connection of the socket that has sent the packet.
@@ -389,15 +418,10 @@ pub fn dns_listens(ctx: &TcContext, message: &Message) -> bool {
 /// # Safety
 ///
 /// The socket is a live one.
-#[inline(always)]
+#[inline(never)]
 unsafe fn is_proxys(sk: *mut bpf_sock) -> bool {
     // SAFETY: the caller's promise.
-    mesh_mark(unsafe { (*sk).mark }) == MARK_PROXY && is_in_proxys_cgroup(sk)
-}
-
-#[inline(never)]
-fn is_in_proxys_cgroup(sk: *mut bpf_sock) -> bool {
-    PROXY_CGROUPS.get_ptr(&cgroup(sk)).is_some() || PROXY_CGROUPS.get_ptr(&ANY_CGROUP).is_some()
+    matches!(unsafe { kind(sk) }, Sender::Proxy | Sender::Marked)
 }
 
 /// Hands a lookup to the proxy's listener, and to no other of the group that shares its port. Fails when

@@ -10,10 +10,10 @@ use core::num::NonZeroU32;
 use crate::abi::{
     Addr, Counter, Flow, HINT_FROM_POD, HINT_FROM_PROXY, HINT_FROM_VIRTUAL, HINT_NONE,
     HINT_QUESTION, Hint, LISTENER_HBONE, LISTENER_INBOUND, LISTENER_OUTBOUND, MARK_DIRECT,
-    MARK_INBOUND, MARK_MASK, MARK_PROXY, MARK_REDIRECTED, MARK_RESCUED, MARK_VIRTUAL,
+    MARK_INBOUND, MARK_MASK, MARK_PROXY, MARK_REDIRECTED, MARK_REFUSED, MARK_RESCUED, MARK_VIRTUAL,
     POD_BYPASS_INBOUND, POD_CAPTURE, POD_DNS, POD_ENROLLED, POD_INBOUND_RULES, POD_OUTBOUND_RULES,
     PORT_DNS, PORT_HBONE, PORT_INBOUND, PORT_OUTBOUND, PodId, VIRTUAL_CAPTURE, VIRTUAL_RULES,
-    WAY_DIRECT, WAY_PROXYS, WAY_REDIRECTED,
+    WAY_DIRECT, WAY_MARKED, WAY_PROXYS, WAY_REDIRECTED,
 };
 use crate::dns::Message;
 
@@ -110,9 +110,8 @@ pub trait Env: Pods {
     fn is_forwarded(&self) -> bool;
     /// At egress: whether that interface is `lo`, where only the pod's own packets are.
     fn came_by_lo(&self) -> bool;
-    /// At egress: whether the packet is the proxy's. The socket that has sent it says so, or the listener
-    /// that answers; only where there is none, under SYN cookies say, its mark.
-    fn is_proxys(&self, mark: u32) -> bool;
+    /// At egress: whose socket has sent the packet, or is the listener that answers.
+    fn sender(&self) -> Sender;
     /// Whether the socket here that has sent this segment is the proxy's.
     fn has_proxy_sent(&self, segment: &Segment) -> bool;
     /// Whether anybody here listens where this segment comes from.
@@ -121,6 +120,22 @@ pub trait Env: Pods {
     fn has_half_open(&self, pod_id: PodId) -> bool;
     /// The way that was found for this connection of the socket that has sent it, one of `WAY_*`.
     fn settled(&self, segment: &Segment) -> Option<u32>;
+}
+
+/// Whose a socket in the pod is.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[repr(u32)]
+pub enum Sender {
+    /// There is none here.
+    Nobody,
+    /// The application's.
+    Application,
+    /// The application's, with the proxy's mark; or of a proxy that the agent does not know.
+    Impostor,
+    /// The proxy's by its mark, as long as that is enough.
+    Marked,
+    /// The proxy's, by its mark and its cgroup.
+    Proxy,
 }
 
 /// What happens to a packet at tcx.
@@ -215,7 +230,15 @@ pub fn on_lo(mark: u32, segment: Option<&Segment>, env: &impl Env) -> Verdict {
     let own = segment.opens && env.is_own(pod_id, &segment.dst);
     // Netfilter in the pod may have taken its mark.
     let proxys = proxys || (own && env.has_proxy_sent(segment));
+    if segment.opens && mesh_mark(mark) == MARK_REFUSED {
+        // Its answer takes the guard's rule.
+        return Verdict { fate: Fate::Reset, mark: code(MARK_RESCUED), ..next };
+    }
     if proxys {
+        // Netfilter in the pod brings its call back to itself: that would never end.
+        if segment.opens && matches!(segment.dst_port, PORT_OUTBOUND | PORT_INBOUND) {
+            return Verdict { fate: Fate::Reset, ..next.count(Counter::RefusedProxysMark) };
+        }
         // It calls from the client's address, by a port that it has chosen without knowing the
         // client's own. The socket that has it would answer the client, and the proxy wait in vain.
         if segment.opens && env.is_open(segment) {
@@ -238,8 +261,7 @@ pub fn on_lo(mark: u32, segment: Option<&Segment>, env: &impl Env) -> Verdict {
     {
         let first = segment.opens || segment.accepts;
         let count = if first { Some(Counter::RescuedDirect) } else { None };
-        // The guard lets pass what has this mark.
-        let mark = code(MARK_PROXY);
+        let mark = code(MARK_DIRECT);
         return Verdict { fate: Fate::Leave, mark, hint: None, strays: true, count, ..next };
     }
     if !segment.opens
@@ -427,9 +449,34 @@ pub enum Hidden {
 /// `message` is `Err` for what could not be parsed.
 #[inline(always)]
 pub fn on_egress(mark: u32, message: Result<&Message, Hidden>, env: &impl Env) -> Verdict {
-    if env.is_proxys(mark) {
+    on_egress_of(sender(mark, message, env), mark, message, env)
+}
+
+/// Whose a packet is that leaves. It may be the proxy's without a socket: it has come back from `lo`, or
+/// answers with a SYN cookie; such an answer of somebody else opens nothing. Else, what has no socket may be
+/// a copy, with whatever mark netfilter has given to it.
+#[inline(always)]
+pub fn sender(mark: u32, message: Result<&Message, Hidden>, env: &impl Env) -> Sender {
+    let sender = env.sender();
+    let (Sender::Nobody, Ok(Message { segment, tcp: true, .. })) = (sender, message) else {
+        return sender;
+    };
+    let answers = segment.accepts && mesh_mark(mark) == MARK_PROXY && !env.is_forwarded();
+    if answers || env.has_proxy_sent(segment) { Sender::Proxy } else { sender }
+}
+
+/// [`on_egress`] of a packet of which is known whose it is.
+#[inline(always)]
+pub fn on_egress_of(
+    sender: Sender,
+    mark: u32,
+    message: Result<&Message, Hidden>,
+    env: &impl Env,
+) -> Verdict {
+    let way = if sender == Sender::Marked { WAY_MARKED } else { WAY_PROXYS };
+    if matches!(sender, Sender::Proxy | Sender::Marked) {
         return match message {
-            Ok(message) if message.tcp => on_proxys_egress(&message.segment, env),
+            Ok(message) if message.tcp => on_proxys_egress(way, &message.segment, env),
             _ => Verdict::NEXT,
         };
     }
@@ -472,8 +519,15 @@ pub fn on_egress(mark: u32, message: Result<&Message, Hidden>, env: &impl Env) -
     if !is_enrolled(pod) {
         return next;
     }
+    if sender == Sender::Impostor && segment.opens {
+        // Captured, it would come back to a proxy that the agent does not know, which would call again.
+        let count = Counter::RefusedProxysMark;
+        let fate = if message.tcp { Fate::ToLo } else { Fate::Drop };
+        return Verdict { fate, mark: code(MARK_REFUSED), ..next.count(count) };
+    }
     // Nobody has that address but on `lo`; and what was on `lo` has lost what says whose it is.
-    let strange = segment.dst.is_loopback() || (forwarded && segment.opens);
+    let excluded = segment.opens && message.tcp && excludes_outbound(pod_id, pod, segment, env);
+    let strange = segment.dst.is_loopback() || (forwarded && segment.opens && !excluded);
     if strange && captures(pod) {
         return Verdict { fate: Fate::Drop, ..next.count(Counter::RefusedPastProxy) };
     }
@@ -487,7 +541,7 @@ pub fn on_egress(mark: u32, message: Result<&Message, Hidden>, env: &impl Env) -
                 ..to_lo(next)
             };
         }
-        if !message.tcp || !captures(pod) || excludes_outbound(pod_id, pod, segment, env) {
+        if !message.tcp || !captures(pod) || excluded {
             return next;
         }
         let to_lo = to_lo(next.count(Counter::RescuedOutbound));
@@ -511,7 +565,7 @@ pub fn on_egress(mark: u32, message: Result<&Message, Hidden>, env: &impl Env) -
 
 /// The same for the proxy's packets. Some have the application at their other end.
 #[inline(always)]
-fn on_proxys_egress(segment: &Segment, env: &impl Env) -> Verdict {
+fn on_proxys_egress(way: u32, segment: &Segment, env: &impl Env) -> Verdict {
     if !segment.opens {
         match env.settled(segment) {
             Some(WAY_REDIRECTED) => return to_lo(Verdict::NEXT),
@@ -522,12 +576,12 @@ fn on_proxys_egress(segment: &Segment, env: &impl Env) -> Verdict {
             None => {}
         }
     }
-    Verdict { settle: code(WAY_PROXYS), ..Verdict::NEXT }
+    Verdict { settle: code(way), ..Verdict::NEXT }
 }
 
 #[inline(always)]
 fn on_hidden_egress(hidden: Hidden, env: &impl Env) -> Verdict {
-    if hidden == Hidden::Nothing || env.is_forwarded() {
+    if hidden == Hidden::Nothing || (env.is_forwarded() && !env.came_by_lo()) {
         return Verdict::NEXT;
     }
     let pod_id = env.pod_id();
@@ -772,8 +826,8 @@ mod tests {
         strays: bool,
         forwarded: bool,
         by_lo: bool,
-        /// Whether the packet's socket is the proxy's; `None` for a packet without one.
-        proxys: Option<bool>,
+        /// Whose socket has sent the packet.
+        sender: Sender,
         /// Whether a socket of the proxy here has the connection as its sender.
         proxy_sent: bool,
         /// Whether anybody listens where the segment comes from.
@@ -801,7 +855,7 @@ mod tests {
                 strays: false,
                 forwarded: false,
                 by_lo: false,
-                proxys: Some(false),
+                sender: Sender::Application,
                 proxy_sent: false,
                 sender_listens: true,
                 half_open: false,
@@ -901,8 +955,8 @@ mod tests {
             self.by_lo
         }
 
-        fn is_proxys(&self, mark: u32) -> bool {
-            self.proxys.unwrap_or(mesh_mark(mark) == MARK_PROXY)
+        fn sender(&self) -> Sender {
+            self.sender
         }
 
         fn has_proxy_sent(&self, _: &Segment) -> bool {
@@ -1128,7 +1182,7 @@ mod tests {
 
     /// The guard lets it pass.
     const LEAVES: Verdict =
-        Verdict { fate: Fate::Leave, mark: code(MARK_PROXY), strays: true, ..GOES_ON };
+        Verdict { fate: Fate::Leave, mark: code(MARK_DIRECT), strays: true, ..GOES_ON };
     const LEAVES_FIRST: Verdict = Verdict { count: Some(Counter::RescuedDirect), ..LEAVES };
 
     #[test]
@@ -1800,24 +1854,23 @@ mod tests {
 
     #[test]
     fn the_guard_lets_out_what_is_the_proxys() {
-        let direct = Verdict { settle: code(WAY_PROXYS), ..Verdict::NEXT };
         let back = Verdict { fate: Fate::ToLo, mark: code(MARK_RESCUED), ..Verdict::NEXT };
         for a in both_families() {
             let query = Segment { dst_port: PORT_DNS, ..syn(a.own, a.stranger) };
             let accepts = syn_ack(a.own, a.stranger);
             let later = [data(a.own, a.stranger), reply(a.own, a.stranger)];
-            // By its socket, also where netfilter has taken or changed its mark; by its mark, where it
-            // has none.
-            for (mark, proxys) in [
-                (MARK_PROXY, None),
-                (0xabcd_e000 | MARK_PROXY, None),
-                (MARK_PROXY, Some(true)),
-                (0, Some(true)),
-                (MARK_RESCUED, Some(true)),
-                (MARK_DIRECT, Some(true)),
+            // By its socket, also where netfilter has taken or changed its mark.
+            for (mark, sender) in [
+                (MARK_PROXY, Sender::Proxy),
+                (0xabcd_e000 | MARK_PROXY, Sender::Marked),
+                (0, Sender::Proxy),
+                (MARK_RESCUED, Sender::Marked),
+                (MARK_DIRECT, Sender::Proxy),
             ] {
+                let way = if sender == Sender::Proxy { WAY_PROXYS } else { WAY_MARKED };
+                let direct = Verdict { settle: code(way), ..Verdict::NEXT };
                 for pod in [UNKNOWN, BYPASSING, PREPARING, capturing(POD_DNS)] {
-                    let new = || Node { proxys, ..Node::new(&a, pod) };
+                    let new = || Node { sender, ..Node::new(&a, pod) };
                     let judged =
                         |message: Message, node: &Node| on_egress(mark, Ok(&message), node);
                     // Another connection by the same ports, and another one of the socket, do not
@@ -1853,6 +1906,90 @@ mod tests {
                         node.assert_asked(&[Asked::Connection]);
                     }
                 }
+            }
+        }
+    }
+
+    #[test]
+    fn the_guard_knows_what_of_the_proxys_has_no_socket() {
+        let direct = Verdict { settle: code(WAY_PROXYS), ..Verdict::NEXT };
+        for a in both_families() {
+            let new = || Node { sender: Sender::Nobody, ..Node::new(&a, CAPTURING) };
+            // It was on `lo`, and its connection is the proxy's.
+            for segment in [syn(a.own, a.stranger), data(a.own, a.stranger)] {
+                let node = Node { proxy_sent: true, forwarded: true, by_lo: true, ..new() };
+                assert_eq!(on_egress(MARK_DIRECT, Ok(&tcp(segment)), &node), direct);
+            }
+            // A SYN cookie, of the proxy; and by the mark of netfilter alone, on `lo`.
+            let accepts = tcp(syn_ack(a.own, a.stranger));
+            assert_eq!(on_egress(MARK_PROXY, Ok(&accepts), &new()), direct);
+            let copy = Node { forwarded: true, by_lo: true, ..new() };
+            assert_ne!(on_egress(MARK_PROXY, Ok(&accepts), &copy), direct);
+            // What cannot be read, and was on `lo`, is no guest's.
+            for by_lo in [false, true] {
+                let node = Node { forwarded: true, by_lo, ..new() };
+                let fate = if by_lo { Fate::Drop } else { Fate::Next };
+                assert_eq!(on_egress(MARK_PROXY, Err(Hidden::Tcp), &node).fate, fate);
+            }
+            // Copies of the application's packets, which have its mark.
+            let query = Segment { dst_port: PORT_DNS, ..syn(a.own, a.stranger) };
+            for forwarded in [false, true] {
+                let node = Node { forwarded, by_lo: forwarded, ..new() };
+                for message in [tcp(syn(a.own, a.stranger)), tcp(query), udp(query)] {
+                    let found = on_egress(MARK_PROXY, Ok(&message), &node);
+                    assert_eq!(found, guarded(message, &node));
+                    assert_ne!(found.settle, direct.settle);
+                }
+            }
+        }
+    }
+
+    #[test]
+    fn the_guard_refuses_the_proxys_mark_on_sockets_of_others() {
+        for a in both_families() {
+            let query = Segment { dst_port: PORT_DNS, ..syn(a.own, a.stranger) };
+            for pod in [PREPARING, CAPTURING, capturing(POD_DNS | POD_OUTBOUND_RULES)] {
+                let node = Node { sender: Sender::Impostor, ..Node::new(&a, pod) };
+                let refused = Verdict {
+                    fate: Fate::ToLo,
+                    mark: code(MARK_REFUSED),
+                    count: Some(Counter::RefusedProxysMark),
+                    ..GOES_ON
+                };
+                for segment in [syn(a.own, a.stranger), query] {
+                    assert_eq!(on_egress(MARK_PROXY, Ok(&tcp(segment)), &node), refused);
+                }
+                let dropped = Verdict { fate: Fate::Drop, ..refused };
+                assert_eq!(on_egress(MARK_PROXY, Ok(&udp(query)), &node), dropped);
+                // What is open goes on.
+                let later = data(a.own, a.stranger);
+                assert_eq!(
+                    on_egress(MARK_PROXY, Ok(&tcp(later)), &node),
+                    guarded(tcp(later), &node)
+                );
+                // On `lo`, the call is answered.
+                let reset = Verdict { fate: Fate::Reset, mark: code(MARK_RESCUED), ..GOES_ON };
+                for segment in [syn(a.own, a.stranger), query] {
+                    assert_eq!(on_lo(MARK_REFUSED, Some(&segment), &node), reset);
+                }
+            }
+            for pod in [BYPASSING, UNKNOWN] {
+                let node = Node { sender: Sender::Impostor, ..Node::new(&a, pod) };
+                let open = tcp(syn(a.own, a.stranger));
+                assert_eq!(on_egress(MARK_PROXY, Ok(&open), &node), guarded(open, &node));
+            }
+        }
+    }
+
+    #[test]
+    fn the_proxys_call_to_its_own_ports_does_not_come_back_to_it() {
+        for a in both_families() {
+            for port in [PORT_OUTBOUND, PORT_INBOUND] {
+                let segment = Segment { dst_port: port, ..syn(a.stranger, a.own) };
+                let count = Some(Counter::RefusedProxysMark);
+                let refused = Verdict { fate: Fate::Reset, count, ..GOES_ON };
+                let node = Node::new(&a, CAPTURING);
+                assert_eq!(on_lo(MARK_PROXY, Some(&segment), &node), refused);
             }
         }
     }

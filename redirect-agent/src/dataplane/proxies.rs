@@ -2,9 +2,12 @@
 //! the agent. The mark alone any application could have that may set marks (`CAP_NET_RAW`, which most
 //! runtimes give to every container).
 
-use std::sync::atomic::{AtomicBool, Ordering};
+use std::{
+    collections::BTreeSet,
+    sync::atomic::{AtomicBool, Ordering},
+};
 
-use anyhow::{Context as _, Result};
+use anyhow::{Context as _, Result, bail};
 use aya::maps::{HashMap, MapData};
 use procfs::process::Process;
 use redirect_ebpf::abi::ANY_CGROUP;
@@ -13,46 +16,51 @@ use tracing::warn;
 use super::{Dataplane, absent, kernel::Kernel, monotonic_ns};
 use crate::cgroup;
 
-/// How many proxies' cgroups are kept: one that was replaced goes on serving its connections.
-const KEPT: usize = 32;
+/// How many cgroups are kept besides those of connected proxies: one that was replaced goes on serving its
+/// connections.
+const KEPT: usize = 16;
 
 /// Whether a proxy has connected whose cgroup could not be found out: then the mark has to be enough.
 #[derive(Debug, Default)]
 pub(super) struct UnknownProxy(AtomicBool);
 
 impl Dataplane {
-    /// From now on sockets of this process's cgroup are the proxy's. `pid` is that of a proxy that has
-    /// connected, if it can be seen. When its cgroup cannot be found out, the mark is enough from now on.
+    /// From now on sockets of this process's cgroups are the proxy's. `pid` is that of a proxy that has
+    /// connected, if it can be seen, and `connected` are those of all that are. When its cgroup cannot be
+    /// found out, the mark is enough from now on.
     ///
     /// # Errors
     ///
     /// When the process is gone, or the map cannot be written.
-    pub fn admit_proxy(&self, pid: Option<i32>) -> Result<()> {
+    pub fn admit_proxy(&self, pid: Option<i32>, connected: &[i32]) -> Result<()> {
         let found = pid
             .context("the agent does not see its process (in a container, it needs hostPID)")
             .and_then(cgroup::of_proxy);
         if let (Some(pid), Err(e)) = (pid, &found)
             && Process::new(pid).is_err()
         {
-            anyhow::bail!("{e:#}");
+            bail!("{e:#}");
         }
+        let in_use: BTreeSet<u64> =
+            connected.iter().filter_map(|pid| cgroup::of_proxy(*pid).ok()).flatten().collect();
         let mut kernel = self.kernel();
         let mut cgroups = ProxyCgroups::open(&mut kernel)?;
         match found {
-            Ok(id) => {
-                cgroups.enter(id)?;
+            Ok(ids) => {
+                ids.into_iter().try_for_each(|id| cgroups.enter(id, &in_use))?;
                 if self.unknown_proxy.0.load(Ordering::Relaxed) {
                     return Ok(());
                 }
                 cgroups.remove(ANY_CGROUP)
             }
             Err(e) => {
-                warn!(
-                    "cannot tell the proxy's sockets by their cgroup, so whatever has its mark passes for the \
-                     proxy, an application with CAP_NET_RAW too: {e:#}"
-                );
-                self.unknown_proxy.0.store(true, Ordering::Relaxed);
-                cgroups.enter(ANY_CGROUP)
+                if !self.unknown_proxy.0.swap(true, Ordering::Relaxed) {
+                    warn!(
+                        "cannot tell the proxy's sockets by their cgroup, so whatever has its mark passes for \
+                         the proxy, an application with CAP_NET_RAW too: {e:#}"
+                    );
+                }
+                cgroups.enter(ANY_CGROUP, &in_use)
             }
         }
     }
@@ -68,18 +76,24 @@ impl<'a> ProxyCgroups<'a> {
 
     /// As long as no proxy is known, its mark is enough.
     pub(super) fn begin(&mut self) -> Result<()> {
-        if self.0.keys().next().is_none() { self.enter(ANY_CGROUP) } else { Ok(()) }
+        match self.0.keys().next() {
+            None => self.enter(ANY_CGROUP, &BTreeSet::new()),
+            Some(_) => Ok(()),
+        }
     }
 
-    fn enter(&mut self, id: u64) -> Result<()> {
-        let mut known: Vec<(u64, u64)> = Vec::new();
+    /// Enters a cgroup in the place of the oldest one that is not `in_use`.
+    fn enter(&mut self, id: u64, in_use: &BTreeSet<u64>) -> Result<()> {
+        let mut others: Vec<(u64, u64)> = Vec::new();
         for entry in self.0.iter() {
-            let (id, since) = entry.context("read map proxy_cgroups")?;
-            known.push((since, id));
+            let (known, since) = entry.context("read map proxy_cgroups")?;
+            if known != id && known != ANY_CGROUP && !in_use.contains(&known) {
+                others.push((since, known));
+            }
         }
-        known.sort_unstable();
-        let surplus = known.len().saturating_sub(KEPT - 1);
-        for (_, old) in known.into_iter().take(surplus) {
+        others.sort_unstable();
+        let surplus = others.len().saturating_sub(KEPT);
+        for (_, old) in others.into_iter().take(surplus) {
             self.remove(old)?;
         }
         self.0.insert(id, monotonic_ns()?, 0).context("write map proxy_cgroups")

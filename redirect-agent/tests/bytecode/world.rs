@@ -14,7 +14,8 @@ use std::{
 use anyhow::{Context as _, Result};
 use fastrand::Rng;
 use nix::sys::socket::{setsockopt, sockopt::TcpRepair};
-use redirect_agent::cgroup::of_proxy;
+use procfs::process::Process;
+use redirect_agent::cgroup::Cgroup;
 use redirect_ebpf::{
     abi::{
         ANY_CGROUP, Addr, Counter, DECISION_BYPASS, DECISION_ENROLLED, DNS_PLACES, DnsFlow, DnsKey,
@@ -25,7 +26,7 @@ use redirect_ebpf::{
         VIRTUAL_CAPTURE, VIRTUAL_RULES,
     },
     dns::{self, DnsEnv, Message},
-    verdict::{self, Env, Pods, Proxy, Segment, Steer},
+    verdict::{self, Env, Pods, Proxy, Segment, Sender, Steer},
 };
 use socket2::{Domain, Socket, Type};
 
@@ -46,7 +47,8 @@ fn own_cgroup() -> Result<u64> {
     match OWN.get() {
         Some(own) => Ok(*own),
         None => {
-            let own = of_proxy(i32::try_from(std::process::id())?)?;
+            let own = Process::myself()?;
+            let own = Cgroup::of(&own, &own)?.open()?.1;
             Ok(*OWN.get_or_init(|| own))
         }
     }
@@ -494,9 +496,9 @@ impl Env for World {
         false
     }
 
-    fn is_proxys(&self, _: u32) -> bool {
+    fn sender(&self) -> Sender {
         // without a mark, whatever mark the packet has,
-        false
+        Sender::Application
     }
 
     fn settled(&self, _: &Segment) -> Option<u32> {

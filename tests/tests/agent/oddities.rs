@@ -162,7 +162,6 @@ const MARKED: &[Oddity] = &[
         ..PLAIN
     },
     Oddity { name: "SO_MARK 0x111", mark: Some(0x111), ..PLAIN },
-    Oddity { name: "SO_MARK 0x539", mark: Some(0x539), ..PLAIN },
 ];
 
 const LEAVING: &[Oddity] = &[

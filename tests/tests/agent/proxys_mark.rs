@@ -1,32 +1,39 @@
 //! The proxy's mark on a socket of the application, which may set marks (CAP_NET_RAW): what is the proxy's,
 //! its cgroup says, too.
 
-use std::net::{Ipv6Addr, SocketAddr, TcpListener};
+use std::fs;
+use std::io;
+use std::net::{Ipv6Addr, SocketAddr, TcpListener, UdpSocket};
 use std::time::Duration;
 
 use anyhow::{Context as _, Result, ensure};
 use redirect_ebpf::abi::{MARK_PROXY, PORT_INBOUND, PORT_OUTBOUND};
 use redirect_tests::app::{App, Behaviour, Call, Conversation};
 use redirect_tests::both_families;
-use redirect_tests::hbone::Direction;
+use redirect_tests::dns;
 use redirect_tests::netns::Family;
+use redirect_tests::process::wait_for;
 use redirect_tests::topology::Pod;
 use rustix::net::connect_unspec;
 use serde_json::json;
 use socket2::{Domain, Protocol, SockAddr, Socket, Type};
 
 use crate::cgroup::{Cgroup, unified};
-use crate::cluster::{Cluster, Manifest, Node, PORT, echo, now};
+use crate::cluster::{Cluster, Manifest, Node, PORT, echo};
+use crate::dns::SERVICE;
 
 both_families! {
-    application_with_the_proxys_mark_is_captured,
-    socket_that_takes_the_proxys_mark_later_is_captured,
+    application_with_the_proxys_mark_is_refused,
+    socket_that_takes_the_proxys_mark_later_is_refused,
     listener_with_the_proxys_mark_is_not_the_proxys,
+    proxy_that_is_moved_to_another_cgroup_does_not_call_itself,
     proxy_that_takes_over_from_another_cgroup_costs_no_connection,
     agent_that_starts_anew_knows_the_proxys_cgroup,
 }
 
 const PATIENCE: Duration = Duration::from_secs(5);
+/// A refusal that comes at once.
+const AT_ONCE: Duration = Duration::from_secs(1);
 /// A port that settings exclude, outbound.
 const EXCLUDED: u16 = 8082;
 
@@ -39,38 +46,48 @@ fn start() -> Result<(Cgroup, Cluster)> {
     Ok((cgroup, cluster))
 }
 
-/// Checks that the proxy has seen this connection of the pod, and no other way out was taken.
-fn assert_proxied(node: &Node, pod: &Pod, conversation: &Conversation, since: f64) -> Result<()> {
-    let records = node.records_of(conversation, since)?;
-    let proxied =
-        |direction| records.iter().any(|r| r.direction == direction && r.pod == pod.to_string());
-    ensure!(proxied(Direction::Outbound), "it left past the proxy: {records:?}");
-    Ok(())
+/// How many connections of the pod were refused for their mark.
+fn refused(node: &Node, pod: &Pod) -> Result<u64> {
+    let counters = node.pod(pod)?.context("no status")?.counters;
+    Ok(counters.get("refused_proxys_mark").copied().unwrap_or_default())
 }
 
-fn application_with_the_proxys_mark_is_captured(family: Family) -> Result<()> {
+fn application_with_the_proxys_mark_is_refused(family: Family) -> Result<()> {
     let (_cgroup, cluster) = start()?;
     let Cluster { node, server, client, .. } = &cluster;
-    let _apps = (echo(server)?, echo(client)?);
+    let (_own, app) = (echo(server)?, echo(client)?);
     node.enrol(server)?;
+    let resolver = SocketAddr::new(client.ip(family), 53);
+    let queries = client.netns.run(|| UdpSocket::bind(resolver).context("listen"))?;
+    queries.set_nonblocking(true)?;
+    let before = refused(node, server)?;
     for mark in [MARK_PROXY, 0xabcd_e000 | MARK_PROXY] {
-        let since = now()?;
-        let to = client.addr(family, PORT);
-        let mut conversation =
-            Call::to(to).within(PATIENCE).mark(mark).open(&server.netns).context("call")?;
-        assert_proxied(node, server, &conversation, since)?;
-        conversation.bulk(1 << 20)?;
+        for port in [PORT, 53] {
+            let call = Call::to(client.addr(family, port)).within(PATIENCE).mark(mark);
+            let after = call.make(&server.netns)?.refusal()?;
+            ensure!(after < AT_ONCE, "port {port}: refused after {after:?}");
+        }
+        // A query, too.
+        server.netns.run(|| {
+            let socket = Socket::new(Domain::for_address(resolver), Type::DGRAM, None)?;
+            socket.set_mark(mark)?;
+            let query = dns::query(1, SERVICE, client.ip(family))?;
+            // It is dropped where it would leave, and the kernel may say so.
+            let _sent = socket.send_to(&query, &resolver.into());
+            Ok(())
+        })?;
     }
-    let counters = node.pod(server)?.context("no status")?.counters;
-    ensure!(counters.get("rescued_outbound").is_some_and(|n| *n >= 2), "{counters:?}");
+    ensure!(refused(node, server)? == before + 6, "{} before, {}", before, refused(node, server)?);
+    ensure!(app.accepted().is_empty(), "{:?}", app.accepted());
+    ensure!(queries.recv(&mut [0; 512]).is_err(), "a query has left past the proxy");
     // The proxy itself is not in its own way.
     cluster.assert_redirected(family)
 }
 
-fn socket_that_takes_the_proxys_mark_later_is_captured(family: Family) -> Result<()> {
+fn socket_that_takes_the_proxys_mark_later_is_refused(family: Family) -> Result<()> {
     let (_cgroup, cluster) = start()?;
     let Cluster { node, server, client, .. } = &cluster;
-    let _app = echo(client)?;
+    let (_own, app) = (echo(server)?, echo(client)?);
     let to_excluded = client.addr(family, EXCLUDED);
     let _excluded = App::start(&client.netns, "client", to_excluded, Behaviour::Echo)?;
     let manifest = Manifest::of(server).mode("ambient").with(
@@ -90,12 +107,12 @@ fn socket_that_takes_the_proxys_mark_later_is_captured(family: Family) -> Result
     let first = Conversation::new(socket.try_clone()?.into(), PATIENCE)?;
     ensure!(first.answer().by == "client", "{:?}", first.answer());
     socket.set_mark(MARK_PROXY)?;
-    let since = now()?;
     connect_unspec(&socket).context("disconnect")?;
-    let to = client.addr(family, PORT);
-    socket.connect_timeout(&to.into(), PATIENCE).context("call with the proxy's mark")?;
-    let conversation = Conversation::new(socket.into(), PATIENCE)?;
-    assert_proxied(node, server, &conversation, since)
+    let again = socket.connect_timeout(&client.addr(family, PORT).into(), PATIENCE);
+    let error = again.err().context("it has left past the proxy")?;
+    ensure!(error.kind() == io::ErrorKind::ConnectionRefused, "{error}");
+    ensure!(app.accepted().is_empty(), "{:?}", app.accepted());
+    cluster.assert_redirected(family)
 }
 
 fn listener_with_the_proxys_mark_is_not_the_proxys(family: Family) -> Result<()> {
@@ -126,6 +143,29 @@ fn listener_with_the_proxys_mark_is_not_the_proxys(family: Family) -> Result<()>
     for listener in listeners {
         ensure!(listener.accept().is_err(), "{listener:?} has got a connection");
     }
+    Ok(())
+}
+
+/// What it opens then is none of a proxy that the agent knows, until it looks again.
+fn proxy_that_is_moved_to_another_cgroup_does_not_call_itself(family: Family) -> Result<()> {
+    let other = Cgroup::new(&unified()?, "elsewhere")?;
+    let (_cgroup, mut cluster) = start()?;
+    let _apps = (echo(&cluster.server)?, echo(&cluster.client)?);
+    cluster.node.enrol(&cluster.server)?;
+    let proxy = cluster.node.take_proxy()?;
+    fs::write(other.dir().join("cgroup.procs"), proxy.pid().to_string())
+        .context("move the proxy")?;
+    let descriptors = || anyhow::Ok(fs::read_dir(format!("/proc/{}/fd", proxy.pid()))?.count());
+    let before = descriptors()?;
+    wait_for("the proxy to be known again", Duration::from_secs(30), || {
+        let call = Call::to(cluster.client.addr(family, PORT)).within(PATIENCE);
+        let outcome = call.make(&cluster.server.netns)?;
+        let now = descriptors().context("count descriptors")?;
+        ensure!(now < before + 100, "the proxy calls itself: {before} descriptors before, {now}");
+        Ok(outcome.answer().is_ok().then_some(()))
+    })?;
+    cluster.assert_redirected(family)?;
+    drop(proxy);
     Ok(())
 }
 

@@ -17,7 +17,10 @@ use crate::{PORT, Pair, echo};
 
 both_families! {
     copies_of_a_pods_packets_do_not_leave_past_the_proxy,
+    copies_with_the_proxys_mark_do_not_leave_past_the_proxy,
+    copies_on_lo_with_the_proxys_mark_do_not_leave_past_the_proxy,
     packets_of_the_guard_that_get_another_mark_on_lo_do_not_leave_past_the_proxy,
+    packets_of_the_guard_that_get_the_proxys_mark_on_lo_do_not_leave_past_the_proxy,
     pod_that_calls_itself_is_refused_at_no_moment_of_its_enrolment,
 }
 
@@ -61,6 +64,40 @@ fn copies_of_a_pods_packets_do_not_leave_past_the_proxy(family: Family) -> Resul
         &[
             "-t mangle -A OUTPUT -p tcp -d PEER -o lo -m mark --mark 0 -j TEE --gateway GATEWAY",
             "-A OUTPUT -p tcp -d PEER -o lo -m mark --mark 0 -j DROP",
+        ],
+    )
+}
+
+fn copies_with_the_proxys_mark_do_not_leave_past_the_proxy(family: Family) -> Result<()> {
+    assert_nothing_gets_past(
+        family,
+        &[
+            "-t mangle -A OUTPUT -p tcp -d PEER -o lo -m mark --mark 0 -j MARK --set-mark 0x539",
+            "-t mangle -A OUTPUT -p tcp -d PEER -o lo -m mark --mark 0x539 -j TEE --gateway GATEWAY",
+            "-A OUTPUT -p tcp -d PEER -o lo -m mark --mark 0x539 -j DROP",
+        ],
+    )
+}
+
+fn copies_on_lo_with_the_proxys_mark_do_not_leave_past_the_proxy(family: Family) -> Result<()> {
+    assert_nothing_gets_past(
+        family,
+        &[
+            "-t mangle -A PREROUTING -i lo -p tcp -d PEER -j MARK --set-mark 0x539",
+            "-t mangle -A PREROUTING -i lo -p tcp -d PEER -j TEE --gateway GATEWAY",
+            "-t mangle -A PREROUTING -i lo -p tcp -d PEER -j DROP",
+        ],
+    )
+}
+
+fn packets_of_the_guard_that_get_the_proxys_mark_on_lo_do_not_leave_past_the_proxy(
+    family: Family,
+) -> Result<()> {
+    assert_nothing_gets_past(
+        family,
+        &[
+            "-t mangle -A OUTPUT -p tcp -d PEER -m mark --mark 0 -j MARK --set-mark 1",
+            "-t mangle -A PREROUTING -i lo -j MARK --set-mark 0x539",
         ],
     )
 }
