@@ -22,7 +22,7 @@ use crate::{
         install::{self, Installer},
         server::{self as cni, Door},
     },
-    control::{self, Answer, Remaining},
+    control::{self, Answer, Remaining, StatusRequest},
     dataplane::{self, Dataplane},
     health::{self, Condition},
     latest::Latest,
@@ -233,6 +233,7 @@ async fn serve<S: Source>(
         overrides,
         observer,
         looked,
+        looking: tokio::sync::Mutex::default(),
         waiting,
         probes,
         metrics,
@@ -317,6 +318,8 @@ struct Agent<S> {
     observer: OnceLock<Arc<Observer<S>>>,
     /// What was found in the pods.
     looked: Latest<Vec<PodStatus>>,
+    /// Held by who looks at some pods only.
+    looking: tokio::sync::Mutex<()>,
     waiting: Arc<Waiting>,
     probes: Probes,
     metrics: Metrics,
@@ -334,9 +337,19 @@ impl<S: Source> Agent<S> {
     ) -> Result<Arc<Vec<PodStatus>>> {
         let look = || {
             let (observer, overrides) = (Arc::clone(observer), self.overrides.current());
-            async move { observer.pods(&overrides).await }
+            async move { observer.pods(&overrides, |_| true).await }
         };
         self.looked.get(max_age, look).await
+    }
+
+    /// Some pods, as they are now.
+    async fn some_pods(
+        &self,
+        observer: &Observer<S>,
+        of: &StatusRequest,
+    ) -> Result<Vec<PodStatus>> {
+        let _one_at_a_time = self.looking.lock().await;
+        observer.pods(&self.overrides.current(), |pod| of.selects(pod)).await
     }
 }
 
@@ -367,7 +380,7 @@ impl<S: Source> health::Agent for Agent<S> {
 }
 
 impl<S: Source> control::Agent for Agent<S> {
-    async fn status(&self) -> Result<Status> {
+    async fn status(&self, of: StatusRequest) -> Result<Status> {
         let overrides = self.overrides.current();
         let unknown = Status {
             node: self.options.node.clone(),
@@ -384,12 +397,17 @@ impl<S: Source> control::Agent for Agent<S> {
             return Ok(Status { waiting: Some(self.waiting.explain()), ..unknown });
         };
         let proxies = observer.zds().proxies.len();
+        // As of now: whoever has changed something looks whether it is done.
+        let pods = if of.is_all() {
+            self.pods(observer, Duration::ZERO).await?.to_vec()
+        } else {
+            self.some_pods(observer, &of).await?
+        };
         Ok(Status {
             source: observer.source(),
             proxies: u32::try_from(proxies).unwrap_or(u32::MAX),
             problems: observer.inventory().problems.clone(),
-            // As of now: whoever has changed something looks whether it is done.
-            pods: self.pods(observer, Duration::ZERO).await?.to_vec(),
+            pods,
             ..unknown
         })
     }

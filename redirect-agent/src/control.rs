@@ -4,6 +4,7 @@
 //! |---|---|
 //! | `GET /healthz` | `{"ok":true}` |
 //! | `GET /status` | [`Status`] |
+//! | `POST /status` with [`StatusRequest`] | [`Status`] of those pods |
 //! | `GET /remaining` | [`Remaining`] |
 //! | `POST /overrides` with [`OverrideRequest`] | [`Answer`] |
 //! | `POST /pause` with [`PauseRequest`] | [`Answer`] |
@@ -34,9 +35,11 @@ use tokio::net::UnixStream;
 use tokio_util::sync::CancellationToken;
 
 use crate::{
+    membership::Pod,
     output::Status,
     overrides::{Change, Mode, Moment, Override, Pause, Target},
     root_socket::{self, RootSocket},
+    selector::LabelSelector,
 };
 
 /// Where the agent listens unless the operator says otherwise.
@@ -47,8 +50,8 @@ const DEADLINE: Duration = Duration::from_secs(10);
 
 /// What the control API needs of the agent.
 pub trait Agent: Send + Sync + 'static {
-    /// What there is to know now.
-    fn status(&self) -> impl Future<Output = anyhow::Result<Status>> + Send;
+    /// What there is to know now of these pods.
+    fn status(&self, of: StatusRequest) -> impl Future<Output = anyhow::Result<Status>> + Send;
 
     /// Which pods do not bypass, as far as their tasks know: that costs nothing.
     fn remaining(&self) -> anyhow::Result<Remaining>;
@@ -75,6 +78,29 @@ pub struct Remaining {
     pub failed: usize,
     /// What keeps one of them.
     pub why: Option<String>,
+}
+
+/// Body of `POST /status`: which pods; all of them by default.
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(default, deny_unknown_fields)]
+pub struct StatusRequest {
+    /// Only these, where any are given.
+    pub targets: Vec<Target>,
+    /// Only those whose labels match.
+    pub selector: Option<LabelSelector>,
+}
+
+impl StatusRequest {
+    /// Whether it asks for every pod.
+    pub fn is_all(&self) -> bool {
+        self.targets.is_empty() && self.selector.is_none()
+    }
+
+    /// Whether it asks for this one.
+    pub fn selects(&self, pod: &Pod) -> bool {
+        let named = self.targets.is_empty() || self.targets.iter().any(|t| t.is_of(&pod.key));
+        named && self.selector.as_ref().is_none_or(|selector| selector.matches(&pod.labels))
+    }
 }
 
 /// Body of `POST /overrides`.
@@ -141,7 +167,7 @@ impl Server {
 fn router<A: Agent>(agent: Arc<A>) -> Router {
     Router::new()
         .route("/healthz", get(|| async { Json(Health { ok: true }) }))
-        .route("/status", get(status::<A>))
+        .route("/status", get(status::<A>).post(status_of::<A>))
         .route("/remaining", get(remaining::<A>))
         .route("/overrides", post(overrides::<A>))
         .route("/pause", post(pause::<A>))
@@ -180,7 +206,17 @@ fn answer<T: Serialize>(result: anyhow::Result<T>) -> Response {
 }
 
 async fn status<A: Agent>(State(agent): State<Arc<A>>) -> Response {
-    answer(agent.status().await)
+    answer(agent.status(StatusRequest::default()).await)
+}
+
+async fn status_of<A: Agent>(
+    State(agent): State<Arc<A>>,
+    request: Result<Json<StatusRequest>, JsonRejection>,
+) -> Response {
+    match request {
+        Ok(Json(request)) => answer(agent.status(request).await),
+        Err(error) => failure(StatusCode::BAD_REQUEST, error.body_text()),
+    }
 }
 
 async fn remaining<A: Agent>(State(agent): State<Arc<A>>) -> Response {
@@ -250,6 +286,18 @@ impl Client {
     /// When the agent cannot be reached, or says no.
     pub async fn status(&self) -> anyhow::Result<Status> {
         self.call(Method::GET, "/status", None::<&()>).await
+    }
+
+    /// What the agent knows of some pods.
+    ///
+    /// # Errors
+    ///
+    /// As for [`Client::status`].
+    pub async fn status_of(&self, request: &StatusRequest) -> anyhow::Result<Status> {
+        if request.is_all() {
+            return self.status().await;
+        }
+        self.call(Method::POST, "/status", Some(request)).await
     }
 
     /// Which pods do not bypass yet.

@@ -21,6 +21,7 @@ pub mod preflight;
 pub mod probes;
 pub mod reconcile;
 pub mod root_socket;
+pub mod selector;
 pub mod socket_file;
 pub mod source;
 pub mod takeover;

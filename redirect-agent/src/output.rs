@@ -1,6 +1,11 @@
 //! What the commands print: tables for people, JSON for programs.
 
-use std::{collections::BTreeMap, fmt::Write as _, net::IpAddr};
+use std::{
+    collections::{BTreeMap, BTreeSet},
+    fmt::{self, Write as _},
+    net::IpAddr,
+    time::SystemTime,
+};
 
 use comfy_table::{Table, presets};
 use serde::{Deserialize, Serialize};
@@ -12,6 +17,9 @@ use crate::{
     source::Problem,
     traffic::Traffic,
 };
+
+/// How many things that a pod lacks are named in its row; more are counted.
+const NAMED: usize = 2;
 
 /// `-o`.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, clap::ValueEnum)]
@@ -110,6 +118,11 @@ impl PodState {
             PodState::Failed => "failed",
         }
     }
+
+    /// Whether the pod is where it should be.
+    pub fn is_ready(self) -> bool {
+        matches!(self, PodState::Enrolled | PodState::Bypassing)
+    }
 }
 
 /// An override as it counts for one pod.
@@ -134,13 +147,15 @@ pub struct KernelStatus {
     pub missing: Vec<String>,
 }
 
-/// Prints `status` in `format`; pods by namespace and name, whatever their order in it.
+/// Prints `status` in `format`; pods by namespace and name, whatever their order in it. With `not_ready`,
+/// those that are where they should be are counted and not shown.
 ///
 /// # Errors
 ///
 /// Never for what the agent sends; when JSON cannot express it.
-pub fn status(status: &Status, format: Format) -> anyhow::Result<String> {
-    let mut pods: Vec<&PodStatus> = status.pods.iter().collect();
+pub fn status(status: &Status, format: Format, not_ready: bool) -> anyhow::Result<String> {
+    let mut pods: Vec<&PodStatus> =
+        status.pods.iter().filter(|pod| !(not_ready && pod.state.is_ready())).collect();
     pods.sort_by_key(|pod| (&pod.namespace, &pod.name));
     if format == Format::Json {
         let ordered = Status { pods: pods.into_iter().cloned().collect(), ..status.clone() };
@@ -148,6 +163,27 @@ pub fn status(status: &Status, format: Format) -> anyhow::Result<String> {
     }
     let wide = format == Format::Wide;
     let mut out = String::new();
+    head(status, &mut out)?;
+    let mut header =
+        vec!["NAMESPACE", "NAME", "STATE", "REASON", "OVERRIDE", "IPS", "KERNEL", "COUNTERS"];
+    if wide {
+        header.extend(["UID", "NETNS", "SETTINGS"]);
+    }
+    out.push_str(&table(&header, pods.iter().map(|pod| row(pod, wide))));
+    for pod in &pods {
+        if let Some(message) = &pod.message {
+            writeln!(out, "{}/{}: {}", pod.namespace, pod.name, printable(message))?;
+        }
+    }
+    for problem in &status.problems {
+        writeln!(out, "problem: {}", printable(&problem.to_string()))?;
+    }
+    writeln!(out, "{}", summary(&status.pods))?;
+    Ok(out)
+}
+
+/// The node, and what holds for all of its pods.
+fn head(status: &Status, out: &mut String) -> fmt::Result {
     writeln!(
         out,
         "node {}, redirect-agent {}, source {}, {}",
@@ -174,55 +210,125 @@ pub fn status(status: &Status, format: Format) -> anyhow::Result<String> {
             }
         )?;
     }
-    let mut header =
-        vec!["NAMESPACE", "NAME", "STATE", "REASON", "OVERRIDE", "IPS", "KERNEL", "COUNTERS"];
+    Ok(())
+}
+
+fn row(pod: &PodStatus, wide: bool) -> Vec<String> {
+    let mut row = vec![
+        pod.namespace.clone(),
+        pod.name.clone(),
+        pod.state.as_str().to_owned(),
+        pod.reason.to_string(),
+        pod.overridden.as_ref().map(overridden).unwrap_or_default(),
+        pod.ips.iter().map(IpAddr::to_string).collect::<Vec<_>>().join(","),
+        kernel(pod.kernel.as_ref(), wide),
+        pod.counters
+            .iter()
+            .filter(|(_, value)| **value != 0)
+            .map(|(name, value)| format!("{name}={value}"))
+            .collect::<Vec<_>>()
+            .join(" "),
+    ];
     if wide {
-        header.extend(["UID", "NETNS", "PRESENT", "SETTINGS"]);
+        row.push(pod.uid.clone());
+        row.push(pod.netns.map(|netns| netns.to_string()).unwrap_or_default());
+        row.push(pod.traffic.as_ref().map(Traffic::to_string).unwrap_or_default());
     }
-    let rows = pods.iter().map(|pod| {
-        let mut row = vec![
-            pod.namespace.clone(),
-            pod.name.clone(),
-            pod.state.as_str().to_owned(),
-            pod.reason.to_string(),
-            pod.overridden.as_ref().map(overridden).unwrap_or_default(),
-            pod.ips.iter().map(IpAddr::to_string).collect::<Vec<_>>().join(","),
-            match &pod.kernel {
-                None => "nothing".to_owned(),
-                Some(kernel) if kernel.complete => "complete".to_owned(),
-                Some(kernel) => format!("lacks {}", kernel.missing.join(", ")),
-            },
-            pod.counters
-                .iter()
-                .filter(|(_, value)| wide || **value != 0)
-                .map(|(name, value)| format!("{name}={value}"))
-                .collect::<Vec<_>>()
-                .join(" "),
-        ];
-        if wide {
-            row.push(pod.uid.clone());
-            row.push(pod.netns.map(|netns| netns.to_string()).unwrap_or_default());
-            row.push(pod.kernel.as_ref().map(|k| k.present.join(", ")).unwrap_or_default());
-            row.push(pod.traffic.as_ref().map(Traffic::to_string).unwrap_or_default());
-        }
-        row
-    });
-    out.push_str(&table(&header, rows));
-    for pod in &pods {
-        if let Some(message) = &pod.message {
-            writeln!(out, "{}/{}: {}", pod.namespace, pod.name, printable(message))?;
-        }
+    row
+}
+
+/// What the kernel has for a pod: in a word, or of how many things how many.
+fn kernel(kernel: Option<&KernelStatus>, wide: bool) -> String {
+    let Some(kernel) = kernel else { return "nothing".to_owned() };
+    let (there, missing) = (kernel.present.len(), kernel.missing.len());
+    let all = there + missing;
+    match missing {
+        _ if wide => format!("{there}/{all}"),
+        0 => "complete".to_owned(),
+        1..=NAMED => format!("lacks {}", kernel.missing.join(", ")),
+        _ => format!("lacks {missing} of {all}"),
     }
-    for problem in &status.problems {
-        writeln!(out, "problem: {}", printable(&problem.to_string()))?;
+}
+
+/// How many pods there are, how many in each state, and how many not where they should be.
+pub fn summary(pods: &[PodStatus]) -> String {
+    let mut states = BTreeMap::new();
+    for pod in pods {
+        *states.entry(pod.state.as_str()).or_insert(0_usize) += 1;
     }
-    Ok(out)
+    let states: Vec<String> =
+        states.into_iter().map(|(state, count)| format!("{count} {state}")).collect();
+    let total = match pods.len() {
+        0 => return "no pods".to_owned(),
+        1 => "1 pod".to_owned(),
+        n => format!("{n} pods"),
+    };
+    let ready = match pods.iter().filter(|pod| !pod.state.is_ready()).count() {
+        0 => "all ready".to_owned(),
+        n => format!("{n} not ready"),
+    };
+    format!("{total}: {}; {ready}", states.join(", "))
 }
 
 fn overridden(found: &OverrideStatus) -> String {
     match found.until {
         Some(until) => format!("{} {} until {until}", found.mode, found.target),
         None => format!("{} {}", found.mode, found.target),
+    }
+}
+
+/// A pod that is not as it was.
+#[derive(Clone, Copy, Debug)]
+pub struct PodChange<'a> {
+    /// As it was; `None`: it is new.
+    pub before: Option<&'a PodStatus>,
+    /// As it is; `None`: it is gone.
+    pub after: Option<&'a PodStatus>,
+}
+
+/// The pods that differ in more than their counters, by namespace and name.
+pub fn changes<'a>(
+    before: &'a BTreeMap<(String, String), PodStatus>,
+    after: &'a BTreeMap<(String, String), PodStatus>,
+) -> impl Iterator<Item = PodChange<'a>> {
+    let names: BTreeSet<_> = before.keys().chain(after.keys()).collect();
+    let pods = names.into_iter().map(|name| (before.get(name), after.get(name)));
+    let uncounted = |pod: &PodStatus| PodStatus { counters: BTreeMap::new(), ..pod.clone() };
+    pods.filter(move |(before, after)| before.map(uncounted) != after.map(uncounted))
+        .map(|(before, after)| PodChange { before, after })
+}
+
+impl PodChange<'_> {
+    /// The change in a line: for people, or as one JSON object.
+    ///
+    /// # Errors
+    ///
+    /// As for [`json`].
+    pub fn line(&self, now: SystemTime, format: Format) -> anyhow::Result<String> {
+        let time = humantime::format_rfc3339_seconds(now).to_string();
+        let state = |pod: Option<&PodStatus>| pod.map(|pod| pod.state);
+        let Some(pod) = self.after.or(self.before) else { return Ok(String::new()) };
+        if format == Format::Json {
+            let before = state(self.before);
+            let line = serde_json::json!({"time": time, "before": before, "pod": self.after});
+            return Ok(format!("{line}\n"));
+        }
+        let name = format!("{}/{}", pod.namespace, pod.name);
+        let Some(after) = self.after else { return Ok(format!("{time}   {name}   gone\n")) };
+        let was = match state(self.before) {
+            Some(before) if before != after.state => format!(", was {}", before.as_str()),
+            _ => String::new(),
+        };
+        let mut line =
+            format!("{time}   {name}   {} ({}){was}", after.state.as_str(), after.reason);
+        let kernel = kernel(after.kernel.as_ref(), false);
+        if after.kernel.as_ref().is_some_and(|kernel| !kernel.complete) {
+            let _infallible = write!(line, ", {kernel}");
+        }
+        if let Some(message) = &after.message {
+            let _infallible = write!(line, ": {}", printable(message));
+        }
+        Ok(line + "\n")
     }
 }
 

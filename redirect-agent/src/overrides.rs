@@ -54,6 +54,16 @@ pub enum Target {
     Pod(PodKey),
 }
 
+impl Target {
+    /// Whether it is for this pod, too.
+    pub fn is_of(&self, pod: &PodKey) -> bool {
+        match self {
+            Target::Namespace(namespace) => pod.namespace == *namespace,
+            Target::Pod(key) => pod == key,
+        }
+    }
+}
+
 impl fmt::Display for Target {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         match self {
@@ -262,13 +272,7 @@ impl Overrides {
             Change::Pause(_) | Change::Resume => return Vec::new(),
         };
         let mut notes = Vec::new();
-        let mut pods = decided
-            .into_iter()
-            .filter(|(pod, _)| match target {
-                Target::Namespace(namespace) => pod.namespace == *namespace,
-                Target::Pod(key) => *pod == key,
-            })
-            .peekable();
+        let mut pods = decided.into_iter().filter(|(pod, _)| target.is_of(pod)).peekable();
         if pods.peek().is_none() {
             notes.push(format!("{target}: there is no such pod on this node now"));
         }

@@ -16,7 +16,9 @@ use std::{
 };
 
 use redirect_agent::{
-    control::{Agent, Answer, Client, OverrideRequest, PauseRequest, Remaining, Server},
+    control::{
+        Agent, Answer, Client, OverrideRequest, PauseRequest, Remaining, Server, StatusRequest,
+    },
     membership::{Decision, PodKey, Reason},
     output::Status,
     overrides::{Change, Mode, Store, Target},
@@ -32,11 +34,12 @@ struct Overridden {
 }
 
 impl Agent for Overridden {
-    async fn status(&self) -> anyhow::Result<Status> {
+    async fn status(&self, of: StatusRequest) -> anyhow::Result<Status> {
         Ok(Status {
             node: "n1".to_owned(),
             version: "0.0.0".to_owned(),
-            source: "dir:/manifests".to_owned(),
+            // What was asked for, for whoever looks whether it has arrived.
+            source: serde_json::to_string(&of)?,
             waiting: None,
             proxies: 0,
             pause: self.store.current().pause(SystemTime::now()),
@@ -136,6 +139,20 @@ async fn overrides_and_the_pause_are_set_taken_back_and_repeated_without_harm() 
 }
 
 #[tokio::test]
+async fn status_is_asked_for_some_pods_or_for_all() {
+    let fixture = Fixture::new();
+    let client = fixture.client();
+    let all = client.status().await.unwrap().source;
+    assert_eq!(all, client.status_of(&StatusRequest::default()).await.unwrap().source);
+    let some = StatusRequest {
+        targets: vec!["shop/cart".parse().unwrap(), "bank".parse().unwrap()],
+        selector: Some("app in (a, b),!c".parse().unwrap()),
+    };
+    let asked = client.status_of(&some).await.unwrap().source;
+    assert_eq!(serde_json::from_str::<StatusRequest>(&asked).unwrap(), some);
+}
+
+#[tokio::test]
 async fn the_operator_is_told_that_a_hard_reason_cannot_be_overridden() {
     let fixture = Fixture::new();
     let answer = fixture
@@ -182,7 +199,9 @@ async fn a_request_that_makes_no_sense_is_refused_and_nothing_changes() {
             "400",
         ),
         ("/pause", r#"{"for_seconds":-1}"#, "400"),
-        ("/status", "{}", "405"),
+        ("/status", r#"{"targets":["../etc"]}"#, "400"),
+        ("/status", r#"{"selector":"a within (b)"}"#, "400"),
+        ("/remaining", "{}", "405"),
         ("/nowhere", "{}", "404"),
     ] {
         let response = post(path, body).await.unwrap();

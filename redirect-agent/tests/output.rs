@@ -111,12 +111,91 @@ fn everything() -> Status {
 #[test]
 fn status_is_a_table_a_wide_table_and_json() {
     let all = everything();
-    golden("status.txt", &output::status(&all, Format::Table).unwrap());
-    golden("status-wide.txt", &output::status(&all, Format::Wide).unwrap());
-    let json = output::status(&all, Format::Json).unwrap();
+    golden("status.txt", &output::status(&all, Format::Table, false).unwrap());
+    golden("status-wide.txt", &output::status(&all, Format::Wide, false).unwrap());
+    let json = output::status(&all, Format::Json, false).unwrap();
     golden("status.json", &json);
     let back: Status = serde_json::from_str(&json).unwrap();
-    assert_eq!(output::status(&back, Format::Json).unwrap(), json);
+    assert_eq!(output::status(&back, Format::Json, false).unwrap(), json);
+}
+
+#[test]
+fn status_of_those_that_are_not_ready_counts_the_others_too() {
+    let all = everything();
+    let text = output::status(&all, Format::Table, true).unwrap();
+    assert!(text.contains("shop        web") && text.contains("bank        vault"), "{text}");
+    assert!(!text.contains("cart") && !text.contains("plain"), "{text}");
+    let summary = "4 pods: 1 bypassing, 1 enrolled, 1 failed, 1 leaving; 2 not ready";
+    assert_eq!(text.lines().last(), Some(summary));
+    let json = output::status(&all, Format::Json, true).unwrap();
+    let json: Status = serde_json::from_str(&json).unwrap();
+    let names: Vec<&str> = json.pods.iter().map(|pod| pod.name.as_str()).collect();
+    assert_eq!(names, ["vault", "web"]);
+}
+
+#[test]
+fn what_a_pod_lacks_is_counted_when_it_is_much() {
+    let part = |n: usize| format!("rule {n}");
+    let lacks = |present: usize, missing: usize, format| {
+        let kernel = KernelStatus {
+            complete: missing == 0,
+            present: (0..present).map(part).collect(),
+            missing: (0..missing).map(part).collect(),
+        };
+        let cart = pod("shop", "cart", PodState::Degraded, Reason::PodLabelAmbient);
+        let pods = vec![PodStatus { kernel: Some(kernel), ..cart }];
+        output::status(&Status { pods, ..everything() }, format, false).unwrap()
+    };
+    assert!(lacks(18, 2, Format::Table).contains("   lacks rule 0, rule 1   "));
+    assert!(lacks(6, 14, Format::Table).contains("   lacks 14 of 20   "));
+    assert!(lacks(20, 0, Format::Wide).contains("   20/20   "));
+    assert!(lacks(6, 14, Format::Wide).contains("   6/20   "));
+}
+
+#[test]
+fn watching_prints_a_line_for_each_pod_that_is_not_as_it_was() {
+    let now = humantime::parse_rfc3339("2026-08-01T12:00:00Z").unwrap();
+    let by_name = |pods: Vec<PodStatus>| -> BTreeMap<(String, String), PodStatus> {
+        pods.into_iter().map(|pod| ((pod.namespace.clone(), pod.name.clone()), pod)).collect()
+    };
+    let cart = pod("shop", "cart", PodState::Enrolled, Reason::PodLabelAmbient);
+    let counted = PodStatus { counters: BTreeMap::from([("hbone".to_owned(), 1)]), ..cart.clone() };
+    let degraded = PodStatus {
+        state: PodState::Degraded,
+        message: Some("missing in the pod: rule\nipv6".to_owned()),
+        kernel: Some(KernelStatus {
+            complete: false,
+            present: Vec::new(),
+            missing: vec!["rule ipv6".to_owned()],
+        }),
+        ..counted.clone()
+    };
+    let gone = pod("shop", "old", PodState::Bypassing, Reason::NotLabelled);
+    let (before, same) = (by_name(vec![cart, gone.clone()]), by_name(vec![counted, gone]));
+    let lines = |before, after, format| -> String {
+        output::changes(before, after).map(|change| change.line(now, format).unwrap()).collect()
+    };
+    assert_eq!(lines(&before, &same, Format::Table), "", "counters alone are no change");
+    let after = by_name(vec![
+        degraded,
+        pod("shop", "web", PodState::Enrolling, Reason::NamespaceLabelAmbient),
+    ]);
+    assert_eq!(
+        lines(&same, &after, Format::Table),
+        "2026-08-01T12:00:00Z   shop/cart   degraded (pod-label-ambient), was enrolled, \
+         lacks rule ipv6: missing in the pod: rule\u{fffd}ipv6\n\
+         2026-08-01T12:00:00Z   shop/old   gone\n\
+         2026-08-01T12:00:00Z   shop/web   enrolling (namespace-label-ambient)\n"
+    );
+    let json: Vec<serde_json::Value> = lines(&same, &after, Format::Json)
+        .lines()
+        .map(|line| serde_json::from_str(line).unwrap())
+        .collect();
+    assert_eq!(
+        (&json[0]["before"], &json[0]["pod"]["state"]),
+        (&json!("enrolled"), &json!("degraded"))
+    );
+    assert_eq!((json.len(), &json[1]["pod"]), (3, &serde_json::Value::Null));
 }
 
 #[test]
@@ -132,13 +211,14 @@ fn status_of_an_empty_node_has_its_columns_all_the_same() {
         ..everything()
     };
     assert_eq!(
-        output::status(&empty, Format::Table).unwrap(),
+        output::status(&empty, Format::Table, false).unwrap(),
         "node n1, redirect-agent 0.1.0, source dir:/etc/manifests, no proxy connected\n\
          probes: of kubelet, process 812 in cgroup /system.slice/kubelet.service\n\
-         NAMESPACE   NAME   STATE   REASON   OVERRIDE   IPS   KERNEL   COUNTERS\n"
+         NAMESPACE   NAME   STATE   REASON   OVERRIDE   IPS   KERNEL   COUNTERS\n\
+         no pods\n"
     );
     let waiting = Some("waiting for kube:https://api/: pods: refused".to_owned());
-    let text = output::status(&Status { waiting, ..empty }, Format::Table).unwrap();
+    let text = output::status(&Status { waiting, ..empty }, Format::Table, false).unwrap();
     let line = "waiting for kube:https://api/: pods: refused; what is in the kernel stays in force";
     assert_eq!(text.lines().nth(2), Some(line));
 }
@@ -191,6 +271,9 @@ fn a_command_line_that_makes_no_sense_is_refused() {
         &["attach"],
         &["attach", "--netns", "x", "--address", "10.0.0"],
         &["status", "-o", "xml"],
+        &["status", "Shop"],
+        &["status", "-l", "app within (a)"],
+        &["status", "--watch", "--exit-code"],
     ] {
         let error = Cli::try_parse_from(["redirect-agent"].iter().chain(wrong)).unwrap_err();
         assert!(error.use_stderr() && error.exit_code() == 2, "{wrong:?}");

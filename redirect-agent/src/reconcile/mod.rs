@@ -487,13 +487,18 @@ impl<S: Source> Observer<S> {
         self.shared.zds.status()
     }
 
-    /// Every pod, with what the kernel has for it at this moment.
+    /// The pods that are asked for, each with what the kernel has for it at this moment.
     ///
     /// # Errors
     ///
     /// When the maps cannot be read.
-    pub async fn pods(&self, overrides: &Overrides) -> Result<Vec<PodStatus>> {
-        let views: Vec<View> = self.shared.views().values().cloned().collect();
+    pub async fn pods(
+        &self,
+        overrides: &Overrides,
+        asked: impl Fn(&Pod) -> bool,
+    ) -> Result<Vec<PodStatus>> {
+        let views: Vec<View> =
+            self.shared.views().values().filter(|view| asked(&view.pod)).cloned().collect();
         let dataplane = Arc::clone(&self.shared.dataplane);
         let now = SystemTime::now();
         let overridden: Vec<Option<OverrideStatus>> = views

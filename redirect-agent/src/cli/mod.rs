@@ -1,5 +1,7 @@
 //! The command line: every command with its options, its help and its examples.
 
+mod control;
+
 use std::{net::IpAddr, path::PathBuf, str::FromStr, time::Duration};
 
 use anyhow::{Result, anyhow};
@@ -7,15 +9,16 @@ use clap::{ArgAction, Args, CommandFactory as _, Parser, Subcommand, ValueEnum};
 use clap_complete::Shell;
 use ipnet::IpNet;
 
+pub use self::control::{
+    AutoArgs, ControlSocket, EnrollArgs, For, PauseArgs, ResumeArgs, StatusArgs, UnenrollArgs,
+};
 use crate::{
     cni::{self, entry::DaemonSet, install},
-    control::DEFAULT_SOCKET,
     dataplane,
     enablement::Selectors,
     health,
     membership::{DEFAULT_EXCLUDED_NAMESPACE, NameError, check_namespace_name},
     output::Format,
-    overrides::Target,
     probes,
     traffic::{Ports, Selection, Selections, parse_range},
 };
@@ -125,14 +128,6 @@ pub struct BpffsDir {
     pub bpffs_dir: PathBuf,
 }
 
-/// How to reach the agent.
-#[derive(Clone, Debug, Args)]
-pub struct ControlSocket {
-    /// The agent's control socket.
-    #[arg(long, value_name = "PATH", default_value = DEFAULT_SOCKET)]
-    pub control_socket: PathBuf,
-}
-
 /// Where the node has its CNI.
 #[derive(Clone, Debug, Args)]
 pub struct CniDirs {
@@ -148,22 +143,6 @@ impl From<CniDirs> for install::Dirs {
     fn from(dirs: CniDirs) -> Self {
         install::Dirs { conf: dirs.cni_conf_dir, bin: dirs.cni_bin_dir }
     }
-}
-
-/// How long something lasts.
-#[derive(Clone, Debug, Args)]
-pub struct For {
-    /// Ends by itself after this time: 90s, 10m, 2h 30m, 1day.
-    #[arg(long = "for", value_name = "TIME", value_parser = whole_seconds)]
-    pub duration: Option<Duration>,
-}
-
-fn whole_seconds(s: &str) -> Result<Duration, String> {
-    let duration = humantime::parse_duration(s).map_err(|error| error.to_string())?;
-    if duration < Duration::from_secs(1) {
-        return Err("it must be a second or more".to_owned());
-    }
-    Ok(duration)
 }
 
 fn interval(s: &str) -> Result<Duration, String> {
@@ -432,110 +411,6 @@ pub struct DetachArgs {
     /// See [`Force`].
     #[command(flatten)]
     pub force: Force,
-}
-
-/// `enroll`
-#[derive(Debug, Args)]
-#[command(after_long_help = "\
-Examples:
-  redirect-agent enroll shop/cart
-  redirect-agent enroll shop --for 10m
-
-Holds on this node only, over a restart of the agent, until `auto` or the end of --for. A pod's own
-override counts before that of its namespace. Pods on the node's network, finished pods, pods with a
-sidecar and pods of excluded namespaces stay out all the same.")]
-pub struct EnrollArgs {
-    /// For whom: NAMESPACE/POD, or NAMESPACE for all its pods.
-    #[arg(value_name = "NAMESPACE[/POD]")]
-    pub target: Target,
-    /// See [`For`].
-    #[command(flatten)]
-    pub duration: For,
-    /// See [`ControlSocket`].
-    #[command(flatten)]
-    pub control: ControlSocket,
-}
-
-/// `unenroll`
-#[derive(Debug, Args)]
-#[command(after_long_help = "\
-Examples:
-  redirect-agent unenroll shop/cart
-  redirect-agent unenroll shop --for 10m
-
-Holds on this node only, over a restart of the agent, until `auto` or the end of --for. A pod's own
-override counts before that of its namespace.")]
-pub struct UnenrollArgs {
-    /// For whom: NAMESPACE/POD, or NAMESPACE for all its pods.
-    #[arg(value_name = "NAMESPACE[/POD]")]
-    pub target: Target,
-    /// See [`For`].
-    #[command(flatten)]
-    pub duration: For,
-    /// See [`ControlSocket`].
-    #[command(flatten)]
-    pub control: ControlSocket,
-}
-
-/// `auto`
-#[derive(Debug, Args)]
-#[command(after_long_help = "\
-Examples:
-  redirect-agent auto shop/cart
-  redirect-agent auto shop
-
-Takes back what was said for exactly that: `auto shop` leaves the override of shop/cart alone.")]
-pub struct AutoArgs {
-    /// For whom: NAMESPACE/POD, or NAMESPACE.
-    #[arg(value_name = "NAMESPACE[/POD]")]
-    pub target: Target,
-    /// See [`ControlSocket`].
-    #[command(flatten)]
-    pub control: ControlSocket,
-}
-
-/// `pause`
-#[derive(Debug, Args)]
-#[command(after_long_help = "\
-Examples:
-  redirect-agent pause
-  redirect-agent pause --for 5m
-
-Every pod of the node leaves the mesh as if its label were removed. Holds over a restart of the agent.")]
-pub struct PauseArgs {
-    /// See [`For`].
-    #[command(flatten)]
-    pub duration: For,
-    /// See [`ControlSocket`].
-    #[command(flatten)]
-    pub control: ControlSocket,
-}
-
-/// `resume`
-#[derive(Debug, Args)]
-#[command(after_long_help = "\
-Examples:
-  redirect-agent resume")]
-pub struct ResumeArgs {
-    /// See [`ControlSocket`].
-    #[command(flatten)]
-    pub control: ControlSocket,
-}
-
-/// `status`
-#[derive(Debug, Args)]
-#[command(after_long_help = "\
-Examples:
-  redirect-agent status
-  redirect-agent status -o wide
-  redirect-agent status -o json | jq '.pods[] | select(.state == \"failed\")'")]
-pub struct StatusArgs {
-    /// How to print it.
-    #[arg(short, long, value_name = "FORMAT", default_value = "table")]
-    pub output: Format,
-    /// See [`ControlSocket`].
-    #[command(flatten)]
-    pub control: ControlSocket,
 }
 
 /// `check`

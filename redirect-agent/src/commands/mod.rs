@@ -1,5 +1,7 @@
 //! The commands, each a function of its arguments.
 
+mod control;
+
 use std::{
     collections::BTreeSet,
     io::{self, Write as _},
@@ -23,24 +25,25 @@ use tokio::{
 use tokio_util::sync::CancellationToken;
 use tracing::{info, warn};
 
+use self::control::{pause, put, status, tell};
 use crate::{
     agent,
     cli::{
-        AttachArgs, AutoArgs, CheckArgs, CleanupArgs, Command, DetachArgs, For, PauseArgs,
-        ResumeArgs, RunArgs, StatusArgs, TakeoverArgs,
+        AttachArgs, AutoArgs, CheckArgs, CleanupArgs, Command, DetachArgs, For, ResumeArgs,
+        RunArgs, TakeoverArgs,
     },
     cni::{
         entry::Entry,
         install,
         records::{self, Records},
     },
-    control::{Answer, Client, OverrideRequest, PauseRequest},
+    control::{Client, PauseRequest},
     dataplane::{self, DEFAULT_PROXY_GRACE, Dataplane, PodNetns},
     finder::{self, Finder},
     membership,
     netns::Netns,
     output::{self, Format, PodStatus},
-    overrides::{self, Mode, Target},
+    overrides::{self, Mode},
     preflight,
     reconcile::Settings,
     source::kube,
@@ -399,38 +402,6 @@ fn open(bpffs_dir: &Path, force: bool) -> Result<Dataplane> {
         log: false,
         force,
     })
-}
-
-async fn put(client: &Client, target: Target, mode: Option<Mode>, duration: &For) -> Result<()> {
-    let for_seconds = duration.duration.map(|d| d.as_secs());
-    let request = OverrideRequest { target: target.clone(), mode, for_seconds };
-    let answer = client.set_override(&request).await?;
-    let (done, already) = match mode {
-        Some(mode) => (format!("{target}: {mode}"), format!("{target}: {mode} already")),
-        None => (format!("{target}: the labels decide again"), format!("{target} has no override")),
-    };
-    tell(&answer, &done, &already)
-}
-
-async fn pause(args: PauseArgs) -> Result<()> {
-    let request = PauseRequest { for_seconds: args.duration.duration.map(|d| d.as_secs()) };
-    let answer = Client::new(args.control.control_socket).pause(&request).await?;
-    tell(&answer, "every pod of this node bypasses the mesh", "the node is paused already")
-}
-
-fn tell(answer: &Answer, done: &str, already: &str) -> Result<()> {
-    let mut text = format!("{}\n", if answer.changed { done } else { already });
-    for note in &answer.notes {
-        text.push_str("note: ");
-        text.push_str(&output::printable(note));
-        text.push('\n');
-    }
-    print(text.as_bytes())
-}
-
-async fn status(args: StatusArgs) -> Result<()> {
-    let status = Client::new(args.control.control_socket).status().await?;
-    print(output::status(&status, args.output)?.as_bytes())
 }
 
 fn check(args: &CheckArgs) -> Result<()> {

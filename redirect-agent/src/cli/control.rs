@@ -1,0 +1,156 @@
+//! The commands that ask the running agent, or tell it something.
+
+use std::{path::PathBuf, time::Duration};
+
+use clap::Args;
+
+use crate::{control::DEFAULT_SOCKET, output::Format, overrides::Target, selector::LabelSelector};
+
+/// How to reach the agent.
+#[derive(Clone, Debug, Args)]
+pub struct ControlSocket {
+    /// The agent's control socket.
+    #[arg(long, value_name = "PATH", default_value = DEFAULT_SOCKET)]
+    pub control_socket: PathBuf,
+}
+
+/// How long something lasts.
+#[derive(Clone, Debug, Args)]
+pub struct For {
+    /// Ends by itself after this time: 90s, 10m, 2h 30m, 1day.
+    #[arg(long = "for", value_name = "TIME", value_parser = whole_seconds)]
+    pub duration: Option<Duration>,
+}
+
+fn whole_seconds(s: &str) -> Result<Duration, String> {
+    let duration = humantime::parse_duration(s).map_err(|error| error.to_string())?;
+    if duration < Duration::from_secs(1) {
+        return Err("it must be a second or more".to_owned());
+    }
+    Ok(duration)
+}
+
+/// `enroll`
+#[derive(Debug, Args)]
+#[command(after_long_help = "\
+Examples:
+  redirect-agent enroll shop/cart
+  redirect-agent enroll shop --for 10m
+
+Holds on this node only, over a restart of the agent, until `auto` or the end of --for. A pod's own
+override counts before that of its namespace. Pods on the node's network, finished pods, pods with a
+sidecar and pods of excluded namespaces stay out all the same.")]
+pub struct EnrollArgs {
+    /// For whom: NAMESPACE/POD, or NAMESPACE for all its pods.
+    #[arg(value_name = "NAMESPACE[/POD]")]
+    pub target: Target,
+    /// See [`For`].
+    #[command(flatten)]
+    pub duration: For,
+    /// See [`ControlSocket`].
+    #[command(flatten)]
+    pub control: ControlSocket,
+}
+
+/// `unenroll`
+#[derive(Debug, Args)]
+#[command(after_long_help = "\
+Examples:
+  redirect-agent unenroll shop/cart
+  redirect-agent unenroll shop --for 10m
+
+Holds on this node only, over a restart of the agent, until `auto` or the end of --for. A pod's own
+override counts before that of its namespace.")]
+pub struct UnenrollArgs {
+    /// For whom: NAMESPACE/POD, or NAMESPACE for all its pods.
+    #[arg(value_name = "NAMESPACE[/POD]")]
+    pub target: Target,
+    /// See [`For`].
+    #[command(flatten)]
+    pub duration: For,
+    /// See [`ControlSocket`].
+    #[command(flatten)]
+    pub control: ControlSocket,
+}
+
+/// `auto`
+#[derive(Debug, Args)]
+#[command(after_long_help = "\
+Examples:
+  redirect-agent auto shop/cart
+  redirect-agent auto shop
+
+Takes back what was said for exactly that: `auto shop` leaves the override of shop/cart alone.")]
+pub struct AutoArgs {
+    /// For whom: NAMESPACE/POD, or NAMESPACE.
+    #[arg(value_name = "NAMESPACE[/POD]")]
+    pub target: Target,
+    /// See [`ControlSocket`].
+    #[command(flatten)]
+    pub control: ControlSocket,
+}
+
+/// `pause`
+#[derive(Debug, Args)]
+#[command(after_long_help = "\
+Examples:
+  redirect-agent pause
+  redirect-agent pause --for 5m
+
+Every pod of the node leaves the mesh as if its label were removed. Holds over a restart of the agent.")]
+pub struct PauseArgs {
+    /// See [`For`].
+    #[command(flatten)]
+    pub duration: For,
+    /// See [`ControlSocket`].
+    #[command(flatten)]
+    pub control: ControlSocket,
+}
+
+/// `resume`
+#[derive(Debug, Args)]
+#[command(after_long_help = "\
+Examples:
+  redirect-agent resume")]
+pub struct ResumeArgs {
+    /// See [`ControlSocket`].
+    #[command(flatten)]
+    pub control: ControlSocket,
+}
+
+/// `status`
+#[derive(Debug, Args)]
+#[command(after_long_help = "\
+Examples:
+  redirect-agent status
+  redirect-agent status shop bank/vault -o wide
+  redirect-agent status -l app=cart --watch
+  redirect-agent status --not-ready --exit-code
+  redirect-agent status -o json | jq '.pods[] | select(.state == \"failed\")'
+
+A pod is ready when it is where it should be: enrolled, or bypassing. With --exit-code the exit
+status is 1 when one of the pods is not ready, whether or not it is shown.")]
+pub struct StatusArgs {
+    /// Which pods: NAMESPACE/POD, or NAMESPACE for all its pods; every pod of the node by default.
+    #[arg(value_name = "NAMESPACE[/POD]")]
+    pub targets: Vec<Target>,
+    /// Only pods whose labels match: app=cart, app!=cart, app in (a,b), app, !app; several are joined by
+    /// commas.
+    #[arg(short = 'l', long, value_name = "SELECTOR")]
+    pub selector: Option<LabelSelector>,
+    /// Show only pods that are not ready.
+    #[arg(long)]
+    pub not_ready: bool,
+    /// Go on, and print a line whenever a pod changes.
+    #[arg(short, long)]
+    pub watch: bool,
+    /// Fail when a pod is not ready.
+    #[arg(long, conflicts_with = "watch")]
+    pub exit_code: bool,
+    /// How to print it.
+    #[arg(short, long, value_name = "FORMAT", default_value = "table")]
+    pub output: Format,
+    /// See [`ControlSocket`].
+    #[command(flatten)]
+    pub control: ControlSocket,
+}

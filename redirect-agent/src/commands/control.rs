@@ -1,0 +1,147 @@
+//! The commands that ask the running agent, or tell it something.
+
+use std::{
+    collections::BTreeMap,
+    time::{Duration, SystemTime},
+};
+
+use anyhow::{Result, bail};
+use tokio::time::sleep;
+
+use super::print;
+use crate::{
+    cli::{For, PauseArgs, StatusArgs},
+    control::{Answer, Client, OverrideRequest, PauseRequest, StatusRequest},
+    output::{self, Format, PodStatus, Status},
+    overrides::{Mode, Target},
+};
+
+/// How often `status --watch` asks the agent.
+const WATCH: Duration = Duration::from_secs(1);
+
+pub(super) async fn put(
+    client: &Client,
+    target: Target,
+    mode: Option<Mode>,
+    duration: &For,
+) -> Result<()> {
+    let for_seconds = duration.duration.map(|d| d.as_secs());
+    let request = OverrideRequest { target: target.clone(), mode, for_seconds };
+    let answer = client.set_override(&request).await?;
+    let (done, already) = match mode {
+        Some(mode) => (format!("{target}: {mode}"), format!("{target}: {mode} already")),
+        None => (format!("{target}: the labels decide again"), format!("{target} has no override")),
+    };
+    tell(&answer, &done, &already)
+}
+
+pub(super) async fn pause(args: PauseArgs) -> Result<()> {
+    let request = PauseRequest { for_seconds: args.duration.duration.map(|d| d.as_secs()) };
+    let answer = Client::new(args.control.control_socket).pause(&request).await?;
+    tell(&answer, "every pod of this node bypasses the mesh", "the node is paused already")
+}
+
+pub(super) fn tell(answer: &Answer, done: &str, already: &str) -> Result<()> {
+    let mut text = format!("{}\n", if answer.changed { done } else { already });
+    for note in &answer.notes {
+        text.push_str("note: ");
+        text.push_str(&output::printable(note));
+        text.push('\n');
+    }
+    print(text.as_bytes())
+}
+
+pub(super) async fn status(args: StatusArgs) -> Result<()> {
+    let client = Client::new(args.control.control_socket);
+    let request = StatusRequest { targets: args.targets, selector: args.selector };
+    let status = client.status_of(&request).await?;
+    if args.watch {
+        return watch(&client, &request, status, args.output, args.not_ready).await;
+    }
+    print(output::status(&status, args.output, args.not_ready)?.as_bytes())?;
+    if request.selector.is_none() && status.waiting.is_none() {
+        let missing: Vec<String> = request
+            .targets
+            .iter()
+            .filter(|target| !status.pods.iter().any(|pod| is_of(target, pod)))
+            .map(no_pod)
+            .collect();
+        if !missing.is_empty() {
+            bail!("{}", missing.join("; "));
+        }
+    }
+    if args.exit_code {
+        is_ready(&status)?;
+    }
+    Ok(())
+}
+
+fn is_of(target: &Target, pod: &PodStatus) -> bool {
+    match target {
+        Target::Namespace(namespace) => *namespace == pod.namespace,
+        Target::Pod(key) => key.namespace == pod.namespace && key.name == pod.name,
+    }
+}
+
+fn no_pod(target: &Target) -> String {
+    match target {
+        Target::Namespace(namespace) => format!("namespace {namespace} has no pod on this node"),
+        Target::Pod(key) => format!("there is no pod {key} on this node"),
+    }
+}
+
+/// What `--exit-code` asks.
+fn is_ready(status: &Status) -> Result<()> {
+    if let Some(waiting) = &status.waiting {
+        bail!("the agent does not know the pods yet: {}", output::printable(waiting));
+    }
+    if status.pods.iter().any(|pod| !pod.state.is_ready()) {
+        bail!("{}", output::summary(&status.pods));
+    }
+    Ok(())
+}
+
+/// Prints everything, and then a line for each change, until it is interrupted. An agent that goes away
+/// is waited for.
+async fn watch(
+    client: &Client,
+    request: &StatusRequest,
+    first: Status,
+    format: Format,
+    not_ready: bool,
+) -> Result<()> {
+    print(output::status(&first, format, not_ready)?.as_bytes())?;
+    let mut before = by_name(first);
+    let mut away = false;
+    loop {
+        sleep(WATCH).await;
+        let now = match client.status_of(request).await {
+            Ok(status) => by_name(status),
+            Err(error) if away => {
+                drop(error);
+                continue;
+            }
+            Err(error) => {
+                eprintln!("{error:#}; waiting for it");
+                away = true;
+                continue;
+            }
+        };
+        away = false;
+        let hidden =
+            |pod: Option<&PodStatus>| not_ready && pod.is_none_or(|pod| pod.state.is_ready());
+        let mut lines = String::new();
+        for change in output::changes(&before, &now) {
+            if hidden(change.before) && hidden(change.after) {
+                continue;
+            }
+            lines.push_str(&change.line(SystemTime::now(), format)?);
+        }
+        print(lines.as_bytes())?;
+        before = now;
+    }
+}
+
+fn by_name(status: Status) -> BTreeMap<(String, String), PodStatus> {
+    status.pods.into_iter().map(|pod| ((pod.namespace.clone(), pod.name.clone()), pod)).collect()
+}
