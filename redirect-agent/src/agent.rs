@@ -24,6 +24,7 @@ use crate::{
     },
     control::{self, Answer, Remaining, StatusRequest},
     dataplane::{self, Dataplane},
+    explain::{self, Explanation, gather::Answerer},
     health::{self, Condition},
     latest::Latest,
     membership::decide,
@@ -33,6 +34,7 @@ use crate::{
     probes::{self, Probes},
     reconcile::{Admission, Observer, Reconciler, Settings},
     source::{Problem, Source, dir, kube},
+    words::{self, Reading},
     zds,
 };
 
@@ -233,6 +235,7 @@ async fn serve<S: Source>(
         overrides,
         observer,
         looked,
+        words: Arc::default(),
         looking: tokio::sync::Mutex::default(),
         waiting,
         probes,
@@ -268,6 +271,14 @@ async fn serve<S: Source>(
                 source = observer.source(),
                 "running"
             );
+            let (words, observer) = (Arc::clone(&agent.words), Arc::clone(observer));
+            let settings = &agent.options.settings;
+            let reading = Reading::new(&settings.membership, settings.traffic.sidecar_annotations);
+            let stop = shutdown.clone();
+            parts.spawn(async move {
+                words.follow(reading, observer, stop).await;
+                Ok(())
+            });
             run_parts(&mut parts, following, zds, reconciler, &shutdown);
         }
         Some(Err(e)) => {
@@ -318,6 +329,8 @@ struct Agent<S> {
     observer: OnceLock<Arc<Observer<S>>>,
     /// What was found in the pods.
     looked: Latest<Vec<PodStatus>>,
+    /// What is misspelt on the pods.
+    words: Arc<words::Told>,
     /// Held by who looks at some pods only.
     looking: tokio::sync::Mutex<()>,
     waiting: Arc<Waiting>,
@@ -398,11 +411,12 @@ impl<S: Source> control::Agent for Agent<S> {
         };
         let proxies = observer.zds().proxies.len();
         // As of now: whoever has changed something looks whether it is done.
-        let pods = if of.is_all() {
+        let mut pods = if of.is_all() {
             self.pods(observer, Duration::ZERO).await?.to_vec()
         } else {
             self.some_pods(observer, &of).await?
         };
+        self.words.note(&mut pods);
         Ok(Status {
             source: observer.source(),
             proxies: u32::try_from(proxies).unwrap_or(u32::MAX),
@@ -410,6 +424,22 @@ impl<S: Source> control::Agent for Agent<S> {
             pods,
             ..unknown
         })
+    }
+
+    async fn explain(&self, request: explain::Request) -> Result<Explanation> {
+        let Some(observer) = self.observer.get() else {
+            bail!("it does not know the pods yet: {}", self.waiting.explain());
+        };
+        let _one_at_a_time = self.looking.lock().await;
+        let overrides = self.overrides.current();
+        let answerer = Answerer {
+            node: &self.options.node,
+            observer,
+            membership: &self.options.settings.membership,
+            traffic: &self.options.settings.traffic,
+            overrides: &overrides,
+        };
+        answerer.explain(request).await
     }
 
     fn remaining(&self) -> Result<Remaining> {

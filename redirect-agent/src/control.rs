@@ -5,6 +5,7 @@
 //! | `GET /healthz` | `{"ok":true}` |
 //! | `GET /status` | [`Status`] |
 //! | `POST /status` with [`StatusRequest`] | [`Status`] of those pods |
+//! | `POST /explain` with [`explain::Request`] | [`Explanation`] |
 //! | `GET /remaining` | [`Remaining`] |
 //! | `POST /overrides` with [`OverrideRequest`] | [`Answer`] |
 //! | `POST /pause` with [`PauseRequest`] | [`Answer`] |
@@ -35,6 +36,7 @@ use tokio::net::UnixStream;
 use tokio_util::sync::CancellationToken;
 
 use crate::{
+    explain::{self, Explanation},
     membership::Pod,
     output::Status,
     overrides::{Change, Mode, Moment, Override, Pause, Target},
@@ -52,6 +54,12 @@ const DEADLINE: Duration = Duration::from_secs(10);
 pub trait Agent: Send + Sync + 'static {
     /// What there is to know now of these pods.
     fn status(&self, of: StatusRequest) -> impl Future<Output = anyhow::Result<Status>> + Send;
+
+    /// Why a pod is in the mesh or not, and how a call goes.
+    fn explain(
+        &self,
+        request: explain::Request,
+    ) -> impl Future<Output = anyhow::Result<Explanation>> + Send;
 
     /// Which pods do not bypass, as far as their tasks know: that costs nothing.
     fn remaining(&self) -> anyhow::Result<Remaining>;
@@ -168,6 +176,7 @@ fn router<A: Agent>(agent: Arc<A>) -> Router {
     Router::new()
         .route("/healthz", get(|| async { Json(Health { ok: true }) }))
         .route("/status", get(status::<A>).post(status_of::<A>))
+        .route("/explain", post(explain_of::<A>))
         .route("/remaining", get(remaining::<A>))
         .route("/overrides", post(overrides::<A>))
         .route("/pause", post(pause::<A>))
@@ -215,6 +224,16 @@ async fn status_of<A: Agent>(
 ) -> Response {
     match request {
         Ok(Json(request)) => answer(agent.status(request).await),
+        Err(error) => failure(StatusCode::BAD_REQUEST, error.body_text()),
+    }
+}
+
+async fn explain_of<A: Agent>(
+    State(agent): State<Arc<A>>,
+    request: Result<Json<explain::Request>, JsonRejection>,
+) -> Response {
+    match request {
+        Ok(Json(request)) => answer(agent.explain(request).await),
         Err(error) => failure(StatusCode::BAD_REQUEST, error.body_text()),
     }
 }
@@ -298,6 +317,15 @@ impl Client {
             return self.status().await;
         }
         self.call(Method::POST, "/status", Some(request)).await
+    }
+
+    /// Why a pod is in the mesh or not, and how a call goes.
+    ///
+    /// # Errors
+    ///
+    /// As for [`Client::status`].
+    pub async fn explain(&self, request: &explain::Request) -> anyhow::Result<Explanation> {
+        self.call(Method::POST, "/explain", Some(request)).await
     }
 
     /// Which pods do not bypass yet.

@@ -10,7 +10,7 @@ use std::{
 use k8s_openapi::api::core::v1 as k8s;
 use serde::{Deserialize, Serialize};
 
-use crate::enablement::Selectors;
+use crate::{enablement::Selectors, words::is_almost_the_label};
 
 /// The label on namespaces and pods that asks for a data plane mode.
 /// Source: Istio `pkg/config/constants`, `DataplaneModeLabel`.
@@ -21,6 +21,10 @@ pub const DATAPLANE_MODE_AMBIENT: &str = "ambient";
 /// Value of [`LABEL_DATAPLANE_MODE`] on a pod: not in the mesh, whatever its namespace says.
 /// Source: Istio `pkg/config/constants`, `DataplaneModeNone`.
 pub const DATAPLANE_MODE_NONE: &str = "none";
+/// Names the waypoint of a pod, or of those of a namespace. Source: Istio `api/label`, `IoIstioUseWaypoint`.
+pub const LABEL_USE_WAYPOINT: &str = "istio.io/use-waypoint";
+/// The namespace of that waypoint. Source: Istio `api/label`, `IoIstioUseWaypointNamespace`.
+pub const LABEL_USE_WAYPOINT_NAMESPACE: &str = "istio.io/use-waypoint-namespace";
 /// The annotation that the sidecar injector leaves on a pod. Source: Istio `annotation.SidecarStatus`.
 pub const ANNOTATION_SIDECAR_STATUS: &str = "sidecar.istio.io/status";
 /// On the API server's copy of a static pod, its mirror. Source: Kubernetes
@@ -29,6 +33,8 @@ const ANNOTATION_MIRROR: &str = "kubernetes.io/config.mirror";
 /// The uid that kubelet itself knows a static pod by. Source: Kubernetes
 /// `pkg/kubelet/types/pod_update.go`, `ConfigHashAnnotationKey`.
 const ANNOTATION_HASH: &str = "kubernetes.io/config.hash";
+/// What is found of selectors that match.
+const MATCHES: &str = "one of them";
 /// The namespace that is excluded unless the operator says otherwise.
 pub const DEFAULT_EXCLUDED_NAMESPACE: &str = "kube-system";
 
@@ -156,6 +162,17 @@ impl Phase {
     /// Whether the pod has run to its end: it has no network any more.
     pub fn is_finished(self) -> bool {
         matches!(self, Phase::Succeeded | Phase::Failed)
+    }
+
+    /// The name in Kubernetes.
+    pub fn as_str(self) -> &'static str {
+        match self {
+            Phase::Pending => "Pending",
+            Phase::Running => "Running",
+            Phase::Succeeded => "Succeeded",
+            Phase::Failed => "Failed",
+            Phase::Unknown => "Unknown",
+        }
     }
 
     fn from_kubernetes(phase: Option<&str>) -> Phase {
@@ -349,12 +366,14 @@ impl Default for Config {
 }
 
 impl Config {
-    /// Whether [`decide`] looks at the label `key` of a namespace.
+    /// Whether anybody looks at the label `key` of a namespace: [`decide`], or whoever explains it.
     pub fn reads_namespace_label(&self, key: &str) -> bool {
-        match &self.selectors {
-            None => key == LABEL_DATAPLANE_MODE,
+        let explains = [LABEL_USE_WAYPOINT, LABEL_USE_WAYPOINT_NAMESPACE].contains(&key);
+        let decides = match &self.selectors {
+            None => key == LABEL_DATAPLANE_MODE || is_almost_the_label(key),
             Some(selectors) => selectors.namespace_keys().contains(key),
-        }
+        };
+        explains || decides
     }
 }
 
@@ -549,36 +568,106 @@ impl Decision {
 ///
 /// Source: Istio `cni/pkg/util/podutil.go`, `PodRedirectionEnabled`.
 pub fn decide(namespace: Option<&Namespace>, pod: &Pod, config: &Config) -> Decision {
-    if config.excluded_namespaces.contains(&pod.key.namespace) {
-        return Decision::bypass(Reason::NamespaceExcluded);
-    }
-    if pod.host_network {
-        return Decision::bypass(Reason::HostNetwork);
-    }
-    if pod.phase.is_finished() {
-        return Decision::bypass(Reason::PodFinished);
-    }
-    if pod.annotations.contains_key(ANNOTATION_SIDECAR_STATUS) {
-        return Decision::bypass(Reason::Sidecar);
+    weigh(namespace, pod, config, |_| {})
+}
+
+/// One line of the decision, as [`weigh`] comes to it.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Line<'a> {
+    /// What is asked.
+    pub asked: Question,
+    /// What was found of it: a label's value, an annotation's, a phase; `None`: nothing.
+    pub found: Option<&'a str>,
+    /// What that decides; `None`: nothing, the next line is asked.
+    pub decides: Option<Decision>,
+}
+
+/// What a [`Line`] asks.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Question {
+    /// Is the namespace on the exclude list?
+    ExcludedNamespace,
+    /// Has the pod the node's network?
+    HostNetwork,
+    /// Has it finished?
+    Phase,
+    /// Has it the annotation of a sidecar?
+    Sidecar,
+    /// Does an enablement selector match?
+    Selectors,
+    /// What does the pod's label say?
+    PodLabel,
+    /// What does its namespace's label say?
+    NamespaceLabel,
+    /// Nobody has asked for the mesh.
+    Otherwise,
+}
+
+/// Decides as [`decide`] does, and tells each line that is asked, the last of which decides.
+pub fn weigh<'a>(
+    namespace: Option<&'a Namespace>,
+    pod: &'a Pod,
+    config: &Config,
+    mut told: impl FnMut(Line<'a>),
+) -> Decision {
+    let mut ask = |asked, found, decides| {
+        told(Line { asked, found, decides });
+        decides
+    };
+    let bypass = |holds: bool, reason| holds.then(|| Decision::bypass(reason));
+    let name = pod.key.namespace.as_str();
+    let excluded = config.excluded_namespaces.contains(name);
+    let sidecar = pod.annotations.get(ANNOTATION_SIDECAR_STATUS).map(String::as_str);
+    let hard = [
+        (
+            Question::ExcludedNamespace,
+            excluded.then_some(name),
+            excluded,
+            Reason::NamespaceExcluded,
+        ),
+        (
+            Question::HostNetwork,
+            pod.host_network.then_some("true"),
+            pod.host_network,
+            Reason::HostNetwork,
+        ),
+        (Question::Phase, Some(pod.phase.as_str()), pod.phase.is_finished(), Reason::PodFinished),
+        (Question::Sidecar, sidecar, sidecar.is_some(), Reason::Sidecar),
+    ];
+    for (asked, found, holds, reason) in hard {
+        if let Some(decision) = ask(asked, found, bypass(holds, reason)) {
+            return decision;
+        }
     }
     if let Some(selectors) = &config.selectors {
         let none = BTreeMap::new();
         let labels = namespace.map_or(&none, |namespace| &namespace.labels);
-        return if selectors.matches(&pod.labels, &pod.key.namespace, labels) {
+        let decision = if selectors.matches(&pod.labels, name, labels) {
             Decision::enrolled(Reason::Selected)
         } else {
             Decision::bypass(Reason::NotSelected)
         };
+        ask(Question::Selectors, decision.enrolled.then_some(MATCHES), Some(decision));
+        return decision;
     }
-    match mode(&pod.labels) {
-        Some(DATAPLANE_MODE_NONE) => return Decision::bypass(Reason::PodLabelNone),
-        Some(DATAPLANE_MODE_AMBIENT) => return Decision::enrolled(Reason::PodLabelAmbient),
-        _ => {}
+    let by_pod = mode(&pod.labels);
+    let decides = match by_pod {
+        Some(DATAPLANE_MODE_NONE) => Some(Decision::bypass(Reason::PodLabelNone)),
+        Some(DATAPLANE_MODE_AMBIENT) => Some(Decision::enrolled(Reason::PodLabelAmbient)),
+        _ => None,
+    };
+    if let Some(decision) = ask(Question::PodLabel, by_pod, decides) {
+        return decision;
     }
-    if namespace.and_then(|n| mode(&n.labels)) == Some(DATAPLANE_MODE_AMBIENT) {
-        return Decision::enrolled(Reason::NamespaceLabelAmbient);
+    let by_namespace = namespace.and_then(|n| mode(&n.labels));
+    let decides = (by_namespace == Some(DATAPLANE_MODE_AMBIENT))
+        .then(|| Decision::enrolled(Reason::NamespaceLabelAmbient));
+    if let Some(decision) = ask(Question::NamespaceLabel, by_namespace, decides) {
+        return decision;
     }
-    Decision::bypass(Reason::NotLabelled)
+    let decision = Decision::bypass(Reason::NotLabelled);
+    ask(Question::Otherwise, None, Some(decision));
+    decision
 }
 
 fn mode(labels: &BTreeMap<String, String>) -> Option<&str> {

@@ -114,11 +114,28 @@ impl Moment {
         let until = now.checked_add(after).filter(|_| after <= LONGEST).with_context(|| {
             format!("wait {}: that is more than ten years", humantime::format_duration(after))
         })?;
-        let seconds = until
-            .duration_since(SystemTime::UNIX_EPOCH)
-            .context("read the wall clock: it is before 1970")?
-            .as_secs();
-        Ok(Moment(SystemTime::UNIX_EPOCH + Duration::from_secs(seconds)))
+        Ok(Moment::of(until))
+    }
+
+    /// The time of the day, where that tells it from `now` on; else the whole date.
+    pub fn clock(self, now: SystemTime) -> String {
+        const DAY: Duration = Duration::from_secs(24 * 60 * 60);
+        let whole = self.to_string();
+        match whole.get(11..19) {
+            Some(time) if self.from(now) < DAY && self.until(now) < DAY => format!("{time} UTC"),
+            _ => whole,
+        }
+    }
+
+    /// That moment; a part of a second is left out.
+    pub fn of(time: SystemTime) -> Moment {
+        let seconds = time.duration_since(SystemTime::UNIX_EPOCH).unwrap_or_default().as_secs();
+        Moment(SystemTime::UNIX_EPOCH + Duration::from_secs(seconds))
+    }
+
+    /// How long it is from then until `now`; nothing when that is still to come.
+    pub fn until(self, now: SystemTime) -> Duration {
+        now.duration_since(self.0).unwrap_or_default()
     }
 
     /// How long it is from `now` until then; nothing when it is over.

@@ -27,12 +27,23 @@ pub const PREFIX: &str = "traffic.redirect-agent/";
 pub const SIDECAR_PREFIX: &str = "traffic.sidecar.istio.io/";
 /// Of the sidecar's annotations, those that mean what ours of that name do. `includeOutboundPorts` is
 /// not one of them: it adds ports to those that are captured by their ranges.
-const SIDECAR_NAMES: [&str; 5] = [
+pub const SIDECAR_NAMES: [&str; 5] = [
     "includeOutboundIPRanges",
     "excludeOutboundIPRanges",
     "excludeOutboundPorts",
     "includeInboundPorts",
     "excludeInboundPorts",
+];
+/// The names of [`Selections`], behind [`PREFIX`].
+pub const SELECTIONS: [&str; 8] = [
+    "includeOutboundIPRanges",
+    "excludeOutboundIPRanges",
+    "includeOutboundPorts",
+    "excludeOutboundPorts",
+    "includeInboundPorts",
+    "excludeInboundPorts",
+    "includeInboundSourceIPRanges",
+    "excludeInboundSourceIPRanges",
 ];
 /// Entries of one list: each is a rule or a route of the pod.
 const ENTRIES: usize = 64;
@@ -65,7 +76,23 @@ impl Traffic {
     /// difference, but who excludes that port has excluded it.
     pub fn captures_dns(&self) -> bool {
         let except = &self.selections.outbound_ports.except;
-        self.dns_capture && !except.iter().any(|p| (p.first..=p.last).contains(&PORT_DNS))
+        self.dns_capture && !except.iter().any(|ports| ports.contains(PORT_DNS))
+    }
+
+    /// Whether a call of the pod to this address, and port where that is known, is redirected.
+    pub fn redirects_call_to(&self, ip: IpAddr, port: Option<u16>) -> bool {
+        let Selections { outbound_ranges, outbound_ports, .. } = &self.selections;
+        outbound_ranges.selects(|range| range.contains(&ip))
+            && port.is_none_or(|port| outbound_ports.selects(|ports| ports.contains(port)))
+    }
+
+    /// Whether a plaintext call to this port of the pod, where that is known, from this address is
+    /// redirected.
+    pub fn redirects_call_from(&self, ip: Option<IpAddr>, port: Option<u16>) -> bool {
+        let Selections { inbound_ports, inbound_sources, .. } = &self.selections;
+        !self.bypass_inbound
+            && ip.is_none_or(|ip| inbound_sources.selects(|range| range.contains(&ip)))
+            && port.is_none_or(|port| inbound_ports.selects(|ports| ports.contains(port)))
     }
 
     /// Whether TCP that arrives on this interface counts as the pod's own.
@@ -135,6 +162,12 @@ impl<T> Selection<T> {
         Self { only: only.map(ordered), except: ordered(except) }
     }
 
+    /// Whether something is selected that `is_in` an entry.
+    fn selects(&self, mut is_in: impl FnMut(&T) -> bool) -> bool {
+        self.only.as_ref().is_none_or(|only| only.iter().any(&mut is_in))
+            && !self.except.iter().any(is_in)
+    }
+
     /// Whether everything is selected.
     pub fn is_all(&self) -> bool {
         self.only.is_none() && self.except.is_empty()
@@ -166,6 +199,11 @@ pub struct Ports {
 }
 
 impl Ports {
+    /// Whether the port is one of them.
+    pub fn contains(self, port: u16) -> bool {
+        (self.first..=self.last).contains(&port)
+    }
+
     /// The range as prefixes: the first port of each, and its number of bits that are not fixed.
     pub fn prefixes(self) -> impl Iterator<Item = (u16, u32)> {
         let (mut first, end) = (u32::from(self.first), u32::from(self.last) + 1);
@@ -310,6 +348,17 @@ impl Settings {
         annotations: &BTreeMap<String, String>,
         last: Option<&Traffic>,
     ) -> (Traffic, Vec<String>) {
+        let (traffic, origins) = self.trace(annotations, last);
+        let problem = |o: Origin| Some(format!("annotation {}: {}", o.annotation, o.problem?));
+        (traffic, origins.into_iter().filter_map(problem).collect())
+    }
+
+    /// The same, with each annotation that was read.
+    pub fn trace(
+        &self,
+        annotations: &BTreeMap<String, String>,
+        last: Option<&Traffic>,
+    ) -> (Traffic, Vec<Origin>) {
         let absent = Traffic {
             dns_capture: self.dns_capture,
             selections: self.defaults.clone(),
@@ -320,7 +369,7 @@ impl Settings {
             sidecar: self.sidecar_annotations,
             last: last.unwrap_or(&absent),
             absent: &absent,
-            problems: Vec::new(),
+            origins: Vec::new(),
         };
         let traffic = Traffic {
             bypass_inbound: reader
@@ -342,8 +391,20 @@ impl Settings {
                     .selection("InboundSourceIPRanges", parse_range, |s| s.inbound_sources.clone()),
             },
         };
-        (traffic, reader.problems)
+        (traffic, reader.origins)
     }
+}
+
+/// An annotation of a pod that was read.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Origin {
+    /// Its key.
+    pub annotation: String,
+    /// Its value.
+    pub value: String,
+    /// Why that cannot be used; what the pod said before holds.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub problem: Option<String>,
 }
 
 struct Reader<'a> {
@@ -351,7 +412,7 @@ struct Reader<'a> {
     sidecar: bool,
     last: &'a Traffic,
     absent: &'a Traffic,
-    problems: Vec<String>,
+    origins: Vec<Origin>,
 }
 
 impl Reader<'_> {
@@ -361,14 +422,13 @@ impl Reader<'_> {
         parse: impl FnOnce(&str) -> Result<T, String>,
         of: impl Fn(&Traffic) -> T,
     ) -> T {
-        match self.annotations.get(name).map(|value| parse(value)) {
-            Some(Ok(value)) => value,
-            Some(Err(problem)) => {
-                self.problems.push(format!("annotation {name}: {problem}"));
-                of(self.last)
-            }
-            None => of(self.absent),
-        }
+        let Some(value) = self.annotations.get(name) else { return of(self.absent) };
+        let (read, problem) = match parse(value) {
+            Ok(read) => (read, None),
+            Err(problem) => (of(self.last), Some(problem)),
+        };
+        self.origins.push(Origin { annotation: name.to_owned(), value: value.clone(), problem });
+        read
     }
 
     fn selection<T: Clone + Entry>(

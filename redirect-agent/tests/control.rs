@@ -19,6 +19,7 @@ use redirect_agent::{
     control::{
         Agent, Answer, Client, OverrideRequest, PauseRequest, Remaining, Server, StatusRequest,
     },
+    explain::{self, Explanation},
     membership::{Decision, PodKey, Reason},
     output::Status,
     overrides::{Change, Mode, Store, Target},
@@ -47,6 +48,10 @@ impl Agent for Overridden {
             problems: Vec::new(),
             pods: Vec::new(),
         })
+    }
+
+    async fn explain(&self, request: explain::Request) -> anyhow::Result<Explanation> {
+        anyhow::bail!("asked for {} and {:?}", request.pod, request.to.map(String::from))
     }
 
     fn remaining(&self) -> anyhow::Result<Remaining> {
@@ -201,6 +206,9 @@ async fn a_request_that_makes_no_sense_is_refused_and_nothing_changes() {
         ("/pause", r#"{"for_seconds":-1}"#, "400"),
         ("/status", r#"{"targets":["../etc"]}"#, "400"),
         ("/status", r#"{"selector":"a within (b)"}"#, "400"),
+        ("/explain", r#"{"pod":"cart"}"#, "400"),
+        ("/explain", r#"{"pod":"shop/cart","to":"shop"}"#, "400"),
+        ("/explain", r#"{"pod":"shop/cart","to":"10.0.0.2:80"}"#, "500"),
         ("/remaining", "{}", "405"),
         ("/nowhere", "{}", "404"),
     ] {

@@ -69,6 +69,7 @@ fn everything() -> Status {
         problems: vec![Problem {
             object: "a.yaml, document 2".to_owned(),
             message: "a line\nthat \u{1b}[2J moves the cursor".to_owned(),
+            ..Problem::default()
         }],
         pods: vec![
             PodStatus {

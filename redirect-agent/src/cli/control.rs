@@ -4,7 +4,15 @@ use std::{path::PathBuf, time::Duration};
 
 use clap::Args;
 
-use crate::{control::DEFAULT_SOCKET, output::Format, overrides::Target, selector::LabelSelector};
+use super::namespace;
+use crate::{
+    control::DEFAULT_SOCKET,
+    explain::To,
+    membership::{DEFAULT_EXCLUDED_NAMESPACE, PodKey},
+    output::{Format, TextFormat},
+    overrides::Target,
+    selector::LabelSelector,
+};
 
 /// How to reach the agent.
 #[derive(Clone, Debug, Args)]
@@ -150,6 +158,50 @@ pub struct StatusArgs {
     /// How to print it.
     #[arg(short, long, value_name = "FORMAT", default_value = "table")]
     pub output: Format,
+    /// See [`ControlSocket`].
+    #[command(flatten)]
+    pub control: ControlSocket,
+}
+
+/// `explain`
+#[derive(Debug, Args)]
+#[command(after_long_help = "\
+Examples:
+  redirect-agent explain shop/cart
+  redirect-agent explain shop/web shop/cart:8080
+  redirect-agent explain shop/web 10.0.0.7:5432 -o json
+  redirect-agent explain shop/cart --file manifests.yaml
+
+Says rule by rule why the pod is in the mesh or not, what the kernel and the proxy have for it,
+where its application listens, how a call goes, and who has to act when it fails: the
+configuration, the redirector, the proxy, the application or the network. The exit status is 0
+when the pod is known; with --exit-code, only when nothing wrong was found, too.")]
+pub struct ExplainArgs {
+    /// The pod, or the one that calls.
+    #[arg(value_name = "NAMESPACE/POD")]
+    pub pod: PodKey,
+    /// What it calls: NAMESPACE/POD or an address, with a port where that matters.
+    #[arg(value_name = "NAMESPACE/POD[:PORT]|ADDRESS[:PORT]", conflicts_with = "file")]
+    pub to: Option<To>,
+    /// Ask these manifests, a file or a directory, and no agent: what will be decided for the pod, or for
+    /// those of a Deployment of that name.
+    #[arg(short, long, value_name = "PATH")]
+    pub file: Option<PathBuf>,
+    /// Namespaces that are never in the mesh, for --file.
+    #[arg(
+        long,
+        value_name = "NAMESPACE,…",
+        value_delimiter = ',',
+        default_value = DEFAULT_EXCLUDED_NAMESPACE,
+        value_parser = namespace
+    )]
+    pub excluded_namespaces: Vec<String>,
+    /// Fail when something wrong was found.
+    #[arg(long)]
+    pub exit_code: bool,
+    /// How to print it.
+    #[arg(short, long, value_name = "FORMAT", default_value = "text")]
+    pub output: TextFormat,
     /// See [`ControlSocket`].
     #[command(flatten)]
     pub control: ControlSocket,

@@ -10,7 +10,8 @@ use clap_complete::Shell;
 use ipnet::IpNet;
 
 pub use self::control::{
-    AutoArgs, ControlSocket, EnrollArgs, For, PauseArgs, ResumeArgs, StatusArgs, UnenrollArgs,
+    AutoArgs, ControlSocket, EnrollArgs, ExplainArgs, For, PauseArgs, ResumeArgs, StatusArgs,
+    UnenrollArgs,
 };
 use crate::{
     cni::{self, entry::DaemonSet, install},
@@ -35,6 +36,7 @@ Examples:
   redirect-agent check
   redirect-agent run
   redirect-agent status
+  redirect-agent explain shop/web shop/cart:8080
   redirect-agent unenroll shop/cart --for 10m
 
 The commands that change something are harmless when they are repeated. The exit status is 0 for
@@ -67,6 +69,8 @@ pub enum Command {
     Resume(ResumeArgs),
     /// Shows every pod of this node: in the mesh or not, why, and what the kernel has for it.
     Status(StatusArgs),
+    /// Says why a pod is in the mesh or not, how a call goes, and who has to act when it fails.
+    Explain(ExplainArgs),
     /// Says whether this node can run the agent.
     Check(CheckArgs),
     /// Puts every pod of this node back and removes all that the agent keeps in the kernel, and its CNI

@@ -10,9 +10,11 @@ use tokio::time::sleep;
 
 use super::print;
 use crate::{
-    cli::{For, PauseArgs, StatusArgs},
+    cli::{ExplainArgs, For, PauseArgs, StatusArgs},
     control::{Answer, Client, OverrideRequest, PauseRequest, StatusRequest},
-    output::{self, Format, PodStatus, Status},
+    explain::{self, Area, Place},
+    membership::Config,
+    output::{self, Format, PodStatus, Status, TextFormat},
     overrides::{Mode, Target},
 };
 
@@ -144,4 +146,34 @@ async fn watch(
 
 fn by_name(status: Status) -> BTreeMap<(String, String), PodStatus> {
     status.pods.into_iter().map(|pod| ((pod.namespace.clone(), pod.name.clone()), pod)).collect()
+}
+
+pub(super) async fn explain(args: ExplainArgs) -> Result<()> {
+    let explanation = match &args.file {
+        Some(path) => {
+            let excluded_namespaces = args.excluded_namespaces.into_iter().collect();
+            let membership = Config { excluded_namespaces, selectors: None };
+            explain::file::explain(path, &args.pod, &membership)?
+        }
+        None => {
+            let request = explain::Request { pod: args.pod, to: args.to };
+            Client::new(args.control.control_socket).explain(&request).await?
+        }
+    };
+    let text = match args.output {
+        TextFormat::Text => explain::text(&explanation),
+        TextFormat::Json => output::json(&explanation)?,
+    };
+    print(text.as_bytes())?;
+    let called = explanation.to.as_ref().and_then(|to| to.pod.as_ref());
+    for pod in [Some(&explanation.pod), called].into_iter().flatten() {
+        if pod.place == Place::Unknown {
+            bail!("there is no pod {}", pod.name);
+        }
+    }
+    let verdict = &explanation.verdict;
+    if args.exit_code && verdict.area != Area::None {
+        bail!("{}: {}", verdict.area.as_str(), verdict.cause.as_str());
+    }
+    Ok(())
 }

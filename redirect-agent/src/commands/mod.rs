@@ -25,7 +25,7 @@ use tokio::{
 use tokio_util::sync::CancellationToken;
 use tracing::{info, warn};
 
-use self::control::{pause, put, status, tell};
+use self::control::{explain, pause, put, status, tell};
 use crate::{
     agent,
     cli::{
@@ -86,6 +86,7 @@ pub async fn execute(command: Command) -> Result<()> {
             tell(&answer, "the labels and overrides decide again", "the node was not paused")
         }
         Command::Status(args) => status(args).await,
+        Command::Explain(args) => explain(args).await,
         Command::Check(args) => check(&args),
         Command::Cleanup(args) => cleanup(&args),
         Command::Takeover(args) => take_over(args).await,

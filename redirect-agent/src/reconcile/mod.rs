@@ -6,6 +6,7 @@
 //! starts is no special case.
 
 mod admission;
+mod look;
 mod observe;
 mod plan;
 mod pod;
@@ -28,19 +29,23 @@ use tokio::{
 use tokio_util::{sync::CancellationToken, task::TaskTracker};
 use tracing::warn;
 
-pub use self::admission::Admission;
+pub use self::{
+    admission::Admission,
+    look::{Found, Kernel, Look},
+};
 use self::{plan::Standing, pod::PodTask};
 use crate::{
     cni::records::{Sandbox, Sandboxes},
     control::Remaining,
     dataplane::{Dataplane, Part, PodNetns},
     finder::Finder,
+    journal::Journal,
     membership::{self, Decision, Pod, PodKey, decide},
     metrics::Metrics,
     netns::{self, Netns},
     output::{KernelStatus, OverrideStatus, PodState, PodStatus},
     overrides::{Overrides, Store},
-    source::{Inventory, Source},
+    source::{Event, Inventory, Source},
     traffic::{self, Traffic},
     zds,
 };
@@ -114,8 +119,16 @@ struct Shared<S> {
     zds: zds::Handle,
     metrics: Metrics,
     views: Arc<Views>,
+    journal: Journal,
     /// The tasks are to stop where they are.
     stop: CancellationToken,
+}
+
+impl<S: Source> Shared<S> {
+    fn record(&self, pod: &Pod, event: Event) {
+        self.journal.note(&pod.key, &event);
+        self.source.record(pod, event);
+    }
 }
 
 impl<S> Shared<S> {
@@ -228,7 +241,8 @@ impl<S: Source> Reconciler<S> {
         let inventory = source.inventory();
         let judge = Judge { membership: settings.membership.clone(), overrides };
         let (views, stop) = (Arc::default(), CancellationToken::new());
-        let shared = Shared { settings, source, dataplane, zds, metrics, views, stop };
+        let journal = Journal::default();
+        let shared = Shared { settings, source, dataplane, zds, metrics, views, journal, stop };
         Self {
             shared: Arc::new(shared),
             judge,

@@ -13,7 +13,7 @@ use super::{
 };
 use crate::{
     dataplane::{Dataplane, Deaf, Observation, Part, PodNetns, Watch},
-    source::{ANNOTATION_REDIRECTION, EventKind, Redirection, Source},
+    source::{ANNOTATION_REDIRECTION, Event, EventKind, Redirection, Source},
 };
 
 /// Why a pod that istio-cni redirects is left alone.
@@ -173,10 +173,13 @@ impl<S: Source> PodTask<S> {
         for part in missing {
             self.shared.metrics.drifted(part.kind.as_str());
         }
+        let repaired = missing.iter().map(|part| part.kind).collect();
         let missing: Vec<String> = missing.iter().map(Part::to_string).collect();
         warn!(pod = %self.key, ?missing, "repairing what was changed behind the agent's back");
         let missing = missing.join(", ");
-        self.record(EventKind::Repaired, format!("missing in the pod, and put back: {missing}"));
+        let message = format!("missing in the pod, and put back: {missing}");
+        let event = Event { repaired, ..Event::new(EventKind::Repaired, message) };
+        self.shared.record(&self.pod, event);
     }
 
     /// The pod's namespace, with the addresses that it has now.

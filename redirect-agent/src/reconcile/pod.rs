@@ -372,7 +372,7 @@ impl<S: Source> PodTask<S> {
     }
 
     pub(super) fn record(&self, kind: EventKind, message: String) {
-        self.shared.source.record(&self.pod, Event::new(kind, message));
+        self.shared.record(&self.pod, Event::new(kind, message));
     }
 
     pub(super) fn decision_code(&self) -> u32 {

@@ -5,26 +5,28 @@
 //! used keeps its last good version and becomes a [`Problem`], so that a slip of the editor never
 //! takes a pod out of the mesh.
 
+mod manifests;
+
 use std::{
     collections::{BTreeMap, BTreeSet, btree_map::Entry},
     ffi::OsStr,
-    fmt, fs, io,
+    fs, io,
     path::{Path, PathBuf},
     sync::Arc,
     time::{Duration, Instant},
 };
 
 use anyhow::Context as _;
-use k8s_openapi::api::core::v1 as k8s;
 use notify::Watcher as _;
-use serde::de::DeserializeOwned;
 use serde_json::Value;
 use tokio::sync::{Notify, watch};
 use tokio_util::sync::CancellationToken;
 use tracing::{debug, info, warn};
 
+pub use self::manifests::Manifests;
+use self::manifests::{Found, Object, interpret, parse};
 use super::{
-    ANNOTATION_REDIRECTION, Event, Inventory, Problem, Redirection, Source, report,
+    ANNOTATION_REDIRECTION, Event, Inventory, Problem, Redirection, Source, Whom, report,
     without_conflicts,
 };
 use crate::membership::{Namespace, Pod, PodKey};
@@ -193,6 +195,34 @@ impl Source for DirSource {
         }
     }
 
+    /// By reading the directory: what other nodes have is not kept.
+    async fn find(&self, whom: &Whom) -> anyhow::Result<Option<Pod>> {
+        let (dir, whom) = (self.dir.clone(), whom.clone());
+        tokio::task::spawn_blocking(move || {
+            let mut names = list(&dir).with_context(|| format!("list {}", dir.display()))?;
+            names.retain(|name| is_manifest(name));
+            names.sort();
+            for name in names {
+                // What is wrong with a file is an inventory's problem.
+                let Ok(manifests) = Manifests::read(&dir.join(name)) else { continue };
+                if let Some(mut pod) = manifests.pods.into_values().find(|pod| whom.is(pod)) {
+                    let said = fs::read_to_string(dir.join(STATUS_DIR).join(status_file(&pod.key)));
+                    let states = [Redirection::Enabled, Redirection::Pending];
+                    let state = states
+                        .into_iter()
+                        .find(|state| said.as_ref().is_ok_and(|text| *text == patch(*state)));
+                    let annotation = state.map(|state| state.as_str().to_owned());
+                    pod.annotations
+                        .extend(annotation.map(|value| (ANNOTATION_REDIRECTION.to_owned(), value)));
+                    return Ok(Some(pod));
+                }
+            }
+            Ok(None)
+        })
+        .await
+        .context("read the manifests")?
+    }
+
     fn record(&self, pod: &Pod, event: Event) {
         debug!(pod = %pod.key, event = event.kind.as_str(), "{}", event.message);
     }
@@ -248,36 +278,6 @@ struct File {
     missing: Option<Instant>,
 }
 
-#[derive(Clone, Debug)]
-enum Object {
-    Namespace(Namespace),
-    Pod(Pod),
-}
-
-#[derive(Clone, Debug, PartialEq, Eq, PartialOrd, Ord)]
-enum ObjectId {
-    Namespace(String),
-    Pod(PodKey),
-}
-
-impl Object {
-    fn id(&self) -> ObjectId {
-        match self {
-            Object::Namespace(namespace) => ObjectId::Namespace(namespace.name.clone()),
-            Object::Pod(pod) => ObjectId::Pod(pod.key.clone()),
-        }
-    }
-}
-
-impl fmt::Display for ObjectId {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        match self {
-            ObjectId::Namespace(name) => write!(f, "namespace {name}"),
-            ObjectId::Pod(key) => write!(f, "pod {key}"),
-        }
-    }
-}
-
 impl Scanner {
     /// Brings the inventory up to date; `false` when a file should be looked at again soon.
     fn scan(&mut self) -> bool {
@@ -300,6 +300,7 @@ impl Scanner {
             Err(error) => problems.push(Problem {
                 object: self.dir.display().to_string(),
                 message: format!("read the directory: {error}; what was in it stays in force"),
+                ..Problem::default()
             }),
         }
         // Only then is a pod that is in no manifest known to be gone.
@@ -335,6 +336,7 @@ impl Scanner {
             problems.extend(file.problems.iter().map(|(place, message)| Problem {
                 object: place_in(name, place),
                 message: message.clone(),
+                ..Problem::default()
             }));
             for (place, object) in &file.objects {
                 match places.entry(object.id()) {
@@ -352,6 +354,7 @@ impl Scanner {
                             first.key(),
                             first.get()
                         ),
+                        ..Problem::default()
                     }),
                 }
             }
@@ -471,94 +474,4 @@ impl File {
             }
         }
     }
-}
-
-/// The documents of a file; those that are empty are left out.
-fn parse(content: &[u8], is_json: bool) -> Result<Vec<Value>, String> {
-    let documents = if is_json {
-        serde_json::Deserializer::from_slice(content)
-            .into_iter::<Value>()
-            .collect::<Result<Vec<Value>, _>>()
-            .map_err(|error| error.to_string())?
-    } else {
-        let options = serde_saphyr::options! { with_snippet: false };
-        serde_saphyr::from_slice_multiple_with_options(content, options)
-            .map_err(|error| error.to_string())?
-    };
-    Ok(documents.into_iter().filter(|document| !document.is_null()).collect())
-}
-
-/// A Namespace or a Pod, or why there should be one and is none.
-struct Found {
-    /// Where in the file, for the operator.
-    place: String,
-    /// Whose it is, as far as that can be told.
-    id: Option<ObjectId>,
-    object: Result<Object, String>,
-}
-
-/// Finds the Namespaces and Pods of a document.
-///
-/// The items of a `PodList` need not say what they are; `kind` says it for them.
-fn interpret(place: String, document: &Value, kind: Option<&str>, found: &mut Vec<Found>) {
-    let text = |field: &str| document.get(field).and_then(Value::as_str);
-    let mut wrong = |place: &str, id, error: String| {
-        found.push(Found { place: place.to_owned(), id, object: Err(error) });
-    };
-    let (api, kind) = match (text("apiVersion"), text("kind"), kind) {
-        (Some(api), Some(kind), _) => (api, kind),
-        (_, _, Some(kind)) => ("v1", kind),
-        _ => {
-            wrong(
-                &place,
-                None,
-                "it is no Kubernetes object: it lacks apiVersion or kind".to_owned(),
-            );
-            return;
-        }
-    };
-    match (api, kind) {
-        ("v1", "List" | "PodList" | "NamespaceList") => {
-            let Some(items) = document.get("items").and_then(Value::as_array) else {
-                wrong(&place, None, format!("read items of the {kind}: there are none"));
-                return;
-            };
-            let item_kind = kind.strip_suffix("List").filter(|kind| !kind.is_empty());
-            for (index, item) in items.iter().enumerate() {
-                interpret(format!("{place}, item {}", index + 1), item, item_kind, found);
-            }
-        }
-        ("v1", "Namespace") => {
-            let name = document.pointer("/metadata/name").and_then(Value::as_str);
-            let object = decode::<k8s::Namespace>(document)
-                .and_then(|n| Namespace::try_from(&n).map_err(|error| error.to_string()))
-                .map(Object::Namespace);
-            let id = name.map(|name| ObjectId::Namespace(name.to_owned()));
-            found.push(Found { place: with_name(place, &id), id, object });
-        }
-        ("v1", "Pod") => {
-            let text = |field: &str| {
-                document.get("metadata").and_then(|m| m.get(field)).and_then(Value::as_str)
-            };
-            let key = text("name")
-                .and_then(|name| PodKey::new(text("namespace").unwrap_or("default"), name).ok());
-            let object = decode::<k8s::Pod>(document)
-                .and_then(|pod| Pod::try_from(&pod).map_err(|error| error.to_string()))
-                .map(Object::Pod);
-            let id = key.map(ObjectId::Pod);
-            found.push(Found { place: with_name(place, &id), id, object });
-        }
-        _ => {}
-    }
-}
-
-fn with_name(place: String, id: &Option<ObjectId>) -> String {
-    match id {
-        Some(id) => format!("{place} ({id})"),
-        None => place,
-    }
-}
-
-fn decode<T: DeserializeOwned>(document: &Value) -> Result<T, String> {
-    T::deserialize(document).map_err(|error| format!("read it: {error}"))
 }

@@ -6,7 +6,10 @@ use serde::{Deserialize, Serialize};
 use tokio::sync::watch;
 use tracing::{info, warn};
 
-use crate::membership::{Namespace, Pod, PodKey};
+use crate::{
+    dataplane::PartKind,
+    membership::{Namespace, Pod, PodKey},
+};
 
 pub mod dir;
 pub mod kube;
@@ -27,12 +30,26 @@ pub struct Inventory {
 }
 
 /// Something in the source that cannot be used; it affects nothing but the object it names.
-#[derive(Clone, Debug, PartialEq, Eq, PartialOrd, Ord, Serialize, Deserialize)]
+#[derive(Clone, Debug, Default, PartialEq, Eq, PartialOrd, Ord, Serialize, Deserialize)]
 pub struct Problem {
     /// The object: a file, a document of it, or a pod.
     pub object: String,
     /// What is wrong with it, and what the agent does about it.
     pub message: String,
+    /// Set when it is that two pods have the same.
+    #[serde(skip)]
+    pub conflict: Option<Box<Conflict>>,
+}
+
+/// Two pods that have the same uid, or the same address.
+#[derive(Clone, Debug, PartialEq, Eq, PartialOrd, Ord)]
+pub struct Conflict {
+    /// The pod that cannot have it, or has changed into it.
+    pub pod: PodKey,
+    /// The pod that has it.
+    pub holder: PodKey,
+    /// What both have: `its address 10.0.0.2`.
+    pub what: String,
 }
 
 impl fmt::Display for Problem {
@@ -89,9 +106,41 @@ pub trait Source: Send + Sync + 'static {
         false
     }
 
+    /// What is said of `pod` now.
+    fn published(&self, pod: &Pod) -> Option<Redirection> {
+        let states = [Redirection::Enabled, Redirection::Pending];
+        states.into_iter().find(|state| self.is_published(pod, Some(*state)))
+    }
+
+    /// Asks for a pod of any node.
+    ///
+    /// # Errors
+    ///
+    /// When it cannot be told whether there is one.
+    fn find(&self, whom: &Whom) -> impl Future<Output = anyhow::Result<Option<Pod>>> + Send;
+
     /// Tells whoever looks at `pod` what happened to it. It never waits; what cannot be told is
     /// logged, and lost.
     fn record(&self, pod: &Pod, event: Event);
+}
+
+/// A pod that is asked for.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum Whom {
+    /// By its name.
+    Named(PodKey),
+    /// By an address of its.
+    At(IpAddr),
+}
+
+impl Whom {
+    /// Whether it is this one: one on the node's network has no address of its own.
+    pub fn is(&self, pod: &Pod) -> bool {
+        match self {
+            Whom::Named(key) => pod.key == *key,
+            Whom::At(ip) => !pod.host_network && !pod.phase.is_finished() && pod.ips.contains(ip),
+        }
+    }
 }
 
 /// Something that happened to a pod.
@@ -101,17 +150,19 @@ pub struct Event {
     pub kind: EventKind,
     /// The particulars, in a sentence for people.
     pub message: String,
+    /// What was put back, where that is what happened.
+    pub repaired: Vec<PartKind>,
 }
 
 impl Event {
     /// An event of this kind.
     pub fn new(kind: EventKind, message: impl Into<String>) -> Event {
-        Event { kind, message: message.into() }
+        Event { kind, message: message.into(), repaired: Vec::new() }
     }
 }
 
 /// The kinds of [`Event`].
-#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash, Serialize, Deserialize)]
 pub enum EventKind {
     /// The pod is in the mesh now.
     Enrolled,
@@ -123,6 +174,10 @@ pub enum EventKind {
     Repaired,
     /// An annotation of the pod has a value that cannot be used.
     InvalidAnnotation,
+    /// An annotation of the pod, or a label of its or of its namespace, is none that anybody knows.
+    UnknownWord,
+    /// An operator has said on the node that the pod is in the mesh, or not, or taken that back.
+    Overridden,
 }
 
 impl EventKind {
@@ -134,12 +189,14 @@ impl EventKind {
             EventKind::EnrolmentFailed => "EnrolmentFailed",
             EventKind::Repaired => "Repaired",
             EventKind::InvalidAnnotation => "InvalidAnnotation",
+            EventKind::UnknownWord => "UnknownWord",
+            EventKind::Overridden => "Overridden",
         }
     }
 
     /// Whether somebody should look at it.
     pub fn is_warning(self) -> bool {
-        !matches!(self, EventKind::Enrolled | EventKind::Unenrolled)
+        !matches!(self, EventKind::Enrolled | EventKind::Unenrolled | EventKind::Overridden)
     }
 }
 
@@ -177,7 +234,8 @@ pub fn without_conflicts(
     for pod in incumbents.into_iter().chain(newcomers) {
         let pod = match claims.claim(&pod) {
             Ok(()) => pod,
-            Err(conflict) => {
+            Err((holder, what)) => {
+                let conflict = Conflict { pod: pod.key.clone(), holder, what };
                 let old = previous
                     .get(&pod.key)
                     .filter(|old| old.kubelet_uid() == pod.kubelet_uid())
@@ -185,12 +243,15 @@ pub fn without_conflicts(
                 problems.push(Problem {
                     object: format!("pod {}", pod.key),
                     message: format!(
-                        "{conflict}; {}",
+                        "{} is that of pod {}, too; {}",
+                        conflict.what,
+                        conflict.holder,
                         match old {
                             Some(_) => "this pod stays as it was before",
                             None => "this pod is left alone until one of the two changes",
                         }
                     ),
+                    conflict: Some(Box::new(conflict)),
                 });
                 match old {
                     Some(old) => old.clone(),
@@ -211,17 +272,17 @@ struct Claims {
 }
 
 impl Claims {
-    /// Records what `pod` has, or nothing when another pod has some of it.
-    fn claim(&mut self, pod: &Pod) -> Result<(), String> {
+    /// Records what `pod` has, or nothing when another pod has some of it: which one, and what.
+    fn claim(&mut self, pod: &Pod) -> Result<(), (PodKey, String)> {
         let uid = pod.kubelet_uid();
         if let Some(other) = self.uids.get(uid) {
-            return Err(format!("its uid {uid} is that of pod {other}, too"));
+            return Err((other.clone(), format!("its uid {uid}")));
         }
         let ips: &[IpAddr] =
             if pod.host_network || pod.phase.is_finished() { &[] } else { &pod.ips };
         for ip in ips {
             if let Some(other) = self.addresses.get(ip) {
-                return Err(format!("its address {ip} is that of pod {other}, too"));
+                return Err((other.clone(), format!("its address {ip}")));
             }
         }
         self.uids.insert(uid.to_owned(), pod.key.clone());

@@ -17,7 +17,7 @@ mod state;
 #[cfg(test)]
 mod tests;
 
-use std::{collections::BTreeMap, fmt, path::PathBuf, sync::Arc};
+use std::{collections::BTreeMap, fmt, path::PathBuf, sync::Arc, time::SystemTime};
 
 use serde::{Deserialize, Serialize};
 
@@ -204,6 +204,15 @@ pub enum Event {
         /// What it did.
         reason: String,
     },
+}
+
+/// No proxy is connected.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Away {
+    /// Since then: when the last one went, or when the server began to listen.
+    pub since: SystemTime,
+    /// What the last one did; `None`: none has been connected since the server began to listen.
+    pub reason: Option<String>,
 }
 
 /// The server as an operator wants to see it.

@@ -6,7 +6,7 @@ use std::{
     path::{Path, PathBuf},
     pin::pin,
     sync::{Arc, Mutex, MutexGuard, PoisonError},
-    time::Duration,
+    time::{Duration, SystemTime},
 };
 
 use tokio::{
@@ -17,8 +17,8 @@ use tokio::{
 use tracing::{error, info, warn};
 
 use super::{
-    AddError, AddOutcome, Answer, BindError, Deleted, Event, Fault, ProxyId, ProxyStatus, Workload,
-    WorkloadStatus, ZdsStatus, messages,
+    AddError, AddOutcome, Answer, Away, BindError, Deleted, Event, Fault, ProxyId, ProxyStatus,
+    Workload, WorkloadStatus, ZdsStatus, messages,
     socket::{Connection, Listener, within},
     state::{Netns, Standing, State},
 };
@@ -40,6 +40,7 @@ struct Shared {
     changed: watch::Sender<()>,
     events: broadcast::Sender<Event>,
     socket: PathBuf,
+    started: SystemTime,
 }
 
 impl Shared {
@@ -94,6 +95,7 @@ impl Server {
             changed: watch::Sender::default(),
             events: broadcast::Sender::new(EVENTS),
             socket: listener.path().to_owned(),
+            started: SystemTime::now(),
         };
         let admit = Admit(Arc::new(|_| Ok(())));
         Ok(Self { listener, shared: Arc::new(shared), deadline: DEADLINE, admit })
@@ -356,6 +358,18 @@ impl Handle {
     /// Whether a proxy may serve the workload, or will.
     pub fn knows(&self, uid: &str) -> bool {
         self.shared.state().known().any(|known| known.workload.uid == uid)
+    }
+
+    /// Since when no proxy is connected; `None` while one is.
+    pub fn away(&self) -> Option<Away> {
+        let state = self.shared.state();
+        if !state.proxies().is_empty() {
+            return None;
+        }
+        Some(match state.away() {
+            Some((since, reason)) => Away { since, reason: Some(reason.to_owned()) },
+            None => Away { since: self.shared.started, reason: None },
+        })
     }
 
     /// The proxies and workloads of this moment.

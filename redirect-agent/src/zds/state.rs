@@ -15,7 +15,7 @@ use std::{
     collections::{BTreeMap, VecDeque},
     os::fd::OwnedFd,
     sync::Arc,
-    time::Instant,
+    time::{Instant, SystemTime},
 };
 
 use nix::sys::stat::fstat;
@@ -190,6 +190,8 @@ pub(super) struct State {
     last_proxy: u64,
     /// The proxy that went away last, and why.
     last_gone: Option<(ProxyId, String)>,
+    /// When that was.
+    last_gone_at: Option<SystemTime>,
 }
 
 impl State {
@@ -207,6 +209,12 @@ impl State {
 
     pub(super) fn last_gone(&self) -> Option<&(ProxyId, String)> {
         self.last_gone.as_ref()
+    }
+
+    /// When the last proxy went away, and why; `None` where none was ever connected.
+    pub(super) fn away(&self) -> Option<(SystemTime, &str)> {
+        let (_, reason) = self.last_gone.as_ref()?;
+        Some((self.last_gone_at?, reason))
     }
 
     /// Makes a workload known; with `netns` None it keeps the one that it has, if any.
@@ -325,6 +333,7 @@ impl State {
         self.proxies.retain(|proxy| proxy.id != id);
         let reason = fault.to_string();
         self.last_gone = Some((id, reason.clone()));
+        self.last_gone_at = Some(SystemTime::now());
         Event::ProxyGone { id, reason }
     }
 

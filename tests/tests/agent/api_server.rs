@@ -2,6 +2,7 @@
 //! tested on its own (`tests/kube`).
 
 use anyhow::{Context as _, Result, ensure};
+use redirect_agent::explain::{Cause, Explanation, Place};
 use redirect_agent::output::PodState;
 use redirect_tests::apiserver::{ApiServer, Kind};
 use redirect_tests::app::Call;
@@ -341,5 +342,38 @@ fn agent_that_waits_for_the_api_server_says_so() -> Result<()> {
         Ok((get(address, "/readyz")? == (200, "[+] pods\n".to_owned())).then_some(()))
     })?;
     node.tell("pause", &[])?;
+    Ok(())
+}
+
+/// Labels of a namespace that decide nothing are not kept, but for those that look as if they did.
+#[test]
+fn misspelt_labels_are_events_and_a_pod_of_another_node_is_asked_for() -> Result<()> {
+    let managed = Managed::start()?;
+    let Cluster { node, server, client, .. } = &managed.cluster;
+    let mut shop = Manifest::of_namespace("shop").object();
+    shop["metadata"]["labels"] = json!({"istio.io/dataplane-mod": "ambient", "team": "a"});
+    managed.api.put(Kind::Namespace, shop);
+    managed.put(&Manifest::of(server));
+    let note = managed.wait_for_event(server, "UnknownWord")?;
+    let expected = "label istio.io/dataplane-mod of namespace shop says nothing; is \
+                    istio.io/dataplane-mode meant?";
+    assert_eq!(note, expected);
+
+    managed.put(&Manifest::of(client).with("/status", "podIP", json!(client.v4)));
+    managed.api.edit(Kind::Pod, "shop", "client", |pod| {
+        pod["metadata"]["annotations"][REDIRECTION] = "enabled".into();
+    });
+    let at = client.addr(Family::V4, 8080).to_string();
+    for called in [client.to_string(), at] {
+        let json = node.tell("explain", &[&server.to_string(), &called, "-o", "json"])?;
+        let explained: Explanation = serde_json::from_str(&json).context("read explain")?;
+        assert_eq!(explained.verdict.cause, Cause::MisspeltLabelKey);
+        let pod = explained.to.and_then(|to| to.pod).context("no pod")?;
+        assert_eq!((pod.place, pod.name), (Place::OtherNode, client.to_string()));
+        assert_eq!(
+            (pod.node.as_deref(), pod.redirection.as_deref()),
+            (Some("node1"), Some("enabled"))
+        );
+    }
     Ok(())
 }

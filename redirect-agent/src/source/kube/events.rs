@@ -151,7 +151,7 @@ impl Scribe {
     }
 
     async fn tell(&mut self, uid: String, pod: &ObjectReference, event: Event, now: Instant) {
-        let Event { kind, message } = event;
+        let Event { kind, message, .. } = event;
         let series = self.series.entry((uid, kind)).or_insert_with(|| Series {
             message: message.clone(),
             recorder: Recorder::new(self.client.clone(), self.reporter.clone()),
@@ -189,7 +189,8 @@ fn action(kind: EventKind) -> &'static str {
         EventKind::Enrolled | EventKind::EnrolmentFailed => "Enrol",
         EventKind::Unenrolled => "Unenrol",
         EventKind::Repaired => "Verify",
-        EventKind::InvalidAnnotation => "Read",
+        EventKind::Overridden => "Override",
+        EventKind::InvalidAnnotation | EventKind::UnknownWord => "Read",
     }
 }
 

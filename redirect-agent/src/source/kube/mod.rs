@@ -25,7 +25,7 @@ use http::Response;
 use k8s_openapi::api::core::v1 as k8s;
 use kube::{
     Api, Client, Error,
-    api::{ApiResource, DynamicObject, PartialObjectMeta, Patch, PatchParams},
+    api::{ApiResource, DynamicObject, ListParams, PartialObjectMeta, Patch, PatchParams},
     client::ClientBuilder,
     config::{KubeConfigOptions, Kubeconfig},
     runtime::watcher,
@@ -44,7 +44,7 @@ use self::{
     events::{Intake, Scribe},
     state::State,
 };
-use super::{ANNOTATION_REDIRECTION, Event, Inventory, Problem, Redirection, Source, report};
+use super::{ANNOTATION_REDIRECTION, Event, Inventory, Problem, Redirection, Source, Whom, report};
 use crate::{
     membership::{self, Pod, is_dns_subdomain},
     metrics::Metrics,
@@ -413,6 +413,27 @@ impl Source for KubeSource {
 
     fn gone_is_deleted(&self) -> bool {
         true
+    }
+
+    /// By `list`, which the agent may. Of a pod's addresses the API server selects by the first.
+    async fn find(&self, whom: &Whom) -> Result<Option<Pod>> {
+        let (pods, field) = match whom {
+            Whom::Named(key) => (
+                Api::<k8s::Pod>::namespaced(self.client.clone(), &key.namespace),
+                format!("metadata.name={}", key.name),
+            ),
+            Whom::At(ip) => {
+                (Api::<k8s::Pod>::all(self.client.clone()), format!("status.podIP={ip}"))
+            }
+        };
+        let params = ListParams::default().fields(&field);
+        let listed = timeout(PATCH_TIMEOUT, pods.list(&params)).await;
+        let listed = listed
+            .map_err(|_| anyhow!("the API server took more than {PATCH_TIMEOUT:?}"))
+            .and_then(|listed| listed.map_err(|error| failure(&error)))
+            .with_context(|| format!("list pods with {field}"))?;
+        let pods = listed.items.iter().filter_map(|pod| Pod::try_from(pod).ok());
+        Ok(pods.into_iter().find(|pod| whom.is(pod)))
     }
 
     fn record(&self, pod: &Pod, event: Event) {

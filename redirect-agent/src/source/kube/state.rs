@@ -168,6 +168,7 @@ impl State {
             .map(|(what, why)| Problem {
                 object: format!("{what} of the API server"),
                 message: format!("{why}; what is known stays in force"),
+                ..Problem::default()
             })
             .collect();
         let mut pods = BTreeMap::new();
@@ -175,6 +176,7 @@ impl State {
             problems.extend(known.problem.iter().map(|problem| Problem {
                 object: format!("pod {name}"),
                 message: problem.clone(),
+                ..Problem::default()
             }));
             pods.extend(known.pod.iter().map(|pod| (pod.key.clone(), pod.clone())));
         }

@@ -1,0 +1,38 @@
+//! The same by manifests alone, without an agent: what will be decided for a pod.
+
+use std::{path::Path, time::SystemTime};
+
+use anyhow::{Context as _, Result};
+
+use super::{Explanation, NodePart, Place, PodPart, decision::Rules, gather::conclude};
+use crate::{
+    membership::{Config, PodKey},
+    source::dir::Manifests,
+    traffic::Settings,
+};
+
+/// Explains what is decided for a pod by the manifests at `path`: a file, or a directory of them. A workload
+/// (a Deployment, say) stands for its pods, by its own name.
+///
+/// # Errors
+///
+/// When a manifest cannot be read.
+pub fn explain(path: &Path, pod: &PodKey, membership: &Config) -> Result<Explanation> {
+    let manifests = Manifests::read(path).with_context(|| format!("read {}", path.display()))?;
+    let rules = Rules { membership, traffic: &Settings::default(), overrides: None };
+    let now = SystemTime::now();
+    let node = NodePart { source: format!("file:{}", path.display()), ..NodePart::default() };
+    let node = NodePart { mesh_namespaces: manifests.mesh_namespaces(), ..node };
+    let pod = match manifests.pods.get(pod) {
+        Some(found) => {
+            let namespace = manifests.namespaces.get(&pod.namespace);
+            PodPart { place: Place::Manifest, ..rules.describe(namespace, found, now) }
+        }
+        None => {
+            let named = manifests.pods.keys().filter(|other| other.name == pod.name);
+            let elsewhere = named.map(PodKey::to_string).collect();
+            PodPart { name: pod.to_string(), elsewhere, ..PodPart::default() }
+        }
+    };
+    Ok(conclude(node, pod, None, now))
+}

@@ -1,0 +1,200 @@
+//! What the running agent knows, and finds, of what is asked.
+
+use std::time::SystemTime;
+
+use anyhow::Result;
+
+use super::{
+    API_VERSION, Destination, Explanation, KernelPart, NodePart, Place, PodPart, Request,
+    decision::Rules, verdict::judge,
+};
+use crate::{
+    membership::{Config, DATAPLANE_MODE_AMBIENT, LABEL_DATAPLANE_MODE, Pod, PodKey},
+    overrides::{Moment, Overrides},
+    reconcile::{Look, Observer},
+    source::{Inventory, Source, Whom},
+    traffic::{Settings, Traffic},
+};
+
+/// Who answers.
+pub struct Answerer<'a, S> {
+    /// The node's name.
+    pub node: &'a str,
+    /// What looks at the pods.
+    pub observer: &'a Observer<S>,
+    /// What decides who is in the mesh.
+    pub membership: &'a Config,
+    /// How annotations are read.
+    pub traffic: &'a Settings,
+    /// What operators have said.
+    pub overrides: &'a Overrides,
+}
+
+impl<S: Source> Answerer<'_, S> {
+    /// Explains.
+    ///
+    /// # Errors
+    ///
+    /// When maps, or the source, cannot be read.
+    pub async fn explain(&self, request: Request) -> Result<Explanation> {
+        let now = SystemTime::now();
+        let inventory = self.observer.inventory();
+        let pod = self.pod(&request.pod, &inventory, now).await?;
+        let to = match request.to {
+            Some(to) => {
+                let pod = match &to.whom {
+                    Whom::Named(key) => Some(self.pod(key, &inventory, now).await?),
+                    Whom::At(_) => self.pod_at(&to.whom, &inventory, now).await?,
+                };
+                Some(Destination { asked: to, pod })
+            }
+            None => None,
+        };
+        Ok(conclude(self.node(&inventory), pod, to, now))
+    }
+
+    fn node(&self, inventory: &Inventory) -> NodePart {
+        let away = self.observer.proxies_away();
+        let labelled = |labels: &std::collections::BTreeMap<String, String>| {
+            labels.get(LABEL_DATAPLANE_MODE).is_some_and(|mode| mode == DATAPLANE_MODE_AMBIENT)
+        };
+        NodePart {
+            name: self.node.to_owned(),
+            source: self.observer.source(),
+            proxies: Some(self.observer.zds().proxies.len()),
+            no_proxy_since: away.as_ref().map(|away| Moment::of(away.since)),
+            last_proxy: away.and_then(|away| away.reason),
+            mesh_namespaces: inventory
+                .namespaces
+                .values()
+                .filter(|namespace| labelled(&namespace.labels))
+                .map(|namespace| namespace.name.clone())
+                .collect(),
+        }
+    }
+
+    fn rules(&self) -> Rules<'_> {
+        let (membership, traffic) = (self.membership, self.traffic);
+        Rules { membership, traffic, overrides: Some(self.overrides) }
+    }
+
+    async fn pod(&self, key: &PodKey, inventory: &Inventory, now: SystemTime) -> Result<PodPart> {
+        if let Some(look) = self.observer.look(key, self.overrides).await? {
+            return Ok(self.here(look, inventory, now));
+        }
+        let conflicts = conflicts(key, inventory);
+        if !conflicts.is_empty() {
+            let (name, place) = (key.to_string(), Place::LeftOut);
+            return Ok(PodPart { name, place, conflicts, ..PodPart::default() });
+        }
+        if let Some(pod) = self.observer.find(&Whom::Named(key.clone())).await? {
+            return Ok(self.on_another_node(&pod, inventory, now));
+        }
+        let named = inventory.pods.keys().filter(|other| other.name == key.name);
+        let elsewhere = named.map(PodKey::to_string).collect();
+        Ok(PodPart { name: key.to_string(), elsewhere, ..PodPart::default() })
+    }
+
+    async fn pod_at(
+        &self,
+        whom: &Whom,
+        inventory: &Inventory,
+        now: SystemTime,
+    ) -> Result<Option<PodPart>> {
+        if let Some(pod) = inventory.pods.values().find(|pod| whom.is(pod)) {
+            return self.pod(&pod.key, inventory, now).await.map(Some);
+        }
+        let found = self.observer.find(whom).await?;
+        Ok(found.map(|pod| self.on_another_node(&pod, inventory, now)))
+    }
+
+    fn on_another_node(&self, pod: &Pod, inventory: &Inventory, now: SystemTime) -> PodPart {
+        let namespace = inventory.namespaces.get(&pod.key.namespace);
+        // Overrides hold on the node where they were given.
+        let rules = Rules { overrides: None, ..self.rules() };
+        PodPart { place: Place::OtherNode, ..rules.describe(namespace, pod, now) }
+    }
+
+    fn here(&self, look: Look, inventory: &Inventory, now: SystemTime) -> PodPart {
+        let namespace = inventory.namespaces.get(&look.pod.key.namespace);
+        let said = self.rules().describe(namespace, &look.pod, now);
+        let key = &look.pod.key;
+        let (found, not_found) = match look.found {
+            Ok(found) => (Some(found), None),
+            Err(why) => (None, Some(why)),
+        };
+        let names =
+            |parts: &[crate::dataplane::Part]| parts.iter().map(ToString::to_string).collect();
+        let kernel = found.as_ref().and_then(|found| {
+            let kernel = found.kernel.as_ref()?;
+            Some(KernelPart {
+                netns: found.netns,
+                captured: kernel.captured,
+                present: names(&kernel.present),
+                missing: names(&kernel.missing),
+                missing_kinds: kernel.missing.iter().map(|part| part.kind).collect(),
+                proxy_does_not_listen: kernel.deaf.iter().map(ToString::to_string).collect(),
+                proxy_dns: kernel.has_dns,
+                istio_cni: kernel.istio_cni,
+            })
+        });
+        PodPart {
+            place: Place::Here,
+            node: Some(self.node.to_owned()),
+            traffic: Some(look.traffic).filter(|traffic| *traffic != Traffic::default()),
+            state: Some(look.state),
+            message: look.problem.or(not_found.filter(|_| look.decision.enrolled)),
+            kernel,
+            proxy: look.answer,
+            missing_addresses: found
+                .as_ref()
+                .map(|f| f.missing_addresses.clone())
+                .unwrap_or_default(),
+            listens: found.map(|found| found.listeners),
+            redirection: look.published.map(|state| state.as_str().to_owned()),
+            counters: look.counters.into_iter().map(|(name, n)| (name.to_owned(), n)).collect(),
+            conflicts: conflicts(key, inventory),
+            history: self.observer.journal().of(key),
+            ..said
+        }
+    }
+}
+
+/// What a pod has that another pod has, too.
+fn conflicts(key: &PodKey, inventory: &Inventory) -> Vec<String> {
+    let conflicts = inventory.problems.iter().filter_map(|problem| problem.conflict.as_deref());
+    conflicts
+        .filter_map(|conflict| {
+            let other = if conflict.pod == *key {
+                &conflict.holder
+            } else if conflict.holder == *key {
+                &conflict.pod
+            } else {
+                return None;
+            };
+            Some(format!("{} is that of pod {other}, too", conflict.what))
+        })
+        .collect()
+}
+
+/// Judges what was gathered.
+pub(super) fn conclude(
+    node: NodePart,
+    pod: PodPart,
+    to: Option<Destination>,
+    now: SystemTime,
+) -> Explanation {
+    let (path, findings) = judge(&node, &pod, to.as_ref(), now);
+    let verdict = findings.first().cloned().unwrap_or_else(|| super::verdict::nothing(&pod));
+    Explanation {
+        api_version: API_VERSION.to_owned(),
+        kind: "Explanation".to_owned(),
+        time: Moment::of(now),
+        node,
+        pod,
+        to,
+        path,
+        findings,
+        verdict,
+    }
+}

@@ -1,0 +1,101 @@
+//! What happened to the pods of this node lately, for whoever asks why: the same as the Events on the pods,
+//! which only the cluster has, and which others may have deleted.
+
+use std::{
+    collections::VecDeque,
+    sync::{Mutex, PoisonError},
+    time::SystemTime,
+};
+
+use serde::{Deserialize, Serialize};
+
+use crate::{
+    dataplane::PartKind,
+    membership::PodKey,
+    overrides::Moment,
+    source::{Event, EventKind},
+};
+
+/// How many entries are kept, of all pods.
+const ENTRIES: usize = 1024;
+
+/// What happened lately, oldest first.
+#[derive(Debug, Default)]
+pub struct Journal(Mutex<VecDeque<(PodKey, Entry)>>);
+
+/// Something that happened to a pod, once or several times in a row.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Entry {
+    /// When first.
+    pub first: Moment,
+    /// When last.
+    pub last: Moment,
+    /// How often.
+    pub count: u32,
+    /// What: the reason of the Event.
+    #[serde(rename = "event")]
+    pub kind: EventKind,
+    /// The particulars.
+    pub message: String,
+    /// What was put back.
+    #[serde(skip)]
+    pub repaired: Vec<PartKind>,
+}
+
+impl Journal {
+    /// Notes what happened to a pod just now.
+    pub fn note(&self, pod: &PodKey, event: &Event) {
+        let now = Moment::of(SystemTime::now());
+        let mut entries = self.0.lock().unwrap_or_else(PoisonError::into_inner);
+        let former = entries.iter_mut().rev().find(|(key, _)| key == pod);
+        if let Some((_, former)) = former
+            && former.kind == event.kind
+            && former.message == event.message
+        {
+            former.last = now;
+            former.count = former.count.saturating_add(1);
+            return;
+        }
+        if entries.len() == ENTRIES {
+            entries.pop_front();
+        }
+        let Event { kind, message, repaired } = event.clone();
+        let entry = Entry { first: now, last: now, count: 1, kind, message, repaired };
+        entries.push_back((pod.clone(), entry));
+    }
+
+    /// What happened to a pod, oldest first.
+    pub fn of(&self, pod: &PodKey) -> Vec<Entry> {
+        let entries = self.0.lock().unwrap_or_else(PoisonError::into_inner);
+        entries.iter().filter(|(key, _)| key == pod).map(|(_, entry)| entry.clone()).collect()
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn repeats_are_counted_and_the_oldest_entries_go() {
+        let journal = Journal::default();
+        let (cart, web): (PodKey, PodKey) =
+            ("shop/cart".parse().unwrap(), "shop/web".parse().unwrap());
+        let repaired = Event {
+            repaired: vec![PartKind::Rule],
+            ..Event::new(EventKind::Repaired, "rule ipv4")
+        };
+        journal.note(&cart, &Event::new(EventKind::Enrolled, "in the mesh"));
+        journal.note(&cart, &repaired);
+        journal.note(&web, &repaired);
+        journal.note(&cart, &repaired);
+        let of = |key| -> Vec<(EventKind, u32)> {
+            journal.of(key).iter().map(|entry| (entry.kind, entry.count)).collect()
+        };
+        assert_eq!(of(&cart), [(EventKind::Enrolled, 1), (EventKind::Repaired, 2)]);
+        assert_eq!(journal.of(&web)[0].repaired, [PartKind::Rule]);
+        for n in 0..ENTRIES {
+            journal.note(&cart, &Event::new(EventKind::Enrolled, n.to_string()));
+        }
+        assert_eq!((journal.of(&web).len(), journal.of(&cart).len()), (0, ENTRIES));
+    }
+}
