@@ -16,24 +16,25 @@ use tokio_util::sync::CancellationToken;
 use tracing::{debug, error, info};
 
 use crate::{
+    announce::Effect,
     cli::SourceSpec,
     cni::{
         entry::Entry,
         install::{self, Installer},
         server::{self as cni, Door},
     },
-    control::{self, Answer, Remaining, StatusRequest},
+    control::{self, Answer, Author, Remaining, StatusRequest},
     dataplane::{self, Dataplane},
     explain::{self, Explanation, gather::Answerer},
     health::{self, Condition},
     latest::Latest,
-    membership::decide,
+    membership::{self, Decision, PodKey, decide},
     metrics::{Metrics, Now},
     output::{PodStatus, Status},
-    overrides::{Change, Store},
+    overrides::{Change, Mode, Moment, Store},
     probes::{self, Probes},
     reconcile::{Admission, Observer, Reconciler, Settings},
-    source::{Problem, Source, dir, kube},
+    source::{Event, EventKind, Problem, Source, dir, kube},
     words::{self, Reading},
     zds,
 };
@@ -401,6 +402,7 @@ impl<S: Source> control::Agent for Agent<S> {
             source: self.waiting.source.clone(),
             waiting: None,
             proxies: 0,
+            no_proxy_since: None,
             pause: overrides.pause(SystemTime::now()),
             probes: self.probes.in_force(),
             problems: Vec::new(),
@@ -420,6 +422,7 @@ impl<S: Source> control::Agent for Agent<S> {
         Ok(Status {
             source: observer.source(),
             proxies: u32::try_from(proxies).unwrap_or(u32::MAX),
+            no_proxy_since: observer.proxies_away().map(|away| Moment::of(away.since)),
             problems: observer.inventory().problems.clone(),
             pods,
             ..unknown
@@ -449,18 +452,73 @@ impl<S: Source> control::Agent for Agent<S> {
         Ok(observer.remaining())
     }
 
-    async fn change(&self, change: Change) -> Result<Answer> {
+    async fn change(&self, change: Change, by: Author) -> Result<Answer> {
         let Some(observer) = self.observer.get() else {
             bail!("it does not know the pods yet: {}", self.waiting.explain());
         };
+        let membership = &self.options.settings.membership;
+        refuse_excluded(&change, membership)?;
         let now = SystemTime::now();
+        let before = self.overrides.current();
         let changed = self.overrides.change(change.clone(), now)?;
+        let after = self.overrides.current();
         let inventory = observer.inventory();
-        let decided = inventory.pods.values().map(|pod| {
-            let namespace = inventory.namespaces.get(&pod.key.namespace);
-            (&pod.key, decide(namespace, pod, &self.options.settings.membership))
-        });
-        let notes = self.overrides.current().notes(&change, decided, now);
-        Ok(Answer { changed, notes })
+        let decided: Vec<(PodKey, Decision)> = inventory
+            .pods
+            .values()
+            .map(|pod| {
+                let namespace = inventory.namespaces.get(&pod.key.namespace);
+                (pod.key.clone(), decide(namespace, pod, membership))
+            })
+            .collect();
+        let notes = after.notes(&change, decided.iter().map(|(key, d)| (key, *d)), now);
+        let drain = self.options.settings.drain;
+        let effect =
+            Effect { change: &change, before: &before, after: &after, decided, drain, now };
+        let message = effect.message();
+        tell(&by, &change, changed, &message);
+        if changed && !matches!(change, Change::Pause(_) | Change::Resume) {
+            let (leaving, entering) = effect.moving();
+            for pod in leaving.iter().chain(&entering).filter_map(|key| inventory.pods.get(key)) {
+                let why = by.reason.as_ref().map_or_else(String::new, |why| format!(": {why}"));
+                let message = format!("{} by {}{why}", change.verb(), by.peer);
+                observer.record(pod, Event::new(EventKind::Overridden, message));
+            }
+        }
+        Ok(Answer { changed, message, wanted: effect.wanted(), notes })
     }
+}
+
+/// No override brings in what is excluded: rather than keep one that does nothing, say so.
+fn refuse_excluded(change: &Change, membership: &membership::Config) -> Result<()> {
+    let Change::Set { target, value } = change else { return Ok(()) };
+    let namespace = target.namespace();
+    if value.mode == Mode::Enroll && membership.excluded_namespaces.contains(namespace) {
+        bail!("refused: {namespace} is excluded (--excluded-namespaces)");
+    }
+    Ok(())
+}
+
+/// Writes down who changed what, and why: for an auditor, whether or not it changed anything.
+fn tell(by: &Author, change: &Change, changed: bool, message: &str) {
+    let until = match change {
+        Change::Set { value, .. } => value.until,
+        Change::Pause(pause) => pause.until,
+        Change::Clear { .. } | Change::Resume => None,
+    };
+    let target = match change {
+        Change::Set { target, .. } | Change::Clear { target } => target.to_string(),
+        Change::Pause(_) | Change::Resume => "node".to_owned(),
+    };
+    info!(
+        command = change.verb(),
+        target,
+        changed,
+        uid = by.peer.uid,
+        pid = by.peer.pid,
+        process = by.peer.process,
+        reason = by.reason,
+        until = until.map(|until| until.to_string()),
+        "audit: {message}"
+    );
 }

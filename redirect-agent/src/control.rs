@@ -9,11 +9,12 @@
 //! | `GET /remaining` | [`Remaining`] |
 //! | `POST /overrides` with [`OverrideRequest`] | [`Answer`] |
 //! | `POST /pause` with [`PauseRequest`] | [`Answer`] |
-//! | `POST /resume` | [`Answer`] |
+//! | `POST /resume` with [`ResumeRequest`] | [`Answer`] |
 //!
 //! What went wrong is `{"error":"…"}` with a status from 400 up.
 
 use std::{
+    collections::BTreeMap,
     io,
     path::{Path, PathBuf},
     sync::Arc,
@@ -23,7 +24,7 @@ use std::{
 use anyhow::{Context as _, bail};
 use axum::{
     Json, Router,
-    extract::{Request, State, rejection::JsonRejection},
+    extract::{ConnectInfo, Request, State, rejection::JsonRejection},
     http::{Method, StatusCode, header},
     response::{IntoResponse, Response},
     routing::{get, post},
@@ -37,10 +38,10 @@ use tokio_util::sync::CancellationToken;
 
 use crate::{
     explain::{self, Explanation},
-    membership::Pod,
+    membership::{Pod, PodKey},
     output::Status,
     overrides::{Change, Mode, Moment, Override, Pause, Target},
-    root_socket::{self, RootSocket},
+    root_socket::{self, Peer, RootSocket},
     selector::LabelSelector,
 };
 
@@ -49,6 +50,9 @@ pub const DEFAULT_SOCKET: &str = "/run/redirect-agent/control.sock";
 
 /// The agent answers within this time, or something is wrong with it.
 const DEADLINE: Duration = Duration::from_secs(10);
+
+/// How long a reason may be, in characters: it is one line of the log.
+const REASON: usize = 500;
 
 /// What the control API needs of the agent.
 pub trait Agent: Send + Sync + 'static {
@@ -65,7 +69,20 @@ pub trait Agent: Send + Sync + 'static {
     fn remaining(&self) -> anyhow::Result<Remaining>;
 
     /// Makes `change` and keeps it; pods follow it after the answer.
-    fn change(&self, change: Change) -> impl Future<Output = anyhow::Result<Answer>> + Send;
+    fn change(
+        &self,
+        change: Change,
+        by: Author,
+    ) -> impl Future<Output = anyhow::Result<Answer>> + Send;
+}
+
+/// Who asks for a change, and why.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct Author {
+    /// Who, as the kernel says.
+    pub peer: Peer,
+    /// Why, as they say.
+    pub reason: Option<String>,
 }
 
 /// What became of a change.
@@ -73,6 +90,12 @@ pub trait Agent: Send + Sync + 'static {
 pub struct Answer {
     /// Whether it changed anything; doing it twice is harmless.
     pub changed: bool,
+    /// What is true now, in a line.
+    #[serde(default)]
+    pub message: String,
+    /// The pods that it is about, and whether each is to be in the mesh now.
+    #[serde(default)]
+    pub wanted: BTreeMap<PodKey, bool>,
     /// What the operator should know: a pod that stays out for a hard reason, say.
     pub notes: Vec<String>,
 }
@@ -122,6 +145,9 @@ pub struct OverrideRequest {
     /// For how long, in seconds.
     #[serde(default)]
     pub for_seconds: Option<u64>,
+    /// Why, for the log.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub reason: Option<String>,
 }
 
 /// Body of `POST /pause`.
@@ -131,6 +157,18 @@ pub struct PauseRequest {
     /// For how long, in seconds.
     #[serde(default)]
     pub for_seconds: Option<u64>,
+    /// Why, for the log.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub reason: Option<String>,
+}
+
+/// Body of `POST /resume`, which may be absent.
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct ResumeRequest {
+    /// Why, for the log.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub reason: Option<String>,
 }
 
 #[derive(Serialize, Deserialize)]
@@ -244,37 +282,56 @@ async fn remaining<A: Agent>(State(agent): State<Arc<A>>) -> Response {
 
 async fn overrides<A: Agent>(
     State(agent): State<Arc<A>>,
+    ConnectInfo(peer): ConnectInfo<Peer>,
     request: Result<Json<OverrideRequest>, JsonRejection>,
 ) -> Response {
     let change = request.map_err(|error| error.body_text()).and_then(|Json(request)| {
-        let OverrideRequest { target, mode, for_seconds } = request;
-        Ok(match mode {
+        let OverrideRequest { target, mode, for_seconds, reason } = request;
+        let change = match mode {
             Some(mode) => {
                 Change::Set { target, value: Override { mode, until: until(for_seconds)? } }
             }
             None => Change::Clear { target },
-        })
+        };
+        Ok((change, reason))
     });
-    apply(agent, change).await
+    apply(agent, peer, change).await
 }
 
 async fn pause<A: Agent>(
     State(agent): State<Arc<A>>,
+    ConnectInfo(peer): ConnectInfo<Peer>,
     request: Result<Json<PauseRequest>, JsonRejection>,
 ) -> Response {
-    let change = request
-        .map_err(|error| error.body_text())
-        .and_then(|Json(request)| Ok(Change::Pause(Pause { until: until(request.for_seconds)? })));
-    apply(agent, change).await
+    let change = request.map_err(|error| error.body_text()).and_then(|Json(request)| {
+        Ok((Change::Pause(Pause { until: until(request.for_seconds)? }), request.reason))
+    });
+    apply(agent, peer, change).await
 }
 
-async fn resume<A: Agent>(State(agent): State<Arc<A>>) -> Response {
-    apply(agent, Ok(Change::Resume)).await
+async fn resume<A: Agent>(
+    State(agent): State<Arc<A>>,
+    ConnectInfo(peer): ConnectInfo<Peer>,
+    request: Result<Option<Json<ResumeRequest>>, JsonRejection>,
+) -> Response {
+    let reason = request.map_err(|error| error.body_text());
+    let reason = reason.map(|request| request.and_then(|Json(request)| request.reason));
+    apply(agent, peer, reason.map(|reason| (Change::Resume, reason))).await
 }
 
-async fn apply<A: Agent>(agent: Arc<A>, change: Result<Change, String>) -> Response {
-    match change {
-        Ok(change) => answer(agent.change(change).await),
+async fn apply<A: Agent>(
+    agent: Arc<A>,
+    peer: Peer,
+    asked: Result<(Change, Option<String>), String>,
+) -> Response {
+    let asked = asked.and_then(|(change, reason)| match &reason {
+        Some(reason) if reason.chars().count() > REASON => {
+            Err(format!("the reason is longer than {REASON} characters"))
+        }
+        _ => Ok((change, reason)),
+    });
+    match asked {
+        Ok((change, reason)) => answer(agent.change(change, Author { peer, reason }).await),
         Err(error) => failure(StatusCode::BAD_REQUEST, error),
     }
 }
@@ -360,8 +417,8 @@ impl Client {
     /// # Errors
     ///
     /// As for [`Client::status`].
-    pub async fn resume(&self) -> anyhow::Result<Answer> {
-        self.call(Method::POST, "/resume", None::<&()>).await
+    pub async fn resume(&self, request: &ResumeRequest) -> anyhow::Result<Answer> {
+        self.call(Method::POST, "/resume", Some(request)).await
     }
 
     /// Succeeds when the agent answers.

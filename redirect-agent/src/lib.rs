@@ -1,6 +1,7 @@
 //! The node agent of the ambient redirector, as a library: `main.rs` only wires it up.
 
 pub mod agent;
+pub mod announce;
 pub mod cgroup;
 pub mod cli;
 pub mod cni;

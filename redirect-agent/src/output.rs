@@ -18,6 +18,8 @@ use crate::{
     traffic::Traffic,
 };
 
+/// Why a pod is not in the mesh yet while no proxy is connected: true of all of them, and so said once.
+pub const NO_PROXY: &str = "no proxy is connected";
 /// How many things that a pod lacks are named in its row; more are counted.
 const NAMED: usize = 2;
 
@@ -57,6 +59,9 @@ pub struct Status {
     pub waiting: Option<String>,
     /// How many proxies are connected on the ZDS socket.
     pub proxies: u32,
+    /// Since when none is, while none is.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub no_proxy_since: Option<Moment>,
     /// Set while the whole node bypasses.
     pub pause: Option<Pause>,
     /// Which connections reach pods past the proxy, as probes of kubelet.
@@ -181,7 +186,9 @@ pub fn status(status: &Status, format: Format, not_ready: bool) -> anyhow::Resul
     }
     out.push_str(&table(&header, pods.iter().map(|pod| row(pod, wide))));
     for pod in &pods {
-        if let Some(message) = &pod.message {
+        let said = status.no_proxy_since.is_some().then_some(NO_PROXY);
+        if let Some(message) = pod.message.as_ref().filter(|message| Some(message.as_str()) != said)
+        {
             writeln!(out, "{}/{}: {}", pod.namespace, pod.name, printable(message))?;
         }
     }
@@ -206,6 +213,13 @@ fn head(status: &Status, out: &mut String) -> fmt::Result {
             n => format!("{n} proxies connected"),
         }
     )?;
+    if let Some(since) = status.no_proxy_since {
+        writeln!(
+            out,
+            "no proxy since {since}; new connections of pods in the mesh are refused; is ztunnel running on \
+             this node?"
+        )?;
+    }
     writeln!(out, "{}", printable(&status.probes.to_string()))?;
     if let Some(waiting) = &status.waiting {
         writeln!(out, "{}; what is in the kernel stays in force", printable(waiting))?;

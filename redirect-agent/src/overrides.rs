@@ -55,6 +55,14 @@ pub enum Target {
 }
 
 impl Target {
+    /// The namespace that it is, or is in.
+    pub fn namespace(&self) -> &str {
+        match self {
+            Target::Namespace(namespace) => namespace,
+            Target::Pod(key) => &key.namespace,
+        }
+    }
+
     /// Whether it is for this pod, too.
     pub fn is_of(&self, pod: &PodKey) -> bool {
         match self {
@@ -214,6 +222,19 @@ pub enum Change {
     Resume,
 }
 
+impl Change {
+    /// The command that asks for it.
+    pub fn verb(&self) -> &'static str {
+        match self {
+            Change::Set { value: Override { mode: Mode::Enroll, .. }, .. } => "enroll",
+            Change::Set { value: Override { mode: Mode::Unenroll, .. }, .. } => "unenroll",
+            Change::Clear { .. } => "auto",
+            Change::Pause(_) => "pause",
+            Change::Resume => "resume",
+        }
+    }
+}
+
 fn in_force(until: Option<Moment>, now: SystemTime) -> bool {
     until.is_none_or(|until| !until.from(now).is_zero())
 }
@@ -291,7 +312,12 @@ impl Overrides {
         let mut notes = Vec::new();
         let mut pods = decided.into_iter().filter(|(pod, _)| target.is_of(pod)).peekable();
         if pods.peek().is_none() {
-            notes.push(format!("{target}: there is no such pod on this node now"));
+            notes.push(match target {
+                Target::Namespace(namespace) => {
+                    format!("namespace {namespace} has no pod on this node")
+                }
+                Target::Pod(key) => format!("there is no pod {key} on this node"),
+            });
         }
         for (pod, decision) in pods {
             let found = self.find(pod, now);
@@ -590,7 +616,11 @@ mod tests {
         assert_eq!(notes(&[set("shop/web", Mode::Enroll, None)]), [""; 0]);
         assert_eq!(
             notes(&[set("shop/gone", Mode::Enroll, None)]),
-            ["shop/gone: there is no such pod on this node now"]
+            ["there is no pod shop/gone on this node"]
+        );
+        assert_eq!(
+            notes(&[set("nosuchns", Mode::Enroll, None)]),
+            ["namespace nosuchns has no pod on this node"]
         );
         assert_eq!(
             notes(&[set("shop/web", Mode::Unenroll, None), set("shop", Mode::Unenroll, None)]),

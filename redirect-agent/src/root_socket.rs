@@ -1,7 +1,7 @@
 //! HTTP on a Unix socket that only root can use.
 
 use std::{
-    fs,
+    fmt, fs,
     os::unix::fs::{DirBuilderExt as _, PermissionsExt as _},
     path::Path,
 };
@@ -111,16 +111,38 @@ fn make_directory(socket: &Path, name: Name) -> Result<()> {
     Ok(())
 }
 
-/// Who is at the other end of a connection.
-#[derive(Clone, Debug)]
-struct Peer {
-    /// `None`: the kernel did not say.
-    uid: Option<u32>,
+/// Who is at the other end of a connection, as the kernel says.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct Peer {
+    /// The user; `None`: the kernel did not say.
+    pub uid: Option<u32>,
+    /// The process, where the agent's pid namespace has it.
+    pub pid: Option<i32>,
+    /// What it was called when it connected.
+    pub process: Option<String>,
 }
 
 impl Connected<IncomingStream<'_, UnixListener>> for Peer {
     fn connect_info(stream: IncomingStream<'_, UnixListener>) -> Peer {
-        Peer { uid: stream.io().peer_cred().ok().map(|cred| cred.uid()) }
+        let Ok(cred) = stream.io().peer_cred() else { return Peer::default() };
+        let pid = cred.pid().filter(|pid| *pid > 0);
+        let comm = pid.and_then(|pid| fs::read_to_string(format!("/proc/{pid}/comm")).ok());
+        let process = comm.map(|comm| comm.trim_end().to_owned());
+        Peer { uid: Some(cred.uid()), pid, process }
+    }
+}
+
+impl fmt::Display for Peer {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self.uid {
+            Some(uid) => write!(f, "uid {uid}")?,
+            None => f.write_str("somebody")?,
+        }
+        match (self.pid, &self.process) {
+            (Some(pid), Some(process)) => write!(f, " ({process}, process {pid})"),
+            (Some(pid), None) => write!(f, " (process {pid})"),
+            (None, _) => Ok(()),
+        }
     }
 }
 

@@ -11,13 +11,14 @@ use std::{
     },
     path::{Path, PathBuf},
     process::{Command, Stdio},
-    sync::Arc,
+    sync::{Arc, Mutex},
     time::{Duration, SystemTime},
 };
 
 use redirect_agent::{
     control::{
-        Agent, Answer, Client, OverrideRequest, PauseRequest, Remaining, Server, StatusRequest,
+        Agent, Answer, Author, Client, OverrideRequest, PauseRequest, Remaining, ResumeRequest,
+        Server, StatusRequest,
     },
     explain::{self, Explanation},
     membership::{Decision, PodKey, Reason},
@@ -32,6 +33,8 @@ use tokio_util::sync::CancellationToken;
 /// Everything of an agent but the pods.
 struct Overridden {
     store: Store,
+    /// Who asked for the last change.
+    author: Mutex<Author>,
 }
 
 impl Agent for Overridden {
@@ -43,6 +46,7 @@ impl Agent for Overridden {
             source: serde_json::to_string(&of)?,
             waiting: None,
             proxies: 0,
+            no_proxy_since: None,
             pause: self.store.current().pause(SystemTime::now()),
             probes: InForce::default(),
             problems: Vec::new(),
@@ -58,12 +62,14 @@ impl Agent for Overridden {
         Ok(Remaining { pods: 3, failed: 1, why: Some("no proxy".to_owned()) })
     }
 
-    async fn change(&self, change: Change) -> anyhow::Result<Answer> {
+    async fn change(&self, change: Change, by: Author) -> anyhow::Result<Answer> {
         let now = SystemTime::now();
         let changed = self.store.change(change.clone(), now)?;
         let pod: PodKey = "shop/host".parse()?;
         let decided = [(&pod, Decision::bypass(Reason::HostNetwork))];
-        Ok(Answer { changed, notes: self.store.current().notes(&change, decided, now) })
+        let notes = self.store.current().notes(&change, decided, now);
+        *self.author.lock().unwrap() = by;
+        Ok(Answer { changed, notes, ..Answer::default() })
     }
 }
 
@@ -78,7 +84,7 @@ impl Fixture {
     fn new() -> Fixture {
         let dir = tempfile::tempdir().unwrap();
         let store = Store::open(&dir.path().join("state")).unwrap();
-        let agent = Arc::new(Overridden { store });
+        let agent = Arc::new(Overridden { store, author: Mutex::default() });
         let server = Server::bind(&socket(&dir)).unwrap();
         let stop = CancellationToken::new();
         let server = tokio::spawn(server.run(Arc::clone(&agent), stop.clone()));
@@ -95,7 +101,7 @@ fn socket(dir: &TempDir) -> PathBuf {
 }
 
 fn request(target: &str, mode: Option<Mode>, for_seconds: Option<u64>) -> OverrideRequest {
-    OverrideRequest { target: target.parse().unwrap(), mode, for_seconds }
+    OverrideRequest { target: target.parse().unwrap(), mode, for_seconds, reason: None }
 }
 
 fn mode(path: &Path) -> u32 {
@@ -127,20 +133,45 @@ async fn overrides_and_the_pause_are_set_taken_back_and_repeated_without_harm() 
     assert!(!client.set_override(&enroll).await.unwrap().changed);
     assert_eq!(decided(), Reason::OverrideEnrolled);
 
-    assert!(client.pause(&PauseRequest { for_seconds: Some(600) }).await.unwrap().changed);
+    assert!(
+        client.pause(&PauseRequest { for_seconds: Some(600), reason: None }).await.unwrap().changed
+    );
     assert_eq!(decided(), Reason::Paused);
     let until = client.status().await.unwrap().pause.unwrap().until.unwrap();
     let left = until.from(SystemTime::now());
     assert!((590..=600).contains(&left.as_secs()), "{left:?}");
 
-    assert!(client.resume().await.unwrap().changed);
-    assert!(!client.resume().await.unwrap().changed);
+    assert!(client.resume(&ResumeRequest::default()).await.unwrap().changed);
+    assert!(!client.resume(&ResumeRequest::default()).await.unwrap().changed);
     assert_eq!(client.status().await.unwrap().pause, None);
 
     let auto = request("shop/cart", None, None);
     assert!(client.set_override(&auto).await.unwrap().changed);
     assert!(!client.set_override(&auto).await.unwrap().changed);
     assert_eq!(decided(), Reason::NotLabelled);
+}
+
+#[tokio::test]
+async fn who_changes_something_is_known_by_the_kernels_word() {
+    let fixture = Fixture::new();
+    let client = fixture.client();
+    let reason = Some("INC-4711".to_owned());
+    client.pause(&PauseRequest { for_seconds: None, reason: reason.clone() }).await.unwrap();
+    let author = fixture.agent.author.lock().unwrap().clone();
+    let own = fs::read_to_string("/proc/self/comm").unwrap();
+    assert_eq!(author.reason, reason);
+    assert_eq!(author.peer.uid, Some(nix::unistd::geteuid().as_raw()));
+    assert_eq!(author.peer.pid, Some(i32::try_from(std::process::id()).unwrap()));
+    assert_eq!(author.peer.process.as_deref(), Some(own.trim_end()));
+    // An older client sends no body.
+    let socket = socket(&fixture.dir);
+    let bare = "POST /resume HTTP/1.1\r\nHost: agent\r\nConnection: close\r\n\r\n";
+    let answer = tokio::task::spawn_blocking(move || raw(&socket, bare)).await.unwrap();
+    assert!(answer.starts_with("HTTP/1.1 200 "), "{answer}");
+    assert_eq!(fixture.agent.author.lock().unwrap().reason, None);
+    let long = Some("x".repeat(501));
+    let refused = client.resume(&ResumeRequest { reason: long }).await.unwrap_err().to_string();
+    assert!(refused.contains("longer than 500"), "{refused}");
 }
 
 #[tokio::test]

@@ -60,6 +60,7 @@ fn everything() -> Status {
         source: "dir:/etc/manifests".to_owned(),
         waiting: None,
         proxies: 1,
+        no_proxy_since: None,
         pause: Some(Pause { until }),
         probes: InForce {
             kubelet: None,
@@ -222,6 +223,28 @@ fn status_of_an_empty_node_has_its_columns_all_the_same() {
     let text = output::status(&Status { waiting, ..empty }, Format::Table, false).unwrap();
     let line = "waiting for kube:https://api/: pods: refused; what is in the kernel stays in force";
     assert_eq!(text.lines().nth(2), Some(line));
+}
+
+#[test]
+fn a_proxy_that_is_away_is_said_once_and_not_for_each_pod() {
+    let waits = PodStatus {
+        message: Some(output::NO_PROXY.to_owned()),
+        ..pod("shop", "cart", PodState::Enrolling, Reason::PodLabelAmbient)
+    };
+    let away = Status {
+        proxies: 0,
+        no_proxy_since: Some(moment("2026-08-01T12:00:00Z")),
+        pods: vec![waits.clone(), PodStatus { name: "web".to_owned(), ..waits }],
+        ..everything()
+    };
+    let text = output::status(&away, Format::Table, false).unwrap();
+    let line = "no proxy since 2026-08-01T12:00:00Z; new connections of pods in the mesh are refused; is \
+                ztunnel running on this node?";
+    assert!(text.lines().any(|l| l == line), "{text}");
+    assert!(!text.contains(output::NO_PROXY), "{text}");
+    let nobody_knows = Status { no_proxy_since: None, ..away };
+    let text = output::status(&nobody_knows, Format::Table, false).unwrap();
+    assert_eq!(text.matches(output::NO_PROXY).count(), 2, "{text}");
 }
 
 #[test]

@@ -38,6 +38,24 @@ fn whole_seconds(s: &str) -> Result<Duration, String> {
     Ok(duration)
 }
 
+/// What goes with every change.
+#[derive(Clone, Debug, Args)]
+pub struct Doing {
+    /// Why, for the agent's log and the pods' Events.
+    #[arg(long, value_name = "TEXT")]
+    pub reason: Option<String>,
+    /// Return when the pods are where they should be; fail when they are not by then [1m].
+    #[arg(
+        long,
+        value_name = "TIME",
+        num_args = 0..=1,
+        require_equals = true,
+        default_missing_value = "1m",
+        value_parser = whole_seconds
+    )]
+    pub wait: Option<Duration>,
+}
+
 /// `enroll`
 #[derive(Debug, Args)]
 #[command(after_long_help = "\
@@ -55,6 +73,9 @@ pub struct EnrollArgs {
     /// See [`For`].
     #[command(flatten)]
     pub duration: For,
+    /// See [`Doing`].
+    #[command(flatten)]
+    pub doing: Doing,
     /// See [`ControlSocket`].
     #[command(flatten)]
     pub control: ControlSocket,
@@ -65,7 +86,8 @@ pub struct EnrollArgs {
 #[command(after_long_help = "\
 Examples:
   redirect-agent unenroll shop/cart
-  redirect-agent unenroll shop --for 10m
+  redirect-agent unenroll shop --for 10m --reason \"INC-4711, mTLS off for a test\"
+  redirect-agent unenroll shop/cart --wait
 
 Holds on this node only, over a restart of the agent, until `auto` or the end of --for. A pod's own
 override counts before that of its namespace.")]
@@ -76,6 +98,9 @@ pub struct UnenrollArgs {
     /// See [`For`].
     #[command(flatten)]
     pub duration: For,
+    /// See [`Doing`].
+    #[command(flatten)]
+    pub doing: Doing,
     /// See [`ControlSocket`].
     #[command(flatten)]
     pub control: ControlSocket,
@@ -93,6 +118,9 @@ pub struct AutoArgs {
     /// For whom: NAMESPACE/POD, or NAMESPACE.
     #[arg(value_name = "NAMESPACE[/POD]")]
     pub target: Target,
+    /// See [`Doing`].
+    #[command(flatten)]
+    pub doing: Doing,
     /// See [`ControlSocket`].
     #[command(flatten)]
     pub control: ControlSocket,
@@ -103,13 +131,16 @@ pub struct AutoArgs {
 #[command(after_long_help = "\
 Examples:
   redirect-agent pause
-  redirect-agent pause --for 5m
+  redirect-agent pause --for 5m --wait=30s
 
 Every pod of the node leaves the mesh as if its label were removed. Holds over a restart of the agent.")]
 pub struct PauseArgs {
     /// See [`For`].
     #[command(flatten)]
     pub duration: For,
+    /// See [`Doing`].
+    #[command(flatten)]
+    pub doing: Doing,
     /// See [`ControlSocket`].
     #[command(flatten)]
     pub control: ControlSocket,
@@ -121,6 +152,9 @@ pub struct PauseArgs {
 Examples:
   redirect-agent resume")]
 pub struct ResumeArgs {
+    /// See [`Doing`].
+    #[command(flatten)]
+    pub doing: Doing,
     /// See [`ControlSocket`].
     #[command(flatten)]
     pub control: ControlSocket,

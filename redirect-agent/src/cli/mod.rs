@@ -10,8 +10,8 @@ use clap_complete::Shell;
 use ipnet::IpNet;
 
 pub use self::control::{
-    AutoArgs, ControlSocket, EnrollArgs, ExplainArgs, For, PauseArgs, ResumeArgs, StatusArgs,
-    UnenrollArgs,
+    AutoArgs, ControlSocket, Doing, EnrollArgs, ExplainArgs, For, PauseArgs, ResumeArgs,
+    StatusArgs, UnenrollArgs,
 };
 use crate::{
     cni::{self, entry::DaemonSet, install},

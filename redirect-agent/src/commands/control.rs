@@ -6,18 +6,20 @@ use std::{
 };
 
 use anyhow::{Result, bail};
-use tokio::time::sleep;
+use tokio::time::{Instant, sleep};
 
 use super::print;
 use crate::{
-    cli::{ExplainArgs, For, PauseArgs, StatusArgs},
-    control::{Answer, Client, OverrideRequest, PauseRequest, StatusRequest},
+    cli::{Doing, ExplainArgs, PauseArgs, ResumeArgs, StatusArgs},
+    control::{Answer, Client, OverrideRequest, PauseRequest, ResumeRequest, StatusRequest},
     explain::{self, Area, Place},
-    membership::Config,
-    output::{self, Format, PodStatus, Status, TextFormat},
+    membership::{Config, PodKey},
+    output::{self, Format, PodState, PodStatus, Status, TextFormat},
     overrides::{Mode, Target},
 };
 
+/// How often `--wait` asks the agent.
+const LOOK: Duration = Duration::from_millis(200);
 /// How often `status --watch` asks the agent.
 const WATCH: Duration = Duration::from_secs(1);
 
@@ -25,32 +27,85 @@ pub(super) async fn put(
     client: &Client,
     target: Target,
     mode: Option<Mode>,
-    duration: &For,
+    duration: Option<Duration>,
+    doing: Doing,
 ) -> Result<()> {
-    let for_seconds = duration.duration.map(|d| d.as_secs());
-    let request = OverrideRequest { target: target.clone(), mode, for_seconds };
+    let for_seconds = duration.map(|d| d.as_secs());
+    let request = OverrideRequest { target, mode, for_seconds, reason: doing.reason };
     let answer = client.set_override(&request).await?;
-    let (done, already) = match mode {
-        Some(mode) => (format!("{target}: {mode}"), format!("{target}: {mode} already")),
-        None => (format!("{target}: the labels decide again"), format!("{target} has no override")),
-    };
-    tell(&answer, &done, &already)
+    tell(client, answer, doing.wait).await
 }
 
 pub(super) async fn pause(args: PauseArgs) -> Result<()> {
-    let request = PauseRequest { for_seconds: args.duration.duration.map(|d| d.as_secs()) };
-    let answer = Client::new(args.control.control_socket).pause(&request).await?;
-    tell(&answer, "every pod of this node bypasses the mesh", "the node is paused already")
+    let client = Client::new(args.control.control_socket);
+    let for_seconds = args.duration.duration.map(|d| d.as_secs());
+    let answer = client.pause(&PauseRequest { for_seconds, reason: args.doing.reason }).await?;
+    tell(&client, answer, args.doing.wait).await
 }
 
-pub(super) fn tell(answer: &Answer, done: &str, already: &str) -> Result<()> {
-    let mut text = format!("{}\n", if answer.changed { done } else { already });
+pub(super) async fn resume(args: ResumeArgs) -> Result<()> {
+    let client = Client::new(args.control.control_socket);
+    let answer = client.resume(&ResumeRequest { reason: args.doing.reason }).await?;
+    tell(&client, answer, args.doing.wait).await
+}
+
+/// Prints what the agent says, and waits, if that is asked for, until it is so.
+async fn tell(client: &Client, answer: Answer, wait: Option<Duration>) -> Result<()> {
+    let mut text = format!("{}\n", output::printable(&answer.message));
     for note in &answer.notes {
         text.push_str("note: ");
         text.push_str(&output::printable(note));
         text.push('\n');
     }
-    print(text.as_bytes())
+    print(text.as_bytes())?;
+    match wait {
+        Some(patience) => wait_until_so(client, &answer.wanted, patience).await,
+        None => Ok(()),
+    }
+}
+
+async fn wait_until_so(
+    client: &Client,
+    wanted: &BTreeMap<PodKey, bool>,
+    patience: Duration,
+) -> Result<()> {
+    let began = Instant::now();
+    let targets = wanted.keys().cloned().map(Target::Pod).collect();
+    let request = StatusRequest { targets, selector: None };
+    if wanted.is_empty() {
+        return print(b"there is nothing to wait for\n");
+    }
+    loop {
+        let status = client.status_of(&request).await?;
+        let is_there = |pod: &&PodStatus| {
+            let key = PodKey { namespace: pod.namespace.clone(), name: pod.name.clone() };
+            match wanted.get(&key) {
+                Some(true) => matches!(pod.state, PodState::Enrolled | PodState::Degraded),
+                Some(false) => pod.state == PodState::Bypassing,
+                None => true,
+            }
+        };
+        let Some(first) = status.pods.iter().find(|pod| !is_there(pod)) else {
+            let took = humantime::format_duration(Duration::from_millis(
+                u64::try_from(began.elapsed().as_millis()).unwrap_or(u64::MAX),
+            ));
+            return print(format!("done after {took}\n").as_bytes());
+        };
+        if began.elapsed() > patience {
+            let why = first.message.as_ref().map_or_else(String::new, |why| format!(": {why}"));
+            let left = status.pods.iter().filter(|pod| !is_there(pod)).count();
+            bail!(
+                "{left} of {} pods are not there after {}; {}/{} is {}{}",
+                wanted.len(),
+                humantime::format_duration(patience),
+                first.namespace,
+                first.name,
+                first.state.as_str(),
+                output::printable(&why)
+            );
+        }
+        sleep(LOOK).await;
+    }
 }
 
 pub(super) async fn status(args: StatusArgs) -> Result<()> {

@@ -16,7 +16,7 @@ use std::{
 };
 
 use anyhow::{Context as _, Result, bail, ensure};
-use nix::unistd::gethostname;
+use nix::unistd::{geteuid, gethostname};
 use serde_json::json;
 use tokio::{
     signal::unix::{SignalKind, signal},
@@ -25,12 +25,12 @@ use tokio::{
 use tokio_util::sync::CancellationToken;
 use tracing::{info, warn};
 
-use self::control::{explain, pause, put, status, tell};
+use self::control::{explain, pause, put, resume, status};
 use crate::{
     agent,
     cli::{
-        AttachArgs, AutoArgs, CheckArgs, CleanupArgs, Command, DetachArgs, For, ResumeArgs,
-        RunArgs, TakeoverArgs,
+        AttachArgs, AutoArgs, CheckArgs, CleanupArgs, Command, DetachArgs, EnrollArgs, RunArgs,
+        TakeoverArgs, UnenrollArgs,
     },
     cni::{
         entry::Entry,
@@ -65,26 +65,32 @@ const STUCK: Duration = Duration::from_secs(1);
 ///
 /// What the command says when it fails.
 pub async fn execute(command: Command) -> Result<()> {
+    let of_kernel = matches!(
+        command,
+        Command::Run(_)
+            | Command::Attach(_)
+            | Command::Detach(_)
+            | Command::Cleanup(_)
+            | Command::Takeover(_)
+    );
+    ensure!(!of_kernel || geteuid().is_root(), "run the command as root");
     match command {
         Command::Run(args) => run(*args).await,
         Command::Attach(args) => attach(&args),
         Command::Detach(args) => detach(&args),
-        Command::Enroll(args) => {
-            let client = Client::new(args.control.control_socket);
-            put(&client, args.target, Some(Mode::Enroll), &args.duration).await
+        Command::Enroll(EnrollArgs { target, duration, doing, control }) => {
+            let client = Client::new(control.control_socket);
+            put(&client, target, Some(Mode::Enroll), duration.duration, doing).await
         }
-        Command::Unenroll(args) => {
-            let client = Client::new(args.control.control_socket);
-            put(&client, args.target, Some(Mode::Unenroll), &args.duration).await
+        Command::Unenroll(UnenrollArgs { target, duration, doing, control }) => {
+            let client = Client::new(control.control_socket);
+            put(&client, target, Some(Mode::Unenroll), duration.duration, doing).await
         }
-        Command::Auto(AutoArgs { target, control }) => {
-            put(&Client::new(control.control_socket), target, None, &For { duration: None }).await
+        Command::Auto(AutoArgs { target, doing, control }) => {
+            put(&Client::new(control.control_socket), target, None, None, doing).await
         }
         Command::Pause(args) => pause(args).await,
-        Command::Resume(ResumeArgs { control }) => {
-            let answer = Client::new(control.control_socket).resume().await?;
-            tell(&answer, "the labels and overrides decide again", "the node was not paused")
-        }
+        Command::Resume(args) => resume(args).await,
         Command::Status(args) => status(args).await,
         Command::Explain(args) => explain(args).await,
         Command::Check(args) => check(&args),
@@ -207,7 +213,9 @@ async fn run(args: RunArgs) -> Result<()> {
 async fn leave(agent: &Client) {
     let leaving = async {
         // Not for ever: whoever is killed before the end leaves it to the next agent.
-        agent.pause(&PauseRequest { for_seconds: Some(LEAVING.as_secs() * 2) }).await?;
+        let reason = Some("the agent is uninstalled".to_owned());
+        let for_seconds = Some(LEAVING.as_secs() * 2);
+        agent.pause(&PauseRequest { for_seconds, reason }).await?;
         let mut stuck_since = Instant::now();
         loop {
             let remaining = agent.remaining().await?;

@@ -14,6 +14,7 @@ use super::{
 use crate::{
     dataplane::{Dataplane, PodNetns, SETTLE},
     membership::Pod,
+    output::NO_PROXY,
     source::{EventKind, Redirection, Source},
     zds::{AddOutcome, Workload},
 };
@@ -61,7 +62,7 @@ impl<S: Source> PodTask<S> {
                 let pending = Some(Redirection::Pending);
                 self.shared.source.publish(&self.pod, pending).await?;
             }
-            self.problem = Some("no proxy is connected to the ZDS socket yet".to_owned());
+            self.problem = Some(NO_PROXY.to_owned());
             return Ok(false);
         }
         // The programs have to know its listeners before anything is redirected there.

@@ -206,7 +206,16 @@ impl<'a> Session<'a> {
 
 impl Drop for Session<'_> {
     fn drop(&mut self) {
-        self.shared.change(|state| ((), Some(state.disconnect(self.id, self.fault.clone()))));
+        let alone = self.shared.change(|state| {
+            let event = state.disconnect(self.id, self.fault.clone());
+            (state.proxies().is_empty(), Some(event))
+        });
+        if alone && !matches!(self.fault, Fault::Shutdown) {
+            warn!(
+                "no proxy from now on; new connections of pods in the mesh are refused; is ztunnel running on \
+                 this node?"
+            );
+        }
     }
 }
 

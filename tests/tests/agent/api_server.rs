@@ -169,7 +169,7 @@ fn api_server_is_away_for_a_while_and_traffic_is_not_affected(family: Family) ->
         node.stop_agent()?;
         let mut waiting = node.spawn_agent()?;
         waiting.wait_for_log("waiting for the pods of this node", SOON)?;
-        waiting.wait_for_log("what is known stays in force", SOON)?;
+        waiting.wait_for_log("connection refused; retrying", SOON)?;
         node.assert_outbound(server, client, family)?;
         node.assert_inbound(client, server, family)?;
         ensure!(waiting.terminate(SOON)?.success(), "an agent that waits cannot be stopped");
@@ -322,7 +322,7 @@ fn agent_that_waits_for_the_api_server_says_so() -> Result<()> {
     let waiting = wait_for("the reason in status", SOON, || {
         ensure!(agent.is_running()?, "the agent has ended:\n{}", agent.log()?);
         let waiting = node.status().ok().and_then(|status| status.waiting);
-        Ok(waiting.filter(|waiting| waiting.contains("pods of the API server")))
+        Ok(waiting.filter(|waiting| waiting.contains("API server: cannot reach ")))
     })?;
     assert!(waiting.starts_with(&format!("waiting for kube:{url}")), "{waiting}");
     assert_eq!(get(address, "/healthz")?, (200, "ok\n".to_owned()));

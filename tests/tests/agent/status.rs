@@ -46,6 +46,7 @@ fn some_pods_are_shown_by_name_by_label_and_when_they_are_not_ready() -> Result<
     let (ok, said) = finish(node.command("status")?.args(["--not-ready", "--exit-code"]))?;
     assert!(!ok && said.contains("error: 3 pods: 2 bypassing, 1 degraded; 1 not ready"), "{said}");
     assert!(said.contains("server") && !said.contains("third"), "{said}");
+    assert!(said.contains("no proxy since 20"), "{said}");
     node.tell("status", &["bank", "--exit-code"]).map(drop)
 }
 

@@ -9,6 +9,7 @@ use redirect_agent::overrides::Mode;
 use redirect_tests::both_families;
 use redirect_tests::footprint::{assert_unchanged, footprint};
 use redirect_tests::netns::Family;
+use redirect_tests::process::finish;
 use serde_json::json;
 
 use crate::cluster::{Cluster, Manifest, echo};
@@ -27,10 +28,10 @@ fn enroll_unenroll_and_auto_go_over_the_labels_and_repeat_harmlessly(family: Fam
     let before = footprint(&server.netns)?;
 
     // A pod without a label.
-    assert_eq!(node.tell("enroll", &["shop/server"])?, "shop/server: enroll\n");
+    assert_eq!(node.tell("enroll", &["shop/server"])?, "shop/server enters the mesh\n");
     node.wait_until_enrolled(server)?;
     cluster.assert_redirected(family)?;
-    assert_eq!(node.tell("enroll", &["shop/server"])?, "shop/server: enroll already\n");
+    assert_eq!(node.tell("enroll", &["shop/server"])?, "shop/server is enrolled already\n");
     let status = node.pod(server)?.context("no status")?;
     assert_eq!(status.reason, Reason::OverrideEnrolled);
     let overridden = status.overridden.context("no override")?;
@@ -39,7 +40,10 @@ fn enroll_unenroll_and_auto_go_over_the_labels_and_repeat_harmlessly(family: Fam
     assert!(node.tell("status", &[])?.contains("enroll"));
     cluster.assert_redirected(family)?;
 
-    assert_eq!(node.tell("auto", &["shop/server"])?, "shop/server: the labels decide again\n");
+    assert_eq!(
+        node.tell("auto", &["shop/server"])?,
+        "the labels decide again for shop/server; it leaves the mesh; open connections have 5s\n"
+    );
     let status = node.wait_for_state(server, PodState::Bypassing)?;
     assert_eq!((status.reason, status.overridden), (Reason::NotLabelled, None));
     cluster.assert_direct(family)?;
@@ -48,11 +52,14 @@ fn enroll_unenroll_and_auto_go_over_the_labels_and_repeat_harmlessly(family: Fam
 
     // A pod with one.
     node.enrol(server)?;
-    assert_eq!(node.tell("unenroll", &["shop"])?, "shop: unenroll\n");
+    assert_eq!(
+        node.tell("unenroll", &["shop"])?,
+        "1 pod of shop leaves the mesh; open connections have 5s\n"
+    );
     let status = node.wait_for_state(server, PodState::Bypassing)?;
     assert_eq!(status.reason, Reason::OverrideBypass);
     assert_eq!(status.overridden.context("no override")?.target.to_string(), "shop");
-    assert_eq!(node.tell("unenroll", &["shop"])?, "shop: unenroll already\n");
+    assert_eq!(node.tell("unenroll", &["shop"])?, "shop is unenrolled already\n");
     cluster.assert_direct(family)?;
     assert_unchanged(&server.netns, &before)?;
 
@@ -101,7 +108,10 @@ fn pause_and_resume_switch_the_whole_node_under_load(family: Family) -> Result<(
     }
 
     Load::between(client, server, &[family]).during(|| {
-        assert_eq!(node.tell("pause", &[])?, "every pod of this node bypasses the mesh\n");
+        assert_eq!(
+            node.tell("pause", &[])?,
+            "2 pods are leaving the mesh; open connections have 5s\n"
+        );
         for pod in [server, &second] {
             let status = node.wait_for_state(pod, PodState::Bypassing)?;
             assert_eq!((status.reason, status.kernel), (Reason::Paused, None));
@@ -115,7 +125,7 @@ fn pause_and_resume_switch_the_whole_node_under_load(family: Family) -> Result<(
         let said = node.tell("enroll", &["shop/server"])?;
         assert!(said.contains("note: the node is paused"), "{said}");
 
-        assert_eq!(node.tell("resume", &[])?, "the labels and overrides decide again\n");
+        assert_eq!(node.tell("resume", &[])?, "2 pods are entering the mesh\n");
         for pod in [server, &second] {
             node.wait_until_enrolled(pod)?;
             node.assert_inbound(client, pod, family)?;
@@ -124,6 +134,47 @@ fn pause_and_resume_switch_the_whole_node_under_load(family: Family) -> Result<(
         assert_eq!(node.tell("resume", &[])?, "the node was not paused\n");
         Ok(())
     })?;
+    Ok(())
+}
+
+/// An auditor finds who did it, why and until when; whoever did it hears when it is so.
+#[test]
+fn changes_are_written_down_and_can_be_waited_for() -> Result<()> {
+    let cluster = Cluster::enrolled(&[])?;
+    let Cluster { node, server, .. } = &cluster;
+    let why = ["--reason", "INC-4711", "--for", "1h", "--wait"];
+    let said = node.tell("unenroll", &[&["shop/server"], &why[..]].concat())?;
+    assert!(said.contains("done after "), "{said}");
+    let status = node.pod(server)?.context("no status")?;
+    assert_eq!((status.state, status.reason), (PodState::Bypassing, Reason::OverrideBypass));
+    let log = node.agent_log()?;
+    let line =
+        log.lines().find(|line| line.contains("audit: ")).context("nothing is written down")?;
+    for part in [
+        "command=\"unenroll\"",
+        "target=\"shop/server\"",
+        "uid=0",
+        "process=\"redirect-agent\"",
+        "reason=\"INC-4711\"",
+        "until=\"20",
+        "shop/server leaves the mesh until ",
+    ] {
+        assert!(line.contains(part), "{part} is not in {line}");
+    }
+    let explained = node.tell("explain", &["shop/server"])?;
+    assert!(
+        explained.contains("Overridden: unenroll by uid 0 (redirect-agent, process "),
+        "{explained}"
+    );
+
+    // One that cannot be so is waited for no longer than asked.
+    cluster.node.tell("auto", &["shop/server", "--wait"])?;
+    let mut cluster = cluster;
+    cluster.node.kill_proxy()?;
+    cluster.node.tell("unenroll", &["shop/server", "--wait"])?;
+    let mut enroll = cluster.node.command("enroll")?;
+    let (ok, said) = finish(enroll.args(["shop/server", "--wait=1s"]))?;
+    assert!(!ok && said.contains("1 of 1 pods are not there after 1s; shop/server is "), "{said}");
     Ok(())
 }
 
@@ -187,6 +238,12 @@ fn pods_that_no_override_can_bring_in_are_named() -> Result<()> {
         let before = footprint(&pod.netns)?;
         node.wait_for_state(pod, PodState::Bypassing)?;
         for target in [pod.to_string(), pod.namespace.clone()] {
+            if reason == Reason::NamespaceExcluded {
+                let (ok, said) = finish(node.command("enroll")?.arg(&target))?;
+                let refused = "refused: excluded is excluded (--excluded-namespaces)";
+                assert!(!ok && said.contains(refused), "{target}: {said}");
+                continue;
+            }
             let said = node.tell("enroll", &[&target])?;
             let note = format!("note: {pod} stays out of the mesh: {why}");
             assert!(said.contains(&note), "{target}: {said}");
@@ -196,7 +253,7 @@ fn pods_that_no_override_can_bring_in_are_named() -> Result<()> {
         assert_unchanged(&pod.netns, &before)?;
     }
     let said = node.tell("enroll", &["shop/nobody"])?;
-    assert!(said.contains("note: shop/nobody: there is no such pod on this node now"), "{said}");
+    assert!(said.contains("note: there is no pod shop/nobody on this node"), "{said}");
 
     // The namespace's override has brought in its other pod.
     node.wait_until_enrolled(&cluster.server)?;

@@ -12,6 +12,7 @@ mod watch;
 use std::{
     collections::BTreeMap,
     error::Error as _,
+    io,
     path::Path,
     sync::{Arc, Mutex, MutexGuard, PoisonError},
     time::Duration,
@@ -42,7 +43,7 @@ use tracing::{info, warn};
 
 use self::{
     events::{Intake, Scribe},
-    state::State,
+    state::{State, UNREACHABLE},
 };
 use super::{ANNOTATION_REDIRECTION, Event, Inventory, Problem, Redirection, Source, Whom, report};
 use crate::{
@@ -76,6 +77,9 @@ const PATCH_RATE: (u64, Duration) = (50, Duration::from_secs(1));
 const EVENT_RATE: (u64, Duration) = (10, Duration::from_secs(1));
 /// How many updates wait to be taken over.
 const QUEUE: usize = 256;
+
+/// What stands for the API server's address in what is said of it.
+const SERVER: &str = "the API server";
 
 /// What the agent's service account may have to be granted.
 const ROLE: &str = "the agent's role needs: list, watch on pods and namespaces; patch on pods/status; \
@@ -147,12 +151,15 @@ pub async fn config(path: Option<&Path>) -> Result<Config> {
     match path {
         Some(path) => {
             let context = || format!("use the kubeconfig {}", path.display());
-            let kubeconfig = Kubeconfig::read_from(path).with_context(context)?;
+            let kubeconfig = Kubeconfig::read_from(path)
+                .map_err(|error| anyhow!("{}", chain(&error)))
+                .with_context(context)?;
             Config::from_custom_kubeconfig(kubeconfig, &KubeConfigOptions::default())
                 .await
+                .map_err(|error| anyhow!("{}", chain(&error)))
                 .with_context(context)
         }
-        None => Config::infer().await.context(
+        None => Config::infer().await.map_err(|error| anyhow!("{}", chain(&error))).context(
             "find the API server: run the agent in a pod with a service account, or give \
              --kubeconfig PATH; without a cluster, give --source dir:PATH",
         ),
@@ -195,9 +202,10 @@ pub async fn open(
     let of_this_node = all.clone().fields(&format!("spec.nodeName={node}"));
     let trouble = |what| {
         let metrics = metrics.clone();
-        move |why| {
+        let server = server.clone();
+        move |why: String| {
             metrics.watch_error(what);
-            Update::Trouble(what, why)
+            Update::Trouble(what, why.replacen(SERVER, &server, 1))
         }
     };
     let lost = trouble(PODS);
@@ -469,12 +477,37 @@ fn explain(error: &Error) -> String {
         Error::Api(status) => {
             format!("the API server answered {} {}: {}", status.code, status.reason, status.message)
         }
-        error => chain(error),
+        error => match no_connection(error) {
+            Some(why) => format!("{UNREACHABLE}{SERVER}: {}", why.kind()),
+            None => chain(error),
+        },
     }
 }
 
+/// Whether no connection to the API server came about.
+fn is_unreachable(error: &Error) -> bool {
+    no_connection(error).is_some()
+}
+
+/// Why no connection came about.
+fn no_connection(error: &Error) -> Option<&io::Error> {
+    let mut cause = error.source();
+    while let Some(error) = cause {
+        if let Some(error) = error.downcast_ref::<io::Error>() {
+            let kinds = [
+                io::ErrorKind::ConnectionRefused,
+                io::ErrorKind::HostUnreachable,
+                io::ErrorKind::NetworkUnreachable,
+            ];
+            return kinds.contains(&error.kind()).then_some(error);
+        }
+        cause = error.source();
+    }
+    None
+}
+
 /// The error and its causes, each once.
-fn chain(error: &Error) -> String {
+fn chain(error: &dyn std::error::Error) -> String {
     let mut text = error.to_string();
     let mut cause = error.source();
     while let Some(error) = cause {

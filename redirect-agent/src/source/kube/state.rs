@@ -14,6 +14,9 @@ use serde_json::Value;
 use super::super::{ANNOTATION_REDIRECTION, Inventory, Problem, without_conflicts};
 use crate::membership::{Config, Namespace, Pod, PodKey};
 
+/// How a trouble begins that is the same for everything: no connection comes about.
+pub(super) const UNREACHABLE: &str = "cannot reach ";
+
 /// kubectl's copy of the whole object: nobody here reads it, and nothing else is as large.
 const ANNOTATION_LAST_APPLIED: &str = "kubectl.kubernetes.io/last-applied-configuration";
 
@@ -160,17 +163,30 @@ impl State {
         known.map(|known| (known.uid.as_str(), known.redirection.as_deref()))
     }
 
+    /// What stands in the way: that the API server is away is said once, whatever is followed.
+    fn problems(&self) -> Vec<Problem> {
+        let stays = if self.is_complete() { "what is known stays in force" } else { "retrying" };
+        let unreachable = |why: &&String| why.starts_with(UNREACHABLE);
+        let mut problems: Vec<Problem> = Vec::new();
+        if let Some(why) = self.troubles.values().find(unreachable) {
+            problems.push(Problem {
+                object: "API server".to_owned(),
+                message: format!("{why}; {stays}"),
+                ..Problem::default()
+            });
+        }
+        let others = self.troubles.iter().filter(|(_, why)| !unreachable(why));
+        problems.extend(others.map(|(what, why)| Problem {
+            object: format!("{what} of the API server"),
+            message: format!("{why}; {stays}"),
+            ..Problem::default()
+        }));
+        problems
+    }
+
     /// The whole, as readers get it.
     pub(super) fn inventory(&mut self) -> Inventory {
-        let mut problems: Vec<Problem> = self
-            .troubles
-            .iter()
-            .map(|(what, why)| Problem {
-                object: format!("{what} of the API server"),
-                message: format!("{why}; what is known stays in force"),
-                ..Problem::default()
-            })
-            .collect();
+        let mut problems = self.problems();
         let mut pods = BTreeMap::new();
         for (name, known) in &self.pods.known {
             problems.extend(known.problem.iter().map(|problem| Problem {
@@ -249,4 +265,35 @@ fn read_pod(mut object: DynamicObject) -> Result<Pod, String> {
 fn part<T: DeserializeOwned>(data: &mut Value, name: &str) -> Result<Option<T>, String> {
     let part = data.get_mut(name).map(Value::take).unwrap_or_default();
     serde_json::from_value(part).map_err(|error| format!("read {name}: {error}"))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_server_that_cannot_be_reached_is_one_problem_and_keeps_nothing_in_force_at_first() {
+        let mut state = State::new("n1".to_owned(), Config::default());
+        let refused = format!("{UNREACHABLE}https://10.0.0.1:6443/: connection refused");
+        for what in ["pods", "namespaces"] {
+            assert!(state.trouble(what, Some(refused.clone())));
+        }
+        let said = |state: &State| -> Vec<String> {
+            state.problems().iter().map(ToString::to_string).collect()
+        };
+        let once = "API server: cannot reach https://10.0.0.1:6443/: connection refused; retrying";
+        assert_eq!(said(&state), [once]);
+
+        state.pods.complete = true;
+        state.namespaces.complete = true;
+        assert!(said(&state)[0].ends_with("what is known stays in force"));
+        assert!(state.trouble("pods", Some("watch them: 403".to_owned())));
+        let [unreachable, forbidden] = &said(&state)[..] else { panic!("{:?}", said(&state)) };
+        assert!(unreachable.starts_with("API server: cannot reach "), "{unreachable}");
+        assert!(forbidden.starts_with("pods of the API server: watch them: 403"), "{forbidden}");
+        for what in ["pods", "namespaces"] {
+            assert!(state.trouble(what, None));
+        }
+        assert!(state.problems().is_empty());
+    }
 }

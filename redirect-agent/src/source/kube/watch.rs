@@ -83,6 +83,11 @@ fn needs_a_new_list(failed: &watcher::Error) -> bool {
 fn explain(failed: &watcher::Error) -> String {
     use watcher::Error::{InitialListFailed, WatchFailed, WatchStartFailed};
     match failed {
+        InitialListFailed(cause) | WatchStartFailed(cause) | WatchFailed(cause)
+            if super::is_unreachable(cause) =>
+        {
+            super::explain(cause)
+        }
         InitialListFailed(cause) => format!("list them: {}", super::explain(cause)),
         WatchStartFailed(cause) | WatchFailed(cause) => {
             format!("watch them: {}", super::explain(cause))
