@@ -8,6 +8,7 @@ pub mod demo;
 pub mod dns;
 pub mod footprint;
 pub mod hbone;
+pub mod istio_cni;
 pub mod manifests;
 pub mod netns;
 pub mod plain_proxy;

@@ -7,6 +7,7 @@
 
 mod relay;
 mod report;
+mod stage;
 mod stats;
 mod workload;
 
@@ -16,18 +17,16 @@ use std::time::Duration;
 use anyhow::{Context as _, Result};
 use serde::Serialize;
 
-use self::relay::Relay;
 pub use self::report::{Document, load, table};
+use self::stage::on_stage;
 pub use self::stats::Interval;
-use self::workload::Server;
 pub use self::workload::Workload;
-use crate::netns::Family;
-use crate::process::{Attached, binary};
-use crate::topology::{Pod, Style, Topology};
+use crate::istio_cni::Backend;
+use crate::netns::{Family, Netns, TestDir};
 
 /// How the pod's calls get to the server.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Serialize, clap::ValueEnum)]
-#[serde(rename_all = "lowercase")]
+#[serde(rename_all = "kebab-case")]
 pub enum Mode {
     /// Directly: there is no mesh.
     None,
@@ -35,20 +34,77 @@ pub enum Mode {
     Explicit,
     /// By redirect-agent.
     Ours,
+    /// By istio-cni's rules, with iptables-nft.
+    IstioNft,
+    /// By istio-cni's rules, with iptables-legacy.
+    IstioLegacy,
+    /// By istio-cni's rules, with native nftables.
+    IstioNative,
     /// By another build of redirect-agent.
     Baseline,
 }
 
 impl Mode {
+    /// All that need no other build.
+    pub const DEFAULT: [Self; 6] = [
+        Self::None,
+        Self::Explicit,
+        Self::Ours,
+        Self::IstioNft,
+        Self::IstioLegacy,
+        Self::IstioNative,
+    ];
+
     /// The name in the output.
     pub fn as_str(self) -> &'static str {
         match self {
             Mode::None => "none",
             Mode::Explicit => "explicit",
             Mode::Ours => "ours",
+            Mode::IstioNft => "istio-nft",
+            Mode::IstioLegacy => "istio-legacy",
+            Mode::IstioNative => "istio-native",
             Mode::Baseline => "baseline",
         }
     }
+
+    /// By which of istio-cni's backends.
+    fn backend(self) -> Option<Backend> {
+        match self {
+            Mode::IstioNft => Some(Backend::IptablesNft),
+            Mode::IstioLegacy => Some(Backend::IptablesLegacy),
+            Mode::IstioNative => Some(Backend::NativeNftables),
+            Mode::None | Mode::Explicit | Mode::Ours | Mode::Baseline => None,
+        }
+    }
+}
+
+/// A mode that this kernel cannot run.
+#[derive(Clone, Debug, Serialize)]
+pub struct LeftOut {
+    /// Which.
+    pub mode: Mode,
+    /// What the kernel said.
+    pub reason: String,
+}
+
+/// Takes out of `modes` those that the kernel cannot run.
+///
+/// # Errors
+///
+/// When a tool is not installed, or no namespace can be made to try in.
+pub fn leave_out(modes: &mut Vec<Mode>) -> Result<Vec<LeftOut>> {
+    let mut left_out = Vec::new();
+    for (mode, backend) in modes.iter().filter_map(|mode| Some((*mode, mode.backend()?))) {
+        backend.find_tools()?;
+        let dir = TestDir::new()?;
+        let netns = Netns::new(dir.path(), "probe")?;
+        if let Err(error) = backend.redirect(&netns) {
+            left_out.push(LeftOut { mode, reason: format!("{error:#}") });
+        }
+    }
+    modes.retain(|mode| left_out.iter().all(|out| out.mode != *mode));
+    Ok(left_out)
 }
 
 /// What to measure, and how often.
@@ -119,44 +175,15 @@ type Measured = Vec<(Family, Workload, workload::Found)>;
 
 /// One mode, in namespaces of its own.
 fn measure(options: &Options, mode: Mode) -> Result<Measured> {
-    let mut topology = Topology::new(&[Style::Routed, Style::Routed])?;
-    let client = topology.add_pod(0, "bench", "client")?;
-    let server = topology.add_pod(1, "bench", "server")?;
-    for pod in [&client, &server] {
-        pod.netns.set_sysctl("net/ipv4/ip_local_port_range", "1024 65000")?;
-    }
-    let _server = Server::start(&server.netns)?;
-    let _relay = match mode {
-        Mode::None => None,
-        Mode::Explicit => {
-            Some(Relay::start(&client.netns, Some([server.v4.into(), server.v6.into()]))?)
+    on_stage(options, mode, |stage| {
+        let mut all = Vec::new();
+        for &family in &options.families {
+            // Whatever happens once only is over by then.
+            stage.run(family, Workload::Connect1, options.slice / 5)?;
+            for &workload in &options.workloads {
+                all.push((family, workload, stage.run(family, workload, options.slice)?));
+            }
         }
-        Mode::Ours | Mode::Baseline => Some(Relay::start(&client.netns, None)?),
-    };
-    let agent = match mode {
-        Mode::Ours => Some(binary("redirect-agent")?),
-        Mode::Baseline => Some(options.baseline.clone().context("give --baseline PATH")?),
-        Mode::None | Mode::Explicit => None,
-    };
-    let _attached = agent.map(|agent| Attached::by(agent, &topology, &client)).transpose()?;
-    let mut all = Vec::new();
-    for &family in &options.families {
-        let to = target(mode, &server, family);
-        // Whatever happens once only is over by then.
-        workload::run(&client.netns, Workload::Connect1, to, options.slice / 5)?;
-        for &workload in &options.workloads {
-            let found = workload::run(&client.netns, workload, to, options.slice)
-                .with_context(|| format!("run {} over {}", workload.as_str(), family.as_str()))?;
-            all.push((family, workload, found));
-        }
-    }
-    Ok(all)
-}
-
-/// Where the application connects to; the port stands for what the server does.
-fn target(mode: Mode, server: &Pod, family: Family) -> workload::Target {
-    match mode {
-        Mode::Explicit => workload::Target::Relay(family.localhost()),
-        Mode::None | Mode::Ours | Mode::Baseline => workload::Target::Server(server.ip(family)),
-    }
+        Ok(all)
+    })
 }

@@ -7,7 +7,7 @@ use comfy_table::{Table, presets};
 use serde::Serialize;
 
 use super::stats::median;
-use super::{Interval, Mode, Options, Sample, Workload};
+use super::{Interval, LeftOut, Mode, Options, Sample, Workload};
 use crate::netns::Family;
 
 /// Everything, for `-o json`.
@@ -27,6 +27,8 @@ pub struct Document {
     pub load: [f64; 2],
     /// How many rounds.
     pub rounds: usize,
+    /// What this kernel cannot run.
+    pub left_out: Vec<LeftOut>,
     /// The medians.
     pub medians: Vec<Median>,
     /// The ratios of rates within rounds.
@@ -75,7 +77,12 @@ impl Document {
     /// # Errors
     ///
     /// When the machine cannot be described.
-    pub fn new(options: &Options, load: [f64; 2], samples: Vec<Sample>) -> Result<Self> {
+    pub fn new(
+        options: &Options,
+        left_out: Vec<LeftOut>,
+        load: [f64; 2],
+        samples: Vec<Sample>,
+    ) -> Result<Self> {
         let (mut medians, mut ratios) = (Vec::new(), Vec::new());
         for (family, workload) in kinds(&samples) {
             let of = |mode: Mode| {
@@ -120,6 +127,7 @@ impl Document {
             cores: std::thread::available_parallelism().context("count the cores")?.get(),
             load,
             rounds: options.rounds,
+            left_out,
             medians,
             ratios,
             samples,

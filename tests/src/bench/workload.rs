@@ -92,6 +92,8 @@ impl Target {
 #[derive(Clone, Copy, Debug)]
 pub(super) struct Found {
     pub(super) rate: f64,
+    /// How many connections that took.
+    pub(super) opened: u64,
     pub(super) p50_us: Option<f64>,
     pub(super) p99_us: Option<f64>,
 }
@@ -99,10 +101,17 @@ pub(super) struct Found {
 /// Runs a workload in a pod for about `slice`.
 pub(super) fn run(netns: &Netns, workload: Workload, to: Target, slice: Duration) -> Result<Found> {
     match workload {
-        Workload::Connect1 => timed(netns, 1, slice, || Ok(move || connect_once(to.port(ECHO)))),
-        Workload::Connect8 => timed(netns, 8, slice, || Ok(move || connect_once(to.port(ECHO)))),
-        Workload::Request1 => timed(netns, 1, slice, || requests(to.port(ECHO))),
-        Workload::Request32 => timed(netns, 32, slice, || requests(to.port(ECHO))),
+        Workload::Connect1 | Workload::Connect8 => {
+            let at_once = if workload == Workload::Connect1 { 1 } else { 8 };
+            let (found, times) =
+                timed(netns, at_once, slice, || Ok(move || connect_once(to.port(ECHO))))?;
+            Ok(Found { opened: times, ..found })
+        }
+        Workload::Request1 | Workload::Request32 => {
+            let at_once = if workload == Workload::Request1 { 1 } else { 32 };
+            let (found, _) = timed(netns, at_once, slice, || requests(to.port(ECHO)))?;
+            Ok(Found { opened: at_once as u64, ..found })
+        }
         Workload::Up => bulk(netns, to.port(SINK), slice, |stream, chunk| stream.write(chunk)),
         Workload::Down => bulk(netns, to.port(SOURCE), slice, |stream, chunk| stream.read(chunk)),
     }
@@ -132,13 +141,13 @@ fn requests(to: SocketAddr) -> Result<impl FnMut() -> Result<()>> {
     Ok(move || exchange(&mut stream))
 }
 
-/// Repeats what `prepare` gives, on as many threads as are to be at once.
+/// Repeats what `prepare` gives, on as many threads as are to be at once; says how often.
 fn timed<F: FnMut() -> Result<()>>(
     netns: &Netns,
     at_once: usize,
     slice: Duration,
     prepare: impl Fn() -> Result<F> + Sync,
-) -> Result<Found> {
+) -> Result<(Found, u64)> {
     let ready = Barrier::new(at_once);
     let one = || -> Result<(Vec<Duration>, Duration)> {
         netns.run(|| {
@@ -169,7 +178,7 @@ fn timed<F: FnMut() -> Result<()>>(
         let n = (took.len() - 1) as f64 * part;
         Some(took[n.round() as usize].as_secs_f64() * 1e6)
     };
-    Ok(Found { rate, p50_us: at(0.5), p99_us: at(0.99) })
+    Ok((Found { rate, opened: 0, p50_us: at(0.5), p99_us: at(0.99) }, took.len() as u64))
 }
 
 fn bulk(
@@ -191,7 +200,7 @@ fn bulk(
             bytes += pass(&mut stream, &mut chunk).context("pass bytes")?;
         }
         let rate = bytes as f64 / began.elapsed().as_secs_f64();
-        Ok(Found { rate, p50_us: None, p99_us: None })
+        Ok(Found { rate, opened: 1, p50_us: None, p99_us: None })
     })
 }
 

@@ -28,8 +28,8 @@ Examples:
   cargo xtask bench --baseline /tmp/redirect-agent-of-last-week --modes ours,baseline"
 )]
 struct Cli {
-    /// What to compare; `baseline` comes with --baseline
-    #[arg(long, value_enum, value_delimiter = ',', default_value = "none,explicit,ours")]
+    /// What to compare; by default everything, and with --baseline also `baseline`
+    #[arg(long, value_enum, value_delimiter = ',')]
     modes: Vec<Mode>,
     /// Another build of redirect-agent to compare ours with
     #[arg(long, value_name = "PATH")]
@@ -78,10 +78,19 @@ fn measure(cli: Cli) -> Result<()> {
     ensure!((0.01..=longest).contains(&cli.slice), "give a --slice from 0.01 to {longest} seconds");
     ensure!(cli.rounds > 0, "give at least one round");
     demo::leave_no_mounts()?;
-    let mut modes = cli.modes;
+    let mut modes = if cli.modes.is_empty() { Mode::DEFAULT.to_vec() } else { cli.modes };
     if cli.baseline.is_some() && !modes.contains(&Mode::Baseline) {
         modes.push(Mode::Baseline);
     }
+    let left_out = bench::leave_out(&mut modes)?;
+    for out in &left_out {
+        eprintln!(
+            "bench: without {}, which this kernel cannot run: {}",
+            out.mode.as_str(),
+            out.reason
+        );
+    }
+    ensure!(!modes.is_empty(), "this kernel can run none of these modes");
     let options = Options {
         modes,
         baseline: cli.baseline,
@@ -92,7 +101,7 @@ fn measure(cli: Cli) -> Result<()> {
     };
     let before = bench::load()?;
     let samples = bench::run(&options, |what| eprintln!("bench: {what}"))?;
-    let document = Document::new(&options, [before, bench::load()?], samples)?;
+    let document = Document::new(&options, left_out, [before, bench::load()?], samples)?;
     let mut stdout = io::stdout().lock();
     match cli.output {
         Format::Table => write!(stdout, "{}", bench::table(&document))?,

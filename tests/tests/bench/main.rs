@@ -12,8 +12,12 @@ fn quick_benchmark_measures_everything() -> Result<()> {
     let document: Value = serde_json::from_slice(&output.stdout).context("read the document")?;
     ensure!(document["apiVersion"] == "redirect-agent.bench/v1", "{document}");
     let medians = document["medians"].as_array().context("no medians")?;
-    // Two families, six workloads, three modes.
-    ensure!(medians.len() == 2 * 6 * 3, "{} medians", medians.len());
+    // iptables-legacy needs ip_tables, which a kernel may lack.
+    let left_out = document["leftOut"].as_array().context("nothing about modes left out")?;
+    ensure!(left_out.iter().all(|out| out["mode"] == "istio-legacy"), "{left_out:?}");
+    let modes = 6 - left_out.len();
+    // Two families, six workloads.
+    ensure!(medians.len() == 2 * 6 * modes, "{} medians", medians.len());
     for median in medians {
         ensure!(median["rate"].as_f64().is_some_and(|rate| rate > 0.0), "{median}");
         let bulk = median["unit"] == "bytes/s";
@@ -24,7 +28,7 @@ fn quick_benchmark_measures_everything() -> Result<()> {
         );
     }
     let ratios = document["ratios"].as_array().context("no ratios")?;
-    ensure!(ratios.len() == 2 * 6 * 2, "{} ratios", ratios.len());
+    ensure!(ratios.len() == 2 * 6 * (modes - 1), "{} ratios", ratios.len());
     // One round proves nothing.
     ensure!(ratios.iter().all(|ratio| ratio["conclusive"] == false), "{ratios:?}");
     Ok(())
