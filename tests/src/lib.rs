@@ -2,6 +2,7 @@
 
 pub mod apiserver;
 pub mod app;
+pub mod attached;
 pub mod bench;
 pub mod cni;
 pub mod demo;

@@ -5,6 +5,10 @@
 //! the modes come in random order, so that what else the machine does hits all of them alike. Only ratios
 //! within a round are compared.
 
+mod held;
+mod meter;
+mod outside;
+mod programs;
 mod relay;
 mod report;
 mod stage;
@@ -17,12 +21,17 @@ use std::time::Duration;
 use anyhow::{Context as _, Result};
 use serde::Serialize;
 
+pub use self::held::Held;
+pub use self::programs::Cost;
 pub use self::report::{Document, load, table};
 use self::stage::on_stage;
 pub use self::stats::Interval;
 pub use self::workload::Workload;
 use crate::istio_cni::Backend;
 use crate::netns::{Family, Netns, TestDir};
+
+/// In how many rounds connections are kept open: their memory hardly varies.
+const HELD_ROUNDS: usize = 3;
 
 /// How the pod's calls get to the server.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Serialize, clap::ValueEnum)]
@@ -40,19 +49,22 @@ pub enum Mode {
     IstioLegacy,
     /// By istio-cni's rules, with native nftables.
     IstioNative,
+    /// Directly, on a node with an agent and with a pod in the mesh: this pod is not.
+    Outside,
     /// By another build of redirect-agent.
     Baseline,
 }
 
 impl Mode {
     /// All that need no other build.
-    pub const DEFAULT: [Self; 6] = [
+    pub const DEFAULT: [Self; 7] = [
         Self::None,
         Self::Explicit,
         Self::Ours,
         Self::IstioNft,
         Self::IstioLegacy,
         Self::IstioNative,
+        Self::Outside,
     ];
 
     /// The name in the output.
@@ -64,6 +76,7 @@ impl Mode {
             Mode::IstioNft => "istio-nft",
             Mode::IstioLegacy => "istio-legacy",
             Mode::IstioNative => "istio-native",
+            Mode::Outside => "outside",
             Mode::Baseline => "baseline",
         }
     }
@@ -74,7 +87,7 @@ impl Mode {
             Mode::IstioNft => Some(Backend::IptablesNft),
             Mode::IstioLegacy => Some(Backend::IptablesLegacy),
             Mode::IstioNative => Some(Backend::NativeNftables),
-            Mode::None | Mode::Explicit | Mode::Ours | Mode::Baseline => None,
+            Mode::None | Mode::Explicit | Mode::Ours | Mode::Outside | Mode::Baseline => None,
         }
     }
 }
@@ -122,6 +135,8 @@ pub struct Options {
     pub families: Vec<Family>,
     /// What to run.
     pub workloads: Vec<Workload>,
+    /// How many connections to keep open at once, to see what they cost the kernel.
+    pub held: usize,
 }
 
 /// One measurement.
@@ -135,55 +150,89 @@ pub struct Sample {
     pub family: Family,
     /// What ran.
     pub workload: Workload,
-    /// Calls, requests, or bytes per second.
+    /// Calls, requests, queries, or bytes per second.
     pub rate: f64,
-    /// Latency of calls or requests, µs; `None` for bulk.
+    /// Latency of calls, requests or queries, µs; `None` for bulk.
     pub p50_us: Option<f64>,
     /// The same.
     pub p99_us: Option<f64>,
+    /// The processor time of the whole machine, all processors together, for each [`Workload::per`], µs.
+    pub cpu_us: f64,
+    /// The share of the machine's time, from 0 to 1, that others had meanwhile.
+    pub others: f64,
+    /// The share of the machine's time, from 0 to 1, that the hypervisor gave to other machines.
+    pub steal: f64,
+    /// How many connections the pod's namespace tracked at the end, of this workload and those before it.
+    pub conntrack: u64,
+    /// What BPF programs cost, in a slice of its own; `None` where there are none.
+    pub programs: Option<Cost>,
+}
+
+/// All that was measured.
+#[derive(Clone, Debug, Default)]
+pub struct Measured {
+    /// Workloads.
+    pub samples: Vec<Sample>,
+    /// Open connections.
+    pub held: Vec<Held>,
 }
 
 /// Measures; `progress` hears of each mode of each round before it runs.
 ///
 /// # Errors
 ///
-/// When a namespace, the agent or a connection fails: then nothing was measured.
-pub fn run(options: &Options, mut progress: impl FnMut(&str)) -> Result<Vec<Sample>> {
-    let mut samples = Vec::new();
+/// When a namespace, the agent or a connection fails, or a connection went past the proxy: then nothing
+/// was measured.
+pub fn run(options: &Options, mut progress: impl FnMut(&str)) -> Result<Measured> {
+    let mut all = Measured::default();
+    let held = held::room_for(options.held)?;
     for round in 0..options.rounds {
         let mut modes = options.modes.clone();
         fastrand::shuffle(&mut modes);
         for mode in modes {
             progress(&format!("round {} of {}: {}", round + 1, options.rounds, mode.as_str()));
-            let found = measure(options, mode)
-                .with_context(|| format!("measure mode {}", mode.as_str()))?;
-            samples.extend(found.into_iter().map(|(family, workload, found)| Sample {
-                round,
-                mode,
-                family,
-                workload,
-                rate: found.rate,
-                p50_us: found.p50_us,
-                p99_us: found.p99_us,
-            }));
+            let what = || format!("measure mode {}", mode.as_str());
+            all.samples.extend(measure(options, round, mode).with_context(what)?);
+            if round < HELD_ROUNDS && held > 0 {
+                let found = on_stage(options, mode, |stage| {
+                    let hold = |family| held::hold(stage, round, family, held);
+                    options.families.iter().copied().map(hold).collect::<Result<Vec<_>>>()
+                });
+                all.held.extend(found.with_context(what)?);
+            }
         }
     }
-    Ok(samples)
+    Ok(all)
 }
 
-type Measured = Vec<(Family, Workload, workload::Found)>;
-
 /// One mode, in namespaces of its own.
-fn measure(options: &Options, mode: Mode) -> Result<Measured> {
+fn measure(options: &Options, round: usize, mode: Mode) -> Result<Vec<Sample>> {
     on_stage(options, mode, |stage| {
-        let mut all = Vec::new();
+        let mut samples = Vec::new();
         for &family in &options.families {
             // Whatever happens once only is over by then.
             stage.run(family, Workload::Connect1, options.slice / 5)?;
             for &workload in &options.workloads {
-                all.push((family, workload, stage.run(family, workload, options.slice)?));
+                let found = stage.run(family, workload, options.slice)?;
+                samples.push(Sample {
+                    round,
+                    mode,
+                    family,
+                    workload,
+                    rate: found.rate,
+                    p50_us: found.p50_us,
+                    p99_us: found.p99_us,
+                    cpu_us: found.spent.busy.as_secs_f64() * 1e6 / found.done,
+                    others: found.spent.others,
+                    steal: found.spent.steal,
+                    conntrack: meter::conntrack(stage.netns())?,
+                    programs: None,
+                });
             }
         }
-        Ok(all)
+        for sample in &mut samples {
+            sample.programs = stage.cost(sample.family, sample.workload, options.slice / 4)?;
+        }
+        Ok(samples)
     })
 }

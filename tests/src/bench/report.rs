@@ -6,8 +6,9 @@ use anyhow::{Context as _, Result};
 use comfy_table::{Table, presets};
 use serde::Serialize;
 
+use super::held::{Held, UNIT};
 use super::stats::median;
-use super::{Interval, LeftOut, Mode, Options, Sample, Workload};
+use super::{Cost, Interval, LeftOut, Measured, Mode, Options, Sample, Workload};
 use crate::netns::Family;
 
 /// Everything, for `-o json`.
@@ -31,10 +32,14 @@ pub struct Document {
     pub left_out: Vec<LeftOut>,
     /// The medians.
     pub medians: Vec<Median>,
+    /// The medians of what open connections cost.
+    pub held_medians: Vec<HeldMedian>,
     /// The ratios of rates within rounds.
     pub ratios: Vec<Ratio>,
     /// All measurements.
     pub samples: Vec<Sample>,
+    /// All measurements of open connections.
+    pub held: Vec<Held>,
 }
 
 /// The medians of one mode.
@@ -46,6 +51,8 @@ pub struct Median {
     pub workload: Workload,
     /// What its rate counts.
     pub unit: &'static str,
+    /// What its processor time, and its programs' cost, is told for.
+    pub per: &'static str,
     /// How the calls got to the server.
     pub mode: Mode,
     /// See [`Sample::rate`].
@@ -54,6 +61,23 @@ pub struct Median {
     pub p50_us: Option<f64>,
     /// See [`Sample::p99_us`].
     pub p99_us: Option<f64>,
+    /// See [`Sample::cpu_us`].
+    pub cpu_us: f64,
+    /// See [`Sample::programs`].
+    pub programs: Option<Cost>,
+}
+
+/// The medians of one mode.
+#[derive(Clone, Debug, Serialize)]
+pub struct HeldMedian {
+    /// In which family.
+    pub family: Family,
+    /// How the connections got to the server.
+    pub mode: Mode,
+    /// See [`Held::kernel_bytes`].
+    pub kernel_bytes: f64,
+    /// See [`Held::conntrack`].
+    pub conntrack: f64,
 }
 
 /// The rate of ours by that of another mode.
@@ -81,8 +105,9 @@ impl Document {
         options: &Options,
         left_out: Vec<LeftOut>,
         load: [f64; 2],
-        samples: Vec<Sample>,
+        measured: Measured,
     ) -> Result<Self> {
+        let Measured { samples, held } = measured;
         let (mut medians, mut ratios) = (Vec::new(), Vec::new());
         for (family, workload) in kinds(&samples) {
             let of = |mode: Mode| {
@@ -90,20 +115,9 @@ impl Document {
                     .iter()
                     .filter(move |s| (s.family, s.workload, s.mode) == (family, workload, mode))
             };
-            for &mode in &options.modes {
-                let all = |value: &dyn Fn(&Sample) -> Option<f64>| {
-                    median(&of(mode).filter_map(value).collect::<Vec<_>>())
-                };
-                medians.extend(all(&|s| Some(s.rate)).map(|rate| Median {
-                    family,
-                    workload,
-                    unit: workload.unit(),
-                    mode,
-                    rate,
-                    p50_us: all(&|s| s.p50_us),
-                    p99_us: all(&|s| s.p99_us),
-                }));
-            }
+            medians.extend(
+                options.modes.iter().filter_map(|&mode| median_of(&of(mode).collect::<Vec<_>>())),
+            );
             for &to in options.modes.iter().filter(|mode| **mode != Mode::Ours) {
                 let within: Vec<f64> = of(Mode::Ours)
                     .filter_map(|ours| {
@@ -121,7 +135,7 @@ impl Document {
             }
         }
         Ok(Self {
-            api_version: "redirect-agent.bench/v1",
+            api_version: "redirect-agent.bench/v2",
             kernel: read("/proc/sys/kernel/osrelease")?,
             processor: processor()?,
             cores: std::thread::available_parallelism().context("count the cores")?.get(),
@@ -129,8 +143,10 @@ impl Document {
             rounds: options.rounds,
             left_out,
             medians,
+            held_medians: held_medians(options, &held),
             ratios,
             samples,
+            held,
         })
     }
 }
@@ -143,23 +159,54 @@ fn kinds(samples: &[Sample]) -> Vec<(Family, Workload)> {
     kinds
 }
 
+/// The medians of samples of one kind; `None` without samples.
+fn median_of(samples: &[&Sample]) -> Option<Median> {
+    let &Sample { family, workload, mode, .. } = *samples.first()?;
+    let all = |value: &dyn Fn(&Sample) -> Option<f64>| {
+        median(&samples.iter().filter_map(|s| value(s)).collect::<Vec<_>>())
+    };
+    let cost = |value: &dyn Fn(&Cost) -> f64| all(&|s| s.programs.as_ref().map(value));
+    let programs = || {
+        Some(Cost {
+            runs: cost(&|c| c.runs)?,
+            nanoseconds: cost(&|c| c.nanoseconds)?,
+            packets: cost(&|c| c.packets)?,
+        })
+    };
+    Some(Median {
+        family,
+        workload,
+        unit: workload.unit(),
+        per: workload.per(),
+        mode,
+        rate: all(&|s| Some(s.rate))?,
+        p50_us: all(&|s| s.p50_us),
+        p99_us: all(&|s| s.p99_us),
+        cpu_us: all(&|s| Some(s.cpu_us))?,
+        programs: programs(),
+    })
+}
+
+fn held_medians(options: &Options, held: &[Held]) -> Vec<HeldMedian> {
+    let mut all = Vec::new();
+    for &family in &options.families {
+        for &mode in &options.modes {
+            let of = |value: &dyn Fn(&Held) -> f64| {
+                let these = held.iter().filter(|h| (h.family, h.mode) == (family, mode));
+                median(&these.map(value).collect::<Vec<_>>())
+            };
+            if let (Some(kernel_bytes), Some(conntrack)) =
+                (of(&|h| h.kernel_bytes), of(&|h| h.conntrack))
+            {
+                all.push(HeldMedian { family, mode, kernel_bytes, conntrack });
+            }
+        }
+    }
+    all
+}
+
 /// The tables.
 pub fn table(document: &Document) -> String {
-    let mut medians = Table::new();
-    medians.load_style(presets::NOTHING);
-    medians.set_header(["FAMILY", "WORKLOAD", "MODE", "RATE", "UNIT", "P50 µs", "P99 µs"]);
-    let number = |value: Option<f64>| value.map_or("-".to_owned(), |v| format!("{v:.1}"));
-    for m in &document.medians {
-        medians.add_row([
-            m.family.as_str().to_owned(),
-            m.workload.as_str().to_owned(),
-            m.mode.as_str().to_owned(),
-            format!("{:.0}", m.rate),
-            m.unit.to_owned(),
-            number(m.p50_us),
-            number(m.p99_us),
-        ]);
-    }
     let mut ratios = Table::new();
     ratios.load_style(presets::NOTHING);
     ratios.set_header(["FAMILY", "WORKLOAD", "OURS / …", "RATIO", "95 %", ""]);
@@ -179,9 +226,87 @@ pub fn table(document: &Document) -> String {
         ]);
     }
     let Document { kernel, processor, cores, load: [before, after], rounds, .. } = document;
-    format!(
-        "{medians}\n\n{ratios}\n\n{rounds} rounds, Linux {kernel}, {cores} × {processor}, load {before} before and {after} after\n"
+    let mut text = String::new();
+    for table in [medians(document), programs(document), held(document), ratios] {
+        text += &format!("{table}\n\n");
+    }
+    for LeftOut { mode, reason } in &document.left_out {
+        text += &format!("Without {}, which this kernel cannot run: {reason}\n", mode.as_str());
+    }
+    text + &format!(
+        "{rounds} rounds, Linux {kernel}, {cores} × {processor}, load {before} before and {after} after\n"
     )
+}
+
+fn new_table(header: &[&str]) -> Table {
+    let mut table = Table::new();
+    table.load_style(presets::NOTHING);
+    table.set_header(header);
+    table
+}
+
+fn medians(document: &Document) -> Table {
+    let mut table = new_table(&[
+        "FAMILY", "WORKLOAD", "MODE", "RATE", "UNIT", "P50 µs", "P99 µs", "CPU µs", "PER",
+    ]);
+    let number = |value: Option<f64>| value.map_or("-".to_owned(), |v| format!("{v:.1}"));
+    for m in &document.medians {
+        table.add_row([
+            m.family.as_str().to_owned(),
+            m.workload.as_str().to_owned(),
+            m.mode.as_str().to_owned(),
+            format!("{:.0}", m.rate),
+            m.unit.to_owned(),
+            number(m.p50_us),
+            number(m.p99_us),
+            number(Some(m.cpu_us)),
+            m.per.to_owned(),
+        ]);
+    }
+    table
+}
+
+/// What BPF programs cost.
+fn programs(document: &Document) -> Table {
+    let mut table = new_table(&[
+        "FAMILY",
+        "WORKLOAD",
+        "MODE",
+        "PER",
+        "PROGRAM RUNS",
+        "PROGRAMS ns",
+        "PACKETS",
+        "ns PER PACKET",
+    ]);
+    for (m, cost) in document.medians.iter().filter_map(|m| Some((m, m.programs?))) {
+        table.add_row([
+            m.family.as_str().to_owned(),
+            m.workload.as_str().to_owned(),
+            m.mode.as_str().to_owned(),
+            m.per.to_owned(),
+            format!("{:.1}", cost.runs),
+            format!("{:.0}", cost.nanoseconds),
+            format!("{:.1}", cost.packets),
+            format!("{:.1}", cost.nanoseconds / cost.packets),
+        ]);
+    }
+    table
+}
+
+/// What open connections cost.
+fn held(document: &Document) -> Table {
+    let memory = format!("KERNEL MiB FOR {UNIT} OPEN");
+    let conntrack = format!("CONNTRACK FOR {UNIT} OPEN");
+    let mut table = new_table(&["FAMILY", "MODE", &memory, &conntrack]);
+    for m in &document.held_medians {
+        table.add_row([
+            m.family.as_str().to_owned(),
+            m.mode.as_str().to_owned(),
+            format!("{:.1}", m.kernel_bytes / f64::from(1 << 20)),
+            format!("{:.0}", m.conntrack),
+        ]);
+    }
+    table
 }
 
 /// How busy the machine has been for a minute.

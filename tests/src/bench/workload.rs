@@ -1,8 +1,9 @@
 //! What the application does, and who answers.
 
 use std::io::{self, Read as _, Write as _};
-use std::net::{IpAddr, Ipv6Addr, SocketAddr, TcpListener, TcpStream};
+use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr, TcpListener, TcpStream, UdpSocket};
 use std::sync::Barrier;
+use std::sync::atomic::AtomicU64;
 use std::thread;
 use std::time::{Duration, Instant};
 
@@ -10,11 +11,15 @@ use anyhow::{Context as _, Result, anyhow, ensure};
 use serde::Serialize;
 use tokio::io::{AsyncReadExt as _, AsyncWriteExt as _};
 
-use super::relay::EXPLICIT_OFFSET;
+use redirect_ebpf::abi::PORT_PROXY_DNS;
+
+use super::meter::{Meter, Spent};
+use super::relay::{EXPLICIT_OFFSET, answer_queries};
+use crate::dns;
 use crate::netns::{Netns, Running};
 
 /// The server sends back what it gets.
-const ECHO: u16 = 7001;
+pub(super) const ECHO: u16 = 7001;
 /// It reads.
 const SINK: u16 = 7002;
 /// It writes.
@@ -42,12 +47,21 @@ pub enum Workload {
     Up,
     /// Gets all it can.
     Down,
+    /// Asks a resolver over UDP, each time from a new socket, as libc does; eight at once.
+    Dns,
 }
 
 impl Workload {
     /// All of them.
-    pub const ALL: [Self; 6] =
-        [Self::Connect1, Self::Connect8, Self::Request1, Self::Request32, Self::Up, Self::Down];
+    pub const ALL: [Self; 7] = [
+        Self::Connect1,
+        Self::Connect8,
+        Self::Request1,
+        Self::Request32,
+        Self::Up,
+        Self::Down,
+        Self::Dns,
+    ];
 
     /// The name in the output.
     pub fn as_str(self) -> &'static str {
@@ -58,6 +72,7 @@ impl Workload {
             Self::Request32 => "request32",
             Self::Up => "up",
             Self::Down => "down",
+            Self::Dns => "dns",
         }
     }
 
@@ -67,6 +82,17 @@ impl Workload {
             Self::Connect1 | Self::Connect8 => "connections/s",
             Self::Request1 | Self::Request32 => "requests/s",
             Self::Up | Self::Down => "bytes/s",
+            Self::Dns => "queries/s",
+        }
+    }
+
+    /// What processor time is told for; a GB is 10⁹ bytes.
+    pub fn per(self) -> &'static str {
+        match self {
+            Self::Connect1 | Self::Connect8 => "connection",
+            Self::Request1 | Self::Request32 => "request",
+            Self::Up | Self::Down => "GB",
+            Self::Dns => "query",
         }
     }
 }
@@ -80,10 +106,17 @@ pub(super) enum Target {
 }
 
 impl Target {
-    fn port(self, port: u16) -> SocketAddr {
+    pub(super) fn port(self, port: u16) -> SocketAddr {
         match self {
             Target::Server(ip) => SocketAddr::new(ip, port),
             Target::Relay(ip) => SocketAddr::new(ip, port + EXPLICIT_OFFSET),
+        }
+    }
+
+    fn resolver(self) -> SocketAddr {
+        match self {
+            Target::Server(ip) => SocketAddr::new(ip, dns::PORT),
+            Target::Relay(ip) => SocketAddr::new(ip, PORT_PROXY_DNS),
         }
     }
 }
@@ -92,8 +125,12 @@ impl Target {
 #[derive(Clone, Copy, Debug)]
 pub(super) struct Found {
     pub(super) rate: f64,
-    /// How many connections that took.
+    /// How many [`Workload::per`] were done.
+    pub(super) done: f64,
+    /// How many connections that took, or queries.
     pub(super) opened: u64,
+    /// What it cost.
+    pub(super) spent: Spent,
     pub(super) p50_us: Option<f64>,
     pub(super) p99_us: Option<f64>,
 }
@@ -103,21 +140,23 @@ pub(super) fn run(netns: &Netns, workload: Workload, to: Target, slice: Duration
     match workload {
         Workload::Connect1 | Workload::Connect8 => {
             let at_once = if workload == Workload::Connect1 { 1 } else { 8 };
-            let (found, times) =
-                timed(netns, at_once, slice, || Ok(move || connect_once(to.port(ECHO))))?;
-            Ok(Found { opened: times, ..found })
+            timed(netns, at_once, slice, || Ok(move || connect_once(to.port(ECHO))))
         }
         Workload::Request1 | Workload::Request32 => {
             let at_once = if workload == Workload::Request1 { 1 } else { 32 };
-            let (found, _) = timed(netns, at_once, slice, || requests(to.port(ECHO)))?;
+            let found = timed(netns, at_once, slice, || requests(to.port(ECHO)))?;
             Ok(Found { opened: at_once as u64, ..found })
         }
         Workload::Up => bulk(netns, to.port(SINK), slice, |stream, chunk| stream.write(chunk)),
         Workload::Down => bulk(netns, to.port(SOURCE), slice, |stream, chunk| stream.read(chunk)),
+        Workload::Dns => {
+            let query = dns::query(0x1234, dns::WHO, to.resolver().ip())?;
+            timed(netns, 8, slice, || Ok(|| ask(to.resolver(), &query)))
+        }
     }
 }
 
-fn open(to: SocketAddr) -> Result<TcpStream> {
+pub(super) fn open(to: SocketAddr) -> Result<TcpStream> {
     let stream =
         TcpStream::connect_timeout(&to, PATIENCE).with_context(|| format!("connect to {to}"))?;
     stream.set_nodelay(true)?;
@@ -126,7 +165,7 @@ fn open(to: SocketAddr) -> Result<TcpStream> {
     Ok(stream)
 }
 
-fn exchange(stream: &mut TcpStream) -> Result<()> {
+pub(super) fn exchange(stream: &mut TcpStream) -> Result<()> {
     stream.write_all(b"x").context("send")?;
     stream.read_exact(&mut [0]).context("get an answer")
 }
@@ -135,20 +174,36 @@ fn connect_once(to: SocketAddr) -> Result<()> {
     exchange(&mut open(to)?)
 }
 
+fn ask(resolver: SocketAddr, query: &[u8]) -> Result<()> {
+    let any: IpAddr = if resolver.is_ipv4() {
+        Ipv4Addr::UNSPECIFIED.into()
+    } else {
+        Ipv6Addr::UNSPECIFIED.into()
+    };
+    let socket = UdpSocket::bind((any, 0)).context("open a socket")?;
+    socket.set_read_timeout(Some(PATIENCE))?;
+    socket.connect(resolver)?;
+    socket.send(query).context("ask")?;
+    let mut answer = [0; 512];
+    let len = socket.recv(&mut answer).context("get an answer")?;
+    ensure!(answer[..len].starts_with(&query[..2]), "the answer is to another query");
+    Ok(())
+}
+
 fn requests(to: SocketAddr) -> Result<impl FnMut() -> Result<()>> {
     let mut stream = open(to)?;
     exchange(&mut stream)?;
     Ok(move || exchange(&mut stream))
 }
 
-/// Repeats what `prepare` gives, on as many threads as are to be at once; says how often.
+/// Repeats what `prepare` gives, on as many threads as are to be at once.
 fn timed<F: FnMut() -> Result<()>>(
     netns: &Netns,
     at_once: usize,
     slice: Duration,
     prepare: impl Fn() -> Result<F> + Sync,
-) -> Result<(Found, u64)> {
-    let ready = Barrier::new(at_once);
+) -> Result<Found> {
+    let ready = Barrier::new(at_once + 1);
     let one = || -> Result<(Vec<Duration>, Duration)> {
         netns.run(|| {
             let prepared = prepare();
@@ -163,12 +218,15 @@ fn timed<F: FnMut() -> Result<()>>(
             Ok((took, began.elapsed()))
         })
     };
-    let all = thread::scope(|scope| {
+    let (all, spent) = thread::scope(|scope| -> Result<_> {
         let threads: Vec<_> = (0..at_once).map(|_| scope.spawn(one)).collect();
-        threads
+        let meter = Meter::start();
+        ready.wait();
+        let all = threads
             .into_iter()
             .map(|thread| thread.join().map_err(|_| anyhow!("a thread panicked"))?)
-            .collect::<Result<Vec<_>>>()
+            .collect::<Result<Vec<_>>>()?;
+        Ok((all, meter?.stop()?))
     })?;
     let rate = all.iter().map(|(took, during)| took.len() as f64 / during.as_secs_f64()).sum();
     let mut took: Vec<Duration> = all.into_iter().flat_map(|(took, _)| took).collect();
@@ -178,7 +236,14 @@ fn timed<F: FnMut() -> Result<()>>(
         let n = (took.len() - 1) as f64 * part;
         Some(took[n.round() as usize].as_secs_f64() * 1e6)
     };
-    Ok((Found { rate, opened: 0, p50_us: at(0.5), p99_us: at(0.99) }, took.len() as u64))
+    Ok(Found {
+        rate,
+        done: took.len() as f64,
+        opened: took.len() as u64,
+        spent,
+        p50_us: at(0.5),
+        p99_us: at(0.99),
+    })
 }
 
 fn bulk(
@@ -195,12 +260,13 @@ fn bulk(
         while warm_up.elapsed() < slice / 5 {
             pass(&mut stream, &mut chunk).context("warm up")?;
         }
-        let (began, mut bytes) = (Instant::now(), 0);
+        let (meter, began, mut bytes) = (Meter::start()?, Instant::now(), 0);
         while began.elapsed() < slice {
             bytes += pass(&mut stream, &mut chunk).context("pass bytes")?;
         }
         let rate = bytes as f64 / began.elapsed().as_secs_f64();
-        Ok(Found { rate, opened: 1, p50_us: None, p99_us: None })
+        let spent = meter.stop()?;
+        Ok(Found { rate, done: bytes as f64 / 1e9, opened: 1, spent, p50_us: None, p99_us: None })
     })
 }
 
@@ -221,10 +287,17 @@ impl Server {
                 })
                 .collect::<Result<Vec<_>>>()
         })?;
+        let resolver = netns.run(|| {
+            let socket = UdpSocket::bind((Ipv6Addr::UNSPECIFIED, dns::PORT))?;
+            socket.set_nonblocking(true)?;
+            Ok(socket)
+        })?;
         let running = netns.spawn(move || async move {
             let serving =
                 listeners.into_iter().zip(PORTS).map(|(listener, port)| serve(listener, port));
-            futures_util::future::join_all(serving).await;
+            let serving = futures_util::future::join_all(serving);
+            let unread = AtomicU64::new(0);
+            tokio::join!(serving, answer_queries(resolver, &unread));
         })?;
         Ok(Self { _running: running })
     }

@@ -1,12 +1,13 @@
 //! The benchmark. `cargo xtask bench` builds and runs it.
 
+use std::ffi::OsString;
 use std::io::{self, Write as _};
 use std::path::PathBuf;
 use std::process::ExitCode;
 use std::time::Duration;
 
 use anyhow::{Result, bail, ensure};
-use clap::{Parser, ValueEnum};
+use clap::{Parser, Subcommand, ValueEnum};
 use redirect_tests::bench::{self, Document, Mode, Options, Workload};
 use redirect_tests::demo;
 use redirect_tests::netns::Family;
@@ -46,12 +47,32 @@ struct Cli {
     /// What the application does; everything by default
     #[arg(long, value_enum, value_delimiter = ',')]
     workloads: Vec<Workload>,
+    /// How many connections to keep open at once, to see what they cost the kernel; 0 for none
+    #[arg(long, value_name = "N", default_value_t = 10_000)]
+    held: usize,
     /// For its shape, not its numbers: one short round
     #[arg(long)]
     quick: bool,
     /// How to print
     #[arg(long, short, value_enum, default_value_t = Format::Table)]
     output: Format,
+    #[command(subcommand)]
+    command: Option<Command>,
+}
+
+#[derive(Debug, Subcommand)]
+enum Command {
+    /// Become a program of a node, which ends with the benchmark
+    #[command(hide = true)]
+    Become {
+        /// The node's network namespace
+        netns: PathBuf,
+        /// The benchmark's process id
+        parent: i32,
+        /// The program and its arguments
+        #[arg(trailing_var_arg = true, allow_hyphen_values = true, required = true)]
+        program: Vec<OsString>,
+    },
 }
 
 #[derive(Clone, Copy, Debug, ValueEnum)]
@@ -61,7 +82,14 @@ enum Format {
 }
 
 fn main() -> ExitCode {
-    match measure(Cli::parse()) {
+    let mut cli = Cli::parse();
+    let done = match cli.command.take() {
+        Some(Command::Become { netns, parent, program }) => {
+            Err(demo::become_program(&netns, parent, &program))
+        }
+        None => measure(cli),
+    };
+    match done {
         Ok(()) => ExitCode::SUCCESS,
         Err(error) => {
             eprintln!("bench: {error:#}");
@@ -97,11 +125,12 @@ fn measure(cli: Cli) -> Result<()> {
         rounds: if cli.quick { 1 } else { cli.rounds },
         slice: Duration::from_secs_f64(if cli.quick { 0.05 } else { cli.slice }),
         families: cli.families,
+        held: if cli.quick { cli.held.min(200) } else { cli.held },
         workloads: if cli.workloads.is_empty() { Workload::ALL.to_vec() } else { cli.workloads },
     };
     let before = bench::load()?;
-    let samples = bench::run(&options, |what| eprintln!("bench: {what}"))?;
-    let document = Document::new(&options, left_out, [before, bench::load()?], samples)?;
+    let measured = bench::run(&options, |what| eprintln!("bench: {what}"))?;
+    let document = Document::new(&options, left_out, [before, bench::load()?], measured)?;
     let mut stdout = io::stdout().lock();
     match cli.output {
         Format::Table => write!(stdout, "{}", bench::table(&document))?,

@@ -8,13 +8,13 @@ use std::path::Path;
 use std::process::Command;
 
 use anyhow::{Context as _, Result, ensure};
-use aya::programs::{SchedClassifier, TcAttachType};
 use redirect_agent::membership::Reason;
 use serde::Serialize;
 use serde_json::Value;
 
 use super::cluster::{CAST, Cluster};
 use super::node::Node;
+use crate::attached::attached;
 use crate::netns::Netns;
 use crate::process::succeed;
 
@@ -152,19 +152,16 @@ pub struct Footprint {
 pub(super) fn footprints(cluster: &Cluster) -> Result<Vec<Footprint>> {
     let new = Netns::new(cluster.topology.dir().path(), "new")?;
     let defaults = sysctls(&new)?;
-    let links = sk_lookup_links()?;
     let compared = CAST.iter().find(|cast| cast.enrolled);
     CAST.iter()
         .filter(|cast| !cast.enrolled)
         .chain(compared)
         .map(|cast| {
             let netns = &cluster.pod(cast.pod)?.netns;
-            let mut looked_at = vec!["tcx of lo and eth0 (BPF_PROG_QUERY)".to_owned()];
-            let mut programs = tcx_programs(netns)?;
+            let mut looked_at = vec!["tcx of all interfaces (BPF_PROG_QUERY)".to_owned()];
             looked_at.push("netns_ino in `bpftool link show`".to_owned());
-            if links.contains(&netns.inode()?) {
-                programs.push("sk_lookup".to_owned());
-            }
+            let attached = attached(netns)?.into_iter();
+            let mut programs: Vec<_> = attached.map(|program| program.place).collect();
             looked_at.push("`bpftool net show`".to_owned());
             programs.extend(bpftool_net(netns)?);
             looked_at.push("`ip rule` and `ip route show table all`, -4 and -6".to_owned());
@@ -191,32 +188,6 @@ pub(super) fn footprints(cluster: &Cluster) -> Result<Vec<Footprint>> {
             })
         })
         .collect()
-}
-
-fn tcx_programs(netns: &Netns) -> Result<Vec<String>> {
-    netns.run(|| {
-        let mut programs = Vec::new();
-        for interface in ["lo", "eth0"] {
-            let hooks = [(TcAttachType::Ingress, "ingress"), (TcAttachType::Egress, "egress")];
-            for (hook, name) in hooks {
-                let (_, attached) = SchedClassifier::query_tcx(interface, hook)
-                    .with_context(|| format!("ask for the tcx programs of {interface}"))?;
-                programs.extend(attached.iter().map(|program| {
-                    let called = program.name_as_str().unwrap_or("?");
-                    format!("tcx {name} {interface}: {called}")
-                }));
-            }
-        }
-        Ok(programs)
-    })
-}
-
-/// The inode numbers of the namespaces that a program is attached to.
-fn sk_lookup_links() -> Result<Vec<u64>> {
-    let output = succeed(Command::new("bpftool").args(["-j", "link", "show"]))?;
-    let links: Vec<Value> =
-        serde_json::from_slice(&output.stdout).context("read bpftool's JSON")?;
-    Ok(links.iter().filter_map(|link| link["netns_ino"].as_u64()).collect())
 }
 
 /// What bpftool knows of by itself: XDP, clsact filters, and, when it is new enough, tcx.

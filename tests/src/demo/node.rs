@@ -20,7 +20,7 @@ use crate::topology::Topology;
 
 /// A node with an agent and a proxy of its own.
 #[derive(Debug)]
-pub(super) struct Node {
+pub(crate) struct Node {
     /// As in the pods' `spec.nodeName`.
     pub(super) name: &'static str,
     /// Where its agent's pins are.
@@ -34,7 +34,7 @@ pub(super) struct Node {
 
 impl Node {
     /// Starts the programs of node number `number`.
-    pub(super) fn start(
+    pub(crate) fn start(
         topology: &Topology,
         number: usize,
         name: &'static str,
@@ -80,7 +80,7 @@ impl Node {
     }
 
     /// The status once the agent answers; an error when it has ended.
-    pub(super) fn status_when_up(&mut self) -> Result<Option<Status>> {
+    pub(crate) fn status_when_up(&mut self) -> Result<Option<Status>> {
         if !self.agent.is_running()? {
             return Err(anyhow!("the agent of {} has ended:\n{}", self.name, self.agent.log()?));
         }
