@@ -9,6 +9,7 @@ mod held;
 mod meter;
 mod outside;
 mod programs;
+mod ratios;
 mod relay;
 mod report;
 mod stage;
@@ -23,6 +24,7 @@ use serde::Serialize;
 
 pub use self::held::Held;
 pub use self::programs::Cost;
+pub use self::ratios::{Doubt, Metric, Other, Ratio};
 pub use self::report::{Document, load, table};
 use self::stage::on_stage;
 pub use self::stats::Interval;

@@ -7,8 +7,11 @@ use comfy_table::{Table, presets};
 use serde::Serialize;
 
 use super::held::{Held, UNIT};
+use super::ratios::ratios;
 use super::stats::median;
-use super::{Cost, Interval, LeftOut, Measured, Mode, Options, Sample, Workload};
+use super::{
+    Cost, Doubt, Interval, LeftOut, Measured, Metric, Mode, Options, Other, Ratio, Sample, Workload,
+};
 use crate::netns::Family;
 
 /// Everything, for `-o json`.
@@ -34,7 +37,7 @@ pub struct Document {
     pub medians: Vec<Median>,
     /// The medians of what open connections cost.
     pub held_medians: Vec<HeldMedian>,
-    /// The ratios of rates within rounds.
+    /// The ratios within rounds.
     pub ratios: Vec<Ratio>,
     /// All measurements.
     pub samples: Vec<Sample>,
@@ -80,21 +83,6 @@ pub struct HeldMedian {
     pub conntrack: f64,
 }
 
-/// The rate of ours by that of another mode.
-#[derive(Clone, Debug, Serialize)]
-pub struct Ratio {
-    /// In which family.
-    pub family: Family,
-    /// What ran.
-    pub workload: Workload,
-    /// The other mode.
-    pub to: Mode,
-    /// The ratio: above 1, ours is faster.
-    pub ratio: Interval,
-    /// Whether the interval is narrow enough to say something about a few percent.
-    pub conclusive: bool,
-}
-
 impl Document {
     /// Works out medians and ratios; `load` is that of before and after.
     ///
@@ -108,30 +96,13 @@ impl Document {
         measured: Measured,
     ) -> Result<Self> {
         let Measured { samples, held } = measured;
-        let (mut medians, mut ratios) = (Vec::new(), Vec::new());
+        let mut medians = Vec::new();
         for (family, workload) in kinds(&samples) {
-            let of = |mode: Mode| {
-                samples
+            for &mode in &options.modes {
+                let these = samples
                     .iter()
-                    .filter(move |s| (s.family, s.workload, s.mode) == (family, workload, mode))
-            };
-            medians.extend(
-                options.modes.iter().filter_map(|&mode| median_of(&of(mode).collect::<Vec<_>>())),
-            );
-            for &to in options.modes.iter().filter(|mode| **mode != Mode::Ours) {
-                let within: Vec<f64> = of(Mode::Ours)
-                    .filter_map(|ours| {
-                        let other = of(to).find(|other| other.round == ours.round)?;
-                        Some(ours.rate / other.rate)
-                    })
-                    .collect();
-                ratios.extend(Interval::of(&within).map(|ratio| Ratio {
-                    family,
-                    workload,
-                    to,
-                    ratio,
-                    conclusive: ratio.is_conclusive(),
-                }));
+                    .filter(|s| (s.family, s.workload, s.mode) == (family, workload, mode));
+                medians.extend(median_of(&these.collect::<Vec<_>>()));
             }
         }
         Ok(Self {
@@ -144,7 +115,7 @@ impl Document {
             left_out,
             medians,
             held_medians: held_medians(options, &held),
-            ratios,
+            ratios: ratios(options, &samples),
             samples,
             held,
         })
@@ -207,35 +178,105 @@ fn held_medians(options: &Options, held: &[Held]) -> Vec<HeldMedian> {
 
 /// The tables.
 pub fn table(document: &Document) -> String {
-    let mut ratios = Table::new();
-    ratios.load_style(presets::NOTHING);
-    ratios.set_header(["FAMILY", "WORKLOAD", "OURS / …", "RATIO", "95 %", ""]);
-    for r in &document.ratios {
-        let conclusion = if r.conclusive {
-            ""
-        } else {
-            "no conclusion: it varies too much, or the rounds are too few"
-        };
-        ratios.add_row([
-            r.family.as_str().to_owned(),
-            r.workload.as_str().to_owned(),
-            r.to.as_str().to_owned(),
-            format!("{:.3}", r.ratio.median),
-            format!("{:.3}–{:.3}", r.ratio.low, r.ratio.high),
-            conclusion.to_owned(),
-        ]);
-    }
     let Document { kernel, processor, cores, load: [before, after], rounds, .. } = document;
     let mut text = String::new();
-    for table in [medians(document), programs(document), held(document), ratios] {
+    for table in [medians(document), programs(document), held(document), compared(document)] {
         text += &format!("{table}\n\n");
     }
+    text += &explain(document);
     for LeftOut { mode, reason } in &document.left_out {
         text += &format!("Without {}, which this kernel cannot run: {reason}\n", mode.as_str());
     }
     text + &format!(
         "{rounds} rounds, Linux {kernel}, {cores} × {processor}, load {before} before and {after} after\n"
     )
+}
+
+/// Ratios: one column for each pair, and no column for single backends of istio-cni.
+fn compared(document: &Document) -> Table {
+    let pair = |r: &Ratio| format!("{} / {}", r.of.as_str(), r.to.as_str());
+    let shown: Vec<&Ratio> = document
+        .ratios
+        .iter()
+        .filter(|r| !matches!(r.to, Other::Mode(mode) if mode.backend().is_some()))
+        .collect();
+    let mut pairs: Vec<String> = Vec::new();
+    for pair in shown.iter().map(|r| pair(r)) {
+        if !pairs.contains(&pair) {
+            pairs.push(pair);
+        }
+    }
+    let mut header = vec!["FAMILY", "WORKLOAD", "RATIO OF"];
+    header.extend(pairs.iter().map(String::as_str));
+    let mut table = new_table(&header);
+    for row in shown.chunk_by(|a, b| kind(a) == kind(b)) {
+        let Some(first) = row.first() else { continue };
+        let mut cells = vec![first.family.as_str(), first.workload.as_str(), first.metric.as_str()];
+        let found: Vec<String> = pairs
+            .iter()
+            .map(|wanted| {
+                row.iter().find(|r| pair(r) == *wanted).map_or(String::new(), |r| cell(r))
+            })
+            .collect();
+        cells.extend(found.iter().map(String::as_str));
+        table.add_row(cells);
+    }
+    table
+}
+
+fn kind(ratio: &Ratio) -> (Family, Workload, Metric) {
+    (ratio.family, ratio.workload, ratio.metric)
+}
+
+/// `1.034 1.021–1.050`, or `? 0.80–1.20` with the letters of the doubts.
+fn cell(ratio: &Ratio) -> String {
+    let Interval { median, low, high, .. } = ratio.ratio;
+    if ratio.conclusive {
+        return format!("{median:.3} {low:.3}–{high:.3}");
+    }
+    let letters: String = ratio.doubts.iter().map(|doubt| letter(*doubt)).collect();
+    format!("? {low:.2}–{high:.2} {letters}")
+}
+
+fn letter(doubt: Doubt) -> char {
+    match doubt {
+        Doubt::FewRounds => 'r',
+        Doubt::Wide => 'w',
+        Doubt::Others(_) => 'o',
+        Doubt::Steal(_) => 's',
+    }
+}
+
+/// What the letters of [`cell`] mean, those that are there.
+fn explain(document: &Document) -> String {
+    let doubts = || document.ratios.iter().flat_map(|r| &r.doubts);
+    let most = |value: fn(&Doubt) -> Option<f64>| doubts().filter_map(value).reduce(f64::max);
+    let others = most(|d| if let Doubt::Others(share) = d { Some(*share) } else { None });
+    let steal = most(|d| if let Doubt::Steal(share) = d { Some(*share) } else { None });
+    let mut reasons = Vec::new();
+    if doubts().any(|d| *d == Doubt::FewRounds) {
+        reasons.push("r: the rounds are too few".to_owned());
+    }
+    if doubts().any(|d| *d == Doubt::Wide) {
+        reasons.push("w: rounds differ too much".to_owned());
+    }
+    if let Some(share) = others {
+        reasons.push(format!(
+            "o: others took a part of the machine's time, up to {:.0} %",
+            share * 100.0
+        ));
+    }
+    if let Some(share) = steal {
+        reasons.push(format!(
+            "s: the hypervisor gave a part of it to other machines, up to {:.0} %",
+            share * 100.0
+        ));
+    }
+    if reasons.is_empty() {
+        String::new()
+    } else {
+        format!("?: no conclusion. {}\n", reasons.join("; "))
+    }
 }
 
 fn new_table(header: &[&str]) -> Table {

@@ -39,9 +39,14 @@ impl Interval {
         Some(Self { median: median_of_all, low, high, rounds: values.len() })
     }
 
-    /// Whether it says something about a few percent.
-    pub fn is_conclusive(&self) -> bool {
-        self.rounds >= ENOUGH && (self.high - self.low) <= 0.1 * self.median
+    /// Whether there are enough rounds to tell how wide it is.
+    pub fn has_enough_rounds(&self) -> bool {
+        self.rounds >= ENOUGH
+    }
+
+    /// Whether it is too wide to say something about a few percent.
+    pub fn is_wide(&self) -> bool {
+        self.high - self.low > 0.1 * self.median
     }
 }
 
@@ -72,11 +77,11 @@ mod tests {
     fn interval_is_around_the_median_and_as_wide_as_the_values_differ() {
         let narrow = Interval::of(&[1.0, 1.01, 0.99, 1.0, 1.0, 1.01, 0.99, 1.0]).unwrap();
         assert!(narrow.low <= narrow.median && narrow.median <= narrow.high);
-        assert!(narrow.is_conclusive(), "{narrow:?}");
+        assert!(!narrow.is_wide() && narrow.has_enough_rounds(), "{narrow:?}");
         let wide = Interval::of(&[0.5, 1.5, 1.0, 0.7, 1.3, 0.6, 1.4, 1.0]).unwrap();
-        assert!(!wide.is_conclusive(), "{wide:?}");
+        assert!(wide.is_wide() && wide.has_enough_rounds(), "{wide:?}");
         let few = Interval::of(&[1.0, 1.0]).unwrap();
-        assert!(!few.is_conclusive(), "{few:?}");
+        assert!(!few.has_enough_rounds(), "{few:?}");
         assert_eq!(Interval::of(&[]), None);
     }
 }
