@@ -5,7 +5,9 @@
 //! the modes come in random order, so that what else the machine does hits all of them alike. Only ratios
 //! within a round are compared.
 
+mod chart;
 mod held;
+mod machine;
 mod meter;
 mod outside;
 mod programs;
@@ -14,6 +16,7 @@ mod relay;
 mod report;
 mod stage;
 mod stats;
+mod tables;
 mod workload;
 
 use std::path::PathBuf;
@@ -22,12 +25,15 @@ use std::time::Duration;
 use anyhow::{Context as _, Result};
 use serde::Serialize;
 
+pub use self::chart::chart;
 pub use self::held::Held;
+pub use self::machine::Machine;
 pub use self::programs::Cost;
 pub use self::ratios::{Doubt, Metric, Other, Ratio};
-pub use self::report::{Document, load, table};
+pub use self::report::{Document, HeldMedian, Median};
 use self::stage::on_stage;
 pub use self::stats::Interval;
+pub use self::tables::{Style, tables};
 pub use self::workload::Workload;
 use crate::istio_cni::Backend;
 use crate::netns::{Family, Netns, TestDir};

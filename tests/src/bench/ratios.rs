@@ -158,7 +158,13 @@ fn pairs(modes: &[Mode]) -> Vec<(Mode, Other)> {
     pairs
 }
 
-fn within_rounds(samples: &[&Sample], metric: Metric, of: Mode, to: Other) -> Option<Interval> {
+/// The ratio of one metric in each round; `None` where one of the two was not measured.
+pub(super) fn within_rounds(
+    samples: &[&Sample],
+    metric: Metric,
+    of: Mode,
+    to: Other,
+) -> Option<Interval> {
     let ours = samples.iter().filter(|s| s.mode == of);
     let ratios = ours.filter_map(|ours| {
         let others = samples.iter().filter(|s| s.round == ours.round && to.has(s.mode));

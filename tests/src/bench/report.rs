@@ -1,17 +1,11 @@
 //! What was measured, as a document and as tables.
 
-use std::fs;
-
-use anyhow::{Context as _, Result};
-use comfy_table::{Table, presets};
 use serde::Serialize;
 
-use super::held::{Held, UNIT};
+use super::machine::Machine;
 use super::ratios::ratios;
 use super::stats::median;
-use super::{
-    Cost, Doubt, Interval, LeftOut, Measured, Metric, Mode, Options, Other, Ratio, Sample, Workload,
-};
+use super::{Cost, Held, LeftOut, Measured, Mode, Options, Ratio, Sample, Workload};
 use crate::netns::Family;
 
 /// Everything, for `-o json`.
@@ -20,17 +14,13 @@ use crate::netns::Family;
 pub struct Document {
     /// The version of this document's layout.
     pub api_version: &'static str,
-    /// The kernel's release.
-    pub kernel: String,
-    /// The machine's processor.
-    pub processor: String,
-    /// How many of them.
-    pub cores: usize,
-    /// Tasks that wanted to run, on average over the last minute, when it began and when it ended: much
-    /// more than the benchmark's own means that something else ran.
-    pub load: [f64; 2],
+    /// Where and when.
+    #[serde(flatten)]
+    pub machine: Machine,
     /// How many rounds.
     pub rounds: usize,
+    /// How long each workload ran in each round, s.
+    pub slice: f64,
     /// What this kernel cannot run.
     pub left_out: Vec<LeftOut>,
     /// The medians.
@@ -84,17 +74,13 @@ pub struct HeldMedian {
 }
 
 impl Document {
-    /// Works out medians and ratios; `load` is that of before and after.
-    ///
-    /// # Errors
-    ///
-    /// When the machine cannot be described.
+    /// Works out medians and ratios.
     pub fn new(
         options: &Options,
         left_out: Vec<LeftOut>,
-        load: [f64; 2],
+        machine: Machine,
         measured: Measured,
-    ) -> Result<Self> {
+    ) -> Self {
         let Measured { samples, held } = measured;
         let mut medians = Vec::new();
         for (family, workload) in kinds(&samples) {
@@ -105,20 +91,18 @@ impl Document {
                 medians.extend(median_of(&these.collect::<Vec<_>>()));
             }
         }
-        Ok(Self {
+        Self {
             api_version: "redirect-agent.bench/v2",
-            kernel: read("/proc/sys/kernel/osrelease")?,
-            processor: processor()?,
-            cores: std::thread::available_parallelism().context("count the cores")?.get(),
-            load,
+            machine,
             rounds: options.rounds,
+            slice: options.slice.as_secs_f64(),
             left_out,
             medians,
             held_medians: held_medians(options, &held),
             ratios: ratios(options, &samples),
             samples,
             held,
-        })
+        }
     }
 }
 
@@ -174,201 +158,4 @@ fn held_medians(options: &Options, held: &[Held]) -> Vec<HeldMedian> {
         }
     }
     all
-}
-
-/// The tables.
-pub fn table(document: &Document) -> String {
-    let Document { kernel, processor, cores, load: [before, after], rounds, .. } = document;
-    let mut text = String::new();
-    for table in [medians(document), programs(document), held(document), compared(document)] {
-        text += &format!("{table}\n\n");
-    }
-    text += &explain(document);
-    for LeftOut { mode, reason } in &document.left_out {
-        text += &format!("Without {}, which this kernel cannot run: {reason}\n", mode.as_str());
-    }
-    text + &format!(
-        "{rounds} rounds, Linux {kernel}, {cores} × {processor}, load {before} before and {after} after\n"
-    )
-}
-
-/// Ratios: one column for each pair, and no column for single backends of istio-cni.
-fn compared(document: &Document) -> Table {
-    let pair = |r: &Ratio| format!("{} / {}", r.of.as_str(), r.to.as_str());
-    let shown: Vec<&Ratio> = document
-        .ratios
-        .iter()
-        .filter(|r| !matches!(r.to, Other::Mode(mode) if mode.backend().is_some()))
-        .collect();
-    let mut pairs: Vec<String> = Vec::new();
-    for pair in shown.iter().map(|r| pair(r)) {
-        if !pairs.contains(&pair) {
-            pairs.push(pair);
-        }
-    }
-    let mut header = vec!["FAMILY", "WORKLOAD", "RATIO OF"];
-    header.extend(pairs.iter().map(String::as_str));
-    let mut table = new_table(&header);
-    for row in shown.chunk_by(|a, b| kind(a) == kind(b)) {
-        let Some(first) = row.first() else { continue };
-        let mut cells = vec![first.family.as_str(), first.workload.as_str(), first.metric.as_str()];
-        let found: Vec<String> = pairs
-            .iter()
-            .map(|wanted| {
-                row.iter().find(|r| pair(r) == *wanted).map_or(String::new(), |r| cell(r))
-            })
-            .collect();
-        cells.extend(found.iter().map(String::as_str));
-        table.add_row(cells);
-    }
-    table
-}
-
-fn kind(ratio: &Ratio) -> (Family, Workload, Metric) {
-    (ratio.family, ratio.workload, ratio.metric)
-}
-
-/// `1.034 1.021–1.050`, or `? 0.80–1.20` with the letters of the doubts.
-fn cell(ratio: &Ratio) -> String {
-    let Interval { median, low, high, .. } = ratio.ratio;
-    if ratio.conclusive {
-        return format!("{median:.3} {low:.3}–{high:.3}");
-    }
-    let letters: String = ratio.doubts.iter().map(|doubt| letter(*doubt)).collect();
-    format!("? {low:.2}–{high:.2} {letters}")
-}
-
-fn letter(doubt: Doubt) -> char {
-    match doubt {
-        Doubt::FewRounds => 'r',
-        Doubt::Wide => 'w',
-        Doubt::Others(_) => 'o',
-        Doubt::Steal(_) => 's',
-    }
-}
-
-/// What the letters of [`cell`] mean, those that are there.
-fn explain(document: &Document) -> String {
-    let doubts = || document.ratios.iter().flat_map(|r| &r.doubts);
-    let most = |value: fn(&Doubt) -> Option<f64>| doubts().filter_map(value).reduce(f64::max);
-    let others = most(|d| if let Doubt::Others(share) = d { Some(*share) } else { None });
-    let steal = most(|d| if let Doubt::Steal(share) = d { Some(*share) } else { None });
-    let mut reasons = Vec::new();
-    if doubts().any(|d| *d == Doubt::FewRounds) {
-        reasons.push("r: the rounds are too few".to_owned());
-    }
-    if doubts().any(|d| *d == Doubt::Wide) {
-        reasons.push("w: rounds differ too much".to_owned());
-    }
-    if let Some(share) = others {
-        reasons.push(format!(
-            "o: others took a part of the machine's time, up to {:.0} %",
-            share * 100.0
-        ));
-    }
-    if let Some(share) = steal {
-        reasons.push(format!(
-            "s: the hypervisor gave a part of it to other machines, up to {:.0} %",
-            share * 100.0
-        ));
-    }
-    if reasons.is_empty() {
-        String::new()
-    } else {
-        format!("?: no conclusion. {}\n", reasons.join("; "))
-    }
-}
-
-fn new_table(header: &[&str]) -> Table {
-    let mut table = Table::new();
-    table.load_style(presets::NOTHING);
-    table.set_header(header);
-    table
-}
-
-fn medians(document: &Document) -> Table {
-    let mut table = new_table(&[
-        "FAMILY", "WORKLOAD", "MODE", "RATE", "UNIT", "P50 µs", "P99 µs", "CPU µs", "PER",
-    ]);
-    let number = |value: Option<f64>| value.map_or("-".to_owned(), |v| format!("{v:.1}"));
-    for m in &document.medians {
-        table.add_row([
-            m.family.as_str().to_owned(),
-            m.workload.as_str().to_owned(),
-            m.mode.as_str().to_owned(),
-            format!("{:.0}", m.rate),
-            m.unit.to_owned(),
-            number(m.p50_us),
-            number(m.p99_us),
-            number(Some(m.cpu_us)),
-            m.per.to_owned(),
-        ]);
-    }
-    table
-}
-
-/// What BPF programs cost.
-fn programs(document: &Document) -> Table {
-    let mut table = new_table(&[
-        "FAMILY",
-        "WORKLOAD",
-        "MODE",
-        "PER",
-        "PROGRAM RUNS",
-        "PROGRAMS ns",
-        "PACKETS",
-        "ns PER PACKET",
-    ]);
-    for (m, cost) in document.medians.iter().filter_map(|m| Some((m, m.programs?))) {
-        table.add_row([
-            m.family.as_str().to_owned(),
-            m.workload.as_str().to_owned(),
-            m.mode.as_str().to_owned(),
-            m.per.to_owned(),
-            format!("{:.1}", cost.runs),
-            format!("{:.0}", cost.nanoseconds),
-            format!("{:.1}", cost.packets),
-            format!("{:.1}", cost.nanoseconds / cost.packets),
-        ]);
-    }
-    table
-}
-
-/// What open connections cost.
-fn held(document: &Document) -> Table {
-    let memory = format!("KERNEL MiB FOR {UNIT} OPEN");
-    let conntrack = format!("CONNTRACK FOR {UNIT} OPEN");
-    let mut table = new_table(&["FAMILY", "MODE", &memory, &conntrack]);
-    for m in &document.held_medians {
-        table.add_row([
-            m.family.as_str().to_owned(),
-            m.mode.as_str().to_owned(),
-            format!("{:.1}", m.kernel_bytes / f64::from(1 << 20)),
-            format!("{:.0}", m.conntrack),
-        ]);
-    }
-    table
-}
-
-/// How busy the machine has been for a minute.
-///
-/// # Errors
-///
-/// When that cannot be read.
-pub fn load() -> Result<f64> {
-    let text = read("/proc/loadavg")?;
-    let first = text.split_whitespace().next().unwrap_or_default();
-    first.parse().context("read /proc/loadavg")
-}
-
-fn processor() -> Result<String> {
-    let text = read("/proc/cpuinfo")?;
-    let model = text.lines().find_map(|line| line.strip_prefix("model name"));
-    let name = model.and_then(|line| line.split_once(':'));
-    Ok(name.map_or("processor".to_owned(), |(_, name)| name.trim().to_owned()))
-}
-
-fn read(path: &str) -> Result<String> {
-    let text = fs::read_to_string(path).with_context(|| format!("read {path}"))?;
-    Ok(text.trim().to_owned())
 }

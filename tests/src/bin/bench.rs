@@ -1,14 +1,15 @@
 //! The benchmark. `cargo xtask bench` builds and runs it.
 
 use std::ffi::OsString;
+use std::fs;
 use std::io::{self, Write as _};
 use std::path::PathBuf;
 use std::process::ExitCode;
 use std::time::Duration;
 
-use anyhow::{Result, bail, ensure};
+use anyhow::{Context as _, Result, bail, ensure};
 use clap::{Parser, Subcommand, ValueEnum};
-use redirect_tests::bench::{self, Document, Mode, Options, Workload};
+use redirect_tests::bench::{self, Document, Machine, Mode, Options, Style, Workload};
 use redirect_tests::demo;
 use redirect_tests::netns::Family;
 
@@ -25,6 +26,7 @@ use redirect_tests::netns::Family;
 Examples:
   cargo xtask bench
   cargo xtask bench --quick
+  cargo xtask bench --chart docs/performance.svg --output markdown
   cargo xtask bench --rounds 20 --families ipv4 --workloads connect1,up -o json > bench.json
   cargo xtask bench --baseline /tmp/redirect-agent-of-last-week --modes ours,baseline"
 )]
@@ -53,6 +55,9 @@ struct Cli {
     /// For its shape, not its numbers: one short round
     #[arg(long)]
     quick: bool,
+    /// Also draw rates and processor time, by those of `explicit`, into this SVG file
+    #[arg(long, value_name = "PATH")]
+    chart: Option<PathBuf>,
     /// How to print
     #[arg(long, short, value_enum, default_value_t = Format::Table)]
     output: Format,
@@ -78,6 +83,7 @@ enum Command {
 #[derive(Clone, Copy, Debug, ValueEnum)]
 enum Format {
     Table,
+    Markdown,
     Json,
 }
 
@@ -128,12 +134,23 @@ fn measure(cli: Cli) -> Result<()> {
         held: if cli.quick { cli.held.min(200) } else { cli.held },
         workloads: if cli.workloads.is_empty() { Workload::ALL.to_vec() } else { cli.workloads },
     };
-    let before = bench::load()?;
+    if let Some(chart) = &cli.chart {
+        let explicit = options.modes.contains(&Mode::Explicit);
+        ensure!(explicit, "the chart compares with `explicit`: give it with --modes");
+        // Not after all that was measured.
+        fs::write(chart, "").with_context(|| format!("write {}", chart.display()))?;
+    }
+    let machine = Machine::now()?;
     let measured = bench::run(&options, |what| eprintln!("bench: {what}"))?;
-    let document = Document::new(&options, left_out, [before, bench::load()?], measured)?;
+    let document = Document::new(&options, left_out, machine.ended()?, measured);
+    if let Some(chart) = &cli.chart {
+        fs::write(chart, bench::chart(&document))
+            .with_context(|| format!("write {}", chart.display()))?;
+    }
     let mut stdout = io::stdout().lock();
     match cli.output {
-        Format::Table => write!(stdout, "{}", bench::table(&document))?,
+        Format::Table => write!(stdout, "{}", bench::tables(&document, Style::Plain))?,
+        Format::Markdown => write!(stdout, "{}", bench::tables(&document, Style::Markdown))?,
         Format::Json => {
             serde_json::to_writer_pretty(&mut stdout, &document)?;
             writeln!(stdout)?;

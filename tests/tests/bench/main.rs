@@ -1,5 +1,7 @@
 //! The benchmark's shape; its numbers are for machines that do nothing else.
 
+use std::fs::{self, Permissions};
+use std::os::unix::fs::PermissionsExt as _;
 use std::process::Command;
 
 use anyhow::{Context as _, Result, ensure};
@@ -8,7 +10,10 @@ use serde_json::Value;
 
 #[test]
 fn quick_benchmark_measures_everything() -> Result<()> {
-    let output = succeed(Command::new(binary("bench")?).args(["--quick", "-o", "json"]))?;
+    let dir = tempfile::tempdir()?;
+    let chart = dir.path().join("chart.svg");
+    let mut bench = Command::new(binary("bench")?);
+    let output = succeed(bench.args(["--quick", "-o", "json", "--chart"]).arg(&chart))?;
     let document: Value = serde_json::from_slice(&output.stdout).context("read the document")?;
     ensure!(document["apiVersion"] == "redirect-agent.bench/v2", "{document}");
     let medians = document["medians"].as_array().context("no medians")?;
@@ -42,6 +47,15 @@ fn quick_benchmark_measures_everything() -> Result<()> {
         let by_istio_cni = median["mode"].as_str().is_some_and(|mode| mode.starts_with("istio"));
         ensure!(median["conntrack"] == if by_istio_cni { 20_000.0 } else { 0.0 }, "{median}");
     }
+    for what in ["kernel", "processor", "date", "commit"] {
+        ensure!(document[what].as_str().is_some_and(|what| !what.is_empty()), "{what}");
+    }
+    let chart = fs::read_to_string(chart).context("read the chart")?;
+    // One for ours and one for each of istio-cni's, for rate and for processor time; beside the background and
+    // the legend.
+    let bars = chart.matches("<rect class=\"").count() - 1 - 4;
+    ensure!(bars == 2 * 2 * 7 * (modes - 3), "{bars} bars in {chart}");
+    ensure!(chart.contains("prefers-color-scheme: dark"), "{chart}");
     let ratios = document["ratios"].as_array().context("no ratios")?;
     // Ours by each but itself and `outside`, and by istio-cni's best; `outside` by none. Four metrics, of
     // which bulk has two.
@@ -62,10 +76,53 @@ fn wrong_use_is_explained() -> Result<()> {
         (&["--rounds", "0"][..], "at least one round"),
         (&["--slice", "0"], "--slice"),
         (&["--modes", "baseline"], "--baseline PATH"),
+        (&["--modes", "none,ours", "--chart", "/dev/null"], "explicit"),
+        (&["--quick", "--chart", "/nowhere/chart.svg"], "/nowhere/chart.svg"),
         (&["--baseline", "/nowhere", "--modes", "ours", "--quick"], "/nowhere"),
     ] {
         let (done, said) = finish(Command::new(binary("bench")?).args(arguments))?;
         ensure!(!done && said.contains(explained), "{arguments:?}: {said}");
     }
+    Ok(())
+}
+
+#[test]
+fn missing_tool_is_an_error_that_says_what_to_install() -> Result<()> {
+    for (mode, package) in [("istio-native", "nftables"), ("istio-legacy", "iptables")] {
+        let mut bench = Command::new(binary("bench")?);
+        let (done, said) =
+            finish(bench.args(["--quick", "--modes", mode]).env("PATH", "/nowhere"))?;
+        ensure!(!done && said.contains(&format!("Debian's package {package} ")), "{mode}: {said}");
+    }
+    Ok(())
+}
+
+#[test]
+fn mode_that_the_kernel_cannot_run_is_left_out_and_named() -> Result<()> {
+    // iptables-legacy on a kernel without ip_tables.
+    let dir = tempfile::tempdir()?;
+    for program in ["iptables-legacy-restore", "ip6tables-legacy-restore"] {
+        let path = dir.path().join(program);
+        let script =
+            "#!/bin/sh\n[ \"$1\" = --version ] && exit\necho no ip_tables here >&2\nexit 3\n";
+        fs::write(&path, script)?;
+        fs::set_permissions(&path, Permissions::from_mode(0o755))?;
+    }
+    let path = std::env::var("PATH").context("read PATH")?;
+    let output = succeed(
+        Command::new(binary("bench")?)
+            .args(["--quick", "--modes", "none,istio-legacy", "--families", "ipv4"])
+            .args(["--workloads", "connect1", "--held", "0", "-o", "json"])
+            .env("PATH", format!("{}:{path}", dir.path().display())),
+    )?;
+    let document: Value = serde_json::from_slice(&output.stdout).context("read the document")?;
+    let left_out = &document["leftOut"][0];
+    let reason = left_out["reason"].as_str().context("no reason")?;
+    ensure!(
+        left_out["mode"] == "istio-legacy" && reason.contains("no ip_tables here"),
+        "{left_out}"
+    );
+    ensure!(document["medians"].as_array().is_some_and(|m| m.len() == 1), "{document}");
+    ensure!(String::from_utf8_lossy(&output.stderr).contains("without istio-legacy"), "{output:?}");
     Ok(())
 }
