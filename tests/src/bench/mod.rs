@@ -28,7 +28,7 @@ use serde::Serialize;
 pub use self::chart::chart;
 pub use self::held::Held;
 pub use self::machine::Machine;
-pub use self::programs::Cost;
+pub use self::programs::{Cost, Place};
 pub use self::ratios::{Doubt, Metric, Other, Ratio};
 pub use self::report::{Document, HeldMedian, Median};
 use self::stage::on_stage;

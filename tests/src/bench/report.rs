@@ -5,7 +5,7 @@ use serde::Serialize;
 use super::machine::Machine;
 use super::ratios::ratios;
 use super::stats::median;
-use super::{Cost, Held, LeftOut, Measured, Mode, Options, Ratio, Sample, Workload};
+use super::{Cost, Held, LeftOut, Measured, Mode, Options, Place, Ratio, Sample, Workload};
 use crate::netns::Family;
 
 /// Everything, for `-o json`.
@@ -120,14 +120,6 @@ fn median_of(samples: &[&Sample]) -> Option<Median> {
     let all = |value: &dyn Fn(&Sample) -> Option<f64>| {
         median(&samples.iter().filter_map(|s| value(s)).collect::<Vec<_>>())
     };
-    let cost = |value: &dyn Fn(&Cost) -> f64| all(&|s| s.programs.as_ref().map(value));
-    let programs = || {
-        Some(Cost {
-            runs: cost(&|c| c.runs)?,
-            nanoseconds: cost(&|c| c.nanoseconds)?,
-            packets: cost(&|c| c.packets)?,
-        })
-    };
     Some(Median {
         family,
         workload,
@@ -138,7 +130,28 @@ fn median_of(samples: &[&Sample]) -> Option<Median> {
         p50_us: all(&|s| s.p50_us),
         p99_us: all(&|s| s.p99_us),
         cpu_us: all(&|s| Some(s.cpu_us))?,
-        programs: programs(),
+        programs: median_cost(samples),
+    })
+}
+
+fn median_cost(samples: &[&Sample]) -> Option<Cost> {
+    let costs: Vec<&Cost> = samples.iter().filter_map(|s| s.programs.as_ref()).collect();
+    let of = |value: &dyn Fn(&Cost) -> Option<f64>| {
+        median(&costs.iter().filter_map(|cost| value(cost)).collect::<Vec<_>>())
+    };
+    let places = costs.first()?.places.iter().map(|Place { place, .. }| {
+        let this = |cost: &Cost| cost.places.iter().find(|p| p.place == *place).cloned();
+        Some(Place {
+            place: place.clone(),
+            runs: of(&|cost| Some(this(cost)?.runs))?,
+            nanoseconds: of(&|cost| Some(this(cost)?.nanoseconds))?,
+        })
+    });
+    Some(Cost {
+        runs: of(&|cost| Some(cost.runs))?,
+        nanoseconds: of(&|cost| Some(cost.nanoseconds))?,
+        packets: of(&|cost| Some(cost.packets))?,
+        places: places.collect::<Option<_>>()?,
     })
 }
 

@@ -9,7 +9,7 @@ use super::programs::{Cost, cost_of};
 use super::relay::Relay;
 use super::workload::{self, Found, Server, Target, Workload};
 use super::{Mode, Options};
-use crate::attached::attached;
+use crate::attached::{self, attached};
 use crate::netns::{Family, Netns};
 use crate::process::{Attached, binary};
 use crate::topology::{Pod, Style, Topology};
@@ -25,7 +25,7 @@ pub(super) struct Stage<'a> {
     server: &'a Pod,
     relay: Option<&'a Relay>,
     /// Programs that might run: those of the pod, and outside the mesh those of the pod beside it.
-    programs: Vec<u32>,
+    programs: Vec<attached::Attached>,
 }
 
 /// Sets a mode up in namespaces of its own, which are gone when this returns.
@@ -64,7 +64,7 @@ pub(super) fn on_stage<T>(
         backend.redirect(&client.netns)?;
     }
     let with_programs = neighbourhood.as_ref().map_or(&client, Neighbourhood::member);
-    let programs = attached(&with_programs.netns)?.into_iter().map(|program| program.id).collect();
+    let programs = attached(&with_programs.netns)?;
     let relay = relay.as_ref();
     measure(&Stage { mode, client: &client, server: &server, relay, programs })
 }

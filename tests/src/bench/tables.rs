@@ -200,19 +200,28 @@ fn held(document: &Document) -> Table {
 
 /// What BPF programs cost.
 fn programs(document: &Document) -> Table {
-    let mut table =
-        new_table(&["family", "workload", "mode", "per", "runs", "ns", "packets", "ns per packet"]);
-    for (m, cost) in document.medians.iter().filter_map(|m| Some((m, m.programs?))) {
-        table.add_row([
-            m.family.as_str().to_owned(),
-            m.workload.as_str().to_owned(),
-            m.mode.as_str().to_owned(),
-            m.per.to_owned(),
-            format!("{:.1}", cost.runs),
-            format!("{:.0}", cost.nanoseconds),
-            format!("{:.1}", cost.packets),
-            format!("{:.1}", cost.nanoseconds / cost.packets),
-        ]);
+    let mut table = new_table(&[
+        "family",
+        "workload",
+        "mode",
+        "program",
+        "runs",
+        "ns",
+        "ns per run",
+        "packets",
+    ]);
+    for (m, cost) in document.medians.iter().filter_map(|m| Some((m, m.programs.as_ref()?))) {
+        let mut row = |name: &str, runs: f64, ns: f64, packets: &str| {
+            let each = if runs > 0.0 { format!("{:.0}", ns / runs) } else { "-".to_owned() };
+            let names = [m.family.as_str(), m.workload.as_str(), m.mode.as_str(), name];
+            let numbers = [format!("{runs:.1}"), format!("{ns:.0}"), each, packets.to_owned()];
+            table.add_row(names.map(str::to_owned).into_iter().chain(numbers));
+        };
+        let packets = format!("{:.1}", cost.packets);
+        row(&format!("all, per {}", m.per), cost.runs, cost.nanoseconds, &packets);
+        for place in cost.places.iter().filter(|place| place.runs > 0.0) {
+            row(&place.place, place.runs, place.nanoseconds, "");
+        }
     }
     table
 }
