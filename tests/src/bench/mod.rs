@@ -160,6 +160,10 @@ pub struct Sample {
     pub workload: Workload,
     /// Calls, requests, queries, or bytes per second.
     pub rate: f64,
+    /// How many of [`Workload::per`] were done.
+    pub done: f64,
+    /// How many queries got no answer within half a second, and were asked again.
+    pub lost: u64,
     /// Latency of calls, requests or queries, µs; `None` for bulk.
     pub p50_us: Option<f64>,
     /// The same.
@@ -228,6 +232,8 @@ fn measure(options: &Options, round: usize, mode: Mode) -> Result<Vec<Sample>> {
                     family,
                     workload,
                     rate: found.rate,
+                    done: found.done,
+                    lost: found.lost,
                     p50_us: found.p50_us,
                     p99_us: found.p99_us,
                     cpu_us: found.spent.busy.as_secs_f64() * 1e6 / found.done,

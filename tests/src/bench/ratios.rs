@@ -185,13 +185,14 @@ fn doubts(samples: &[&Sample], metric: Metric, of: Mode, to: Other, ratio: Inter
         median(&both.map(|s| value(s)).collect::<Vec<_>>()).unwrap_or(0.0)
     };
     let (others, steal) = (share(&|s| s.others), share(&|s| s.steal));
-    // What others use is counted in processor time; of everything else, the interval tells how much they hurt.
-    let disturbs = |much: bool| much && (!doubts.is_empty() || metric == Metric::Cpu);
-    let (others, steal) = (
-        disturbs(others > OTHERS).then_some(Doubt::Others(others)),
-        disturbs(steal > STEAL).then_some(Doubt::Steal(steal)),
-    );
-    doubts.extend(others.into_iter().chain(steal));
+    // What others use is in the processor time. Of everything else, the interval tells how much they hurt.
+    let unsure = !doubts.is_empty();
+    if others > OTHERS && (unsure || metric == Metric::Cpu) {
+        doubts.push(Doubt::Others(others));
+    }
+    if steal > STEAL && unsure {
+        doubts.push(Doubt::Steal(steal));
+    }
     doubts
 }
 
@@ -208,6 +209,8 @@ mod tests {
             family: Family::V4,
             workload: Workload::Up,
             rate,
+            done: rate,
+            lost: 0,
             p50_us: None,
             p99_us: None,
             cpu_us: 1000.0 / rate,

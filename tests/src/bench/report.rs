@@ -56,6 +56,8 @@ pub struct Median {
     pub p99_us: Option<f64>,
     /// See [`Sample::cpu_us`].
     pub cpu_us: f64,
+    /// Of a million queries so many got no answer, in all rounds together; `None` for what asks none.
+    pub lost_per_million: Option<f64>,
     /// See [`Sample::programs`].
     pub programs: Option<Cost>,
 }
@@ -130,6 +132,10 @@ fn median_of(samples: &[&Sample]) -> Option<Median> {
         p50_us: all(&|s| s.p50_us),
         p99_us: all(&|s| s.p99_us),
         cpu_us: all(&|s| Some(s.cpu_us))?,
+        lost_per_million: (workload == Workload::Dns).then(|| {
+            let lost: u64 = samples.iter().map(|s| s.lost).sum();
+            lost as f64 * 1e6 / samples.iter().map(|s| s.done).sum::<f64>()
+        }),
         programs: median_cost(samples),
     })
 }

@@ -159,12 +159,17 @@ fn lines(first: &Median) -> Vec<(String, Value)> {
             ("CPU ms per GB".to_owned(), |m| Some(format!("{:.0}", m.cpu_us / 1e3))),
         ];
     }
-    vec![
+    let mut lines: Vec<(String, Value)> = vec![
         (first.unit.to_owned(), |m| Some(format!("{:.0}", m.rate))),
         ("p50 µs".to_owned(), |m| m.p50_us.map(|us| format!("{us:.0}"))),
         ("p99 µs".to_owned(), |m| m.p99_us.map(|us| format!("{us:.0}"))),
         (format!("CPU µs per {}", first.per), |m| Some(format!("{:.1}", m.cpu_us))),
-    ]
+    ];
+    if first.lost_per_million.is_some() {
+        let lost: Value = |m| m.lost_per_million.map(|lost| format!("{lost:.0}"));
+        lines.push(("lost of a million".to_owned(), lost));
+    }
+    lines
 }
 
 fn modes(document: &Document) -> Vec<Mode> {

@@ -3,11 +3,11 @@
 use std::io::{self, Read as _, Write as _};
 use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr, TcpListener, TcpStream, UdpSocket};
 use std::sync::Barrier;
-use std::sync::atomic::AtomicU64;
+use std::sync::atomic::{AtomicU64, Ordering};
 use std::thread;
 use std::time::{Duration, Instant};
 
-use anyhow::{Context as _, Result, anyhow, ensure};
+use anyhow::{Context as _, Result, anyhow, bail, ensure};
 use serde::Serialize;
 use tokio::io::{AsyncReadExt as _, AsyncWriteExt as _};
 
@@ -30,6 +30,9 @@ pub(super) const PORTS: [u16; 3] = [ECHO, SINK, SOURCE];
 const CHUNK: usize = 128 * 1024;
 /// Nothing takes longer, unless it hangs.
 const PATIENCE: Duration = Duration::from_secs(10);
+/// A query is lost by then, and how often one is asked.
+const ANSWER_WITHIN: Duration = Duration::from_millis(500);
+const TRIES: u32 = 5;
 
 /// What the application does.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Serialize, clap::ValueEnum)]
@@ -129,6 +132,8 @@ pub(super) struct Found {
     pub(super) done: f64,
     /// How many connections that took, or queries.
     pub(super) opened: u64,
+    /// How many queries were asked in vain, and again.
+    pub(super) lost: u64,
     /// What it cost.
     pub(super) spent: Spent,
     pub(super) p50_us: Option<f64>,
@@ -151,7 +156,9 @@ pub(super) fn run(netns: &Netns, workload: Workload, to: Target, slice: Duration
         Workload::Down => bulk(netns, to.port(SOURCE), slice, |stream, chunk| stream.read(chunk)),
         Workload::Dns => {
             let query = dns::query(0x1234, dns::WHO, to.resolver().ip())?;
-            timed(netns, 8, slice, || Ok(|| ask(to.resolver(), &query)))
+            let lost = AtomicU64::new(0);
+            let found = timed(netns, 8, slice, || Ok(|| ask(to.resolver(), &query, &lost)))?;
+            Ok(Found { lost: lost.into_inner(), ..found })
         }
     }
 }
@@ -174,20 +181,36 @@ fn connect_once(to: SocketAddr) -> Result<()> {
     exchange(&mut open(to)?)
 }
 
-fn ask(resolver: SocketAddr, query: &[u8]) -> Result<()> {
+/// Asks until there is an answer, as libc does, but for the length of its patience.
+fn ask(resolver: SocketAddr, query: &[u8], lost: &AtomicU64) -> Result<()> {
+    for _ in 0..TRIES {
+        match ask_once(resolver, query) {
+            Err(error) if error.kind() == io::ErrorKind::WouldBlock => {
+                lost.fetch_add(1, Ordering::Relaxed);
+            }
+            asked => return asked.context("ask"),
+        }
+    }
+    bail!("{resolver} does not answer")
+}
+
+fn ask_once(resolver: SocketAddr, query: &[u8]) -> io::Result<()> {
     let any: IpAddr = if resolver.is_ipv4() {
         Ipv4Addr::UNSPECIFIED.into()
     } else {
         Ipv6Addr::UNSPECIFIED.into()
     };
-    let socket = UdpSocket::bind((any, 0)).context("open a socket")?;
-    socket.set_read_timeout(Some(PATIENCE))?;
+    let socket = UdpSocket::bind((any, 0))?;
+    socket.set_read_timeout(Some(ANSWER_WITHIN))?;
     socket.connect(resolver)?;
-    socket.send(query).context("ask")?;
+    socket.send(query)?;
     let mut answer = [0; 512];
-    let len = socket.recv(&mut answer).context("get an answer")?;
-    ensure!(answer[..len].starts_with(&query[..2]), "the answer is to another query");
-    Ok(())
+    let len = socket.recv(&mut answer)?;
+    if answer[..len].starts_with(&query[..2]) {
+        Ok(())
+    } else {
+        Err(io::Error::other("the answer is to another query"))
+    }
 }
 
 fn requests(to: SocketAddr) -> Result<impl FnMut() -> Result<()>> {
@@ -240,6 +263,7 @@ fn timed<F: FnMut() -> Result<()>>(
         rate,
         done: took.len() as f64,
         opened: took.len() as u64,
+        lost: 0,
         spent,
         p50_us: at(0.5),
         p99_us: at(0.99),
@@ -266,7 +290,15 @@ fn bulk(
         }
         let rate = bytes as f64 / began.elapsed().as_secs_f64();
         let spent = meter.stop()?;
-        Ok(Found { rate, done: bytes as f64 / 1e9, opened: 1, spent, p50_us: None, p99_us: None })
+        Ok(Found {
+            rate,
+            done: bytes as f64 / 1e9,
+            opened: 1,
+            lost: 0,
+            spent,
+            p50_us: None,
+            p99_us: None,
+        })
     })
 }
 
