@@ -13,7 +13,7 @@ use tokio::{
     time::interval,
 };
 use tokio_util::sync::CancellationToken;
-use tracing::{debug, error, info};
+use tracing::{error, info, warn};
 
 use crate::{
     announce::Effect,
@@ -152,12 +152,9 @@ async fn follow_proxies(
     let mut tick = interval(PROXIES_INTERVAL);
     while shutdown.run_until_cancelled(tick.tick()).await.is_some() {
         let (dataplane, connected) = (Arc::clone(&dataplane), pids(&proxies));
-        let look = move || {
-            connected.iter().try_for_each(|pid| dataplane.admit_proxy(Some(*pid), &connected))
-        };
-        // One that has just ended is as good as gone.
+        let look = move || dataplane.follow_proxies(&connected);
         if let Err(e) = spawn_blocking(look).await.context("look at the proxies")? {
-            debug!("look at the proxies: {e:#}");
+            warn!("look at the proxies: {e:#}");
         }
     }
     Ok(())

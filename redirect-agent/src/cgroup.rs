@@ -6,7 +6,7 @@ use std::{
     fs::File,
     io,
     os::{fd::AsFd, unix::fs::MetadataExt as _},
-    path::{Path, PathBuf},
+    path::{Component, Path, PathBuf},
     thread,
 };
 
@@ -52,6 +52,10 @@ impl Cgroup {
             .filter(|mount| mount.fs_type == "cgroup2")
             .find_map(|mount| {
                 let inside = Path::new(&path).strip_prefix(&mount.root).ok()?;
+                // Of another namespace's cgroup, which this one does not show.
+                if inside.components().any(|part| part == Component::ParentDir) {
+                    return None;
+                }
                 Some(mount.mount_point.strip_prefix("/").ok()?.join(inside))
             })
             .with_context(|| format!("process {} has no cgroup v2 mounted", viewer.pid))?;
@@ -99,6 +103,12 @@ fn paths_of_threads(process: &Process, viewer: &Process) -> Result<BTreeSet<Stri
     })
 }
 
+/// That of its parent, as `viewer` sees it, if it has one that can be seen.
+fn path_of_parent(process: &Process, viewer: &Process) -> Option<String> {
+    let parent = Process::new(process.stat().ok()?.ppid).ok()?;
+    in_cgroup_namespace_of(viewer, || path_in(parent.cgroups()?)).ok()
+}
+
 /// Runs `read` in a thread that sees cgroups as `viewer` does.
 fn in_cgroup_namespace_of<T: Send>(
     viewer: &Process,
@@ -119,12 +129,18 @@ fn in_cgroup_namespace_of<T: Send>(
 ///
 /// # Errors
 ///
-/// When they cannot be found out, or one is the root, which tells nobody from anybody.
+/// When they cannot be found out, or one is its parent's, too: where containers have no cgroups of their own
+/// they tell nobody from anybody.
 pub fn of_proxy(pid: i32) -> Result<BTreeSet<u64>> {
     let process = Process::new(pid).with_context(|| format!("find process {pid}"))?;
     let numbers = |viewer: &Process| -> Result<BTreeSet<u64>> {
         let mut numbers = BTreeSet::new();
-        for path in paths_of_threads(&process, viewer)? {
+        let paths = paths_of_threads(&process, viewer)?;
+        ensure!(
+            path_of_parent(&process, viewer).is_none_or(|parents| !paths.contains(&parents)),
+            "it shares its cgroup with its parent, as on nodes with cgroup v1"
+        );
+        for path in paths {
             numbers.insert(Cgroup::at(path, viewer)?.open()?.1);
         }
         Ok(numbers)
@@ -153,7 +169,8 @@ mod tests {
         assert!(listed.lines().any(|pid| pid == own.pid.to_string()), "{cgroup:?}: {listed}");
         match of_proxy(own.pid) {
             Ok(numbers) => assert_eq!(numbers, BTreeSet::from([number])),
-            Err(e) => assert!(number == ROOT && format!("{e:#}").contains("root cgroup"), "{e:#}"),
+            // So it is where nobody has a cgroup of its own.
+            Err(e) => assert!(format!("{e:#}").contains("cgroup v1"), "{e:#}"),
         }
     }
 

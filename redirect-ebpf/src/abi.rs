@@ -368,7 +368,7 @@ pub const WAY_DIRECT: u32 = 1;
 pub const WAY_REDIRECTED: u32 = 2;
 /// [`Settled::way`]: the proxy's own connection, which leaves the pod.
 pub const WAY_PROXYS: u32 = 3;
-/// [`Settled::way`]: the same, as long as [`ANY_CGROUP`] is there.
+/// [`Settled::way`]: the same, found while [`ANY_CGROUP`] was there.
 pub const WAY_MARKED: u32 = 4;
 
 /// Key of the map `proxy_cgroups`: sockets of every cgroup pass for the proxy's by their mark. There until

@@ -35,6 +35,8 @@ const TCP_SYN_SENT: u32 = 2;
 const TCP_FIN_WAIT1: u32 = 4;
 const TCP_FIN_WAIT2: u32 = 5;
 const TCP_CLOSE_WAIT: u32 = 8;
+const TCP_LAST_ACK: u32 = 9;
+const TCP_CLOSING: u32 = 11;
 
 /// `struct bpf_iter_meta`, its first field. Source: Linux `include/linux/bpf.h`.
 #[repr(C)]
@@ -135,7 +137,12 @@ pub extern "C" fn count_redir(ctx: *mut IterTcp) -> i32 {
     // Half of a connection may yet have much to say.
     let open = matches!(
         sk.common().state(),
-        TCP_ESTABLISHED | TCP_FIN_WAIT1 | TCP_FIN_WAIT2 | TCP_CLOSE_WAIT
+        TCP_ESTABLISHED
+            | TCP_FIN_WAIT1
+            | TCP_FIN_WAIT2
+            | TCP_CLOSE_WAIT
+            | TCP_LAST_ACK
+            | TCP_CLOSING
     );
     if counts && open {
         let byte = b'.';

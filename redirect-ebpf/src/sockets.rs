@@ -304,8 +304,10 @@ pub fn sender_kind(ctx: &TcContext) -> Sender {
 unsafe fn kind(sk: *mut bpf_sock) -> Sender {
     // SAFETY: the caller's promise.
     if mesh_mark(unsafe { (*sk).mark }) != MARK_PROXY {
-        Sender::Application
-    } else if PROXY_CGROUPS.get_ptr(&cgroup(sk)).is_some() {
+        return Sender::Application;
+    }
+    let cgroup = cgroup(sk);
+    if cgroup != ANY_CGROUP && PROXY_CGROUPS.get_ptr(&cgroup).is_some() {
         Sender::Proxy
     } else if is_mark_enough() {
         Sender::Marked

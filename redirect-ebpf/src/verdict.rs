@@ -227,13 +227,13 @@ pub fn on_lo(mark: u32, segment: Option<&Segment>, env: &impl Env) -> Verdict {
     };
     let pod_id = env.pod_id();
     let next = Verdict::of(pod_id);
-    let own = segment.opens && env.is_own(pod_id, &segment.dst);
-    // Netfilter in the pod may have taken its mark.
-    let proxys = proxys || (own && env.has_proxy_sent(segment));
     if segment.opens && mesh_mark(mark) == MARK_REFUSED {
         // Its answer takes the guard's rule.
         return Verdict { fate: Fate::Reset, mark: code(MARK_RESCUED), ..next };
     }
+    let own = segment.opens && env.is_own(pod_id, &segment.dst);
+    // Netfilter in the pod may have taken its mark.
+    let proxys = proxys || (own && env.has_proxy_sent(segment));
     if proxys {
         // Netfilter in the pod brings its call back to itself: that would never end.
         if segment.opens && matches!(segment.dst_port, PORT_OUTBOUND | PORT_INBOUND) {
@@ -462,7 +462,9 @@ pub fn sender(mark: u32, message: Result<&Message, Hidden>, env: &impl Env) -> S
         return sender;
     };
     let answers = segment.accepts && mesh_mark(mark) == MARK_PROXY && !env.is_forwarded();
-    if answers || env.has_proxy_sent(segment) { Sender::Proxy } else { sender }
+    // A guest's is nobody's here, and need not be looked for.
+    let guests = env.is_forwarded() && !env.came_by_lo();
+    if answers || (!guests && env.has_proxy_sent(segment)) { Sender::Proxy } else { sender }
 }
 
 /// [`on_egress`] of a packet of which is known whose it is.
@@ -569,7 +571,9 @@ fn on_proxys_egress(way: u32, segment: &Segment, env: &impl Env) -> Verdict {
     if !segment.opens {
         match env.settled(segment) {
             Some(WAY_REDIRECTED) => return to_lo(Verdict::NEXT),
-            Some(_) => return Verdict::NEXT,
+            Some(settled) if settled == way => return Verdict::NEXT,
+            // Settled when less was known of the proxy.
+            Some(_) => {}
             None if env.has_peer(segment) => {
                 return back_to_proxy(segment, Verdict::of(env.pod_id()));
             }
@@ -1890,9 +1894,10 @@ mod tests {
                         node.assert_asked(&[]);
                     }
                     for segment in later.into_iter().chain([accepts]) {
-                        for (way, expected) in [(WAY_DIRECT, Verdict::NEXT), (WAY_REDIRECTED, back)]
+                        for (settled, expected) in
+                            [(way, Verdict::NEXT), (WAY_DIRECT, direct), (WAY_REDIRECTED, back)]
                         {
-                            let node = Node { settled: Some(way), connection: true, ..new() };
+                            let node = Node { settled: Some(settled), connection: true, ..new() };
                             assert_eq!(judged(tcp(segment), &node), expected);
                             node.assert_asked(&[]);
                         }

@@ -72,7 +72,7 @@ use self::{
     links::{KubeletLink, PodLinks, tcx_directions},
     observe::is_partly_captured,
     pod_locks::{PodLock, PodLocks},
-    proxies::{ProxyCgroups, UnknownProxy},
+    proxies::{ProxyCgroups, UnknownProxies},
     routes::{Routing, Seen},
     rows::Row,
 };
@@ -122,7 +122,7 @@ pub struct Dataplane {
     tcx: BTreeMap<&'static str, TcxProgram>,
     /// One step at a time for a pod: those of pods with the same remainder wait for each other.
     pods: PodLocks,
-    unknown_proxy: UnknownProxy,
+    unknown_proxies: UnknownProxies,
     _owner: Option<Owner>,
 }
 
@@ -185,7 +185,7 @@ impl Dataplane {
             tcx: kernel.tcx_programs()?,
             kernel: Mutex::new(kernel),
             pods: PodLocks::default(),
-            unknown_proxy: UnknownProxy::default(),
+            unknown_proxies: UnknownProxies::default(),
             _owner: owner,
         })
     }

@@ -4,14 +4,14 @@
 
 use std::{
     collections::BTreeSet,
-    sync::atomic::{AtomicBool, Ordering},
+    sync::{Mutex, MutexGuard, PoisonError},
 };
 
-use anyhow::{Context as _, Result, bail};
+use anyhow::{Context as _, Result};
 use aya::maps::{HashMap, MapData};
 use procfs::process::Process;
 use redirect_ebpf::abi::ANY_CGROUP;
-use tracing::warn;
+use tracing::{debug, warn};
 
 use super::{Dataplane, absent, kernel::Kernel, monotonic_ns};
 use crate::cgroup;
@@ -20,14 +20,24 @@ use crate::cgroup;
 /// connections.
 const KEPT: usize = 16;
 
-/// Whether a proxy has connected whose cgroup could not be found out: then the mark has to be enough.
+/// The proxies, by their processes, whose cgroups could not be found out: as long as one is connected, the
+/// mark has to be enough.
 #[derive(Debug, Default)]
-pub(super) struct UnknownProxy(AtomicBool);
+pub(super) struct UnknownProxies(Mutex<BTreeSet<Option<i32>>>);
+
+impl UnknownProxies {
+    /// Those of them that may still be connected.
+    fn among(&self, connected: &[i32]) -> MutexGuard<'_, BTreeSet<Option<i32>>> {
+        let mut unknown = self.0.lock().unwrap_or_else(PoisonError::into_inner);
+        unknown.retain(|pid| pid.is_none_or(|pid| connected.contains(&pid)));
+        unknown
+    }
+}
 
 impl Dataplane {
     /// From now on sockets of this process's cgroups are the proxy's. `pid` is that of a proxy that has
     /// connected, if it can be seen, and `connected` are those of all that are. When its cgroup cannot be
-    /// found out, the mark is enough from now on.
+    /// found out, the mark is enough as long as it is connected.
     ///
     /// # Errors
     ///
@@ -36,34 +46,54 @@ impl Dataplane {
         let found = pid
             .context("the agent does not see its process (in a container, it needs hostPID)")
             .and_then(cgroup::of_proxy);
-        if let (Some(pid), Err(e)) = (pid, &found)
-            && Process::new(pid).is_err()
-        {
-            bail!("{e:#}");
-        }
-        let in_use: BTreeSet<u64> =
-            connected.iter().filter_map(|pid| cgroup::of_proxy(*pid).ok()).flatten().collect();
-        let mut kernel = self.kernel();
-        let mut cgroups = ProxyCgroups::open(&mut kernel)?;
         match found {
-            Ok(ids) => {
-                ids.into_iter().try_for_each(|id| cgroups.enter(id, &in_use))?;
-                if self.unknown_proxy.0.load(Ordering::Relaxed) {
-                    return Ok(());
-                }
-                cgroups.remove(ANY_CGROUP)
-            }
+            Ok(ids) => self.enter_proxy(ids, connected),
+            Err(e) if pid.is_some_and(is_gone) => Err(e),
             Err(e) => {
-                if !self.unknown_proxy.0.swap(true, Ordering::Relaxed) {
-                    warn!(
-                        "cannot tell the proxy's sockets by their cgroup, so whatever has its mark passes for \
-                         the proxy, an application with CAP_NET_RAW too: {e:#}"
-                    );
-                }
-                cgroups.enter(ANY_CGROUP, &in_use)
+                warn!(
+                    "cannot tell the proxy's sockets by their cgroup, so whatever has its mark passes for the \
+                     proxy, an application with CAP_NET_RAW too: {e:#}"
+                );
+                self.unknown_proxies.among(connected).insert(pid);
+                let mut kernel = self.kernel();
+                ProxyCgroups::open(&mut kernel)?.enter(ANY_CGROUP, &in_use(connected))
             }
         }
     }
+
+    /// Looks whether connected proxies have moved to other cgroups.
+    ///
+    /// # Errors
+    ///
+    /// When the map cannot be written.
+    pub fn follow_proxies(&self, connected: &[i32]) -> Result<()> {
+        for pid in connected {
+            match cgroup::of_proxy(*pid) {
+                Ok(ids) => self.enter_proxy(ids, connected)?,
+                // It is unknown already, or has just ended.
+                Err(e) => debug!("look for the cgroup of proxy {pid}: {e:#}"),
+            }
+        }
+        Ok(())
+    }
+
+    fn enter_proxy(&self, ids: BTreeSet<u64>, connected: &[i32]) -> Result<()> {
+        let unknown = self.unknown_proxies.among(connected);
+        let mut kernel = self.kernel();
+        let mut cgroups = ProxyCgroups::open(&mut kernel)?;
+        let in_use = in_use(connected);
+        ids.into_iter().try_for_each(|id| cgroups.enter(id, &in_use))?;
+        if unknown.is_empty() { cgroups.remove(ANY_CGROUP) } else { Ok(()) }
+    }
+}
+
+fn is_gone(pid: i32) -> bool {
+    Process::new(pid).and_then(|process| process.stat()).is_ok_and(|stat| stat.state == 'Z')
+        || Process::new(pid).is_err()
+}
+
+fn in_use(connected: &[i32]) -> BTreeSet<u64> {
+    connected.iter().filter_map(|pid| cgroup::of_proxy(*pid).ok()).flatten().collect()
 }
 
 /// The map `proxy_cgroups`.
