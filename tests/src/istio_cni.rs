@@ -187,11 +187,12 @@ pub fn feed(netns: &Netns, command: &[&str], input: &str) -> Result<()> {
             .spawn()
             .with_context(|| format!("run {program} (cargo xtask setup installs it)"))?;
         let mut stdin = child.stdin.take().context("write to it")?;
-        stdin.write_all(input.as_bytes()).context("write to it")?;
+        // One that fails may end before it has read everything: what it says counts.
+        let written = stdin.write_all(input.as_bytes());
         drop(stdin);
         let output = child.wait_with_output().context("wait for it")?;
         let said = String::from_utf8_lossy(&output.stderr);
         ensure!(output.status.success(), "{program} in {}: {said}", netns.path().display());
-        Ok(())
+        written.context("write to it")
     })
 }
