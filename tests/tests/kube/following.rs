@@ -195,7 +195,7 @@ async fn trouble_is_over_when_the_watch_goes_on_though_nothing_happens() {
     fixture.until_server("a watch", |s| !s.requests_of("watch", "pods").is_empty()).await;
     fixture.server.slow_down(Duration::from_millis(100));
     fixture.server.go_away().unwrap();
-    fixture.until("the trouble", |i| i.problems.len() == 2).await;
+    fixture.until("the trouble", |i| !i.problems.is_empty()).await;
     fixture.server.come_back().unwrap();
     fixture.until("no trouble", |i| i.problems.is_empty()).await;
     assert_eq!(fixture.server.requests_of("list", "pods").len(), 1, "it was listed anew");
