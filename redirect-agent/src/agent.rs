@@ -339,6 +339,17 @@ struct Agent<S> {
 }
 
 impl<S: Source> Agent<S> {
+    /// Who looks at the pods.
+    ///
+    /// # Errors
+    ///
+    /// As long as they are not known.
+    fn observer(&self) -> Result<&Arc<Observer<S>>> {
+        self.observer
+            .get()
+            .with_context(|| format!("it does not know the pods yet: {}", self.waiting.explain()))
+    }
+
     /// Every pod, as it was found at most `max_age` ago. Whoever asks, and however often, there is one look
     /// at a time: the threads for blocking calls are those that the pods' steps need.
     async fn pods(
@@ -427,9 +438,7 @@ impl<S: Source> control::Agent for Agent<S> {
     }
 
     async fn explain(&self, request: explain::Request) -> Result<Explanation> {
-        let Some(observer) = self.observer.get() else {
-            bail!("it does not know the pods yet: {}", self.waiting.explain());
-        };
+        let observer = self.observer()?;
         let _one_at_a_time = self.looking.lock().await;
         let overrides = self.overrides.current();
         let answerer = Answerer {
@@ -443,16 +452,12 @@ impl<S: Source> control::Agent for Agent<S> {
     }
 
     fn remaining(&self) -> Result<Remaining> {
-        let Some(observer) = self.observer.get() else {
-            bail!("it does not know the pods yet: {}", self.waiting.explain());
-        };
+        let observer = self.observer()?;
         Ok(observer.remaining())
     }
 
     async fn change(&self, change: Change, by: Author) -> Result<Answer> {
-        let Some(observer) = self.observer.get() else {
-            bail!("it does not know the pods yet: {}", self.waiting.explain());
-        };
+        let observer = self.observer()?;
         let membership = &self.options.settings.membership;
         refuse_excluded(&change, membership)?;
         let now = SystemTime::now();

@@ -15,7 +15,10 @@ use nix::{
     sched::{CloneFlags, setns},
     sys::statfs::{CGROUP2_SUPER_MAGIC, fstatfs},
 };
-use procfs::{FromRead as _, ProcessCGroups, process::Process};
+use procfs::{
+    FromRead as _, ProcessCGroups,
+    process::{MountInfos, Process},
+};
 
 /// The number of the root cgroup. Source: Linux `fs/kernfs/dir.c`, `kernfs_create_root`.
 const ROOT: u64 = 1;
@@ -37,18 +40,15 @@ impl Cgroup {
     ///
     /// When the process has none, or `viewer` has no cgroup v2 mounted that shows it.
     pub fn of(process: &Process, viewer: &Process) -> Result<Self> {
-        let path = in_cgroup_namespace_of(viewer, || {
-            path_in(process.cgroups().context("read its cgroups")?)
-        })?;
-        Self::at(path, viewer)
+        let (path, mounts) =
+            as_seen_by(viewer, || path_in(process.cgroups().context("read its cgroups")?))?;
+        Self::at(path, viewer, &mounts)
     }
 
-    /// The cgroup at this path, as `viewer` sees it.
-    fn at(path: String, viewer: &Process) -> Result<Self> {
-        let mounts =
-            in_cgroup_namespace_of(viewer, || viewer.mountinfo().context("read the mounts"))?;
+    /// The cgroup at this path, as `viewer`, with these mounts, sees it.
+    fn at(path: String, viewer: &Process, mounts: &MountInfos) -> Result<Self> {
         let below = mounts
-            .into_iter()
+            .iter()
             .filter(|mount| mount.fs_type == "cgroup2")
             .find_map(|mount| {
                 let inside = Path::new(&path).strip_prefix(&mount.root).ok()?;
@@ -87,39 +87,37 @@ fn path_in(cgroups: ProcessCGroups) -> Result<String> {
     Ok(unified.context("it has no cgroup of version 2")?.pathname)
 }
 
-/// Those of the process's threads, as `viewer` sees them.
-fn paths_of_threads(process: &Process, viewer: &Process) -> Result<BTreeSet<String>> {
-    in_cgroup_namespace_of(viewer, || {
-        let mut paths = BTreeSet::new();
-        for thread in process.tasks().context("list its threads")?.flatten() {
-            let file = format!("/proc/{}/task/{}/cgroup", process.pid, thread.tid);
-            // One that has ended has none.
-            if let Ok(cgroups) = ProcessCGroups::from_file(file) {
-                paths.insert(path_in(cgroups)?);
-            }
+/// Those of the process's threads.
+fn paths_of_threads(process: &Process) -> Result<BTreeSet<String>> {
+    let mut paths = BTreeSet::new();
+    for thread in process.tasks().context("list its threads")?.flatten() {
+        let file = format!("/proc/{}/task/{}/cgroup", process.pid, thread.tid);
+        // One that has ended has none.
+        if let Ok(cgroups) = ProcessCGroups::from_file(file) {
+            paths.insert(path_in(cgroups)?);
         }
-        ensure!(!paths.is_empty(), "it has no thread any more");
-        Ok(paths)
-    })
+    }
+    ensure!(!paths.is_empty(), "it has no thread any more");
+    Ok(paths)
 }
 
-/// That of its parent, as `viewer` sees it, if it has one that can be seen.
-fn path_of_parent(process: &Process, viewer: &Process) -> Option<String> {
+/// That of its parent, if it has one that can be seen.
+fn path_of_parent(process: &Process) -> Option<String> {
     let parent = Process::new(process.stat().ok()?.ppid).ok()?;
-    in_cgroup_namespace_of(viewer, || path_in(parent.cgroups()?)).ok()
+    path_in(parent.cgroups().ok()?).ok()
 }
 
-/// Runs `read` in a thread that sees cgroups as `viewer` does.
-fn in_cgroup_namespace_of<T: Send>(
+/// What `read` finds in a thread that sees cgroups as `viewer` does, and the mounts of `viewer`.
+fn as_seen_by<T: Send>(
     viewer: &Process,
     read: impl FnOnce() -> Result<T> + Send,
-) -> Result<T> {
+) -> Result<(T, MountInfos)> {
     let namespace = File::open(format!("/proc/{}/ns/cgroup", viewer.pid))
         .context("open its cgroup namespace")?;
     let entered = || {
         setns(namespace.as_fd(), CloneFlags::CLONE_NEWCGROUP)
             .context("enter its cgroup namespace")?;
-        read()
+        Ok((read()?, viewer.mountinfo().context("read the mounts")?))
     };
     thread::scope(|scope| scope.spawn(entered).join()).map_err(|_| anyhow!("a thread panicked"))?
 }
@@ -134,16 +132,14 @@ fn in_cgroup_namespace_of<T: Send>(
 pub fn of_proxy(pid: i32) -> Result<BTreeSet<u64>> {
     let process = Process::new(pid).with_context(|| format!("find process {pid}"))?;
     let numbers = |viewer: &Process| -> Result<BTreeSet<u64>> {
-        let mut numbers = BTreeSet::new();
-        let paths = paths_of_threads(&process, viewer)?;
+        let ((paths, parents), mounts) =
+            as_seen_by(viewer, || Ok((paths_of_threads(&process)?, path_of_parent(&process))))?;
         ensure!(
-            path_of_parent(&process, viewer).is_none_or(|parents| !paths.contains(&parents)),
+            parents.is_none_or(|parents| !paths.contains(&parents)),
             "it shares its cgroup with its parent, as on nodes with cgroup v1"
         );
-        for path in paths {
-            numbers.insert(Cgroup::at(path, viewer)?.open()?.1);
-        }
-        Ok(numbers)
+        let number = |path| Ok(Cgroup::at(path, viewer, &mounts)?.open()?.1);
+        paths.into_iter().map(number).collect()
     };
     let numbers = numbers(&process).or_else(|first| {
         let init = Process::new(1).context("find process 1")?;

@@ -1,6 +1,8 @@
 //! What `explain` prints, against files that people can read.
 #![expect(clippy::unwrap_used, reason = "a test stops at what it did not expect")]
 
+mod support;
+
 use std::{fs, path::Path};
 
 use redirect_agent::{
@@ -9,14 +11,7 @@ use redirect_agent::{
     output,
 };
 
-fn golden(name: &str, actual: &str) {
-    let path = Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/golden").join(name);
-    if std::env::var_os("UPDATE_GOLDEN").is_some() {
-        fs::write(&path, actual).unwrap();
-    }
-    let expected = fs::read_to_string(&path).unwrap();
-    assert_eq!(actual, expected, "{} (UPDATE_GOLDEN=1 writes it)", path.display());
-}
+use crate::support::golden;
 
 /// The document is from a running agent.
 #[test]

@@ -1,7 +1,9 @@
 //! What the commands print and what they understand, against files that people can read.
 #![expect(clippy::unwrap_used, reason = "a test stops at what it did not expect")]
 
-use std::{collections::BTreeMap, fs, path::Path, time::Duration};
+mod support;
+
+use std::{collections::BTreeMap, path::Path, time::Duration};
 
 use clap::{CommandFactory as _, Parser as _, error::ErrorKind};
 use redirect_agent::{
@@ -15,14 +17,7 @@ use redirect_agent::{
 };
 use serde_json::json;
 
-fn golden(name: &str, actual: &str) {
-    let path = Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/golden").join(name);
-    if std::env::var_os("UPDATE_GOLDEN").is_some() {
-        fs::write(&path, actual).unwrap();
-    }
-    let expected = fs::read_to_string(&path).unwrap();
-    assert_eq!(actual, expected, "{} (UPDATE_GOLDEN=1 writes it)", path.display());
-}
+use crate::support::golden;
 
 fn moment(text: &str) -> Moment {
     text.to_owned().try_into().unwrap()

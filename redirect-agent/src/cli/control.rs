@@ -56,42 +56,29 @@ pub struct Doing {
     pub wait: Option<Duration>,
 }
 
-/// `enroll`
-#[derive(Debug, Args)]
-#[command(after_long_help = "\
+/// After the help of `enroll`.
+pub(super) const ENROLL_HELP: &str = "\
 Examples:
   redirect-agent enroll shop/cart
   redirect-agent enroll shop --for 10m
 
 Holds on this node only, over a restart of the agent, until `auto` or the end of --for. A pod's own
 override counts before that of its namespace. Pods on the node's network, finished pods, pods with a
-sidecar and pods of excluded namespaces stay out all the same.")]
-pub struct EnrollArgs {
-    /// For whom: NAMESPACE/POD, or NAMESPACE for all its pods.
-    #[arg(value_name = "NAMESPACE[/POD]")]
-    pub target: Target,
-    /// See [`For`].
-    #[command(flatten)]
-    pub duration: For,
-    /// See [`Doing`].
-    #[command(flatten)]
-    pub doing: Doing,
-    /// See [`ControlSocket`].
-    #[command(flatten)]
-    pub control: ControlSocket,
-}
+sidecar and pods of excluded namespaces stay out all the same.";
 
-/// `unenroll`
-#[derive(Debug, Args)]
-#[command(after_long_help = "\
+/// After the help of `unenroll`.
+pub(super) const UNENROLL_HELP: &str = "\
 Examples:
   redirect-agent unenroll shop/cart
   redirect-agent unenroll shop --for 10m --reason \"INC-4711, mTLS off for a test\"
   redirect-agent unenroll shop/cart --wait
 
 Holds on this node only, over a restart of the agent, until `auto` or the end of --for. A pod's own
-override counts before that of its namespace.")]
-pub struct UnenrollArgs {
+override counts before that of its namespace.";
+
+/// `enroll`, `unenroll`
+#[derive(Debug, Args)]
+pub struct OverrideArgs {
     /// For whom: NAMESPACE/POD, or NAMESPACE for all its pods.
     #[arg(value_name = "NAMESPACE[/POD]")]
     pub target: Target,

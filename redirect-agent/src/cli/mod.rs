@@ -10,8 +10,8 @@ use clap_complete::Shell;
 use ipnet::IpNet;
 
 pub use self::control::{
-    AutoArgs, ControlSocket, Doing, EnrollArgs, ExplainArgs, For, PauseArgs, ResumeArgs,
-    StatusArgs, UnenrollArgs,
+    AutoArgs, ControlSocket, Doing, ExplainArgs, For, OverrideArgs, PauseArgs, ResumeArgs,
+    StatusArgs,
 };
 use crate::{
     cni::{self, entry::DaemonSet, install},
@@ -58,9 +58,11 @@ pub enum Command {
     /// Puts one network namespace back to how it was before `attach`.
     Detach(DetachArgs),
     /// Puts pods into the mesh on this node, whatever their labels say.
-    Enroll(EnrollArgs),
+    #[command(after_long_help = control::ENROLL_HELP)]
+    Enroll(OverrideArgs),
     /// Takes pods out of the mesh on this node, whatever their labels say.
-    Unenroll(UnenrollArgs),
+    #[command(after_long_help = control::UNENROLL_HELP)]
+    Unenroll(OverrideArgs),
     /// Takes `enroll` or `unenroll` back: the labels decide again.
     Auto(AutoArgs),
     /// Lets every pod of this node bypass the mesh.

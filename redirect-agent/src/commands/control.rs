@@ -10,7 +10,7 @@ use tokio::time::{Instant, sleep};
 
 use super::print;
 use crate::{
-    cli::{Doing, ExplainArgs, PauseArgs, ResumeArgs, StatusArgs},
+    cli::{AutoArgs, Doing, ExplainArgs, OverrideArgs, PauseArgs, ResumeArgs, StatusArgs},
     control::{Answer, Client, OverrideRequest, PauseRequest, ResumeRequest, StatusRequest},
     explain::{self, Area, Place},
     membership::{Config, PodKey},
@@ -23,7 +23,18 @@ const LOOK: Duration = Duration::from_millis(200);
 /// How often `status --watch` asks the agent.
 const WATCH: Duration = Duration::from_secs(1);
 
-pub(super) async fn put(
+pub(super) async fn put_override(args: OverrideArgs, mode: Mode) -> Result<()> {
+    let OverrideArgs { target, duration, doing, control } = args;
+    let client = Client::new(control.control_socket);
+    put(&client, target, Some(mode), duration.duration, doing).await
+}
+
+pub(super) async fn auto(args: AutoArgs) -> Result<()> {
+    let AutoArgs { target, doing, control } = args;
+    put(&Client::new(control.control_socket), target, None, None, doing).await
+}
+
+async fn put(
     client: &Client,
     target: Target,
     mode: Option<Mode>,

@@ -25,13 +25,10 @@ use tokio::{
 use tokio_util::sync::CancellationToken;
 use tracing::{info, warn};
 
-use self::control::{explain, pause, put, resume, status};
+use self::control::{auto, explain, pause, put_override, resume, status};
 use crate::{
     agent,
-    cli::{
-        AttachArgs, AutoArgs, CheckArgs, CleanupArgs, Command, DetachArgs, EnrollArgs, RunArgs,
-        TakeoverArgs, UnenrollArgs,
-    },
+    cli::{AttachArgs, CheckArgs, CleanupArgs, Command, DetachArgs, RunArgs, TakeoverArgs},
     cni::{
         entry::Entry,
         install,
@@ -78,17 +75,9 @@ pub async fn execute(command: Command) -> Result<()> {
         Command::Run(args) => run(*args).await,
         Command::Attach(args) => attach(&args),
         Command::Detach(args) => detach(&args),
-        Command::Enroll(EnrollArgs { target, duration, doing, control }) => {
-            let client = Client::new(control.control_socket);
-            put(&client, target, Some(Mode::Enroll), duration.duration, doing).await
-        }
-        Command::Unenroll(UnenrollArgs { target, duration, doing, control }) => {
-            let client = Client::new(control.control_socket);
-            put(&client, target, Some(Mode::Unenroll), duration.duration, doing).await
-        }
-        Command::Auto(AutoArgs { target, doing, control }) => {
-            put(&Client::new(control.control_socket), target, None, None, doing).await
-        }
+        Command::Enroll(args) => put_override(args, Mode::Enroll).await,
+        Command::Unenroll(args) => put_override(args, Mode::Unenroll).await,
+        Command::Auto(args) => auto(args).await,
         Command::Pause(args) => pause(args).await,
         Command::Resume(args) => resume(args).await,
         Command::Status(args) => status(args).await,

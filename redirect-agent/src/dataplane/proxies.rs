@@ -47,7 +47,7 @@ impl Dataplane {
             .context("the agent does not see its process (in a container, it needs hostPID)")
             .and_then(cgroup::of_proxy);
         match found {
-            Ok(ids) => self.enter_proxy(ids, connected),
+            Ok(ids) => self.enter_proxies(&ids, &in_use(connected), connected),
             Err(e) if pid.is_some_and(is_gone) => Err(e),
             Err(e) => {
                 warn!(
@@ -67,33 +67,40 @@ impl Dataplane {
     ///
     /// When the map cannot be written.
     pub fn follow_proxies(&self, connected: &[i32]) -> Result<()> {
-        for pid in connected {
-            match cgroup::of_proxy(*pid) {
-                Ok(ids) => self.enter_proxy(ids, connected)?,
-                // It is unknown already, or has just ended.
-                Err(e) => debug!("look for the cgroup of proxy {pid}: {e:#}"),
-            }
-        }
-        Ok(())
+        let in_use = in_use(connected);
+        if in_use.is_empty() { Ok(()) } else { self.enter_proxies(&in_use, &in_use, connected) }
     }
 
-    fn enter_proxy(&self, ids: BTreeSet<u64>, connected: &[i32]) -> Result<()> {
+    fn enter_proxies(
+        &self,
+        ids: &BTreeSet<u64>,
+        in_use: &BTreeSet<u64>,
+        connected: &[i32],
+    ) -> Result<()> {
         let unknown = self.unknown_proxies.among(connected);
         let mut kernel = self.kernel();
         let mut cgroups = ProxyCgroups::open(&mut kernel)?;
-        let in_use = in_use(connected);
-        ids.into_iter().try_for_each(|id| cgroups.enter(id, &in_use))?;
+        ids.iter().try_for_each(|id| cgroups.enter(*id, in_use))?;
         if unknown.is_empty() { cgroups.remove(ANY_CGROUP) } else { Ok(()) }
     }
 }
 
 fn is_gone(pid: i32) -> bool {
-    Process::new(pid).and_then(|process| process.stat()).is_ok_and(|stat| stat.state == 'Z')
-        || Process::new(pid).is_err()
+    let stat = Process::new(pid).and_then(|process| process.stat());
+    stat.map_or(true, |stat| stat.state == 'Z')
 }
 
+/// The cgroups of the connected proxies, as far as they can be found out.
 fn in_use(connected: &[i32]) -> BTreeSet<u64> {
-    connected.iter().filter_map(|pid| cgroup::of_proxy(*pid).ok()).flatten().collect()
+    let mut ids = BTreeSet::new();
+    for pid in connected {
+        match cgroup::of_proxy(*pid) {
+            Ok(found) => ids.extend(found),
+            // It is unknown already, or has just ended.
+            Err(e) => debug!("look for the cgroup of proxy {pid}: {e:#}"),
+        }
+    }
+    ids
 }
 
 /// The map `proxy_cgroups`.

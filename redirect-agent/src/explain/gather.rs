@@ -129,12 +129,12 @@ impl<S: Source> Answerer<'_, S> {
             let kernel = found.kernel.as_ref()?;
             Some(KernelPart {
                 netns: found.netns,
-                captured: kernel.captured,
-                present: names(&kernel.present),
-                missing: names(&kernel.missing),
-                missing_kinds: kernel.missing.iter().map(|part| part.kind).collect(),
+                captured: kernel.partly_captured,
+                present: names(&kernel.inspection.present),
+                missing: names(&kernel.inspection.missing),
+                missing_kinds: kernel.inspection.missing.iter().map(|part| part.kind).collect(),
                 proxy_does_not_listen: kernel.deaf.iter().map(ToString::to_string).collect(),
-                proxy_dns: kernel.has_dns,
+                proxy_dns: found.proxy_dns,
                 istio_cni: kernel.istio_cni,
             })
         });

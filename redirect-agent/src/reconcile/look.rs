@@ -13,7 +13,7 @@ use tokio::sync::watch;
 
 use super::{Observer, View, blocking};
 use crate::{
-    dataplane::{Dataplane, Deaf, Part, PodNetns},
+    dataplane::{Dataplane, Observation, PodNetns},
     explain::listeners,
     journal::Journal,
     membership::{Decision, Pod, PodKey},
@@ -55,28 +55,13 @@ pub struct Found {
     /// The inode number.
     pub netns: u32,
     /// What the kernel has for it, where it has anything.
-    pub kernel: Option<Kernel>,
+    pub kernel: Option<Observation>,
+    /// Whether the proxy has its DNS; asked for where the kernel has anything.
+    pub proxy_dns: bool,
     /// Addresses of the pod that no interface has.
     pub missing_addresses: Vec<IpAddr>,
     /// The TCP sockets that listen.
     pub listeners: Vec<SocketAddr>,
-}
-
-/// What the kernel has for a pod.
-#[derive(Clone, Debug, Default)]
-pub struct Kernel {
-    /// What is there.
-    pub present: Vec<Part>,
-    /// What should be there and is not.
-    pub missing: Vec<Part>,
-    /// Whether new connections are redirected.
-    pub captured: bool,
-    /// Where the proxy does not listen.
-    pub deaf: Vec<Deaf>,
-    /// Whether the proxy has its DNS.
-    pub has_dns: bool,
-    /// Whether istio-cni's rules are there, too.
-    pub istio_cni: bool,
 }
 
 impl<S: Source> Observer<S> {
@@ -153,22 +138,16 @@ impl<S: Source> Observer<S> {
 
 fn look_inside(dataplane: &Dataplane, view: &View, pod: &PodNetns) -> Result<Found> {
     let netns = pod.netns.inode();
-    let kernel = if dataplane.is_linked(netns) {
-        let seen = dataplane.observe(pod, view.decision.reason.code(), &view.traffic)?;
-        Some(Kernel {
-            captured: seen.partly_captured,
-            deaf: seen.deaf,
-            has_dns: dataplane.dns_listens(pod)?,
-            istio_cni: seen.istio_cni,
-            present: seen.inspection.present,
-            missing: seen.inspection.missing,
-        })
+    let (kernel, proxy_dns) = if dataplane.is_linked(netns) {
+        let observed = dataplane.observe(pod, view.decision.reason.code(), &view.traffic)?;
+        (Some(observed), dataplane.dns_listens(pod)?)
     } else {
-        None
+        (None, false)
     };
     Ok(Found {
         netns,
         kernel,
+        proxy_dns,
         missing_addresses: pod.missing(&view.pod.ips).collect(),
         listeners: pod
             .netns

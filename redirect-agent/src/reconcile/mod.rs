@@ -31,7 +31,7 @@ use tracing::warn;
 
 pub use self::{
     admission::Admission,
-    look::{Found, Kernel, Look},
+    look::{Found, Look},
 };
 use self::{plan::Standing, pod::PodTask};
 use crate::{

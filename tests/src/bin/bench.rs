@@ -1,6 +1,5 @@
 //! The benchmark. `cargo xtask bench` builds and runs it.
 
-use std::ffi::OsString;
 use std::fs;
 use std::io::{self, Write as _};
 use std::path::PathBuf;
@@ -8,9 +7,9 @@ use std::process::ExitCode;
 use std::time::Duration;
 
 use anyhow::{Context as _, Result, bail, ensure};
-use clap::{Parser, Subcommand, ValueEnum};
+use clap::{Parser, ValueEnum};
 use redirect_tests::bench::{self, Document, Machine, Mode, Options, Style, Workload};
-use redirect_tests::demo;
+use redirect_tests::demo::{self, NodeCommand};
 use redirect_tests::netns::Family;
 
 /// Measures what redirection costs, on real packets in network namespaces of its own
@@ -62,22 +61,7 @@ struct Cli {
     #[arg(long, short, value_enum, default_value_t = Format::Table)]
     output: Format,
     #[command(subcommand)]
-    command: Option<Command>,
-}
-
-#[derive(Debug, Subcommand)]
-enum Command {
-    /// Become a program of a node, which ends with the benchmark
-    #[command(hide = true)]
-    Become {
-        /// The node's network namespace
-        netns: PathBuf,
-        /// The benchmark's process id
-        parent: i32,
-        /// The program and its arguments
-        #[arg(trailing_var_arg = true, allow_hyphen_values = true, required = true)]
-        program: Vec<OsString>,
-    },
+    command: Option<NodeCommand>,
 }
 
 #[derive(Clone, Copy, Debug, ValueEnum)]
@@ -90,9 +74,7 @@ enum Format {
 fn main() -> ExitCode {
     let mut cli = Cli::parse();
     let done = match cli.command.take() {
-        Some(Command::Become { netns, parent, program }) => {
-            Err(demo::become_program(&netns, parent, &program))
-        }
+        Some(command) => Err(command.carry_out()),
         None => measure(cli),
     };
     match done {

@@ -1,14 +1,12 @@
 //! The demo: two nodes, their agents and proxies, and who reaches whom, how. `cargo xtask demo`
 //! builds and runs it.
 
-use std::ffi::OsString;
 use std::io::{self, Write as _};
-use std::path::PathBuf;
 use std::process::ExitCode;
 
 use anyhow::{Result, bail};
-use clap::{Parser, Subcommand};
-use redirect_tests::demo::{self, Format, Stop};
+use clap::Parser;
+use redirect_tests::demo::{self, Format, NodeCommand, Stop};
 
 /// Shows the ambient redirector at work, on two nodes made out of network namespaces
 ///
@@ -21,31 +19,14 @@ struct Cli {
     #[arg(long)]
     json: bool,
     #[command(subcommand)]
-    command: Option<Command>,
-}
-
-#[derive(Debug, Subcommand)]
-enum Command {
-    /// Become a program of a node, which ends with the demo
-    #[command(hide = true)]
-    Become {
-        /// The node's network namespace
-        netns: PathBuf,
-        /// The demo's process id
-        parent: i32,
-        /// The program and its arguments
-        #[arg(trailing_var_arg = true, allow_hyphen_values = true, required = true)]
-        program: Vec<OsString>,
-    },
+    command: Option<NodeCommand>,
 }
 
 fn main() -> ExitCode {
     let cli = Cli::parse();
     let format = if cli.json { Format::Json } else { Format::Text };
     let done = match cli.command {
-        Some(Command::Become { netns, parent, program }) => {
-            Err(demo::become_program(&netns, parent, &program))
-        }
+        Some(command) => Err(command.carry_out()),
         None => show(format),
     };
     match done {

@@ -28,7 +28,7 @@ pub use evidence::{Evidence, Over, Seen, Wire};
 pub use kernel::{Footprint, PodsEntry, PodsMap};
 pub use live::{Live, Old, Redirected, Switch, Tally};
 pub(crate) use node::Node;
-pub use node::become_program;
+pub use node::NodeCommand;
 pub use rows::Row;
 pub use stop::Stop;
 pub use toggles::Toggle;

@@ -131,9 +131,33 @@ fn program(netns: &Path, name: &str) -> Result<Command> {
     Ok(command)
 }
 
+/// The hidden command of the demo and of the benchmark that [`program`] runs.
+#[derive(Debug, clap::Subcommand)]
+pub enum NodeCommand {
+    /// Become a program of a node, which ends with this one
+    #[command(hide = true)]
+    Become {
+        /// The node's network namespace
+        netns: PathBuf,
+        /// The process id of this one
+        parent: i32,
+        /// The program and its arguments
+        #[arg(trailing_var_arg = true, allow_hyphen_values = true, required = true)]
+        program: Vec<OsString>,
+    },
+}
+
+impl NodeCommand {
+    /// Carries it out; returns only why that failed.
+    pub fn carry_out(&self) -> Error {
+        let Self::Become { netns, parent, program } = self;
+        become_program(netns, *parent, program)
+    }
+}
+
 /// Enters a node's namespace and becomes a program that dies with `parent`, even when that is
 /// killed; returns only why that failed.
-pub fn become_program(netns: &Path, parent: i32, program: &[OsString]) -> Error {
+fn become_program(netns: &Path, parent: i32, program: &[OsString]) -> Error {
     let prepared = || -> Result<Command> {
         prctl::set_pdeathsig(Signal::SIGKILL).context("ask to end with the demo")?;
         // It may have ended just before.
