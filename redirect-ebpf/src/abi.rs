@@ -294,7 +294,8 @@ pub const PROTOCOL_UDP: u16 = 17;
 #[repr(C)]
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Pod, Zeroable)]
 pub struct DnsFlow {
-    /// From when on another flow may have the place, ns of CLOCK_MONOTONIC.
+    /// From when on another flow may have the place, ns of CLOCK_MONOTONIC. `u64::MAX`: another flow is
+    /// being entered in its place at this instant.
     pub needed_until_ns: u64,
     /// The client's address in the pod.
     pub client: Addr,

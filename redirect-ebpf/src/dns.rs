@@ -28,6 +28,8 @@ const ANSWER_NS: u64 = 30_000_000_000;
 const IDLE_NS: u64 = 600_000_000_000;
 /// And one that an end of has closed, after this time: nothing is sent again by then, ns.
 const END_NS: u64 = 5_000_000_000;
+/// [`DnsFlow::needed_until_ns`]: a CPU has claimed the place, and is about to enter its flow there.
+pub const CLAIMED: u64 = u64::MAX;
 
 /// A UDP datagram or TCP segment that could be parsed.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -93,8 +95,9 @@ pub trait DnsEnv: Env {
     fn flow(&self, key: &DnsKey) -> Option<DnsFlow>;
     /// Notes a packet of the client, or of the proxy, in an entry of `dns_flows`: see [`touched`].
     fn touch(&self, key: &DnsKey, message: &Message, from_client: bool);
-    /// Enters a flow; `fresh`: only where there is none. Whether it was.
-    fn enter(&self, key: &DnsKey, flow: &DnsFlow, fresh: bool) -> bool;
+    /// Enters a flow: `own`, in its own place; else where there is none, or one that is not needed any more.
+    /// Of CPUs that want one place at the same instant one gets it. Whether it was entered.
+    fn enter(&self, key: &DnsKey, flow: &DnsFlow, own: bool) -> bool;
 }
 
 /// Whether a packet can be DNS at all, by its ports.
@@ -119,18 +122,17 @@ pub fn on_lo(mark: u32, message: &Message, env: &impl DnsEnv) -> Dns {
     if !is_for_dns(pod_id, message, env) {
         return Dns::Other;
     }
-    let place = find(pod_id, message, env);
-    let key = message.key(pod_id, place.alias);
+    let found = find(pod_id, message, env);
+    let alias = found as u16;
+    let key = message.key(pod_id, alias);
     if message.tcp && !opens {
         // Connections that are open keep their way when the pod's DNS is captured no longer; and one
         // that is older than the capture is a connection like any other.
-        return match place.kind {
-            PLACE_OWN => {
-                env.touch(&key, message, true);
-                Dns::Ask { pod_id, from_port: place.alias, count: None }
-            }
-            _ => Dns::Other,
-        };
+        if found == NO_ALIAS {
+            return Dns::Other;
+        }
+        env.touch(&key, message, true);
+        return Dns::Ask { pod_id, from_port: alias, count: None };
     }
     if !env.dns_listens(pod_id, message) {
         return match env.proxy(pod_id, LISTENER_OUTBOUND, &message.segment) {
@@ -140,23 +142,28 @@ pub fn on_lo(mark: u32, message: &Message, env: &impl DnsEnv) -> Dns {
         };
     }
     let count = Some(Counter::RedirectedDns);
-    if place.kind == PLACE_OWN && !message.tcp {
+    if found != NO_ALIAS && !message.tcp {
         env.touch(&key, message, true);
-        return Dns::Ask { pod_id, from_port: place.alias, count };
+        return Dns::Ask { pod_id, from_port: alias, count };
     }
-    let flow = DnsFlow {
+    let mut flow = DnsFlow {
         needed_until_ns: env.now() + if message.tcp { IDLE_NS } else { ANSWER_NS },
         client: *src,
         resolver: *dst,
         asked: 1,
         answered: 0,
-        alias: place.alias,
+        alias,
         resolver_port: *dst_port,
         client_port: *src_port,
         ended: 0,
     };
-    if place.kind != PLACE_NONE && env.enter(&key, &flow, env.flow(&key).is_none()) {
-        Dns::Ask { pod_id, from_port: place.alias, count }
+    let entered = if found == NO_ALIAS {
+        claim(pod_id, message, &mut flow, env)
+    } else {
+        env.enter(&key, &flow, true)
+    };
+    if entered {
+        Dns::Ask { pod_id, from_port: flow.alias, count }
     } else {
         Dns::Refuse(pod_id, Counter::RefusedDnsBusy)
     }
@@ -211,42 +218,52 @@ pub fn drops_unread(mark: u32, src: &Addr, dst: &Addr, env: &impl Env) -> Option
     if captured(pod_id, env) { Some(pod_id) } else { None }
 }
 
-/// Where a client's flow has its entry in `dns_flows`, or may have it.
-#[derive(Clone, Copy)]
-struct Place {
-    alias: u16,
-    /// One of `PLACE_*`: numbers, which the verifier copes with better than with an enum's parts.
-    kind: u32,
-}
+/// What [`find`] gives for a flow that has no place: no port. A number, which the verifier copes with
+/// better than with an enum's parts.
+const NO_ALIAS: u32 = u32::MAX;
 
-/// All of its places are taken.
-const PLACE_NONE: u32 = 0;
-/// It may have this one, which nobody needs.
-const PLACE_FREE: u32 = 1;
-/// It has this one.
-const PLACE_OWN: u32 = 2;
-
+/// The alias of the message's flow, if it has a place. One that is not needed any more another CPU may be
+/// about to give away: only an open connection still goes by it, and who opens one claims a place anew.
 // A function of its own, for the verifier's sake: it has a stack of its own, one return, and few ways
 // through it.
 #[inline(never)]
-fn find(pod_id: PodId, message: &Message, env: &impl DnsEnv) -> Place {
+fn find(pod_id: PodId, message: &Message, env: &impl DnsEnv) -> u32 {
     let now = env.now();
     let mut alias = message.segment.src_port;
-    let mut place = Place { alias: 0, kind: PLACE_NONE };
     for _ in 0..PLACES {
-        let free = match env.flow(&message.key(pod_id, alias)) {
-            None => true,
-            Some(flow) if flow.alias == alias && is_of(&flow, message) => {
-                return Place { alias, kind: PLACE_OWN };
-            }
-            Some(flow) => flow.needed_until_ns <= now,
-        };
-        if free && place.kind == PLACE_NONE {
-            place = Place { alias, kind: PLACE_FREE };
+        if let Some(flow) = env.flow(&message.key(pod_id, alias))
+            && flow.alias == alias
+            && is_of(&flow, message)
+            && flow.needed_until_ns != CLAIMED
+            && !(message.segment.opens && is_free(&flow, now))
+        {
+            return u32::from(alias);
         }
         alias = next_alias(alias);
     }
-    place
+    NO_ALIAS
+}
+
+/// Enters a flow in the first of its places that it can have, with the alias that belongs to it. Whether
+/// there was one.
+// See `find`.
+#[inline(never)]
+fn claim(pod_id: PodId, message: &Message, flow: &mut DnsFlow, env: &impl DnsEnv) -> bool {
+    let mut alias = message.segment.src_port;
+    for _ in 0..PLACES {
+        flow.alias = alias;
+        if env.enter(&message.key(pod_id, alias), flow, false) {
+            return true;
+        }
+        alias = next_alias(alias);
+    }
+    false
+}
+
+/// Whether another flow may have the place of this one.
+#[inline(always)]
+pub fn is_free(flow: &DnsFlow, now: u64) -> bool {
+    flow.needed_until_ns <= now
 }
 
 /// Whether a flow is that of the message's client and resolver.
@@ -264,6 +281,9 @@ fn is_of(flow: &DnsFlow, message: &Message) -> bool {
 /// What a packet of the client, or of the proxy, makes of its flow.
 #[inline(always)]
 pub fn touched(flow: &mut DnsFlow, message: &Message, from_client: bool, now: u64) {
+    if flow.needed_until_ns == CLAIMED {
+        return;
+    }
     let number = if from_client { &mut flow.asked } else { &mut flow.answered };
     *number = number.wrapping_add(1);
     if message.ends {
@@ -382,13 +402,16 @@ mod tests {
         flows: Flows,
         /// Whether the map takes no more.
         full: bool,
+        /// How many places, of those that are tried next, other CPUs get at the same instant.
+        rivals: Cell<u16>,
     }
 
     impl Node {
         fn new(a: &Addresses, pod: Option<u32>) -> Self {
             let (own, now) = ([a.own, a.own_second], Cell::new(START));
             let flows = Flows::default();
-            Self { pod_id: OWN, pod, own, without_dns: None, now, flows, full: false }
+            let (full, rivals) = (false, Cell::new(0));
+            Self { pod_id: OWN, pod, own, without_dns: None, now, flows, full, rivals }
         }
 
         fn after(&self, ns: u64) {
@@ -535,13 +558,27 @@ mod tests {
             }
         }
 
-        fn enter(&self, key: &DnsKey, flow: &DnsFlow, fresh: bool) -> bool {
-            assert_eq!(fresh, !self.flows.borrow().contains_key(key));
+        fn enter(&self, key: &DnsKey, flow: &DnsFlow, own: bool) -> bool {
             assert_eq!(key.place, flow.alias % DNS_PLACES);
-            if !self.full {
+            let free = match self.flow(key) {
+                Some(known) if own => {
+                    assert_eq!((known.alias, known.client), (flow.alias, flow.client));
+                    true
+                }
+                known => {
+                    assert!(!own, "it has a place");
+                    known.is_none_or(|known| is_free(&known, self.now()))
+                }
+            };
+            let lost = free && !own && self.rivals.get() > 0;
+            if lost {
+                self.rivals.set(self.rivals.get() - 1);
+            }
+            let entered = free && !lost && !self.full;
+            if entered {
                 self.flows.borrow_mut().insert(*key, *flow);
             }
-            !self.full
+            entered
         }
     }
 
@@ -655,6 +692,56 @@ mod tests {
             assert_eq!(node.sends(&last), BUSY);
             node.after(1);
             node.ask(&last);
+        }
+    }
+
+    #[test]
+    fn place_that_another_cpu_gets_first_is_not_taken_from_it() {
+        for a in both_families() {
+            for open in [query, syn] {
+                // Nobody has it, or somebody who does not need it any more.
+                for stale in [false, true] {
+                    for rivals in 0..=PLACES {
+                        let node = Node::new(&a, CAPTURED);
+                        if stale {
+                            node.ask(&open(a.own, a.resolvers[1]));
+                            node.after(IDLE_NS);
+                        }
+                        node.rivals.set(rivals);
+                        let asked = open(a.own, a.resolvers[0]);
+                        let expected = (0..rivals).fold(PORT, |alias, _| next_alias(alias));
+                        if rivals == PLACES {
+                            assert_eq!(node.sends(&asked), BUSY);
+                        } else {
+                            assert_eq!(node.ask(&asked), expected);
+                            assert_eq!(node.answer(&asked, expected), from(a.resolvers[0]));
+                        }
+                    }
+                }
+            }
+        }
+    }
+
+    #[test]
+    fn place_that_another_cpu_is_about_to_fill_is_nobodys() {
+        for a in both_families() {
+            for open in [query, syn] {
+                let node = Node::new(&a, CAPTURED);
+                let asked = open(a.own, a.resolvers[0]);
+                assert_eq!(node.ask(&asked), PORT);
+                node.flows
+                    .borrow_mut()
+                    .values_mut()
+                    .for_each(|flow| flow.needed_until_ns = CLAIMED);
+                // A late answer does not bring it back, nor does its client.
+                assert_eq!(node.answer(&asked, PORT), from(a.resolvers[0]));
+                if asked.tcp {
+                    assert_eq!(node.sends(&data(asked)), Dns::Other);
+                }
+                assert_eq!(node.ask(&asked), next_alias(PORT));
+                let claimed = |flow: &&DnsFlow| flow.needed_until_ns == CLAIMED;
+                assert_eq!(node.flows.borrow().values().filter(claimed).count(), 1);
+            }
         }
     }
 

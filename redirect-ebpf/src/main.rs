@@ -1,6 +1,8 @@
 //! The kernel programs: each asks [`verdict`] what to do and does it.
 #![no_std]
 #![no_main]
+// For `compare_exchange`; aya-ebpf needs it, too.
+#![feature(asm_experimental_arch)]
 #![allow(missing_docs, reason = "a binary: its items are documented where the reader needs it")]
 #![expect(
     unsafe_code,
@@ -794,10 +796,50 @@ impl DnsEnv for Tc<'_> {
     }
 
     #[inline(always)]
-    fn enter(&self, key: &DnsKey, flow: &DnsFlow, fresh: bool) -> bool {
-        let flags = if fresh { BPF_NOEXIST } else { BPF_ANY };
-        DNS_FLOWS.insert(key, flow, u64::from(flags)).is_ok()
+    fn enter(&self, key: &DnsKey, flow: &DnsFlow, own: bool) -> bool {
+        let known = if own { None } else { DNS_FLOWS.get_ptr_mut(key) };
+        let Some(known) = known else {
+            let flags = if own { BPF_ANY } else { BPF_NOEXIST };
+            return DNS_FLOWS.insert(key, flow, u64::from(flags)).is_ok();
+        };
+        // SAFETY: the pointer is to a map value that is live, or has been until a moment ago. Then its time
+        // is another one: that only grows, also when another flow gets the memory.
+        unsafe {
+            let needed_until = &raw mut (*known).needed_until_ns;
+            let seen = needed_until.read_volatile();
+            if seen > self.now() || !compare_exchange(needed_until, seen, dns::CLAIMED) {
+                return false;
+            }
+            // As a whole, for who reads it meanwhile.
+            let entered = DNS_FLOWS.insert(key, flow, u64::from(BPF_ANY)).is_ok();
+            if !entered {
+                // No memory. The place is not to be lost for good.
+                compare_exchange(needed_until, dns::CLAIMED, seen);
+            }
+            entered
+        }
     }
+}
+
+/// Replaces a number if it is `old`, at one instant for all CPUs. Whether it was. The compiler has no
+/// `AtomicU64::compare_exchange` for this target.
+///
+/// # Safety
+///
+/// The pointer is to a map value, of eight bytes there.
+#[inline(always)]
+unsafe fn compare_exchange(number: *mut u64, old: u64, new: u64) -> bool {
+    let found: u64;
+    // SAFETY: the caller's promise.
+    unsafe {
+        core::arch::asm!(
+            "r0 = cmpxchg_64({number} + 0, r0, {new})",
+            number = in(reg) number,
+            new = in(reg) new,
+            inout("r0") old => found,
+        );
+    }
+    found == old
 }
 
 #[cfg(not(test))]

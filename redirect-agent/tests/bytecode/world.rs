@@ -547,9 +547,12 @@ impl DnsEnv for World {
         }
     }
 
-    fn enter(&self, key: &DnsKey, flow: &DnsFlow, _: bool) -> bool {
-        self.state.borrow_mut().flows.insert(*key, *flow);
-        true
+    fn enter(&self, key: &DnsKey, flow: &DnsFlow, own: bool) -> bool {
+        let free = own || self.flow(key).is_none_or(|known| dns::is_free(&known, NOW));
+        if free {
+            self.state.borrow_mut().flows.insert(*key, *flow);
+        }
+        free
     }
 }
 

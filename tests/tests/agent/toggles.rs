@@ -81,7 +81,7 @@ fn override_ends_by_itself(family: Family) -> Result<()> {
     let Cluster { node, server, client, .. } = cluster;
     let _apps = (echo(server)?, echo(client)?);
 
-    node.tell("enroll", &["shop/server", "--for", "2s"])?;
+    node.tell("enroll", &["shop/server", "--for", "5s"])?;
     let status = node.wait_for_state(server, PodState::Enrolled)?;
     assert!(status.overridden.context("no override")?.until.is_some());
     let status = node.wait_for_state(server, PodState::Bypassing)?;
@@ -89,7 +89,7 @@ fn override_ends_by_itself(family: Family) -> Result<()> {
     cluster.assert_direct(family)?;
 
     node.enrol(server)?;
-    node.tell("pause", &["--for", "2s"])?;
+    node.tell("pause", &["--for", "5s"])?;
     let status = node.wait_for_state(server, PodState::Bypassing)?;
     assert_eq!(status.reason, Reason::Paused);
     node.wait_until_enrolled(server)?;
