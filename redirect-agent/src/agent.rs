@@ -91,10 +91,9 @@ pub async fn run(options: Options, shutdown: CancellationToken) -> Result<()> {
     let control = control::Server::bind(&options.control_socket)?;
     let cni = cni::Server::bind(&options.cni_socket)?;
     let zds = zds::Server::bind(&options.zds_socket)?;
-    let proxies = zds.handle();
     let zds = zds.with_admission({
-        let (dataplane, proxies) = (Arc::clone(&dataplane), proxies.clone());
-        move |pid| dataplane.admit_proxy(pid, &pids(&proxies))
+        let dataplane = Arc::clone(&dataplane);
+        move |process| Ok(Box::new(dataplane.admit_proxy(process)?))
     });
     let mut ground = Ground {
         control,
@@ -109,7 +108,7 @@ pub async fn run(options: Options, shutdown: CancellationToken) -> Result<()> {
     // From now on, so that the plugin is told to try again and does not find nobody.
     let (door, metrics) = (Arc::clone(&ground.door), ground.metrics.clone());
     let dataplane = Arc::clone(&ground.dataplane);
-    ground.parts.spawn(follow_proxies(dataplane, proxies, shutdown.clone()));
+    ground.parts.spawn(follow_proxies(dataplane, shutdown.clone()));
     ground.parts.spawn(cni.run(door, metrics, shutdown.clone()));
     let (node, stop) = (options.node.clone(), shutdown.clone());
     match options.source.clone() {
@@ -138,21 +137,12 @@ pub async fn run(options: Options, shutdown: CancellationToken) -> Result<()> {
     }
 }
 
-/// The processes of the proxies that are connected, as far as they can be seen.
-fn pids(proxies: &zds::Handle) -> Vec<i32> {
-    proxies.status().proxies.iter().filter_map(|proxy| proxy.pid).collect()
-}
-
 /// Looks now and then whether the connected proxies have moved to other cgroups.
-async fn follow_proxies(
-    dataplane: Arc<Dataplane>,
-    proxies: zds::Handle,
-    shutdown: CancellationToken,
-) -> Result<()> {
+async fn follow_proxies(dataplane: Arc<Dataplane>, shutdown: CancellationToken) -> Result<()> {
     let mut tick = interval(PROXIES_INTERVAL);
     while shutdown.run_until_cancelled(tick.tick()).await.is_some() {
-        let (dataplane, connected) = (Arc::clone(&dataplane), pids(&proxies));
-        let look = move || dataplane.follow_proxies(&connected);
+        let dataplane = Arc::clone(&dataplane);
+        let look = move || dataplane.follow_proxies();
         if let Err(e) = spawn_blocking(look).await.context("look at the proxies")? {
             warn!("look at the proxies: {e:#}");
         }
@@ -396,7 +386,8 @@ impl<S: Source> health::Agent for Agent<S> {
         };
         let follows_kubelet = self.probes.in_force().kubelet.is_some();
         let left_alone = self.observer.get().map_or(0, |observer| observer.left_alone());
-        let now = Now { pods: &pods, proxies, follows_kubelet, left_alone };
+        let proxys_cgroup = self.observer.get().is_none_or(|o| o.mark_alone().is_none());
+        let now = Now { pods: &pods, proxies, proxys_cgroup, follows_kubelet, left_alone };
         self.metrics.report(&now).context("write the metrics")
     }
 }
@@ -411,6 +402,7 @@ impl<S: Source> control::Agent for Agent<S> {
             waiting: None,
             proxies: 0,
             no_proxy_since: None,
+            mark_alone: None,
             pause: overrides.pause(SystemTime::now()),
             probes: self.probes.in_force(),
             problems: Vec::new(),
@@ -431,6 +423,7 @@ impl<S: Source> control::Agent for Agent<S> {
             source: observer.source(),
             proxies: u32::try_from(proxies).unwrap_or(u32::MAX),
             no_proxy_since: observer.proxies_away().map(|away| Moment::of(away.since)),
+            mark_alone: observer.mark_alone(),
             problems: observer.inventory().problems.clone(),
             pods,
             ..unknown

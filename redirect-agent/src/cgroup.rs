@@ -20,6 +20,8 @@ use procfs::{
     process::{MountInfos, Process},
 };
 
+use crate::process_ref::ProcessRef;
+
 /// The number of the root cgroup. Source: Linux `fs/kernfs/dir.c`, `kernfs_create_root`.
 const ROOT: u64 = 1;
 
@@ -122,34 +124,41 @@ fn as_seen_by<T: Send>(
     thread::scope(|scope| scope.spawn(entered).join()).map_err(|_| anyhow!("a thread panicked"))?
 }
 
-/// The numbers of the cgroups that a proxy, process `pid`, makes its sockets in: those of its threads, which
-/// nearly always are one.
+/// The numbers of the cgroups that a proxy makes its sockets in: those of its threads, which nearly always
+/// are one.
 ///
 /// # Errors
 ///
 /// When they cannot be found out, or one is its parent's, too: where containers have no cgroups of their own
 /// they tell nobody from anybody.
-pub fn of_proxy(pid: i32) -> Result<BTreeSet<u64>> {
-    let process = Process::new(pid).with_context(|| format!("find process {pid}"))?;
-    let numbers = |viewer: &Process| -> Result<BTreeSet<u64>> {
-        let ((paths, parents), mounts) =
-            as_seen_by(viewer, || Ok((paths_of_threads(&process)?, path_of_parent(&process))))?;
+pub fn of_proxy(proxy: &ProcessRef) -> Result<BTreeSet<u64>> {
+    let pid = proxy.pid();
+    let find = || {
+        let process = Process::new(pid).context("look at it")?;
+        let numbers = numbers_of_proxy(&process, &process).or_else(|first| {
+            let init = Process::new(1).context("find process 1")?;
+            numbers_of_proxy(&process, &init).map_err(|_| first)
+        })?;
+        // Else it may have been another process of that number.
+        ensure!(proxy.is_alive()?, "it has ended");
         ensure!(
-            parents.is_none_or(|parents| !paths.contains(&parents)),
-            "it shares its cgroup with its parent, as on nodes with cgroup v1"
+            !numbers.contains(&ROOT),
+            "it is in the root cgroup of version 2, as on nodes with cgroup v1"
         );
-        let number = |path| Ok(Cgroup::at(path, viewer, &mounts)?.open()?.1);
-        paths.into_iter().map(number).collect()
+        Ok(numbers)
     };
-    let numbers = numbers(&process).or_else(|first| {
-        let init = Process::new(1).context("find process 1")?;
-        numbers(&init).map_err(|_| first.context(format!("find the cgroup of process {pid}")))
-    })?;
+    find().with_context(|| format!("find the cgroup of process {pid}"))
+}
+
+fn numbers_of_proxy(process: &Process, viewer: &Process) -> Result<BTreeSet<u64>> {
+    let ((paths, parents), mounts) =
+        as_seen_by(viewer, || Ok((paths_of_threads(process)?, path_of_parent(process))))?;
     ensure!(
-        !numbers.contains(&ROOT),
-        "process {pid} is in the root cgroup of version 2, as on nodes with cgroup v1"
+        parents.is_none_or(|parents| !paths.contains(&parents)),
+        "it shares its cgroup with its parent, as on nodes with cgroup v1"
     );
-    Ok(numbers)
+    let number = |path| Ok(Cgroup::at(path, viewer, &mounts)?.open()?.1);
+    paths.into_iter().map(number).collect()
 }
 
 #[cfg(test)]
@@ -163,19 +172,10 @@ mod tests {
         let (_, number) = cgroup.open().unwrap();
         let listed = std::fs::read_to_string(cgroup.dir.join("cgroup.procs")).unwrap();
         assert!(listed.lines().any(|pid| pid == own.pid.to_string()), "{cgroup:?}: {listed}");
-        match of_proxy(own.pid) {
+        match numbers_of_proxy(&own, &own) {
             Ok(numbers) => assert_eq!(numbers, BTreeSet::from([number])),
             // So it is where nobody has a cgroup of its own.
             Err(e) => assert!(format!("{e:#}").contains("cgroup v1"), "{e:#}"),
         }
-    }
-
-    #[test]
-    fn process_that_is_gone_has_none() {
-        let mut child = std::process::Command::new("true").spawn().unwrap();
-        let pid = i32::try_from(child.id()).unwrap();
-        child.wait().unwrap();
-        let error = format!("{:#}", of_proxy(pid).unwrap_err());
-        assert!(error.contains(&format!("process {pid}")), "{error}");
     }
 }

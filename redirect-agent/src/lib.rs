@@ -22,6 +22,7 @@ pub mod output;
 pub mod overrides;
 pub mod preflight;
 pub mod probes;
+pub mod process_ref;
 pub mod reconcile;
 pub mod root_socket;
 pub mod selector;

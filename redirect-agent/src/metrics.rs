@@ -66,6 +66,7 @@ pub struct Metrics {
     drift: Family<DriftLabels, Counter>,
     failures: Counter,
     zds_connections: Gauge,
+    proxy_cgroup_known: Gauge,
     kubelet_followed: Gauge,
     istio_cni_pods: Gauge,
     cni_requests: Family<CniLabels, Counter>,
@@ -90,6 +91,8 @@ pub struct Now<'a> {
     pub pods: &'a [PodStatus],
     /// How many proxies are connected.
     pub proxies: usize,
+    /// Whether the connected proxies are told by their cgroups, too, and not by their mark alone.
+    pub proxys_cgroup: bool,
     /// Whether kubelet's probes are told by its cgroup.
     pub follows_kubelet: bool,
     /// How many pods are left alone because istio-cni redirects them.
@@ -112,6 +115,7 @@ impl Default for Metrics {
         let drift = Family::default();
         let failures = Counter::default();
         let zds_connections = Gauge::default();
+        let proxy_cgroup_known = Gauge::default();
         let kubelet_followed = Gauge::default();
         let istio_cni_pods = Gauge::default();
         let cni_requests = Family::default();
@@ -150,6 +154,11 @@ impl Default for Metrics {
             zds_connections.clone(),
         );
         registry.register(
+            "proxy_cgroup_known",
+            "1 while the proxy's sockets are recognized by their mark and cgroup, 0 while by their mark alone",
+            proxy_cgroup_known.clone(),
+        );
+        registry.register(
             "kubelet_followed",
             "1 while kubelet's probes are told by its cgroup, else 0",
             kubelet_followed.clone(),
@@ -184,6 +193,7 @@ impl Default for Metrics {
             drift,
             failures,
             zds_connections,
+            proxy_cgroup_known,
             kubelet_followed,
             istio_cni_pods,
             cni_requests,
@@ -228,6 +238,7 @@ impl Metrics {
     ///
     /// Never in practice: when text cannot express them.
     pub fn report(&self, now: &Now<'_>) -> Result<String, fmt::Error> {
+        self.proxy_cgroup_known.set(i64::from(now.proxys_cgroup));
         self.kubelet_followed.set(i64::from(now.follows_kubelet));
         self.zds_connections.set(i64::try_from(now.proxies).unwrap_or(i64::MAX));
         self.istio_cni_pods.set(i64::try_from(now.left_alone).unwrap_or(i64::MAX));
@@ -283,7 +294,13 @@ mod tests {
     }
 
     fn report(metrics: &Metrics, pods: &[PodStatus]) -> String {
-        let now = Now { pods, proxies: pods.len(), follows_kubelet: true, left_alone: 0 };
+        let now = Now {
+            pods,
+            proxies: pods.len(),
+            proxys_cgroup: true,
+            follows_kubelet: true,
+            left_alone: 0,
+        };
         metrics.report(&now).unwrap()
     }
 

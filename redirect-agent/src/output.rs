@@ -62,6 +62,10 @@ pub struct Status {
     /// Since when none is, while none is.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub no_proxy_since: Option<Moment>,
+    /// Why the proxy's sockets are told by their mark alone, if they are: then an application with
+    /// CAP_NET_RAW can pass for the proxy.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub mark_alone: Option<String>,
     /// Set while the whole node bypasses.
     pub pause: Option<Pause>,
     /// Which connections reach pods past the proxy, as probes of kubelet.
@@ -219,6 +223,9 @@ fn head(status: &Status, out: &mut String) -> fmt::Result {
             "no proxy since {since}; new connections of pods in the mesh are refused; is ztunnel running on \
              this node?"
         )?;
+    }
+    if let Some(why) = &status.mark_alone {
+        writeln!(out, "{}", printable(why))?;
     }
     writeln!(out, "{}", printable(&status.probes.to_string()))?;
     if let Some(waiting) = &status.waiting {

@@ -47,6 +47,7 @@ impl Agent for Overridden {
             waiting: None,
             proxies: 0,
             no_proxy_since: None,
+            mark_alone: None,
             pause: self.store.current().pause(SystemTime::now()),
             probes: InForce::default(),
             problems: Vec::new(),

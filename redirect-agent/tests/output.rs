@@ -56,6 +56,7 @@ fn everything() -> Status {
         waiting: None,
         proxies: 1,
         no_proxy_since: None,
+        mark_alone: None,
         pause: Some(Pause { until }),
         probes: InForce {
             kubelet: None,
@@ -240,6 +241,17 @@ fn a_proxy_that_is_away_is_said_once_and_not_for_each_pod() {
     let nobody_knows = Status { no_proxy_since: None, ..away };
     let text = output::status(&nobody_knows, Format::Table, false).unwrap();
     assert_eq!(text.matches(output::NO_PROXY).count(), 2, "{text}");
+}
+
+#[test]
+fn the_proxys_mark_alone_is_warned_of() {
+    let why = "whatever has its mark passes for the proxy: it is in the root cgroup";
+    let status = Status { mark_alone: Some(why.to_owned()), ..everything() };
+    let text = output::status(&status, Format::Table, false).unwrap();
+    assert_eq!(text.lines().nth(1), Some(why), "{text}");
+    let json = output::status(&status, Format::Json, false).unwrap();
+    let json: serde_json::Value = serde_json::from_str(&json).unwrap();
+    assert_eq!(json["mark_alone"], why);
 }
 
 #[test]

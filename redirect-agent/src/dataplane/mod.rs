@@ -35,7 +35,7 @@ use std::{
     net::IpAddr,
     os::unix::fs::DirBuilderExt as _,
     path::{Path, PathBuf},
-    sync::{Mutex, MutexGuard, PoisonError},
+    sync::{Arc, Mutex, MutexGuard, PoisonError},
     thread,
     time::Duration,
 };
@@ -72,7 +72,7 @@ use self::{
     links::{KubeletLink, PodLinks, tcx_directions},
     observe::is_partly_captured,
     pod_locks::{PodLock, PodLocks},
-    proxies::{ProxyCgroups, UnknownProxies},
+    proxies::{Proxies, ProxyCgroups},
     routes::{Routing, Seen},
     rows::Row,
 };
@@ -122,7 +122,7 @@ pub struct Dataplane {
     tcx: BTreeMap<&'static str, TcxProgram>,
     /// One step at a time for a pod: those of pods with the same remainder wait for each other.
     pods: PodLocks,
-    unknown_proxies: UnknownProxies,
+    proxies: Arc<Proxies>,
     _owner: Option<Owner>,
 }
 
@@ -185,7 +185,7 @@ impl Dataplane {
             tcx: kernel.tcx_programs()?,
             kernel: Mutex::new(kernel),
             pods: PodLocks::default(),
-            unknown_proxies: UnknownProxies::default(),
+            proxies: Arc::default(),
             _owner: owner,
         })
     }

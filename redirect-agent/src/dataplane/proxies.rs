@@ -3,62 +3,101 @@
 //! runtimes give to every container).
 
 use std::{
-    collections::BTreeSet,
-    sync::{Mutex, MutexGuard, PoisonError},
+    collections::{BTreeMap, BTreeSet},
+    sync::{Arc, Mutex, MutexGuard, PoisonError},
 };
 
-use anyhow::{Context as _, Result};
+use anyhow::{Context as _, Result, ensure};
 use aya::maps::{HashMap, MapData};
-use procfs::process::Process;
 use redirect_ebpf::abi::ANY_CGROUP;
 use tracing::{debug, warn};
 
 use super::{Dataplane, absent, kernel::Kernel, monotonic_ns};
-use crate::cgroup;
+use crate::{cgroup, process_ref::ProcessRef};
 
 /// How many cgroups are kept besides those of connected proxies: one that was replaced goes on serving its
 /// connections.
 const KEPT: usize = 16;
 
-/// The proxies, by their processes, whose cgroups could not be found out: as long as one is connected, the
-/// mark has to be enough.
-#[derive(Debug, Default)]
-pub(super) struct UnknownProxies(Mutex<BTreeSet<Option<i32>>>);
+/// What it means that a proxy's cgroup is not known.
+const MARK_ALONE: &str = "the proxy's sockets cannot be told by their cgroup, so whatever has its mark passes for \
+                          the proxy, an application with CAP_NET_RAW too";
 
-impl UnknownProxies {
-    /// Those of them that may still be connected.
-    fn among(&self, connected: &[i32]) -> MutexGuard<'_, BTreeSet<Option<i32>>> {
-        let mut unknown = self.0.lock().unwrap_or_else(PoisonError::into_inner);
-        unknown.retain(|pid| pid.is_none_or(|pid| connected.contains(&pid)));
-        unknown
+/// The proxies that are connected to the agent, by a number that each is given.
+#[derive(Debug, Default)]
+pub(super) struct Proxies(Mutex<BTreeMap<u64, Proxy>>);
+
+#[derive(Debug)]
+struct Proxy {
+    /// Its process, where the agent sees it.
+    process: Option<ProcessRef>,
+    /// Its cgroups. While it has none that could be found out, the mark has to be enough.
+    cgroups: Result<BTreeSet<u64>>,
+}
+
+impl Proxy {
+    fn find(process: Option<ProcessRef>) -> Self {
+        let cgroups = process
+            .as_ref()
+            .context("the agent does not see its process (in a container, it needs hostPID)")
+            .and_then(cgroup::of_proxy);
+        Self { process, cgroups }
+    }
+
+    /// Looks again. What is known of it stays when it has ended, or cannot be looked at.
+    fn follow(&mut self) {
+        match self.process.as_ref().map(cgroup::of_proxy) {
+            Some(Ok(found)) => self.cgroups = Ok(found),
+            Some(Err(e)) => debug!("look at a proxy: {e:#}"),
+            None => {}
+        }
+    }
+
+    fn has_ended(&self) -> Result<bool> {
+        Ok(self.process.as_ref().map(ProcessRef::is_alive).transpose()? == Some(false))
+    }
+}
+
+impl Proxies {
+    fn connected(&self) -> MutexGuard<'_, BTreeMap<u64, Proxy>> {
+        self.0.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}
+
+/// A proxy that has been admitted: it counts as connected until this is dropped.
+#[derive(Debug)]
+pub struct AdmittedProxy {
+    proxies: Arc<Proxies>,
+    number: u64,
+}
+
+impl Drop for AdmittedProxy {
+    fn drop(&mut self) {
+        self.proxies.connected().remove(&self.number);
     }
 }
 
 impl Dataplane {
-    /// From now on sockets of this process's cgroups are the proxy's. `pid` is that of a proxy that has
-    /// connected, if it can be seen, and `connected` are those of all that are. When its cgroup cannot be
-    /// found out, the mark is enough as long as it is connected.
+    /// From now on sockets of this process's cgroups are the proxy's. When they cannot be found out, the mark
+    /// is enough as long as it is connected.
     ///
     /// # Errors
     ///
-    /// When the process is gone, or the map cannot be written.
-    pub fn admit_proxy(&self, pid: Option<i32>, connected: &[i32]) -> Result<()> {
-        let found = pid
-            .context("the agent does not see its process (in a container, it needs hostPID)")
-            .and_then(cgroup::of_proxy);
-        match found {
-            Ok(ids) => self.enter_proxies(&ids, &in_use(connected), connected),
-            Err(e) if pid.is_some_and(is_gone) => Err(e),
-            Err(e) => {
-                warn!(
-                    "cannot tell the proxy's sockets by their cgroup, so whatever has its mark passes for the \
-                     proxy, an application with CAP_NET_RAW too: {e:#}"
-                );
-                self.unknown_proxies.among(connected).insert(pid);
-                let mut kernel = self.kernel();
-                ProxyCgroups::open(&mut kernel)?.enter(ANY_CGROUP, &in_use(connected))
-            }
+    /// When the process has ended, or the map cannot be written.
+    pub fn admit_proxy(&self, process: Option<ProcessRef>) -> Result<AdmittedProxy> {
+        let proxy = Proxy::find(process);
+        if let Err(e) = &proxy.cgroups {
+            ensure!(!proxy.has_ended()?, "its process has ended");
+            warn!("{MARK_ALONE}: {e:#}");
         }
+        let mut connected = self.proxies.connected();
+        let number = connected.last_key_value().map_or(0, |(last, _)| last + 1);
+        connected.insert(number, proxy);
+        let written = self.write_proxies(&connected);
+        drop(connected);
+        // Dropped if that failed.
+        let admitted = AdmittedProxy { proxies: Arc::clone(&self.proxies), number };
+        written.map(|()| admitted)
     }
 
     /// Looks whether connected proxies have moved to other cgroups.
@@ -66,41 +105,34 @@ impl Dataplane {
     /// # Errors
     ///
     /// When the map cannot be written.
-    pub fn follow_proxies(&self, connected: &[i32]) -> Result<()> {
-        let in_use = in_use(connected);
-        if in_use.is_empty() { Ok(()) } else { self.enter_proxies(&in_use, &in_use, connected) }
+    pub fn follow_proxies(&self) -> Result<()> {
+        let mut connected = self.proxies.connected();
+        connected.values_mut().for_each(Proxy::follow);
+        self.write_proxies(&connected)
     }
 
-    fn enter_proxies(
-        &self,
-        ids: &BTreeSet<u64>,
-        in_use: &BTreeSet<u64>,
-        connected: &[i32],
-    ) -> Result<()> {
-        let unknown = self.unknown_proxies.among(connected);
+    /// Why the mark alone tells the proxy's sockets, if a proxy is connected and that is so.
+    pub fn mark_alone(&self) -> Option<String> {
+        let connected = self.proxies.connected();
+        let unknown = connected.values().find_map(|proxy| proxy.cgroups.as_ref().err());
+        unknown.map(|why| format!("{MARK_ALONE}: {why:#}"))
+    }
+
+    fn write_proxies(&self, connected: &BTreeMap<u64, Proxy>) -> Result<()> {
+        let known = connected.values().filter_map(|proxy| proxy.cgroups.as_ref().ok());
+        let in_use: BTreeSet<u64> = known.flatten().copied().collect();
         let mut kernel = self.kernel();
         let mut cgroups = ProxyCgroups::open(&mut kernel)?;
-        ids.iter().try_for_each(|id| cgroups.enter(*id, in_use))?;
-        if unknown.is_empty() { cgroups.remove(ANY_CGROUP) } else { Ok(()) }
-    }
-}
-
-fn is_gone(pid: i32) -> bool {
-    let stat = Process::new(pid).and_then(|process| process.stat());
-    stat.map_or(true, |stat| stat.state == 'Z')
-}
-
-/// The cgroups of the connected proxies, as far as they can be found out.
-fn in_use(connected: &[i32]) -> BTreeSet<u64> {
-    let mut ids = BTreeSet::new();
-    for pid in connected {
-        match cgroup::of_proxy(*pid) {
-            Ok(found) => ids.extend(found),
-            // It is unknown already, or has just ended.
-            Err(e) => debug!("look for the cgroup of proxy {pid}: {e:#}"),
+        in_use.iter().try_for_each(|id| cgroups.enter(*id, &in_use))?;
+        if connected.values().any(|proxy| proxy.cgroups.is_err()) {
+            cgroups.enter(ANY_CGROUP, &in_use)
+        } else if in_use.is_empty() {
+            // Nobody is connected. Whoever was goes on serving its connections.
+            Ok(())
+        } else {
+            cgroups.remove(ANY_CGROUP)
         }
     }
-    ids
 }
 
 /// The map `proxy_cgroups`.

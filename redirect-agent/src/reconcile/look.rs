@@ -125,6 +125,11 @@ impl<S: Source> Observer<S> {
         self.shared.zds.away()
     }
 
+    /// Why the proxy's sockets are told by their mark alone, if they are: see [`Dataplane::mark_alone`].
+    pub fn mark_alone(&self) -> Option<String> {
+        self.shared.dataplane.mark_alone()
+    }
+
     /// Follows what the source knows.
     pub fn inventories(&self) -> watch::Receiver<Arc<Inventory>> {
         self.shared.source.inventory()

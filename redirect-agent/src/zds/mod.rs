@@ -22,7 +22,7 @@ use std::{collections::BTreeMap, fmt, path::PathBuf, sync::Arc, time::SystemTime
 use serde::{Deserialize, Serialize};
 
 pub use self::{
-    server::{DEADLINE, Handle, Server},
+    server::{Admitted, DEADLINE, Handle, Server},
     socket::{BindError, Fault},
 };
 

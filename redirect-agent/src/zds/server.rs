@@ -1,6 +1,7 @@
 //! The ZDS server: one task per proxy, and the handle by which the agent says what is known.
 
 use std::{
+    any::Any,
     fmt, io,
     os::fd::{AsFd as _, OwnedFd},
     path::{Path, PathBuf},
@@ -22,6 +23,7 @@ use super::{
     socket::{Connection, Listener, within},
     state::{Netns, Standing, State},
 };
+use crate::process_ref::ProcessRef;
 
 /// How long a proxy has for its hello, for reading a request and for answering it.
 pub const DEADLINE: Duration = Duration::from_secs(5);
@@ -72,10 +74,12 @@ pub struct Server {
     admit: Admit,
 }
 
-/// What is done about a proxy before it is told anything, by its process as the agent sees it; it is
-/// disconnected where that fails.
+/// What stands for an admitted proxy, until it is disconnected.
+pub type Admitted = Box<dyn Any + Send>;
+
+/// What is done about a proxy before it is told anything; it is disconnected where that fails.
 #[derive(Clone)]
-struct Admit(Arc<dyn Fn(Option<i32>) -> anyhow::Result<()> + Send + Sync>);
+struct Admit(Arc<dyn Fn(Option<ProcessRef>) -> anyhow::Result<Admitted> + Send + Sync>);
 
 impl fmt::Debug for Admit {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
@@ -97,7 +101,7 @@ impl Server {
             socket: listener.path().to_owned(),
             started: SystemTime::now(),
         };
-        let admit = Admit(Arc::new(|_| Ok(())));
+        let admit = Admit(Arc::new(|_| Ok(Box::new(()))));
         Ok(Self { listener, shared: Arc::new(shared), deadline: DEADLINE, admit })
     }
 
@@ -106,11 +110,12 @@ impl Server {
         Self { deadline, ..self }
     }
 
-    /// With something to be done about each proxy before it is told anything, by its process as the agent
-    /// sees it. It may block. A proxy for which it fails is disconnected, and comes again.
+    /// With something to be done about each proxy before it is told anything, given its process, where the
+    /// agent's pid namespace has it. It may block. What it returns is dropped when the proxy is disconnected.
+    /// A proxy for which it fails is disconnected at once, and comes again.
     pub fn with_admission(
         self,
-        admit: impl Fn(Option<i32>) -> anyhow::Result<()> + Send + Sync + 'static,
+        admit: impl Fn(Option<ProcessRef>) -> anyhow::Result<Admitted> + Send + Sync + 'static,
     ) -> Self {
         Self { admit: Admit(Arc::new(admit)), ..self }
     }
@@ -160,16 +165,26 @@ async fn accept(listener: &Listener) -> Option<Connection> {
 
 /// One proxy, from its hello to its end.
 async fn serve(connection: Connection, shared: Arc<Shared>, deadline: Duration, admit: Admit) {
-    let pid = connection.pid();
+    let process = match connection.process() {
+        Ok(process) => process,
+        Err(e) => {
+            info!("disconnecting what connected to ZDS: its process is gone: {e}");
+            return;
+        }
+    };
+    let pid = process.as_ref().map(ProcessRef::pid);
     if let Err(fault) = greet(&connection, deadline).await {
         warn!(pid, "disconnecting what connected to ZDS: it {fault}");
         return;
     }
-    let admitted = spawn_blocking(move || (admit.0)(pid)).await;
-    if let Err(e) = admitted.map_err(anyhow::Error::from).flatten() {
-        warn!(pid, "disconnecting ztunnel, which will come again: {e:#}");
-        return;
-    }
+    let admitted = spawn_blocking(move || (admit.0)(process)).await;
+    let _admitted = match admitted.map_err(anyhow::Error::from).flatten() {
+        Ok(admitted) => admitted,
+        Err(e) => {
+            warn!(pid, "disconnecting ztunnel, which will come again: {e:#}");
+            return;
+        }
+    };
     let mut session = Session::begin(&shared, pid);
     let id = session.id;
     info!(proxy = %id, pid, "ztunnel connected");

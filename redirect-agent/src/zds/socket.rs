@@ -30,6 +30,7 @@ use tokio::{
 };
 
 use super::messages::{DecodeError, MAX_RESPONSE_BYTES};
+use crate::process_ref::ProcessRef;
 use crate::socket_file::{Obstacle, SocketFile, remove_stale};
 
 /// Why the ZDS socket cannot be had.
@@ -170,10 +171,9 @@ pub(super) struct Connection {
 }
 
 impl Connection {
-    /// The proxy's process, as the agent's pid namespace sees it.
-    pub(super) fn pid(&self) -> Option<i32> {
-        // 0 is a process that our pid namespace does not see.
-        self.stream.peer_cred().ok()?.pid().filter(|&pid| pid != 0)
+    /// The proxy's process, where the agent's pid namespace has it.
+    pub(super) fn process(&self) -> io::Result<Option<ProcessRef>> {
+        ProcessRef::of_peer(&self.stream)
     }
 
     /// Sends one packet. Waits while the socket's buffer is full; can be dropped at any time.

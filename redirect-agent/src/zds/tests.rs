@@ -843,13 +843,15 @@ async fn proxies_that_connect_before_the_server_runs_are_served_then() {
 async fn proxy_is_told_nothing_before_it_is_admitted() {
     let dir = Dir::new();
     let asked = Arc::new(AtomicUsize::new(0));
+    let connected = Arc::new(());
     let server = Server::bind(&dir.socket()).unwrap().with_admission({
         let asked = Arc::clone(&asked);
-        move |pid| {
-            assert_eq!(pid, Some(std::process::id().cast_signed()));
+        let connected = Arc::clone(&connected);
+        move |process| {
+            assert_eq!(process.map(|p| p.pid()), Some(std::process::id().cast_signed()));
             match asked.fetch_add(1, Ordering::SeqCst) {
                 0 => anyhow::bail!("not the first one"),
-                _ => Ok(()),
+                _ => Ok(Box::new(Arc::clone(&connected))),
             }
         }
     });
@@ -865,6 +867,15 @@ async fn proxy_is_told_nothing_before_it_is_admitted() {
     proxy.takes("keep a").await;
     proxy.takes("snapshot sent").await;
     assert_eq!(asked.load(Ordering::SeqCst), 2);
+    // What it was admitted with lasts as long as its connection.
+    let before = Arc::strong_count(&connected);
+    drop(proxy);
+    soon("the end of the admission", async {
+        while Arc::strong_count(&connected) == before {
+            tokio::task::yield_now().await;
+        }
+    })
+    .await;
     server.abort();
 }
 

@@ -21,6 +21,7 @@ use socket2::{Domain, Protocol, SockAddr, Socket, Type};
 use crate::cgroup::{Cgroup, unified};
 use crate::cluster::{Cluster, Manifest, Node, PORT, echo};
 use crate::dns::SERVICE;
+use crate::health::{free_address, get};
 
 both_families! {
     application_with_the_proxys_mark_is_refused,
@@ -199,4 +200,31 @@ fn agent_that_starts_anew_knows_the_proxys_cgroup(family: Family) -> Result<()> 
     cluster.assert_redirected(family).context("with the next agent")?;
     cluster.node.wait_until_enrolled(&cluster.server)?;
     cluster.assert_redirected(family)
+}
+
+/// As on nodes where containers have no cgroups of their own.
+#[test]
+fn proxy_without_a_cgroup_of_its_own_is_warned_of() -> Result<()> {
+    let cgroup = Cgroup::new(&unified()?, "ztunnel")?;
+    let health = free_address()?;
+    let mut cluster = Cluster::without_agent(&[])?;
+    cluster.node.serve_health(health);
+    cluster.node.start_agent()?;
+    let known = |node: &Node| -> Result<(bool, bool)> {
+        let (_, metrics) = get(health, "/metrics")?;
+        let gauge =
+            metrics.lines().find_map(|line| line.strip_prefix("redirect_proxy_cgroup_known "));
+        Ok((node.status()?.mark_alone.is_none(), gauge == Some("1")))
+    };
+    cluster.node.start_proxy()?;
+    wait_for("the warning", PATIENCE, || {
+        Ok((known(&cluster.node)? == (false, false)).then_some(()))
+    })?;
+    let why = cluster.node.status()?.mark_alone.context("no warning")?;
+    ensure!(why.contains("CAP_NET_RAW") && why.contains("cgroup v1"), "{why}");
+    cluster.node.start_proxy_in(&cgroup)?;
+    cluster.node.kill_proxy()?;
+    wait_for("the end of the warning", PATIENCE, || {
+        Ok((known(&cluster.node)? == (true, true)).then_some(()))
+    })
 }
