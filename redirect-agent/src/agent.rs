@@ -8,6 +8,7 @@ use std::{
 };
 
 use anyhow::{Context as _, Result, bail};
+use futures_util::Stream;
 use tokio::{
     task::{JoinSet, spawn_blocking},
     time::interval,
@@ -35,12 +36,11 @@ use crate::{
     probes::{self, Probes},
     reconcile::{Admission, Observer, Reconciler, Settings},
     source::{Event, EventKind, Problem, Source, dir, kube},
+    verdicts,
     words::{self, Reading},
     zds,
 };
 
-/// How often the programs' log is read, when it is on.
-const LOG_INTERVAL: Duration = Duration::from_millis(100);
 /// How often the agent looks for the cgroups of the proxies. They do not change unless somebody moves a
 /// proxy's process, whose connections are refused until then.
 const PROXIES_INTERVAL: Duration = Duration::from_secs(10);
@@ -197,18 +197,8 @@ async fn serve<S: Source>(
     opening: impl Future<Output = Result<(S, impl Future<Output = Result<()>> + Send + 'static)>>,
     shutdown: CancellationToken,
 ) -> Result<()> {
-    if options.dataplane.log {
-        let mut log = dataplane.logger()?;
-        let mut tick = interval(LOG_INTERVAL);
-        let shutdown = shutdown.clone();
-        parts.spawn(async move {
-            while shutdown.run_until_cancelled(tick.tick()).await.is_some() {
-                log.flush();
-            }
-            Ok(())
-        });
-    }
-
+    let verdicts = Arc::new(verdicts::Hub::new(Arc::clone(&dataplane), shutdown.clone()));
+    parts.spawn(Arc::clone(&verdicts).run());
     parts.spawn(probes.clone().run(shutdown.clone()));
     // Whoever is asked by the plugin is there already.
     let cni_plugin = options.install_cni.clone().map(|(dirs, entry)| {
@@ -227,6 +217,7 @@ async fn serve<S: Source>(
         looking: tokio::sync::Mutex::default(),
         waiting,
         probes,
+        verdicts,
         metrics,
         cni_plugin,
     });
@@ -323,6 +314,7 @@ struct Agent<S> {
     looking: tokio::sync::Mutex<()>,
     waiting: Arc<Waiting>,
     probes: Probes,
+    verdicts: Arc<verdicts::Hub>,
     metrics: Metrics,
     /// What is missing of it, if it is to be installed.
     cni_plugin: Option<install::Missing>,
@@ -442,6 +434,15 @@ impl<S: Source> control::Agent for Agent<S> {
             overrides: &overrides,
         };
         answerer.explain(request).await
+    }
+
+    fn observe(
+        self: Arc<Self>,
+        request: verdicts::Request,
+    ) -> impl Stream<Item = Vec<verdicts::Line>> + Send + 'static {
+        let (hub, node) = (Arc::clone(&self.verdicts), self.options.node.clone());
+        let names = move || self.observer.get().map(|o| o.names()).unwrap_or_default();
+        hub.observe(request, node, names)
     }
 
     fn remaining(&self) -> Result<Remaining> {

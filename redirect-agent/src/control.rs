@@ -6,6 +6,7 @@
 //! | `GET /status` | [`Status`] |
 //! | `POST /status` with [`StatusRequest`] | [`Status`] of those pods |
 //! | `POST /explain` with [`explain::Request`] | [`Explanation`] |
+//! | `POST /observe` with [`verdicts::Request`] | [`verdicts::Line`]s, each on a line, as they come |
 //! | `GET /remaining` | [`Remaining`] |
 //! | `POST /overrides` with [`OverrideRequest`] | [`Answer`] |
 //! | `POST /pause` with [`PauseRequest`] | [`Answer`] |
@@ -16,6 +17,7 @@
 use std::{
     collections::BTreeMap,
     io,
+    ops::ControlFlow,
     path::{Path, PathBuf},
     sync::Arc,
     time::{Duration, SystemTime},
@@ -24,17 +26,19 @@ use std::{
 use anyhow::{Context as _, bail};
 use axum::{
     Json, Router,
+    body::Body,
     extract::{ConnectInfo, Request, State, rejection::JsonRejection},
     http::{Method, StatusCode, header},
     response::{IntoResponse, Response},
     routing::{get, post},
 };
+use futures_util::{Stream, StreamExt as _, TryStreamExt as _};
 use http_body_util::{BodyExt as _, Full};
 use hyper::body::Bytes;
 use hyper_util::rt::TokioIo;
 use serde::{Deserialize, Serialize, de::DeserializeOwned};
-use tokio::net::UnixStream;
-use tokio_util::sync::CancellationToken;
+use tokio::{io::AsyncBufReadExt as _, net::UnixStream};
+use tokio_util::{io::StreamReader, sync::CancellationToken};
 
 use crate::{
     explain::{self, Explanation},
@@ -43,6 +47,7 @@ use crate::{
     overrides::{Change, Mode, Moment, Override, Pause, Target},
     root_socket::{self, Peer, RootSocket},
     selector::LabelSelector,
+    verdicts,
 };
 
 /// Where the agent listens unless the operator says otherwise.
@@ -64,6 +69,12 @@ pub trait Agent: Send + Sync + 'static {
         &self,
         request: explain::Request,
     ) -> impl Future<Output = anyhow::Result<Explanation>> + Send;
+
+    /// The datapath's verdicts from now on; the stream ends when the agent does.
+    fn observe(
+        self: Arc<Self>,
+        request: verdicts::Request,
+    ) -> impl Stream<Item = Vec<verdicts::Line>> + Send + 'static;
 
     /// Which pods do not bypass, as far as their tasks know: that costs nothing.
     fn remaining(&self) -> anyhow::Result<Remaining>;
@@ -215,6 +226,7 @@ fn router<A: Agent>(agent: Arc<A>) -> Router {
         .route("/healthz", get(|| async { Json(Health { ok: true }) }))
         .route("/status", get(status::<A>).post(status_of::<A>))
         .route("/explain", post(explain_of::<A>))
+        .route("/observe", post(observe::<A>))
         .route("/remaining", get(remaining::<A>))
         .route("/overrides", post(overrides::<A>))
         .route("/pause", post(pause::<A>))
@@ -272,6 +284,20 @@ async fn explain_of<A: Agent>(
 ) -> Response {
     match request {
         Ok(Json(request)) => answer(agent.explain(request).await),
+        Err(error) => failure(StatusCode::BAD_REQUEST, error.body_text()),
+    }
+}
+
+async fn observe<A: Agent>(
+    State(agent): State<Arc<A>>,
+    request: Result<Json<verdicts::Request>, JsonRejection>,
+) -> Response {
+    match request {
+        Ok(Json(request)) => {
+            let lines = agent.observe(request).map(|lines| verdicts::to_json(&lines));
+            ([(header::CONTENT_TYPE, "application/x-ndjson")], Body::from_stream(lines))
+                .into_response()
+        }
         Err(error) => failure(StatusCode::BAD_REQUEST, error.body_text()),
     }
 }
@@ -385,6 +411,45 @@ impl Client {
         self.call(Method::POST, "/explain", Some(request)).await
     }
 
+    /// Calls `each` for every verdict that the agent tells, until that says to stop.
+    ///
+    /// # Errors
+    ///
+    /// As for [`Client::status`]; when the agent ends; and when `each` fails.
+    pub async fn observe(
+        &self,
+        request: &verdicts::Request,
+        mut each: impl FnMut(verdicts::Line) -> anyhow::Result<ControlFlow<()>>,
+    ) -> anyhow::Result<()> {
+        let path = self.path.display();
+        let stream = self.connect().await?;
+        let (mut sender, connection) =
+            hyper::client::conn::http1::handshake(TokioIo::new(stream)).await?;
+        let read = async {
+            let response = sender
+                .send_request(self::request(Method::POST, "/observe", Some(request))?)
+                .await?;
+            let status = response.status();
+            if !status.is_success() {
+                return Err(self.refusal(status, &response.into_body().collect().await?.to_bytes()));
+            }
+            let body = response.into_body().into_data_stream().map_err(io::Error::other);
+            let mut lines = StreamReader::new(body).lines();
+            while let Some(line) = lines.next_line().await? {
+                if each(serde_json::from_str(&line)?)?.is_break() {
+                    return Ok(());
+                }
+            }
+            bail!("the agent at {path} has ended")
+        };
+        tokio::pin!(read);
+        // What it has sent before it ended is read to the end.
+        tokio::select! {
+            done = &mut read => done,
+            _ended = connection => read.await,
+        }
+    }
+
     /// Which pods do not bypass yet.
     ///
     /// # Errors
@@ -437,15 +502,7 @@ impl Client {
         body: Option<&impl Serialize>,
     ) -> anyhow::Result<T> {
         let path = self.path.display();
-        let stream = UnixStream::connect(&self.path).await.map_err(|error| match error.kind() {
-            io::ErrorKind::PermissionDenied => anyhow::anyhow!(
-                "cannot reach the agent at {path}: permission denied: run the command as root"
-            ),
-            _ => anyhow::anyhow!(
-                "cannot reach the agent at {path}: {error}: is `redirect-agent run` running on \
-                 this node? --control-socket names another socket"
-            ),
-        })?;
+        let stream = self.connect().await?;
         let exchange = exchange(stream, method, uri, body);
         let (status, content) = tokio::time::timeout(DEADLINE, exchange)
             .await
@@ -453,16 +510,48 @@ impl Client {
             .flatten()
             .with_context(|| format!("ask the agent at {path}"))?;
         if !status.is_success() {
-            let error = match serde_json::from_slice::<ErrorBody>(&content) {
-                Ok(body) => body.error,
-                Err(_) => status.to_string(),
-            };
-            bail!("the agent at {path} says: {error}");
+            return Err(self.refusal(status, &content));
         }
         serde_json::from_slice(&content).with_context(|| {
             format!("read the answer of the agent at {path}: is it of another version?")
         })
     }
+
+    async fn connect(&self) -> anyhow::Result<UnixStream> {
+        let path = self.path.display();
+        UnixStream::connect(&self.path).await.map_err(|error| match error.kind() {
+            io::ErrorKind::PermissionDenied => anyhow::anyhow!(
+                "cannot reach the agent at {path}: permission denied: run the command as root"
+            ),
+            _ => anyhow::anyhow!(
+                "cannot reach the agent at {path}: {error}: is `redirect-agent run` running on \
+                 this node? --control-socket names another socket"
+            ),
+        })
+    }
+
+    /// What the agent says in place of an answer.
+    fn refusal(&self, status: StatusCode, content: &[u8]) -> anyhow::Error {
+        let error = match serde_json::from_slice::<ErrorBody>(content) {
+            Ok(body) => body.error,
+            Err(_) => status.to_string(),
+        };
+        anyhow::anyhow!("the agent at {} says: {error}", self.path.display())
+    }
+}
+
+fn request(
+    method: Method,
+    uri: &str,
+    body: Option<&impl Serialize>,
+) -> anyhow::Result<hyper::Request<Full<Bytes>>> {
+    let request = hyper::Request::builder().method(method).uri(uri).header(header::HOST, "agent");
+    Ok(match body {
+        Some(body) => request
+            .header(header::CONTENT_TYPE, "application/json")
+            .body(Full::from(serde_json::to_vec(body)?))?,
+        None => request.body(Full::default())?,
+    })
 }
 
 /// One request on a connection, and the answer to it.
@@ -474,13 +563,7 @@ pub(crate) async fn exchange(
 ) -> anyhow::Result<(StatusCode, Bytes)> {
     let (mut sender, connection) =
         hyper::client::conn::http1::handshake(TokioIo::new(stream)).await?;
-    let request = hyper::Request::builder().method(method).uri(uri).header(header::HOST, "agent");
-    let request = match body {
-        Some(body) => request
-            .header(header::CONTENT_TYPE, "application/json")
-            .body(Full::<Bytes>::from(serde_json::to_vec(body)?))?,
-        None => request.body(Full::default())?,
-    };
+    let request = request(method, uri, body)?;
     let answer = async {
         let response = sender.send_request(request).await?;
         let status = response.status();

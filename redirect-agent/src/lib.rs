@@ -30,5 +30,6 @@ pub mod socket_file;
 pub mod source;
 pub mod takeover;
 pub mod traffic;
+pub mod verdicts;
 pub mod words;
 pub mod zds;

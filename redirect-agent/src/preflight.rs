@@ -266,7 +266,7 @@ fn maps() -> Vec<Check> {
         (MapType::PerCpuArray, "map type per-CPU array", "4.6", true),
         (MapType::LruHash, "map type LRU hash", "4.10", true),
         (MapType::SockHash, "map type sockhash", "4.18", true),
-        (MapType::RingBuf, "map type ring buffer (--ebpf-log)", "5.8", false),
+        (MapType::RingBuf, "map type ring buffer", "5.8", true),
     ]
     .into_iter()
     .map(|(kind, name, since, required)| {

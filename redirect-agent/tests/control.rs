@@ -4,6 +4,7 @@
 use std::{
     env, fs,
     io::{Read as _, Write as _},
+    ops::ControlFlow,
     os::unix::{
         fs::{PermissionsExt as _, symlink},
         net::UnixStream,
@@ -15,6 +16,7 @@ use std::{
     time::{Duration, SystemTime},
 };
 
+use futures_util::{Stream, stream};
 use redirect_agent::{
     control::{
         Agent, Answer, Author, Client, OverrideRequest, PauseRequest, Remaining, ResumeRequest,
@@ -25,6 +27,7 @@ use redirect_agent::{
     output::Status,
     overrides::{Change, Mode, Store, Target},
     probes::InForce,
+    verdicts,
 };
 use tempfile::TempDir;
 use tokio::task::JoinHandle;
@@ -57,6 +60,15 @@ impl Agent for Overridden {
 
     async fn explain(&self, request: explain::Request) -> anyhow::Result<Explanation> {
         anyhow::bail!("asked for {} and {:?}", request.pod, request.to.map(String::from))
+    }
+
+    fn observe(
+        self: Arc<Self>,
+        request: verdicts::Request,
+    ) -> impl Stream<Item = Vec<verdicts::Line>> + Send + 'static {
+        let lines = request.port.into_iter().flat_map(|port| 0..u64::from(port));
+        let lines = lines.map(|left_out| vec![verdicts::Line::LeftOut { left_out }]);
+        stream::iter(lines.collect::<Vec<_>>())
     }
 
     fn remaining(&self) -> anyhow::Result<Remaining> {
@@ -117,6 +129,31 @@ fn raw(socket: &Path, request: &str) -> String {
     let mut response = String::new();
     stream.read_to_string(&mut response).unwrap();
     response
+}
+
+#[tokio::test]
+async fn verdicts_come_line_by_line_until_one_of_both_ends() {
+    let fixture = Fixture::new();
+    let client = fixture.client();
+    let mut told = Vec::new();
+    let three = verdicts::Request { port: Some(3), ..verdicts::Request::default() };
+    let observe = client.observe(&three, |line| {
+        told.push(line);
+        Ok(ControlFlow::Continue(()))
+    });
+    // The agent's end is not what was asked for.
+    let error = observe.await.unwrap_err().to_string();
+    assert!(error.contains("has ended"), "{error}");
+    assert_eq!(told, [0, 1, 2].map(|left_out| verdicts::Line::LeftOut { left_out }));
+
+    let many = verdicts::Request { port: Some(60_000), ..verdicts::Request::default() };
+    let mut count = 0;
+    let observe = client.observe(&many, |_| {
+        count += 1;
+        Ok(if count == 5 { ControlFlow::Break(()) } else { ControlFlow::Continue(()) })
+    });
+    observe.await.unwrap();
+    assert_eq!(count, 5);
 }
 
 #[tokio::test]
@@ -226,6 +263,8 @@ async fn a_request_that_makes_no_sense_is_refused_and_nothing_changes() {
     };
     for (path, body, status) in [
         ("/overrides", "{", "400"),
+        ("/observe", r#"{"to":"a/b/c"}"#, "400"),
+        ("/observe", r#"{"ports":[1]}"#, "400"),
         ("/overrides", r#"{"target":"../etc","mode":"enroll"}"#, "400"),
         ("/overrides", r#"{"target":"shop/a/b","mode":"enroll"}"#, "400"),
         ("/overrides", r#"{"target":"shop","mode":"both"}"#, "400"),

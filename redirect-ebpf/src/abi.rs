@@ -530,6 +530,28 @@ impl Counter {
     ];
 }
 
+/// Entry of the ring buffer `verdicts`: a verdict that was counted while somebody observed.
+#[repr(C)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Pod, Zeroable)]
+pub struct VerdictEvent {
+    /// When, ns of CLOCK_MONOTONIC.
+    pub at_ns: u64,
+    /// The pod in which it was decided.
+    pub pod_id: PodId,
+    /// What was counted for it: a [`Counter`].
+    pub counter: u32,
+    /// The packet's source.
+    pub src: Addr,
+    /// The packet's destination.
+    pub dst: Addr,
+    /// Source port, host byte order.
+    pub src_port: u16,
+    /// Destination port, host byte order.
+    pub dst_port: u16,
+    /// IPPROTO_TCP or IPPROTO_UDP; 0: the packet could not be read, and addresses and ports are 0.
+    pub protocol: u32,
+}
+
 /// Value of the map `saved_sysctls`: what the pod's sysctls were before enrolment, in the order of
 /// the agent's `dataplane::sysctl::SYSCTLS`; [`SYSCTL_ABSENT`] where the kernel has no such one.
 #[repr(C)]
@@ -582,6 +604,7 @@ pub struct SockOffsets {
 
 const _: () = {
     assert!(size_of::<SockOffsets>() == 60);
+    assert!(size_of::<VerdictEvent>() == 56);
     assert!(size_of::<Addr>() == 16);
     assert!(size_of::<PodEntry>() == 56);
     assert!(size_of::<OwnAddress>() == 20);
@@ -604,7 +627,8 @@ const _: () = {
 mod user {
     use super::{
         Addr, CounterKey, DnsFlow, DnsKey, Flow, Hint, ListenerKey, OwnAddress, PodEntry, PodFlow,
-        PodPeer, PodPort, SavedSysctls, Settled, SockOffsets, ThisPod, VirtualInterface,
+        PodPeer, PodPort, SavedSysctls, Settled, SockOffsets, ThisPod, VerdictEvent,
+        VirtualInterface,
     };
 
     macro_rules! pod {
@@ -631,6 +655,7 @@ mod user {
         Settled,
         SockOffsets,
         ThisPod,
+        VerdictEvent,
         VirtualInterface
     );
 }

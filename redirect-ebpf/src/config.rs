@@ -3,10 +3,6 @@
 
 use core::ptr;
 
-/// 1: log each decision (`run --ebpf-log`).
-#[unsafe(no_mangle)]
-static LOG: u8 = 0;
-
 /// For how long the SYNs of a pod are held back when its proxy stops listening, ns.
 #[unsafe(no_mangle)]
 static PROXY_GRACE_NS: u64 = 3_000_000_000;
@@ -32,11 +28,6 @@ pub static SOCK_OFFSETS: SockOffsets = SockOffsets {
 };
 
 pub use redirect_ebpf::abi::SockOffsets;
-
-pub fn log() -> bool {
-    // SAFETY: reads a static.
-    unsafe { ptr::read_volatile(&raw const LOG) == 1 }
-}
 
 pub fn proxy_grace_ns() -> u64 {
     // SAFETY: reads a static.

@@ -10,9 +10,11 @@
 )]
 
 mod config;
+mod count;
 mod iterators;
 mod kubelet;
 mod maps;
+
 mod packet;
 mod sockets;
 mod switch;
@@ -25,14 +27,13 @@ use aya_ebpf::{
     macros::{classifier, sk_lookup},
     programs::{SkLookupContext, TcContext},
 };
-use aya_log_ebpf::info;
 use redirect_ebpf::{
     abi::{
-        Addr, Counter, CounterKey, DECISION_ENROLLED, DnsFlow, DnsKey, EVERY_POD, Flow,
-        HALF_OPEN_NS, HINT_NONE, HINT_QUESTION, Hint, INBOUND_BYPASS, LISTENER_HBONE,
-        LISTENER_INBOUND, LISTENER_OUTBOUND, LISTENERS_V4, LOOPBACK_IFINDEX, ListenerKey,
-        MARK_PROXY, MARK_REDIRECTED, NEW_LISTENERS, OwnAddress, POD_ENROLLED, PORT_PROXY_DNS,
-        PodId, PodPeer, PodPort, VirtualInterface,
+        Addr, Counter, DECISION_ENROLLED, DnsFlow, DnsKey, EVERY_POD, Flow, HALF_OPEN_NS,
+        HINT_NONE, HINT_QUESTION, Hint, INBOUND_BYPASS, LISTENER_HBONE, LISTENER_INBOUND,
+        LISTENER_OUTBOUND, LISTENERS_V4, LOOPBACK_IFINDEX, ListenerKey, MARK_PROXY,
+        MARK_REDIRECTED, NEW_LISTENERS, OwnAddress, POD_ENROLLED, PORT_PROXY_DNS, PodId, PodPeer,
+        PodPort, VirtualInterface,
     },
     dns::{self, Dns, DnsEnv, Message},
     verdict::{
@@ -42,10 +43,10 @@ use redirect_ebpf::{
 };
 
 use crate::{
+    count::Packet,
     maps::{
-        ADDRESSES, ANY_STRAYS, COUNTERS, DNS_FLOWS, HINT, INBOUND_PORTS, INBOUND_RANGES,
-        OUTBOUND_PORTS, OUTBOUND_RANGES, PARSED, PODS_BY_ID, PROXY_MISSING, STRAYS, THIS_POD,
-        VIRTUAL_INTERFACES,
+        ADDRESSES, ANY_STRAYS, DNS_FLOWS, HINT, INBOUND_PORTS, INBOUND_RANGES, OUTBOUND_PORTS,
+        OUTBOUND_RANGES, PARSED, PODS_BY_ID, PROXY_MISSING, STRAYS, THIS_POD, VIRTUAL_INTERFACES,
     },
     packet::{Network, Parsed},
     sockets::Found,
@@ -91,7 +92,7 @@ fn parsed() -> Option<&'static mut Parsed> {
 fn drops_unread(ctx: &TcContext) -> bool {
     let Some((src, dst)) = packet::addresses(ctx, packet::network(ctx)) else { return false };
     let Some(pod_id) = dns::drops_unread(mark(ctx), &src, &dst, &Tc { ctx }) else { return false };
-    count_and_log(ctx, pod_id, Counter::DroppedDnsUnreadable as u32);
+    count::packet(pod_id, Counter::DroppedDnsUnreadable as u32, Packet::Unread);
     true
 }
 
@@ -113,7 +114,7 @@ fn on_lo(ctx: &TcContext, parsed: Option<&Parsed>) -> i32 {
     if verdict.strays {
         note_strays(verdict.pod_id);
     }
-    let next = apply(ctx, &verdict, parsed);
+    let next = apply(ctx, &verdict, parsed, packet_of(parsed.is_some()));
     match verdict.fate {
         Fate::Reset => match parsed {
             Some(parsed) if packet::reset(ctx, parsed).is_some() => TC_ACT_UNSPEC,
@@ -193,7 +194,7 @@ fn decide_dns(ctx: &TcContext, parsed: &Parsed, decided: &mut Decided) {
 fn carry_out_dns(ctx: &TcContext, parsed: &Parsed, decided: &Decided) -> i32 {
     let tcp = parsed.message.tcp;
     if decided.counter != NOT_COUNTED {
-        count_and_log(ctx, decided.pod_id, decided.counter);
+        count::packet(decided.pod_id, decided.counter, Packet::Parsed);
     }
     let written = match decided.kind {
         DNS_ASK => {
@@ -241,7 +242,7 @@ fn on_interface(ctx: &TcContext, is_tcp: bool, parsed: &Parsed) -> i32 {
 /// What is decided about a packet that came in on an interface other than `lo`.
 #[inline(always)]
 fn carry_out(ctx: &TcContext, verdict: &Verdict, parsed: Option<&Parsed>) -> i32 {
-    let next = apply(ctx, verdict, parsed);
+    let next = apply(ctx, verdict, parsed, packet_of(parsed.is_some()));
     match (verdict.fate, parsed) {
         (Fate::Reset, Some(parsed)) => packet::reset_back(ctx, parsed),
         (Fate::Reset, None) => TC_ACT_SHOT,
@@ -321,7 +322,7 @@ fn on_egress(ctx: &TcContext, readable: bool, parsed: &Parsed, sender: Sender) -
         Some(way) => sockets::settle(ctx, &parsed.segment().sender_flow(), way.get()),
         None => true,
     };
-    let next = apply(ctx, &verdict, None);
+    let next = apply(ctx, &verdict, None, packet_of(readable));
     if !noted && parsed.segment().opens {
         // Later packets would be taken for those of a connection that is older than the capture.
         return TC_ACT_SHOT;
@@ -394,18 +395,14 @@ fn write_mesh_mark(skb: *mut __sk_buff, new: u32) {
     unsafe { (*skb).mark = with_mesh_mark((*skb).mark, new) }
 }
 
-#[inline(always)]
-fn count_and_log(ctx: &TcContext, pod_id: PodId, counter: u32) {
-    count(pod_id, counter);
-    if config::log() {
-        info!(ctx, "tcx: pod {} counter {}", pod_id, counter);
-    }
+fn packet_of(readable: bool) -> Packet {
+    if readable { Packet::Parsed } else { Packet::Unread }
 }
 
 /// Writes the mark and the hint, counts, and gives what the program returns where nothing else is to
 /// be done.
 #[inline(always)]
-fn apply(ctx: &TcContext, verdict: &Verdict, parsed: Option<&Parsed>) -> i32 {
+fn apply(ctx: &TcContext, verdict: &Verdict, parsed: Option<&Parsed>, packet: Packet) -> i32 {
     if let Some(new) = verdict.mark {
         set_mesh_mark(ctx, new.get());
     }
@@ -413,7 +410,7 @@ fn apply(ctx: &TcContext, verdict: &Verdict, parsed: Option<&Parsed>) -> i32 {
         set_hint(verdict.pod_id, &parsed.segment().receiver_flow(), kind.get());
     }
     if let Some(counter) = verdict.count {
-        count_and_log(ctx, verdict.pod_id, counter as u32);
+        count::packet(verdict.pod_id, counter as u32, packet);
     }
     match verdict.fate {
         Fate::Drop => TC_ACT_SHOT,
@@ -460,19 +457,7 @@ pub fn redirect_lookup(ctx: SkLookupContext) -> u32 {
             Err(_) => (SK_DROP, Counter::RefusedProxyAway),
         },
     };
-    count(pod_id, counter as u32);
-    if config::log() {
-        info!(
-            &ctx,
-            "sk_lookup: pod {} {:i}:{} -> {:i}:{} counter {}",
-            pod_id,
-            lookup.flow.remote.octets,
-            lookup.flow.remote_port,
-            lookup.flow.local.octets,
-            lookup.flow.local_port,
-            counter as u32
-        );
-    }
+    count::lookup(pod_id, counter, &lookup.flow, lookup.tcp);
     pass
 }
 
@@ -513,19 +498,6 @@ fn hint() -> Hint {
         // SAFETY: see `set_hint`.
         Some(slot) => unsafe { *slot },
         None => bytemuck::Zeroable::zeroed(),
-    }
-}
-
-#[inline(always)]
-fn count(pod_id: PodId, counter: u32) {
-    let key = CounterKey { pod_id, counter };
-    match COUNTERS.get_ptr_mut(&key) {
-        // SAFETY: the pointer is to this CPU's own value.
-        Some(value) => unsafe { *value += 1 },
-        None => {
-            // When the map is full the agent sees it by the missing key; traffic is unaffected.
-            let _full = COUNTERS.insert(&key, 1, BPF_NOEXIST as u64);
-        }
     }
 }
 

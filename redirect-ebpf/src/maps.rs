@@ -3,15 +3,15 @@
 use aya_ebpf::{
     bindings::BPF_F_NO_PREALLOC,
     btf_maps::{
-        Array, HashMap, LpmTrie, LruHashMap, PerCpuArray, PerCpuHashMap, ProgramArray, SkStorage,
-        SockHash,
+        Array, HashMap, LpmTrie, LruHashMap, PerCpuArray, PerCpuHashMap, ProgramArray, RingBuf,
+        SkStorage, SockHash,
     },
     macros::btf_map,
 };
 use redirect_ebpf::abi::{
     CounterKey, DnsFlow, DnsKey, Flow, Hint, ListenerKey, OwnAddress, POD_PREFIXES,
     POD_VIRTUAL_INTERFACES, PodEntry, PodFlow, PodId, PodPeer, PodPort, SavedSysctls, Settled,
-    ThisPod, VirtualInterface,
+    ThisPod, VerdictEvent, VirtualInterface,
 };
 
 use crate::packet::Parsed;
@@ -142,3 +142,15 @@ pub static SWITCHING: Array<u32, 1> = Array::new();
 /// Pod → its sysctls before enrolment. Only the agent uses it; it is here to be pinned with the rest.
 #[btf_map(name = "saved_sysctls")]
 pub static SAVED_SYSCTLS: HashMap<PodId, SavedSysctls, PODS> = HashMap::new();
+
+/// Whether anybody observes: 1 or 0. Only the agent writes it.
+#[btf_map(name = "verdicts_wanted")]
+pub static VERDICTS_WANTED: Array<u32, 1> = Array::new();
+
+/// Verdicts, as they are counted, while somebody observes.
+#[btf_map(name = "verdicts")]
+pub static VERDICTS: RingBuf<VerdictEvent, { 1 << 20 }> = RingBuf::new();
+
+/// How many verdicts found no room there.
+#[btf_map(name = "verdicts_lost")]
+pub static VERDICTS_LOST: PerCpuArray<u64, 1> = PerCpuArray::new();

@@ -23,8 +23,8 @@ use crate::{config::offset, maps::ADDRESS};
 
 const ETH_P_IP: u16 = 0x0800;
 const ETH_P_IPV6: u16 = 0x86dd;
-const IPPROTO_TCP: u8 = 6;
-const IPPROTO_UDP: u8 = 17;
+pub const IPPROTO_TCP: u8 = 6;
+pub const IPPROTO_UDP: u8 = 17;
 /// MF and the fragment's offset, in the IPv4 header's flags field.
 const IPV4_FRAGMENT: u16 = 0x3fff;
 /// The fragment's offset alone.

@@ -19,7 +19,7 @@ use redirect_ebpf::{
 };
 
 use crate::{
-    count,
+    count::{self, Packet},
     maps::{NOTED, SWITCHES, SWITCHING, WAYS},
     mark,
     packet::{self, Parsed},
@@ -66,7 +66,7 @@ fn holds(ctx: &TcContext, parsed: &Parsed) -> bool {
     }
     match noted(pod_id, flow) {
         Some(noted) if noted != way => {
-            count(pod_id, Counter::HeldInTransition as u32);
+            count::packet(pod_id, Counter::HeldInTransition as u32, Packet::Parsed);
             true
         }
         Some(_) => false,

@@ -2,7 +2,8 @@
 
 use std::{path::PathBuf, time::Duration};
 
-use clap::Args;
+use clap::{Args, builder::PossibleValuesParser};
+use redirect_ebpf::abi::Counter;
 
 use super::namespace;
 use crate::{
@@ -12,6 +13,7 @@ use crate::{
     output::{Format, TextFormat},
     overrides::Target,
     selector::LabelSelector,
+    verdicts,
 };
 
 /// How to reach the agent.
@@ -226,4 +228,50 @@ pub struct ExplainArgs {
     /// See [`ControlSocket`].
     #[command(flatten)]
     pub control: ControlSocket,
+}
+
+/// `observe`
+#[derive(Debug, Args)]
+#[command(after_long_help = "\
+Examples:
+  redirect-agent observe
+  redirect-agent observe shop/web --to shop/cart --port 8080
+  redirect-agent observe --refused --for 1m
+  redirect-agent observe shop -o json --limit 100
+
+A line for each connection, and for each packet that is refused or dropped: what `status` and the
+metrics count. Packets of open connections are not shown. The datapath tells verdicts only while
+somebody observes. When there are too many at once, some are left out, and a line says how many.")]
+pub struct ObserveArgs {
+    /// Only in these pods: NAMESPACE/POD, or NAMESPACE for all its pods.
+    #[arg(value_name = "NAMESPACE[/POD]")]
+    pub targets: Vec<Target>,
+    /// Only packets to there: an address, a CIDR, or NAMESPACE[/POD] on this node.
+    #[arg(long, value_name = "WHERE")]
+    pub to: Option<verdicts::To>,
+    /// Only packets to this port.
+    #[arg(long, value_name = "PORT", value_parser = clap::value_parser!(u16).range(1..))]
+    pub port: Option<u16>,
+    /// Only these verdicts; may be repeated.
+    #[arg(long, value_name = "NAME", hide_possible_values = true, value_parser = verdict_names())]
+    pub verdict: Vec<String>,
+    /// Only what is refused or dropped.
+    #[arg(long)]
+    pub refused: bool,
+    /// See [`For`].
+    #[command(flatten)]
+    pub duration: For,
+    /// Ends after so many lines.
+    #[arg(long, value_name = "NUMBER", value_parser = clap::value_parser!(u64).range(1..))]
+    pub limit: Option<u64>,
+    /// How to print it: json is an object to a line.
+    #[arg(short, long, value_name = "FORMAT", default_value = "text")]
+    pub output: TextFormat,
+    /// See [`ControlSocket`].
+    #[command(flatten)]
+    pub control: ControlSocket,
+}
+
+fn verdict_names() -> PossibleValuesParser {
+    PossibleValuesParser::new(Counter::ALL.map(|(_, name)| name))
 }

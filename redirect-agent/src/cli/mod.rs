@@ -10,8 +10,8 @@ use clap_complete::Shell;
 use ipnet::IpNet;
 
 pub use self::control::{
-    AutoArgs, ControlSocket, Doing, ExplainArgs, For, OverrideArgs, PauseArgs, ResumeArgs,
-    StatusArgs,
+    AutoArgs, ControlSocket, Doing, ExplainArgs, For, ObserveArgs, OverrideArgs, PauseArgs,
+    ResumeArgs, StatusArgs,
 };
 use crate::{
     cni::{self, entry::DaemonSet, install},
@@ -73,6 +73,8 @@ pub enum Command {
     Status(StatusArgs),
     /// Says why a pod is in the mesh or not, how a call goes, and who has to act when it fails.
     Explain(ExplainArgs),
+    /// Shows the datapath's verdicts as it makes them, connection by connection.
+    Observe(ObserveArgs),
     /// Says whether this node can run the agent.
     Check(CheckArgs),
     /// Puts every pod of this node back and removes all that the agent keeps in the kernel, and its CNI
@@ -361,9 +363,6 @@ pub struct RunArgs {
     /// because it was deleted puts everything back.
     #[arg(long, value_name = "NAMESPACE/NAME", env = "DAEMONSET", hide_env_values = true)]
     pub daemonset: Option<DaemonSet>,
-    /// Log every decision of the eBPF programs; costs time on every connection.
-    #[arg(long)]
-    pub ebpf_log: bool,
     /// How to write the log.
     #[arg(long, value_name = "FORMAT", default_value = "text")]
     pub log_format: LogFormat,

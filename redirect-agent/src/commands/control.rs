@@ -2,20 +2,24 @@
 
 use std::{
     collections::BTreeMap,
+    ops::ControlFlow,
     time::{Duration, SystemTime},
 };
 
 use anyhow::{Result, bail};
-use tokio::time::{Instant, sleep};
+use tokio::time::{Instant, sleep, timeout};
 
 use super::print;
 use crate::{
-    cli::{AutoArgs, Doing, ExplainArgs, OverrideArgs, PauseArgs, ResumeArgs, StatusArgs},
+    cli::{
+        AutoArgs, Doing, ExplainArgs, ObserveArgs, OverrideArgs, PauseArgs, ResumeArgs, StatusArgs,
+    },
     control::{Answer, Client, OverrideRequest, PauseRequest, ResumeRequest, StatusRequest},
     explain::{self, Area, Place},
     membership::{Config, PodKey},
     output::{self, Format, PodState, PodStatus, Status, TextFormat},
     overrides::{Mode, Target},
+    verdicts::{self, Line},
 };
 
 /// How often `--wait` asks the agent.
@@ -242,4 +246,27 @@ pub(super) async fn explain(args: ExplainArgs) -> Result<()> {
         bail!("{}: {}", verdict.area.as_str(), verdict.cause.as_str());
     }
     Ok(())
+}
+
+pub(super) async fn observe(args: ObserveArgs) -> Result<()> {
+    let ObserveArgs { targets, to, port, verdict, refused, duration, limit, output, control } =
+        args;
+    let client = Client::new(control.control_socket);
+    let request = verdicts::Request { targets, to, port, verdicts: verdict, refused };
+    let mut left = limit;
+    let each = |line: Line| {
+        let text = match output {
+            TextFormat::Text => format!("{line}\n").into_bytes(),
+            TextFormat::Json => verdicts::to_json(&[line])?,
+        };
+        print(&text)?;
+        left = left.map(|left| left - 1);
+        Ok(if left == Some(0) { ControlFlow::Break(()) } else { ControlFlow::Continue(()) })
+    };
+    let observing = client.observe(&request, each);
+    match duration.duration {
+        // It is over, and that is what was asked for.
+        Some(duration) => timeout(duration, observing).await.unwrap_or(Ok(())),
+        None => observing.await,
+    }
 }

@@ -25,7 +25,7 @@ use tokio::{
 use tokio_util::sync::CancellationToken;
 use tracing::{info, warn};
 
-use self::control::{auto, explain, pause, put_override, resume, status};
+use self::control::{auto, explain, observe, pause, put_override, resume, status};
 use crate::{
     agent,
     cli::{AttachArgs, CheckArgs, CleanupArgs, Command, DetachArgs, RunArgs, TakeoverArgs},
@@ -82,6 +82,7 @@ pub async fn execute(command: Command) -> Result<()> {
         Command::Resume(args) => resume(args).await,
         Command::Status(args) => status(args).await,
         Command::Explain(args) => explain(args).await,
+        Command::Observe(args) => observe(args).await,
         Command::Check(args) => check(&args),
         Command::Cleanup(args) => cleanup(&args),
         Command::Takeover(args) => take_over(args).await,
@@ -151,7 +152,6 @@ async fn run(args: RunArgs) -> Result<()> {
         dataplane: dataplane::Options {
             bpffs_dir: args.bpffs.bpffs_dir,
             proxy_grace: args.proxy_grace,
-            log: args.ebpf_log,
             // It is owned.
             force: true,
         },
@@ -397,7 +397,6 @@ fn open(bpffs_dir: &Path, force: bool) -> Result<Dataplane> {
     Dataplane::open(&dataplane::Options {
         bpffs_dir: bpffs_dir.to_owned(),
         proxy_grace: DEFAULT_PROXY_GRACE,
-        log: false,
         force,
     })
 }

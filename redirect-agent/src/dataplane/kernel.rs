@@ -36,7 +36,7 @@ use crate::{netns::Netns, traffic::Traffic};
 pub static OBJECT: &[u8] = aya::include_bytes_aligned!(concat!(env!("OUT_DIR"), "/redirect"));
 
 /// The maps that outlive the agent.
-const PINNED_MAPS: [&str; 24] = [
+const PINNED_MAPS: [&str; 27] = [
     PODS,
     ADDRESSES,
     THIS_POD,
@@ -61,6 +61,9 @@ const PINNED_MAPS: [&str; 24] = [
     OUTBOUND_PORTS,
     OUTBOUND_RANGES,
     VIRTUAL_INTERFACES,
+    VERDICTS,
+    VERDICTS_WANTED,
+    VERDICTS_LOST,
 ];
 const PODS: &str = "pods";
 const ADDRESSES: &str = "addresses";
@@ -78,6 +81,9 @@ pub(super) const INBOUND_RANGES: &str = "inbound_ranges";
 const OUTBOUND_PORTS: &str = "outbound_ports";
 const OUTBOUND_RANGES: &str = "outbound_ranges";
 const VIRTUAL_INTERFACES: &str = "virtual_ifs";
+pub(super) const VERDICTS: &str = "verdicts";
+pub(super) const VERDICTS_WANTED: &str = "verdicts_wanted";
+pub(super) const VERDICTS_LOST: &str = "verdicts_lost";
 pub(super) const TCX_PROGRAMS: [&str; 5] =
     ["redirect_lo", "redirect_ext", "redirect_virt", "redirect_out", FIND_PROXY];
 pub(super) const FIND_PROXY: &str = "find_proxy";
@@ -91,7 +97,6 @@ const SWITCH_NS: u64 = 2_000_000_000;
 
 /// What the programs are told once.
 pub(super) struct Globals {
-    pub(super) log: u8,
     pub(super) proxy_grace_ns: u64,
     pub(super) offsets: SockOffsets,
 }
@@ -146,7 +151,6 @@ impl Kernel {
         loader
             // No program needs to be fitted to the kernel's types, and they are large.
             .btf(None)
-            .override_global("LOG", &globals.log, true)
             .override_global("PROXY_GRACE_NS", &globals.proxy_grace_ns, true)
             .override_global("SOCK_OFFSETS", &globals.offsets, true);
         for map in PINNED_MAPS {

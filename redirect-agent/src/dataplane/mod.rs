@@ -27,6 +27,7 @@ mod sockets;
 pub mod stub;
 mod sys;
 mod sysctl;
+mod verdicts;
 mod watch;
 
 use std::{
@@ -42,7 +43,6 @@ use std::{
 
 use anyhow::{Context as _, Result, bail};
 use aya::{maps::MapError, programs::TcAttachType};
-use aya_log::EbpfLogger;
 use ipnet::IpNet;
 use nix::{
     mount::{MsFlags, mount},
@@ -65,6 +65,7 @@ pub use self::{
     parts::{Inspection, Part, PartKind},
     pod_netns::PodNetns,
     sockets::offsets as sock_offsets,
+    verdicts::Verdicts,
     watch::Watch,
 };
 use self::{
@@ -100,8 +101,6 @@ pub struct Options {
     pub bpffs_dir: PathBuf,
     /// For how long new connections wait for a proxy that has stopped listening.
     pub proxy_grace: Duration,
-    /// Whether the programs log their decisions.
-    pub log: bool,
     /// Whether to go ahead although the directory has an owner: another process, or this one by [`own`].
     pub force: bool,
 }
@@ -174,8 +173,7 @@ impl Dataplane {
         let owner = if options.force { None } else { Some(own(&options.bpffs_dir)?) };
         let proxy_grace_ns =
             u64::try_from(options.proxy_grace.as_nanos()).context("use a proxy grace that long")?;
-        let globals =
-            Globals { log: options.log.into(), proxy_grace_ns, offsets: sockets::offsets()? };
+        let globals = Globals { proxy_grace_ns, offsets: sockets::offsets()? };
         let mut kernel = Kernel::load(&options.bpffs_dir, &globals)?;
         ProxyCgroups::open(&mut kernel)?.begin()?;
         // The kernel's types are large, and are not needed any more.
@@ -188,15 +186,6 @@ impl Dataplane {
             proxies: Arc::default(),
             _owner: owner,
         })
-    }
-
-    /// The programs' log, when [`Options::log`] switched it on; whoever holds it reads and prints.
-    ///
-    /// # Errors
-    ///
-    /// When the log's ring buffer cannot be opened.
-    pub fn logger(&self) -> Result<EbpfLogger<&'static dyn log::Log>> {
-        EbpfLogger::init(&mut self.kernel().0).context("open the log of the eBPF programs")
     }
 
     /// Step 1: everything is in place in the pod, nothing is redirected yet. On a pod that is
@@ -699,7 +688,7 @@ impl Dataplane {
 }
 
 /// What the programs have as `bpf_ktime_get_ns`.
-fn monotonic_ns() -> Result<u64> {
+pub(crate) fn monotonic_ns() -> Result<u64> {
     let now = clock_gettime(ClockId::CLOCK_MONOTONIC).context("read the clock")?;
     u64::try_from(now.num_nanoseconds()).context("read the clock")
 }

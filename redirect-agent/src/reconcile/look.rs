@@ -21,6 +21,7 @@ use crate::{
     overrides::{Override, Overrides, Target},
     source::{Event, Inventory, Redirection, Source, Whom},
     traffic::Traffic,
+    verdicts::Names,
     zds::{Answer, Away},
 };
 
@@ -123,6 +124,17 @@ impl<S: Source> Observer<S> {
     /// Since when no proxy is connected, while none is.
     pub fn proxies_away(&self) -> Option<Away> {
         self.shared.zds.away()
+    }
+
+    /// The pods of this node, as verdicts name them.
+    pub fn names(&self) -> Names {
+        let mut names = Names::default();
+        for (key, view) in self.shared.views().iter() {
+            let inode = view.netns.as_ref().map(|netns| netns.netns.inode()).or(view.noted);
+            names.pods.extend(inode.map(|inode| (inode, key.clone())));
+            names.addresses.extend(view.pod.ips.iter().map(|ip| (*ip, key.clone())));
+        }
+        names
     }
 
     /// Why the proxy's sockets are told by their mark alone, if they are: see [`Dataplane::mark_alone`].

@@ -12,7 +12,7 @@ use aya::{
     Ebpf, EbpfLoader,
     maps::{
         Array, HashMap, Map, MapData, MapError, PerCpuArray, PerCpuHashMap, PerCpuValues,
-        ProgramArray, SockHash,
+        ProgramArray, RingBuf, SockHash,
         lpm_trie::{Key, LpmTrie},
     },
     programs::{ProgramFd, SchedClassifier, SkLookup, TcAttachType},
@@ -22,7 +22,7 @@ use redirect_agent::dataplane::{OBJECT, sock_offsets, stub};
 use redirect_ebpf::abi::{
     Addr, Counter, CounterKey, DnsFlow, DnsKey, EVERY_POD, Flow, HINT_NONE, Hint, INBOUND_BYPASS,
     INBOUND_REDIRECT, ListenerKey, OwnAddress, PodEntry, PodId, PodPeer, PodPort, ThisPod,
-    VirtualInterface,
+    VerdictEvent, VirtualInterface,
 };
 
 use crate::{
@@ -88,7 +88,7 @@ pub struct Kernel {
 impl Kernel {
     /// Loads the programs, and one of their own for `pods`; that does nothing before [`Self::share`].
     pub fn load(cpu: usize, pods: &[PodId]) -> Result<Self> {
-        let mut ebpf = load(false)?;
+        let mut ebpf = load()?;
         let programs = [
             (Tcx::Lo, "redirect_lo"),
             (Tcx::Interface, "redirect_ext"),
@@ -214,44 +214,9 @@ fn run_lookup(program: BorrowedFd<'_>, v4: bool, tcp: bool, flow: &Flow) -> Resu
     Ok(RanLookup { ret: ran.ret, cookie: (cookie != 0).then_some(cookie) })
 }
 
-/// The programs, by name, as loaded.
-pub struct Programs {
-    pub programs: BTreeMap<&'static str, ProgramFd>,
-    /// The id of the map that the debug log goes through.
-    pub log_map: u32,
-    _ebpf: Ebpf,
-}
-
-/// Loads the programs that log, with the log on or off.
-pub fn programs(log: bool) -> Result<Programs> {
-    let mut ebpf = load(log)?;
-    let programs = BTreeMap::from([
-        ("redirect_lo", classifier(&mut ebpf, "redirect_lo")?),
-        ("redirect_ext", classifier(&mut ebpf, "redirect_ext")?),
-        ("redirect_virt", classifier(&mut ebpf, "redirect_virt")?),
-        ("redirect_out", classifier(&mut ebpf, "redirect_out")?),
-        ("redirect_lookup", lookup(&mut ebpf)?),
-    ]);
-    let Map::RingBuf(map) = ebpf.map("AYA_LOGS").context("find map AYA_LOGS")? else {
-        anyhow::bail!("map AYA_LOGS is no ring buffer");
-    };
-    let log_map = map.info().context("read map AYA_LOGS")?.id();
-    Ok(Programs { programs, log_map, _ebpf: ebpf })
-}
-
-/// Whether a program uses a map.
-pub fn refers_to(program: &[Insn], map: u32) -> bool {
-    const LOAD_64: u8 = 0x18;
-    const PSEUDO_MAP_FD: u8 = 1;
-    program.iter().any(|[code, registers, _, _, id @ ..]| {
-        *code == LOAD_64 && registers >> 4 == PSEUDO_MAP_FD && u32::from_ne_bytes(*id) == map
-    })
-}
-
-fn load(log: bool) -> Result<Ebpf> {
+fn load() -> Result<Ebpf> {
     let offsets = sock_offsets()?;
     EbpfLoader::new()
-        .override_global("LOG", &u8::from(log), true)
         .override_global("PROXY_GRACE_NS", &GRACE_NS, true)
         .override_global("SOCK_OFFSETS", &offsets, true)
         .load(OBJECT)
@@ -344,6 +309,10 @@ pub struct Maps {
     kubelet_flows: HashMap<MapData, Flow, u64>,
     any_strays: Array<MapData, u32>,
     strays: HashMap<MapData, PodId, u32>,
+    verdicts_wanted: Array<MapData, u32>,
+    verdicts: RingBuf<MapData>,
+    /// Those of what was counted last.
+    told: Vec<VerdictEvent>,
 }
 
 impl Maps {
@@ -369,6 +338,9 @@ impl Maps {
             kubelet_flows: map("kubelet_flows")?.try_into()?,
             any_strays: map("any_strays")?.try_into()?,
             strays: map("strays")?.try_into()?,
+            verdicts_wanted: map("verdicts_wanted")?.try_into()?,
+            verdicts: map("verdicts")?.try_into()?,
+            told: Vec::new(),
         })
     }
 
@@ -529,7 +501,54 @@ impl Maps {
             counted.extend((0..values[self.cpu]).map(|_| what));
         }
         self.clear_counts()?;
+        self.take_verdicts(&counted)?;
         Ok(counted)
+    }
+
+    /// Whether somebody observes.
+    pub fn want_verdicts(&mut self, wanted: bool) -> Result<()> {
+        Ok(self.verdicts_wanted.set(0, u32::from(wanted), 0)?)
+    }
+
+    /// What has been counted is told while somebody observes, and nothing else is.
+    fn take_verdicts(&mut self, counted: &[(PodId, Counter)]) -> Result<()> {
+        self.told.clear();
+        while let Some(entry) = self.verdicts.next() {
+            self.told.push(bytemuck::pod_read_unaligned(&entry));
+        }
+        let number = |counter: &Counter| *counter as u32;
+        let wanted = self.verdicts_wanted.get(&0, 0)? != 0;
+        let counted =
+            counted.iter().filter(|_| wanted).map(|(pod, counter)| (*pod, number(counter)));
+        let (mut counted, mut told): (Vec<_>, Vec<_>) =
+            (counted.collect(), self.told.iter().map(|told| (told.pod_id, told.counter)).collect());
+        counted.sort_unstable();
+        told.sort_unstable();
+        ensure!(counted == told, "counted {counted:?}, told {told:?}");
+        Ok(())
+    }
+
+    /// Every verdict that was told last is about this packet; `None`: one that cannot be read. The flow is
+    /// the receiver's.
+    pub fn were_about(&self, packet: Option<(Flow, bool)>) -> Result<()> {
+        let none = Addr { octets: [0; 16] };
+        let nothing = Flow { local: none, remote: none, local_port: 0, remote_port: 0 };
+        let (flow, protocol) = match packet {
+            Some((flow, true)) => (flow, IPPROTO_TCP),
+            Some((flow, false)) => (flow, IPPROTO_UDP),
+            None => (nothing, 0),
+        };
+        for told in &self.told {
+            let VerdictEvent { src, dst, src_port, dst_port, .. } = *told;
+            let said =
+                Flow { local: dst, remote: src, local_port: dst_port, remote_port: src_port };
+            ensure!(
+                (said, told.protocol) == (flow, protocol),
+                "{told:?} and not {flow:?}, {protocol}"
+            );
+            ensure!(told.at_ns <= sys::now(), "{told:?} is of the future");
+        }
+        Ok(())
     }
 
     /// What has been counted since the last call: one thing, once, on this CPU, or nothing.

@@ -14,7 +14,6 @@ use std::{
     fs::{self, File},
     net::TcpStream,
     num::NonZeroU32,
-    os::fd::AsFd as _,
     process::Command,
     sync::mpsc,
     thread,
@@ -87,6 +86,7 @@ fn the_bytecode_and_verdict_rs_give_the_same_verdict_for_generated_packets() -> 
             kernel.maps.trust(&world.proxy_cgroups)?;
             kernel.maps.exclude(own_id(), world.excluded)?;
             kernel.maps.set_virtual(own_id(), world.virtual_flags, world.excluded_outbound)?;
+            kernel.maps.want_verdicts(rng.bool())?;
             if let Some(source) = world.probe_source {
                 kernel.maps.set_probe_source(source)?;
             }
@@ -210,27 +210,6 @@ fn the_guard_tells_what_the_pod_opens_from_what_it_only_forwards() -> Result<()>
             counted(&kernel, Counter::Forwarded)
         })
     })
-}
-
-#[test]
-fn the_debug_log_costs_nothing_while_it_is_off() -> Result<()> {
-    ensure_root()?;
-    let (quiet, talking) = (kernel::programs(false)?, kernel::programs(true)?);
-    for (name, program) in &quiet.programs {
-        let quiet_code = sys::translated(program.as_fd())?;
-        let talking_code = sys::translated(talking.programs[name].as_fd())?;
-        println!("{name}: {} instructions, {} with the log", quiet_code.len(), talking_code.len());
-        ensure!(
-            !kernel::refers_to(&quiet_code, quiet.log_map),
-            "{name} uses the log although it is off"
-        );
-        ensure!(
-            kernel::refers_to(&talking_code, talking.log_map),
-            "{name} does not use the log although it is on"
-        );
-        ensure!(quiet_code.len() < talking_code.len(), "{name} does not shrink");
-    }
-    Ok(())
 }
 
 /// Runs `f` in a network namespace of its own, on one CPU, whose number it gets.
@@ -534,7 +513,8 @@ impl Checks<'_> {
             seen.dns_unread_answer += 1;
             same("return value", &TC_ACT_SHOT, &ran.ret)?;
             let count = Some((pod_id, Counter::DroppedDnsUnreadable));
-            return same("count", &count, &self.kernel.maps.take_count()?);
+            same("count", &count, &self.kernel.maps.take_count()?)?;
+            return self.kernel.maps.were_about(None);
         }
         let verdict = self.verdict(at, mark, &packet);
         self.note_seen(at, &verdict, mark, &packet, seen);
@@ -603,6 +583,11 @@ impl Checks<'_> {
             counts.sort_unstable_by_key(|(_, counter)| *counter as u32);
         }
         same("counts", &counted, &found)?;
+        let read = match (at, &packet.message) {
+            (Tcx::Lo | Tcx::Out, Some(message)) => Some((message.segment, message.tcp)),
+            _ => packet.segment.map(|segment| (segment, true)),
+        };
+        self.kernel.maps.were_about(read.map(|(segment, tcp)| (segment.receiver_flow(), tcp)))?;
         match fate {
             Fate::Reset if !written => seen.unwritable_reset += 1,
             Fate::Reset if at == Tcx::Lo => {
@@ -753,7 +738,8 @@ impl Checks<'_> {
         };
         same("return value", &returned, &ran.ret)?;
         same("mark", &new_mark, &ran.mark)?;
-        same("count", &count, &self.kernel.maps.take_count()?)
+        same("count", &count, &self.kernel.maps.take_count()?)?;
+        self.kernel.maps.were_about(Some((old.receiver_flow(), message.tcp)))
     }
 
     fn lookup(&mut self, rng: &mut Rng, seen: &mut Seen) -> Result<()> {
@@ -790,7 +776,8 @@ impl Checks<'_> {
                 same("return value", &returned, &ran.ret)?;
                 same("cookie of the socket", &chosen, &ran.cookie)?;
             }
-            same("count", &count, &self.kernel.maps.take_count()?)
+            same("count", &count, &self.kernel.maps.take_count()?)?;
+            self.kernel.maps.were_about(Some((flow, tcp)))
         };
         compare().with_context(|| format!("{lookup:?} gives {steer:?}"))?;
         match steer {

@@ -9,7 +9,7 @@ use std::{
     os::fd::{AsRawFd as _, BorrowedFd, FromRawFd as _, OwnedFd},
 };
 
-use aya_obj::generated::{bpf_attach_type, bpf_attr, bpf_cmd, bpf_prog_info, bpf_prog_type};
+use aya_obj::generated::{bpf_attach_type, bpf_attr, bpf_cmd, bpf_prog_type};
 
 /// One instruction, as the kernel takes it.
 pub type Insn = [u8; 8];
@@ -68,28 +68,6 @@ pub fn link_lookup(program: BorrowedFd<'_>, netns: BorrowedFd<'_>) -> io::Result
     let fd = bpf(bpf_cmd::BPF_LINK_CREATE, &mut attr)?;
     // SAFETY: the kernel has just made this descriptor for us.
     Ok(unsafe { OwnedFd::from_raw_fd(fd) })
-}
-
-/// The program's instructions after the verifier has rewritten them, code that cannot be reached
-/// removed; where one refers to a map it holds the map's id.
-pub fn translated(program: BorrowedFd<'_>) -> io::Result<Vec<Insn>> {
-    let len = info(program, &mut Vec::new())?;
-    let mut instructions = vec![[0; 8]; len.div_ceil(size_of::<Insn>())];
-    info(program, &mut instructions)?;
-    Ok(instructions)
-}
-
-fn info(program: BorrowedFd<'_>, instructions: &mut [Insn]) -> io::Result<usize> {
-    // SAFETY: all zeros is a valid `bpf_prog_info`.
-    let mut info: bpf_prog_info = unsafe { mem::zeroed() };
-    info.xlated_prog_len = size_of_val(instructions) as u32;
-    info.xlated_prog_insns = instructions.as_mut_ptr() as u64;
-    let mut attr = zeroed();
-    attr.info.bpf_fd = program.as_raw_fd() as u32;
-    attr.info.info_len = size_of::<bpf_prog_info>() as u32;
-    attr.info.info = &raw mut info as u64;
-    bpf(bpf_cmd::BPF_OBJ_GET_INFO_BY_FD, &mut attr)?;
-    Ok(info.xlated_prog_len as usize)
 }
 
 /// The time that the programs go by: CLOCK_MONOTONIC, ns.

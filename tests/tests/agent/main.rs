@@ -22,6 +22,7 @@ mod labels;
 mod load;
 mod lost_addresses;
 mod neighbours;
+mod observe;
 mod oddities;
 mod owner;
 mod past_the_proxy;
