@@ -23,6 +23,8 @@ use prometheus_client::{
     registry::{Registry, Unit},
 };
 
+use redirect_ebpf::abi;
+
 use crate::output::PodStatus;
 
 /// The content type of [`Metrics::report`]. Source: OpenMetrics 1.0.
@@ -124,6 +126,7 @@ impl Default for Metrics {
             Histogram::new(exponential_buckets(0.01, 2.0, 13))
         });
         let watch_errors = Family::default();
+        start_at_zero(&connections, &cni_requests, &watch_errors);
         let version = Info::new(vec![("version", env!("CARGO_PKG_VERSION"))]);
         registry.register("build", "The agent's version", version);
         registry.register("pods", "Pods of this node, by where they are and why", pods.clone());
@@ -200,6 +203,24 @@ impl Default for Metrics {
             cni_duration,
             watch_errors,
         }
+    }
+}
+
+/// Every series whose labels are known beforehand, at 0. A counter whose first sample is 1 would not be an
+/// increase to Prometheus, so an alert would miss the first event.
+fn start_at_zero(
+    connections: &Family<VerdictLabels, Counter>,
+    cni_requests: &Family<CniLabels, Counter>,
+    watch_errors: &Family<ResourceLabels, Counter>,
+) {
+    for (_, verdict) in abi::Counter::ALL {
+        drop(connections.get_or_create(&VerdictLabels { verdict: verdict.to_owned() }));
+    }
+    for result in ["success", "failure"] {
+        drop(cni_requests.get_or_create(&CniLabels { operation: "add", result }));
+    }
+    for resource in ["pods", "namespaces"] {
+        drop(watch_errors.get_or_create(&ResourceLabels { resource }));
     }
 }
 
@@ -351,6 +372,16 @@ mod tests {
         assert_has(&report(&metrics, &[left]), &total(303));
         let back = PodStatus { netns: Some(77), ..enrolled("u-1", 300) };
         assert_has(&report(&metrics, &[back]), &total(603));
+    }
+
+    #[test]
+    fn what_may_happen_is_there_at_zero_before_it_does() {
+        let text = report(&Metrics::default(), &[]);
+        for (_, verdict) in abi::Counter::ALL {
+            assert_has(&text, &format!(r#"redirect_connections_total{{verdict="{verdict}"}} 0"#));
+        }
+        assert_has(&text, r#"redirect_cni_requests_total{operation="add",result="failure"} 0"#);
+        assert_has(&text, r#"redirect_watch_errors_total{resource="namespaces"} 0"#);
     }
 
     #[test]
