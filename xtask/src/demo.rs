@@ -12,7 +12,8 @@ use crate::{
 /// Builds as whoever started us, then becomes the program of this name as root; returns only if that
 /// failed.
 pub(crate) fn become_program(name: &str, arguments: &[OsString]) -> Result<()> {
-    setup::everything(setup::Report::Changes)?;
+    setup::for_building(setup::Report::Changes)?;
+    setup::for_running(setup::Report::Changes)?;
     run(cargo().args(["build", "--release", "--locked", "--bins"]).args([
         "--package",
         "redirect-agent",

@@ -109,10 +109,11 @@ impl Nightly {
     }
 }
 
-/// Brings what building needs, then what running needs.
+/// Brings what building, running and the tests need.
 pub(crate) fn everything(report: Report) -> Result<()> {
     for_building(report)?;
-    for_running(report)
+    for_running(report)?;
+    promtool(report)
 }
 
 /// Brings the nightly toolchain, core's source and bpf-linker.
@@ -318,19 +319,24 @@ fn missing_packages(programs: &[(&str, &'static str)]) -> Vec<&'static str> {
 }
 
 fn install_with_fresh_lists(scratch: &Path, packages: &[&str]) -> Result<()> {
+    let options = fresh_lists(scratch)?;
+    apt_get(&options, &["update", "--quiet"], &[])?;
+    apt_get(&options, &["install", "--yes", "--no-install-recommends"], packages)
+}
+
+/// apt's options for package lists of our own, below `scratch`.
+fn fresh_lists(scratch: &Path) -> Result<[String; 3]> {
     let lists = scratch.join("lists");
     let cache = scratch.join("cache");
     for dir in [lists.join("partial"), cache.join("archives/partial")] {
         fs::create_dir_all(&dir).with_context(|| format!("create {}", dir.display()))?;
     }
-    let options = [
+    Ok([
         format!("Dir::State::lists={}", lists.display()),
         format!("Dir::Cache={}", cache.display()),
         // The download user of apt cannot enter a home directory.
         "APT::Sandbox::User=root".to_owned(),
-    ];
-    apt_get(&options, &["update", "--quiet"], &[])?;
-    apt_get(&options, &["install", "--yes", "--no-install-recommends"], packages)
+    ])
 }
 
 fn apt_get(options: &[String], verb: &[&str], packages: &[&str]) -> Result<()> {
@@ -381,6 +387,55 @@ fn kubernetes(report: Report) -> Result<()> {
     fs::remove_dir_all(&scratch).with_context(|| format!("remove {}", scratch.display()))?;
     report.done(THING, &format!("fetched {what} into {}", tools.join("bin").display()));
     Ok(())
+}
+
+/// promtool, for the tests of the alerts, below [`tools_dir`]: from Debian's package `prometheus`, which is
+/// not installed, because that would start a server.
+fn promtool(report: Report) -> Result<()> {
+    const THING: &str = "promtool";
+    let (tools, _lock) = lock_tools()?;
+    let bin = tools.join("bin");
+    if bin.join(THING).is_file() || find(THING).is_some() {
+        report.present(THING, "Prometheus' tool for rules");
+        return Ok(());
+    }
+    let by_hand = || format!("fetch promtool; or put Prometheus' into {}", bin.display());
+    if find("apt-get").is_none() {
+        bail!("{}: there is no apt-get here", by_hand());
+    }
+    report.doing(THING, "fetching Debian's package prometheus");
+    let scratch = tools.join(THING);
+    fs::create_dir_all(&scratch).with_context(|| format!("create {}", scratch.display()))?;
+    if download(&scratch, &[]).is_err() {
+        report.doing(THING, "apt-get failed; once more with fresh package lists");
+        let options = fresh_lists(&scratch)?;
+        apt_get(&options, &["update", "--quiet"], &[])?;
+        download(&scratch, &options).with_context(by_hand)?;
+    }
+    let deb = fs::read_dir(&scratch)
+        .and_then(|entries| entries.collect::<Result<Vec<_>, _>>())
+        .with_context(|| format!("read {}", scratch.display()))?
+        .into_iter()
+        .map(|entry| entry.path())
+        .find(|path| path.extension().is_some_and(|extension| extension == "deb"))
+        .with_context(|| format!("find the package in {}", scratch.display()))?;
+    run(Command::new("dpkg-deb").arg("--extract").arg(&deb).arg(scratch.join("root")))?;
+    fs::create_dir_all(&bin).with_context(|| format!("create {}", bin.display()))?;
+    let promtool = bin.join(THING);
+    fs::rename(scratch.join("root/usr/bin/promtool"), &promtool)
+        .with_context(|| format!("create {}", promtool.display()))?;
+    // With fresh lists, some of it is root's.
+    run(as_root("rm")?.arg("-rf").arg(&scratch))?;
+    report.done(THING, &format!("from Debian's package prometheus, into {}", bin.display()));
+    Ok(())
+}
+
+/// Downloads the package `prometheus` into `directory`; needs no root unless `options` say otherwise.
+fn download(directory: &Path, options: &[String]) -> Result<()> {
+    let mut command =
+        if options.is_empty() { Command::new("apt-get") } else { as_root("apt-get")? };
+    command.current_dir(directory).args(options.iter().flat_map(|option| ["-o", option]));
+    run(command.args(["--quiet", "download", "prometheus"]))
 }
 
 fn bpffs(report: Report) -> Result<()> {
