@@ -36,7 +36,12 @@ impl Objects {
 
     /// Those that are committed.
     pub fn committed() -> Result<Self> {
-        let file = dir().join("redirect-agent.yaml");
+        Self::in_file("redirect-agent.yaml")
+    }
+
+    /// Those in a file below [`dir`].
+    pub fn in_file(name: &str) -> Result<Self> {
+        let file = dir().join(name);
         let yaml = fs::read_to_string(&file).with_context(|| format!("read {}", file.display()))?;
         Self::read(&yaml)
     }
@@ -75,13 +80,18 @@ impl Objects {
     }
 }
 
-/// helm with our chart.
+/// The directory of our chart.
+pub fn chart() -> PathBuf {
+    dir().join("helm").join(NAME)
+}
+
+/// helm with our chart, and with the only value that has no default: the registry of the committed manifests.
 pub fn helm(verb: &str) -> Command {
     let mut command = Command::new("helm");
     command.arg(verb);
-    if verb == "template" {
+    if ["template", "install"].contains(&verb) {
         command.args([NAME, "--namespace", NAMESPACE]);
     }
-    command.arg(dir().join("helm").join(NAME));
+    command.arg(chart()).args(["--set", "global.hub=registry.example.com"]);
     command
 }

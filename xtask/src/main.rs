@@ -53,7 +53,7 @@ enum Command {
     },
     /// Run what needs no root: formatting, lints, and the rules for dependencies
     Check,
-    /// Write deploy/redirect-agent.yaml anew, from the Helm chart
+    /// Write deploy/redirect-agent.yaml and deploy/monitoring/alerts.yaml again, from the Helm chart
     Manifests,
     /// Build the static binary and the image, into target/dist
     Dist {

@@ -1,12 +1,17 @@
-//! The Helm chart: that values reach the agent, and that those without a meaning are refused.
+//! The Helm chart: that values reach the agent, that each is described, and that those without a meaning are
+//! refused.
 
-use anyhow::{Context as _, Result};
+use std::collections::BTreeSet;
+use std::{env, fs};
+
+use anyhow::{Context as _, Result, ensure};
 use k8s_openapi::api::apps::v1::DaemonSet;
 use k8s_openapi::api::core::v1::{ResourceQuota, ServiceAccount};
 use redirect_agent::cli::LogFormat;
 use redirect_agent::enablement::{self, Selectors};
-use redirect_tests::manifests::{Objects, helm};
+use redirect_tests::manifests::{Objects, chart, helm};
 use redirect_tests::process::succeed;
+use serde_json::Value;
 
 use crate::agreement::{EVERYTHING, run_args};
 
@@ -71,10 +76,11 @@ fn values_reach_the_agent() -> Result<()> {
 #[test]
 fn image_is_named_as_with_istio() -> Result<()> {
     for (values, image) in [
-        ("hub=", format!("redirect-agent:{}", env!("CARGO_PKG_VERSION"))),
+        ("hub=a", format!("a/redirect-agent:{}", env!("CARGO_PKG_VERSION"))),
         ("global.hub=example.com,global.tag=2", "example.com/redirect-agent:2".to_owned()),
         ("global.hub=a,hub=b,global.tag=2,tag=3", "b/redirect-agent:3".to_owned()),
         ("hub=a,image=example.com/own:1", "example.com/own:1".to_owned()),
+        ("global.hub=,image=example.com/own:1", "example.com/own:1".to_owned()),
     ] {
         let objects = Objects::of_chart(&["--set", values])?;
         assert_eq!(objects.container()?.image, Some(image), "{values}");
@@ -114,10 +120,100 @@ fn values_without_a_meaning_are_refused_by_name() -> Result<()> {
         ("pullPolicy=Sometimes", "pullPolicy"),
         ("cniConfDir=etc/cni", "cniConfDir"),
         ("ambient.enablementSelectors[0].podSelectors.a=b", "podSelectors"),
+        // Without a registry, nodes would pull docker.io/library/redirect-agent, which is not ours.
+        ("global.hub=", "hub: set it to the registry"),
+        ("monitoring.rules.enabled=true", "monitoring.rules.runbookUrl: set it"),
+        ("monitoring.rules.runbookUrl=docs/runbook.md", "runbookUrl"),
+        ("monitoring.rules.runbookUrl=https://example.com/runbook#top", "runbookUrl"),
     ] {
         let output = helm("template").args(["--set", values]).output().context("run helm")?;
         let said = String::from_utf8_lossy(&output.stderr);
         assert!(!output.status.success() && said.contains(named), "{values}: {said}");
+    }
+    Ok(())
+}
+
+/// The values of the schema, by their paths: `logging.level`.
+fn described(schema: &Value, path: &str, found: &mut Vec<(String, Value)>) {
+    let Some(properties) = schema["properties"].as_object() else {
+        found.push((path.to_owned(), schema.clone()));
+        return;
+    };
+    for (name, property) in properties {
+        let path = if path.is_empty() { name.clone() } else { format!("{path}.{name}") };
+        described(property, &path, found);
+    }
+}
+
+/// What values.yaml has at `path`; `None` where it leaves the value to Kubernetes.
+fn default<'a>(values: &'a Value, path: &str) -> Option<&'a Value> {
+    path.split('.').try_fold(values, |value, name| value.get(name))
+}
+
+/// The paths of all values that values.yaml sets, as far as the schema tells them apart.
+fn set(values: &Value, path: &str, known: &BTreeSet<&str>, found: &mut Vec<String>) {
+    match values.as_object() {
+        Some(fields) if !known.contains(path) => {
+            for (name, value) in fields {
+                let path = if path.is_empty() { name.clone() } else { format!("{path}.{name}") };
+                set(value, &path, known, found);
+            }
+        }
+        _ => found.push(path.to_owned()),
+    }
+}
+
+#[test]
+fn readme_of_the_chart_describes_every_value() -> Result<()> {
+    let schema: Value =
+        serde_json::from_str(&fs::read_to_string(chart().join("values.schema.json"))?)?;
+    let values: Value = serde_saphyr::from_str(&fs::read_to_string(chart().join("values.yaml"))?)?;
+    let mut all = Vec::new();
+    described(&schema, "", &mut all);
+    all.sort_by(|(a, _), (b, _)| a.cmp(b));
+    let paths: BTreeSet<&str> = all.iter().map(|(path, _)| path.as_str()).collect();
+    let mut defaults = Vec::new();
+    set(&values, "", &paths, &mut defaults);
+    for path in &defaults {
+        // An empty object stands for all that may be in it.
+        let known = |known: &&str| *known == path || known.starts_with(&format!("{path}."));
+        ensure!(paths.iter().any(known), "{path} is not in values.schema.json");
+    }
+
+    let mut table = "| value | default | meaning |\n|---|---|---|\n".to_owned();
+    for (path, property) in &all {
+        let description = property["description"].as_str();
+        let description = description.with_context(|| format!("{path} has no description"))?;
+        let default = match default(&values, path) {
+            None | Some(Value::Null) => String::new(),
+            Some(value) => format!("`{value}`"),
+        };
+        table += &format!("| `{path}` | {default} | {description} |\n");
+    }
+    let file = chart().join("README.md");
+    let readme = fs::read_to_string(&file)?;
+    let head = readme.split("| value |").next().unwrap_or_default();
+    let wanted = format!("{head}{table}");
+    if env::var_os("UPDATE_GOLDEN").is_some() {
+        fs::write(&file, wanted)?;
+    } else {
+        ensure!(readme == wanted, "it is out of date: UPDATE_GOLDEN=1 cargo test … writes it");
+    }
+    Ok(())
+}
+
+#[test]
+fn notes_name_the_next_command() -> Result<()> {
+    let output = succeed(helm("install").arg("--dry-run=client"))?;
+    let said = String::from_utf8(output.stdout)?;
+    let notes = said.split("NOTES:").nth(1).context("no notes")?;
+    let agent = "kubectl --namespace istio-system";
+    for command in [
+        format!("{agent} rollout status daemonset/redirect-agent"),
+        format!("{agent} exec daemonset/redirect-agent -- redirect-agent status"),
+        format!("{agent} delete daemonset redirect-agent --cascade=foreground"),
+    ] {
+        ensure!(notes.contains(&command), "no `{command}` in\n{notes}");
     }
     Ok(())
 }

@@ -8,8 +8,9 @@ app.kubernetes.io/version: {{ .Chart.AppVersion | quote }}
 {{- if contains "/" .Values.image -}}
 {{ .Values.image }}
 {{- else -}}
-{{- with .Values.hub | default .Values.global.hub }}{{ . }}/{{ end -}}
-{{ .Values.image }}:{{ .Values.tag | default .Values.global.tag | default .Chart.AppVersion }}
+{{- $hub := .Values.hub | default .Values.global.hub -}}
+{{ required "hub: set it to the registry that has the image, or set image to a full name with a slash" $hub }}/
+{{- .Values.image }}:{{ .Values.tag | default .Values.global.tag | default .Chart.AppVersion }}
 {{- end -}}
 {{- end }}
 
