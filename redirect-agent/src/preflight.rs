@@ -385,7 +385,8 @@ fn cgroup2() -> Check {
             Some(at) => Check::yes(name, format!("at {at}")),
             None => Check::no(
                 name,
-                "not mounted; kubelet's probes could not be told from other traffic by its cgroup",
+                "not mounted: kubelet's probes go to the proxy but from --probe-sources, and any \
+                 socket with the mark 0x539 passes for the proxy's",
             ),
         },
         Err(error) => Check::cannot_tell(name, format!("read /proc/self/mounts: {error}")),
