@@ -1,6 +1,6 @@
-//! What of a pod's inbound connections bypasses the proxy, as keys of the maps `inbound_ports` and
-//! `inbound_ranges`: the longest prefix counts. The same, in `outbound_ports` and `outbound_ranges`, of
-//! the outbound ones, as the guard and the virtual interfaces need it.
+//! Which inbound connections of a pod bypass the proxy, as keys of the maps `inbound_ports` and
+//! `inbound_ranges`, where the longest prefix wins. `outbound_ports` and `outbound_ranges` say the same about
+//! outbound connections, for the guard and for virtual interfaces.
 
 use std::{collections::BTreeMap, net::IpAddr};
 
@@ -21,7 +21,7 @@ use redirect_ebpf::abi::{
 use super::absent;
 use crate::traffic::{Ports, Selection, Traffic};
 
-/// The leading `len` bits of `bits`, the others being 0.
+/// The leading `len` bits of `bits`; all other bits are 0.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
 pub(super) struct Prefix {
     len: u32,
@@ -36,7 +36,7 @@ impl Prefix {
     }
 }
 
-/// Prefixes and what they stand for: one of `INBOUND_*`.
+/// Prefixes, each with one of `INBOUND_*`.
 pub(super) type Prefixes = BTreeMap<Prefix, u32>;
 
 /// The flags of a pod's row for these settings.
@@ -48,7 +48,7 @@ pub(super) fn flags(traffic: &Traffic) -> u32 {
         | (if has_outbound_rules(traffic) { POD_OUTBOUND_RULES } else { 0 })
 }
 
-/// Whether the maps of outbound connections say which of them are redirected.
+/// Whether the settings need entries in the maps of outbound connections.
 pub(super) fn has_outbound_rules(traffic: &Traffic) -> bool {
     let selections = &traffic.selections;
     !(selections.outbound_ports.is_all() && selections.outbound_ranges.is_all())
@@ -56,7 +56,7 @@ pub(super) fn has_outbound_rules(traffic: &Traffic) -> bool {
 
 /// The entries of one pod in one of the maps.
 pub(super) trait Entry: Pod + Ord {
-    /// Bits before what the prefixes are of.
+    /// Number of key bits in front of the prefix.
     const PREFIX: u32;
     /// The pod's settings for the map of its inbound connections.
     fn inbound(traffic: &Traffic) -> Prefixes;
@@ -121,7 +121,7 @@ fn resolve<T>(selection: &Selection<T>, prefixes: impl Fn(&T) -> Vec<Prefix>) ->
     let mut resolved = Prefixes::new();
     if let Some(only) = &selection.only {
         resolved.insert(Prefix::ALL, INBOUND_BYPASS);
-        // What lies within an exception is none.
+        // An included range inside an excluded one stays excluded.
         let only = only.iter().flat_map(&prefixes);
         let only = only.filter(|prefix| !except.iter().any(|e| e.covers(prefix)));
         resolved.extend(only.map(|prefix| (prefix, INBOUND_REDIRECT)));
@@ -147,7 +147,7 @@ fn range_prefix(range: IpNet) -> Prefix {
 /// One of the maps.
 pub(super) type Trie<'a, K> = LpmTrie<&'a mut MapData, K, u32>;
 
-/// Makes the entries that count for every pod those of `ranges`.
+/// Replaces the entries that apply to every pod by `ranges`.
 pub(super) fn set_for_every_pod(trie: &mut Trie<'_, PodPeer>, ranges: &[IpNet]) -> Result<()> {
     let wanted = ranges.iter().map(|range| (range_prefix(*range), INBOUND_BYPASS)).collect();
     set(trie, EVERY_POD, &wanted)
@@ -158,7 +158,7 @@ pub(super) fn clear<K: Entry>(trie: &mut Trie<'_, K>, pod_id: PodId) -> Result<(
     set(trie, pod_id, &Prefixes::new())
 }
 
-/// Whether the pod's entries are what is wanted.
+/// Whether the pod's entries match `wanted`.
 pub(super) fn is_set<K: Entry>(
     trie: &Trie<'_, K>,
     pod_id: PodId,
@@ -180,8 +180,8 @@ fn present<K: Entry>(trie: &Trie<'_, K>, pod_id: PodId) -> Result<Prefixes> {
     Ok(present)
 }
 
-/// Makes the pod's entries what is wanted. What is redirected before and after is so at every moment
-/// between.
+/// Replaces the pod's entries by `wanted`. What is redirected before and after the change is redirected at
+/// every moment in between.
 pub(super) fn set<K: Entry>(
     trie: &mut Trie<'_, K>,
     pod_id: PodId,
@@ -191,7 +191,7 @@ pub(super) fn set<K: Entry>(
     let key = |prefix: &Prefix| Key::new(K::PREFIX + prefix.len, K::new(pod_id, prefix.bits));
     let stale =
         |kind| present.iter().filter(move |(p, value)| **value == kind && !wanted.contains_key(p));
-    // A redirection comes before, and goes after, every bypass that it is an exception of.
+    // A redirection that is an exception to a bypass is added before that bypass, and removed after it.
     put(trie, wanted, INBOUND_REDIRECT, key)?;
     for (prefix, _) in stale(INBOUND_BYPASS) {
         absent(trie.remove(&key(prefix))).context("write the inbound rules")?;

@@ -1,20 +1,20 @@
-//! What tells that istio-cni redirects a pod: its routing rule. Every function runs inside the pod's network
-//! namespace.
+//! How to recognize that istio-cni redirects a pod: by its routing rule. Every function runs inside the pod's
+//! network namespace.
 
 use anyhow::Result;
 
 use super::{routes::Routing, sockets};
 
-/// Whose rules are in a pod.
+/// Which rules a pod has.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Found {
-    /// istio-cni's routing rule, whichever way it redirects.
+    /// istio-cni's routing rule, which it sets in every mode.
     pub sign: bool,
     /// Our capture rules.
     pub ours: bool,
 }
 
-/// Looks whose rules are there.
+/// Looks which rules the pod has.
 ///
 /// # Errors
 ///

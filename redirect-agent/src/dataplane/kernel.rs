@@ -92,10 +92,10 @@ const KUBELET_PROGRAM: &str = "note_kubelet";
 pub(super) const ITERATORS: [&str; 6] =
     ["note_proxy", "mark_all", "mark_open", "mark_noted", "count_redir", "reuse_addr"];
 
-/// For how long a switch goes on noting and holding back when nobody ends it or asks for more.
+/// How long a switch keeps noting connections and holding back packets if nobody ends or extends it.
 const SWITCH_NS: u64 = 2_000_000_000;
 
-/// What the programs are told once.
+/// What the programs are told once, when they are loaded.
 pub(super) struct Globals {
     pub(super) proxy_grace_ns: u64,
     pub(super) offsets: SockOffsets,
@@ -104,15 +104,14 @@ pub(super) struct Globals {
 /// A loaded tcx program.
 pub(super) struct TcxProgram {
     pub(super) fd: ProgramFd,
-    /// The number that the kernel knows it by.
+    /// The kernel's id of the program.
     pub(super) id: u32,
 }
 
 /// The loaded programs and the open maps.
 pub(super) struct Kernel(pub(super) Ebpf);
 
-/// Whether the pinned maps are of the layout that the programs have: one that is not would be used all
-/// the same.
+/// Fails if a pinned map has another layout than the programs expect: the loader would use it anyway.
 fn check_pins(dir: &Path) -> Result<()> {
     let object = aya_obj::Object::parse(OBJECT).context("read the eBPF object")?;
     for name in PINNED_MAPS {
@@ -137,7 +136,7 @@ fn check_pins(dir: &Path) -> Result<()> {
     Ok(())
 }
 
-/// When a switch that begins or goes on now is over at the latest.
+/// When a switch that begins or is extended now ends at the latest.
 fn switch_end() -> Result<u64> {
     Ok(monotonic_ns()? + SWITCH_NS)
 }
@@ -149,7 +148,7 @@ impl Kernel {
         check_pins(dir)?;
         let mut loader = EbpfLoader::new();
         loader
-            // No program needs to be fitted to the kernel's types, and they are large.
+            // No program needs CO-RE relocations, and the kernel's BTF is large.
             .btf(None)
             .override_global("PROXY_GRACE_NS", &globals.proxy_grace_ns, true)
             .override_global("SOCK_OFFSETS", &globals.offsets, true);
@@ -172,7 +171,7 @@ impl Kernel {
         Ok(kernel)
     }
 
-    /// The tcx programs by their names.
+    /// The tcx programs, by name.
     pub(super) fn tcx_programs(&mut self) -> Result<BTreeMap<&'static str, TcxProgram>> {
         let mut programs = BTreeMap::new();
         for name in TCX_PROGRAMS {
@@ -215,7 +214,7 @@ impl Kernel {
             .with_context(|| format!("open map {name}"))
     }
 
-    /// From now on the pods' own programs call ours.
+    /// Makes the pods' own programs call this agent's shared program.
     pub(super) fn share_lookup(&mut self) -> Result<()> {
         let program = self.lookup()?.fd()?.try_clone().context("take program redirect_lookup")?;
         let mut programs: ProgramArray<&mut MapData> = self.map(PROGRAMS)?;
@@ -244,7 +243,7 @@ impl Kernel {
         self.map(ADDRESSES)
     }
 
-    /// Enters the pod, or what of it has changed, before any program of it runs.
+    /// Writes the pod's entries, or those that have changed, before any of its programs runs.
     pub(super) fn enter(
         &mut self,
         pod: &PodNetns,
@@ -252,7 +251,7 @@ impl Kernel {
         traffic: &Traffic,
         interfaces: &BTreeMap<u32, String>,
     ) -> Result<()> {
-        // Before the row that tells the programs to look into them.
+        // Before the row, which tells the programs to look into these maps.
         let rules = inbound::flags(traffic);
         self.set_outbound(pod.id(), traffic)?;
         if rules & POD_INBOUND_RULES != 0 {
@@ -271,7 +270,7 @@ impl Kernel {
         self.virtual_interfaces()?.set(pod.id(), interfaces, traffic, old.capture)
     }
 
-    /// Looks for what the maps should have of a pod besides its row.
+    /// Checks what the maps should have for a pod besides its row.
     pub(super) fn inspect(
         &mut self,
         pod: &PodNetns,
@@ -289,7 +288,7 @@ impl Kernel {
         Ok(())
     }
 
-    /// Makes the addresses that are known to be the pod's those that it has.
+    /// Updates the pod's addresses in the map to those that it has.
     fn set_addresses(&mut self, pod: &PodNetns) -> Result<()> {
         let pod_id = pod.id();
         let mut addresses = self.addresses()?;
@@ -322,33 +321,33 @@ impl Kernel {
         Ok(missing)
     }
 
-    /// From now on the ways of the pod's flows are noted.
+    /// Begins a switch: from now on the programs note which path each of the pod's connections takes.
     pub(super) fn begin_switch(&mut self, pod_id: PodId) -> Result<()> {
-        // First: nothing is noted of a pod without a count.
+        // This comes first: the programs note nothing for a pod without a count.
         self.noted()?.insert(pod_id, 0, 0).context("write map noted")?;
         self.switches()?.insert(pod_id, switch_end()?, 0).context("write map switches")?;
         self.count_switches()
     }
 
-    /// They go on being noted, if they are.
+    /// Extends the switch, if one is running.
     pub(super) fn continue_switch(&mut self, pod_id: PodId) -> Result<()> {
         const BPF_EXIST: u64 = 2;
         let continued = self.switches()?.insert(pod_id, switch_end()?, BPF_EXIST);
         absent(continued).map(drop).context("write map switches")
     }
 
-    /// Whether flows of the pod are noted.
+    /// Whether the programs have noted connections of the pod.
     pub(super) fn has_noted(&mut self, pod_id: PodId) -> Result<bool> {
         let noted = absent(self.noted()?.get(&pod_id, 0)).context("read map noted")?;
         Ok(noted.is_some_and(|noted| noted > 0))
     }
 
-    /// Forgets which way the pod's flows go, and notes no more of them.
+    /// Ends the switch and forgets what was noted.
     pub(super) fn end_switch(&mut self, pod_id: PodId) -> Result<()> {
         absent(self.switches()?.remove(&pod_id)).context("write map switches")?;
         self.count_switches()?;
         absent(self.noted()?.remove(&pod_id)).context("write map noted")?;
-        // Whatever was counted: a program that was under way may have noted one more.
+        // Whatever the count says: a program that was still running may have noted one more.
         let mut ways: HashMap<_, PodFlow, u32> = self.map(WAYS)?;
         let keys = ways.keys().filter_map(Result::ok);
         let noted: Vec<PodFlow> = keys.filter(|key| key.pod_id == pod_id).collect();
@@ -358,7 +357,7 @@ impl Kernel {
         Ok(())
     }
 
-    /// Ends those that a process has left that was killed.
+    /// Ends switches that a killed process left behind.
     fn end_switches(&mut self) -> Result<()> {
         let left: Vec<PodId> = self.switches()?.keys().filter_map(Result::ok).collect();
         left.into_iter().try_for_each(|pod_id| self.end_switch(pod_id))?;
@@ -388,7 +387,7 @@ impl Kernel {
         self.map("saved_sysctls")
     }
 
-    /// Remembers the sysctls of a pod, unless that was done before.
+    /// Saves the sysctls of a pod, unless they are saved already.
     pub(super) fn save_sysctls(&mut self, pod_id: PodId, values: SavedSysctls) -> Result<()> {
         const BPF_NOEXIST: u64 = 1;
         match self.saved_sysctls()?.insert(pod_id, values, BPF_NOEXIST) {
@@ -399,13 +398,13 @@ impl Kernel {
         }
     }
 
-    /// Makes the entries of `inbound_ports` and `inbound_ranges` those of the settings.
+    /// Replaces the pod's entries of `inbound_ports` and `inbound_ranges` by those of the settings.
     fn set_inbound(&mut self, pod_id: PodId, traffic: &Traffic) -> Result<()> {
         inbound::set::<PodPort>(&mut self.map(INBOUND_PORTS)?, pod_id, &PodPort::inbound(traffic))?;
         inbound::set::<PodPeer>(&mut self.map(INBOUND_RANGES)?, pod_id, &PodPeer::inbound(traffic))
     }
 
-    /// Whether those entries are those of the settings: the ports', the ranges'.
+    /// Whether these entries match the settings: ports, ranges.
     fn has_inbound(&mut self, pod_id: PodId, traffic: &Traffic) -> Result<(bool, bool)> {
         Ok((
             inbound::is_set::<PodPort>(
@@ -425,7 +424,7 @@ impl Kernel {
         self.map(VIRTUAL_INTERFACES).map(VirtualInterfaces)
     }
 
-    /// Makes the entries of `outbound_ports` and `outbound_ranges` those of the settings.
+    /// Replaces the pod's entries of `outbound_ports` and `outbound_ranges` by those of the settings.
     fn set_outbound(&mut self, pod_id: PodId, traffic: &Traffic) -> Result<()> {
         inbound::set::<PodPort>(
             &mut self.map(OUTBOUND_PORTS)?,
@@ -439,7 +438,7 @@ impl Kernel {
         )
     }
 
-    /// Whether those entries are those of the settings.
+    /// Whether these entries match the settings.
     fn has_outbound(&mut self, pod_id: PodId, traffic: &Traffic) -> Result<bool> {
         let ports = PodPort::outbound(traffic);
         let ranges = PodPeer::outbound(traffic);
@@ -447,7 +446,7 @@ impl Kernel {
             && inbound::is_set::<PodPeer>(&self.map(OUTBOUND_RANGES)?, pod_id, &ranges)?)
     }
 
-    /// Deletes what is kept for a pod besides its row of `pods`.
+    /// Deletes what the maps have for a pod besides its row in `pods`.
     pub(super) fn delete_state(&mut self, pod_id: PodId) -> Result<()> {
         self.delete_addresses(|key| key.pod_id == pod_id)?;
         self.end_switch(pod_id)?;
@@ -464,14 +463,14 @@ impl Kernel {
         Ok(())
     }
 
-    /// Nobody pays for them any more once the last one is gone.
+    /// Clears `any_strays` with the last pod that has strays, so that packets no longer pay for the lookup.
     fn forget_strays(&mut self, pod_id: PodId) -> Result<()> {
         absent(self.strays()?.remove(&pod_id)).context("write map strays")?;
         if self.any_strays()? {
             return Ok(());
         }
         self.set_any_strays(0)?;
-        // A program enters its pod first, and sets this then.
+        // A program adds its pod to `strays` first, and then sets this.
         if self.any_strays()? { self.set_any_strays(1) } else { Ok(()) }
     }
 

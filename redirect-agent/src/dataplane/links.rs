@@ -1,5 +1,5 @@
-//! The pinned links: of a pod, `sk_lookup` on its namespace and tcx on each of its interfaces, in both
-//! directions but on `lo`; and the one on kubelet's cgroup.
+//! The pinned links. A pod has `sk_lookup` on its namespace, and tcx on each of its interfaces: ingress on
+//! `lo`, both directions on all others. One more link is on kubelet's cgroup.
 
 use std::{
     fs, io,
@@ -26,7 +26,7 @@ pub(super) struct PodLinks {
 struct LinkView {
     id: u32,
     program_id: u32,
-    /// The interface's index, the namespace's inode number, or the cgroup's id; 0 once that is gone.
+    /// The interface's index, the namespace's inode number, or the cgroup's id; 0 once its target is gone.
     target: u64,
 }
 
@@ -39,7 +39,7 @@ impl PodLinks {
         fs::create_dir_all(&self.dir).with_context(|| format!("create {}", self.dir.display()))
     }
 
-    /// Attaches `sk_lookup`, unless it is: `load` gives the pod's own program, which never changes.
+    /// Attaches `sk_lookup` if it is not attached: `load` gives the pod's own program, which never changes.
     pub(super) fn ensure_lookup(
         &self,
         netns: &Netns,
@@ -54,9 +54,9 @@ impl PodLinks {
         sys::obj_pin(link.as_fd(), &pin).with_context(|| format!("pin {}", pin.display()))
     }
 
-    /// Attaches a program to an interface, at the head of its tcx chain, or swaps the program of the
-    /// link that is there. Runs inside the pod's namespace. The kernel takes some milliseconds for it, and
-    /// serves one at a time on the whole node: it waits for an RCU grace period.
+    /// Attaches a program to an interface, at the head of its tcx chain, or swaps the program of the existing
+    /// link. Runs inside the pod's namespace. Attaching takes some milliseconds, one at a time on the whole
+    /// node, because the kernel waits for an RCU grace period.
     pub(super) fn ensure_tcx(
         &self,
         program: &TcxProgram,
@@ -66,7 +66,7 @@ impl PodLinks {
         let pin = self.tcx_pin(index, at);
         let attached = tcx_links(index, at)
             .with_context(|| format!("list the tcx programs of interface {name}"))?;
-        // By its index alone it could be another interface, that has left the namespace.
+        // The index alone is not enough: the link may be on another interface that has left the namespace.
         if let Some(link) = adopt(&pin, |view| attached.contains(&view.id))? {
             return swap(&link, program.id, program.fd.as_fd());
         }
@@ -80,18 +80,18 @@ impl PodLinks {
         is_attached(&self.lookup_pin(), netns_inode.into())
     }
 
-    /// Whether this program is attached to the interface, and not one of a former agent. Runs inside the
-    /// pod's namespace.
+    /// Whether this program is attached to the interface, rather than one of an earlier agent. Runs inside
+    /// the pod's namespace.
     pub(super) fn has_tcx(&self, program_id: u32, index: u32, at: TcAttachType) -> Result<bool> {
         let Some(link) = open(&self.tcx_pin(index, at))? else { return Ok(false) };
         let view = view(&link)?;
-        // An interface that is gone has none.
+        // An interface that is gone has no links.
         Ok(view.program_id == program_id
             && tcx_links(index, at).is_ok_and(|attached| attached.contains(&view.id)))
     }
 
-    /// Whether nothing is attached any more: that is so when the namespace is gone. An interface
-    /// may be gone alone, and one may have been moved to another namespace.
+    /// Whether no link is attached anymore, which means that the namespace is gone. A single interface may be
+    /// gone too, or may have been moved to another namespace.
     pub(super) fn are_dead(&self) -> Result<bool> {
         let lookup = self.lookup_pin();
         let pins = self.pins()?;
@@ -105,7 +105,7 @@ impl PodLinks {
         Ok(true)
     }
 
-    /// Whether there are pins, and of links that are dead.
+    /// Whether there are pins and all of their links are dead.
     pub(super) fn are_left(&self) -> Result<bool> {
         Ok(!self.pins()?.is_empty() && self.are_dead()?)
     }
@@ -127,7 +127,7 @@ impl PodLinks {
         self.pins()?.iter().try_for_each(|pin| detach(pin))
     }
 
-    /// Removes the directory, which is empty by now: there is no such pod any more.
+    /// Removes the directory, which is empty by now.
     pub(super) fn remove_dir(&self) -> Result<()> {
         match fs::remove_dir(&self.dir) {
             Err(e) if e.kind() != io::ErrorKind::NotFound => {
@@ -155,11 +155,11 @@ impl PodLinks {
     }
 }
 
-/// In which directions an interface has a program.
+/// The directions in which an interface has a program.
 pub(super) fn tcx_directions(index: u32) -> &'static [TcAttachType] {
     match index {
         LOOPBACK_IFINDEX => &[TcAttachType::Ingress],
-        // The guard comes first: what it is for is not let in before.
+        // The guard comes first: nothing may come in before its answers are guarded.
         _ => &[TcAttachType::Egress, TcAttachType::Ingress],
     }
 }
@@ -174,14 +174,14 @@ impl KubeletLink {
         Self { pin: bpffs_dir.join("kubelet") }
     }
 
-    /// Attaches the program to the cgroup, or swaps the program of the link that is there; a link on
-    /// another cgroup goes.
+    /// Attaches the program to the cgroup, or swaps the program of the existing link. A link on another
+    /// cgroup is detached.
     pub(super) fn ensure(&self, program: &mut SockOps, cgroup: &fs::File, id: u64) -> Result<()> {
         let program_id = program.info().context("inspect sock_ops program")?.id();
         if let Some(link) = adopt(&self.pin, |view| view.target == id)? {
             return swap(&link, program_id, program.fd()?.as_fd());
         }
-        // Beside those of others: a link is never exclusive.
+        // Links are never exclusive: programs of others stay attached.
         let link = program
             .attach(cgroup, CgroupAttachMode::Single)
             .context("attach the sock_ops program to kubelet's cgroup")?;
@@ -223,7 +223,7 @@ fn detach(pin: &Path) -> Result<()> {
     remove_if_there(pin)
 }
 
-/// The link pinned at `pin`, if it is the right one; a pin of anything else is removed.
+/// The link pinned at `pin`, if `is_right` accepts it. Any other pin is removed.
 fn adopt(pin: &Path, is_right: impl FnOnce(&LinkView) -> bool) -> Result<Option<OwnedFd>> {
     let Some(link) = open(pin)? else { return Ok(None) };
     if is_right(&view(&link)?) {

@@ -1,4 +1,4 @@
-//! What there is of a pod, read from the kernel.
+//! What the kernel has for a pod.
 
 use std::net::IpAddr;
 
@@ -14,30 +14,29 @@ use super::{
 };
 use crate::traffic::Traffic;
 
-/// What there is of a pod at one moment.
+/// What the kernel had for a pod at one moment.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub struct Observation {
-    /// What there is, and what is missing, of all that a captured pod has.
+    /// Which parts of a captured pod are present, and which are missing.
     pub inspection: Inspection,
-    /// Whether everything is there that [`Dataplane::prepare`] makes.
+    /// Whether everything that [`Dataplane::prepare`] makes is present.
     pub prepared: bool,
     /// Whether some of its new connections may be redirected.
     pub partly_captured: bool,
-    /// Whether they are as the settings say, in both directions and all families.
+    /// Whether new connections are redirected as the settings say, in both directions and all families.
     pub captured: bool,
-    /// Where the proxy does not listen.
+    /// Ports on which the proxy does not listen.
     pub deaf: Vec<Deaf>,
-    /// Whether `lo` is up. The runtime takes it down before it takes the namespace away; then nothing can
-    /// be put right.
+    /// Whether `lo` is up. The runtime takes it down before it removes the namespace; nothing can be repaired
+    /// then.
     pub lo_is_up: bool,
     /// Whether istio-cni redirects the pod, too.
     pub istio_cni: bool,
 }
 
 impl Dataplane {
-    /// Looks what there is of a pod that is to be captured with these settings, for this
-    /// `membership::Reason`, as a number. Changes nothing, but for what the programs know of the proxy's
-    /// listeners.
+    /// Observes a pod that should be captured with these settings. `reason` is the number of the
+    /// `membership::Reason`. Changes nothing, except that the programs learn about the proxy's listeners.
     ///
     /// # Errors
     ///
@@ -70,7 +69,7 @@ impl Dataplane {
         Ok(pod.netns.run(|| Routing::open()?.look())??.has_istio_cni())
     }
 
-    /// Whether the row of a pod that bypasses says so, for this reason.
+    /// Whether the row of a bypassing pod says so, with this reason.
     ///
     /// # Errors
     ///
@@ -138,7 +137,7 @@ pub(super) fn is_partly_captured(pod: &PodNetns, row: Option<Row>, seen: &Seen) 
     row.is_some_and(|row| row.capture) || pod.sources().any(|source| seen.has_capture_of(source))
 }
 
-/// The row that a pod has once it is prepared: what capture sets of it stays as it is.
+/// The row of a prepared pod. What capture sets in it is left as it is.
 fn prepared(row: Row, pod: &PodNetns, reason: u32, traffic: &Traffic) -> Row {
     let Row { capture, captured_at_ns, dns, .. } = row;
     let rules = inbound::flags(traffic);

@@ -1,7 +1,7 @@
-//! One process at a time owns the pins below a directory of bpffs: two would undo each other.
+//! One process at a time owns the pins below a directory of bpffs; two would undo each other's work.
 //!
-//! The owner has the directory locked (flock(2)) for as long as it lives, so a lock is never left
-//! behind. Who it is, the kernel tells: /proc/locks.
+//! The owner holds a lock on the directory (flock(2)) as long as it lives, so no lock is ever left behind.
+//! /proc/locks says who the owner is.
 
 use std::{
     fmt, fs,
@@ -18,7 +18,7 @@ use nix::{
 };
 use procfs::{Lock, LockType};
 
-/// How long to wait for an owner that is about to end.
+/// How long to wait for an owner that is exiting.
 const PATIENCE: Duration = Duration::from_millis(800);
 const LOOK: Duration = Duration::from_millis(20);
 
@@ -63,7 +63,7 @@ impl Owner {
 #[derive(Debug)]
 pub struct Owned {
     dir: PathBuf,
-    /// `None` where it cannot be told, as from another pid namespace.
+    /// `None` if it is unknown, for example a process of another pid namespace.
     by: Option<Process>,
 }
 
@@ -92,10 +92,10 @@ struct Process {
     since: Option<SystemTime>,
 }
 
-/// Who has the directory locked.
+/// The process that holds the lock.
 fn find(dir: &Path) -> Option<Process> {
     let inode = fs::metadata(dir).ok()?.st_ino();
-    // The device of a mount is not always the one that stat(2) shows.
+    // A lock's device is not always the one that stat(2) shows for the mount.
     let of_dir = |lock: &Lock| lock.lock_type == LockType::FLock && lock.inode == inode;
     let pid = procfs::locks().ok()?.into_iter().find(of_dir)?.pid?;
     let process = procfs::process::Process::new(pid).ok()?;

@@ -5,13 +5,13 @@ use std::fmt;
 /// A kind of thing that the kernel has for an enrolled pod.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum PartKind {
-    /// What the row of the map `pods` says of the capture.
+    /// What the row in the map `pods` says about the capture.
     Row,
     /// The entry of an address in the map `addresses`.
     Address,
-    /// The inbound settings of ports in the map `inbound_ports`.
+    /// The inbound settings for ports, in the map `inbound_ports`.
     InboundPorts,
-    /// The inbound settings of ranges in the map `inbound_ranges`.
+    /// The inbound settings for ranges, in the map `inbound_ranges`.
     InboundRanges,
     /// The outbound settings in the maps `outbound_ports` and `outbound_ranges`.
     Outbound,
@@ -19,7 +19,7 @@ pub enum PartKind {
     Lookup,
     /// A tcx link.
     Tcx,
-    /// The settings of a virtual interface in the map `virtual_ifs`.
+    /// The settings of a virtual interface, in the map `virtual_ifs`.
     Reroute,
     /// The redirection routes of a family.
     Route,
@@ -29,14 +29,14 @@ pub enum PartKind {
     DrainRoute,
     /// The drain rule of a family.
     DrainRule,
-    /// That no rule of others comes before ours.
+    /// The order of rules: no foreign rule comes before ours.
     RuleOrder,
     /// A sysctl.
     Sysctl,
 }
 
 impl PartKind {
-    /// Whether [`super::Dataplane::capture`] makes it, and all else [`super::Dataplane::prepare`].
+    /// Whether [`super::Dataplane::capture`] makes it. [`super::Dataplane::prepare`] makes all others.
     pub(super) fn is_made_by_capture(self) -> bool {
         matches!(self, PartKind::Row | PartKind::Route | PartKind::Rule)
     }

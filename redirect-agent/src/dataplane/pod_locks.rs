@@ -1,4 +1,4 @@
-//! A lock for each pod: whatever takes long in one, no other waits for it.
+//! One lock per pod, so that a slow step of one pod delays no other.
 
 use std::{
     collections::BTreeSet,
@@ -7,14 +7,14 @@ use std::{
 
 use redirect_ebpf::abi::PodId;
 
-/// The pods that a step is taken for.
+/// The pods that have a step in progress.
 #[derive(Debug, Default)]
 pub(super) struct PodLocks {
     busy: Mutex<BTreeSet<PodId>>,
     free: Condvar,
 }
 
-/// For as long as it lives, nobody else has the pod.
+/// The lock of one pod, held until dropped.
 #[derive(Debug)]
 pub(super) struct PodLock<'a> {
     locks: &'a PodLocks,
@@ -22,7 +22,7 @@ pub(super) struct PodLock<'a> {
 }
 
 impl PodLocks {
-    /// Waits until nobody has the pod.
+    /// Waits until nobody else holds the pod's lock, and takes it.
     pub(super) fn lock(&self, pod_id: PodId) -> PodLock<'_> {
         let mut busy = self
             .free

@@ -1,4 +1,4 @@
-//! A pod's network namespace and what the datapath has to know of it.
+//! A pod's network namespace, and what the datapath has to know about it.
 
 use std::{collections::BTreeSet, net::IpAddr};
 
@@ -11,8 +11,8 @@ use super::{
 };
 use crate::netns::Netns;
 
-/// How many addresses of a pod are known to be its own. A call of the pod to another one of its own
-/// goes by the proxy.
+/// How many addresses of a pod are entered as its own. The pod's calls to any further address of its own go
+/// through the proxy.
 const POD_ADDRESSES: usize = 64;
 
 /// A pod as the datapath knows it.
@@ -20,12 +20,11 @@ const POD_ADDRESSES: usize = 64;
 pub struct PodNetns {
     /// Its network namespace.
     pub netns: Netns,
-    /// Its addresses: first those that the cluster knows it by, then any others that it can be called
-    /// at from elsewhere.
+    /// Its addresses: first those that the cluster knows, then any others that can be reached from outside.
     pub addresses: Vec<IpAddr>,
-    /// Every address in the namespace: what the pod sends there stays there.
+    /// Every address in the namespace. Traffic from the pod to these stays in the pod.
     found: Vec<Address>,
-    /// The interfaces whose addresses are not among `addresses`: they may be the same in many pods.
+    /// The interfaces whose addresses are left out of `addresses`, because many pods may have the same ones.
     virtual_interfaces: Vec<String>,
 }
 
@@ -34,11 +33,11 @@ impl PodNetns {
     ///
     /// # Errors
     ///
-    /// When the namespace carries no address, or lacks one of `known`: then it is not that pod's.
+    /// When the namespace has no address, or lacks one of `known`, so it is not that pod's.
     pub fn new(netns: Netns, known: &[IpAddr]) -> Result<Self> {
         let pod = Self::existing(netns)?;
         let path = pod.netns.path().display();
-        // Not one on `lo`, which is nobody's to call.
+        // An address on `lo` does not count: nobody can call it.
         if let Some(ip) = known.iter().find(|ip| !pod.addresses.contains(ip)) {
             bail!("{path} does not carry address {ip}; it has {}", list(&pod.addresses));
         }
@@ -48,12 +47,12 @@ impl PodNetns {
         Ok(pod.known_first(known))
     }
 
-    /// The same for a pod that others have named: some of `known` may have gone, and the rest is to work.
-    /// What `is_ours`, set up already, is the pod's whatever addresses it has by now.
+    /// The same for a pod whose addresses come from the cluster: some of `known` may be gone, and the others
+    /// must work. A namespace that is set up already (`is_ours`) is the pod's, whatever addresses it has.
     ///
     /// # Errors
     ///
-    /// When the namespace carries no address, or none of `known`: then it is not that pod's.
+    /// When the namespace has no address, or none of `known`, so it is not that pod's.
     pub fn of_pod(netns: Netns, known: &[IpAddr], is_ours: bool) -> Result<Self> {
         let pod = Self::existing(netns)?.known_first(known);
         let path = pod.netns.path().display();
@@ -74,12 +73,12 @@ impl PodNetns {
         known.iter().copied().filter(|ip| !self.found.iter().any(|address| address.ip == *ip))
     }
 
-    /// The same pod without the addresses of its virtual interfaces, but for `known` ones.
+    /// The same pod without the addresses of its virtual interfaces, except those in `known`.
     pub fn without(self, virtual_interfaces: &[String], known: &[IpAddr]) -> Self {
         Self { virtual_interfaces: virtual_interfaces.to_vec(), ..self }.known_first(known)
     }
 
-    /// For a namespace that is to be put back, whatever addresses it has by now.
+    /// For a namespace that is to be restored, whatever addresses it has.
     ///
     /// # Errors
     ///
@@ -94,7 +93,7 @@ impl PodNetns {
         Self { addresses: self.reachable(known), ..self }
     }
 
-    /// Those of `found` that others can call, the `known` ones first.
+    /// The addresses in `found` that can be reached from outside, `known` ones first.
     fn reachable(&self, known: &[IpAddr]) -> Vec<IpAddr> {
         let found = &self.found;
         let is_known = |address: &&Address| known.contains(&address.ip);
@@ -114,8 +113,8 @@ impl PodNetns {
         addresses
     }
 
-    /// Whether the namespace has other addresses now, and still one of `known`: it is not being taken
-    /// apart.
+    /// Whether the addresses have changed and one of `known` is still there. If none is, the namespace is
+    /// being torn down.
     ///
     /// # Errors
     ///
@@ -136,14 +135,14 @@ impl PodNetns {
         first_of_each(&self.addresses).into_iter().flatten()
     }
 
-    /// The addresses that the programs know it by: not more than it may have.
+    /// The addresses that are entered for the programs, up to the limit.
     pub(super) fn own_addresses(&self) -> impl Iterator<Item = IpAddr> {
         let found: BTreeSet<IpAddr> = self.found.iter().map(|address| address.ip).collect();
         let others = found.into_iter().filter(|ip| !self.addresses.contains(ip));
         self.addresses.iter().copied().chain(others).take(POD_ADDRESSES)
     }
 
-    /// What of its row is known by the namespace alone.
+    /// The part of its row that follows from the namespace alone.
     pub(super) fn row(&self) -> Row {
         let [v4, v6] = first_of_each(&self.addresses);
         let of_first = self.found.iter().find(|found| self.addresses.first() == Some(&found.ip));

@@ -1,5 +1,4 @@
-//! Whether the kernel can do what the datapath does: by doing it, in a network namespace of our own
-//! that is gone afterwards.
+//! Tests whether the kernel can do what the datapath does, by doing it in a temporary network namespace.
 
 use std::{
     io,
@@ -22,7 +21,7 @@ use super::{
 };
 use crate::netns::Netns;
 
-/// What became of each attempt; an error that [`is_denied`] says nothing about the kernel.
+/// The outcome of each attempt. An error for which [`is_denied`] holds says nothing about the kernel.
 #[derive(Debug)]
 pub struct Probes {
     /// `sk_lookup` on a network namespace.
@@ -43,7 +42,7 @@ pub struct Probes {
 ///
 /// # Errors
 ///
-/// When there can be no network namespace to try it in.
+/// When no network namespace can be created to try it in.
 pub fn probe() -> Result<Probes> {
     let inside = thread::Builder::new()
         .name("probe".to_owned())
@@ -62,7 +61,7 @@ pub fn probe() -> Result<Probes> {
     inside.join().map_err(|_| anyhow!("a probe of the kernel panicked"))?
 }
 
-/// Whether the attempt failed for want of privileges: then it says nothing about the kernel.
+/// Whether the attempt failed because of missing privileges, so that it says nothing about the kernel.
 pub fn is_denied(error: &anyhow::Error) -> bool {
     error.chain().any(|cause| {
         if let Some(rtnetlink::Error::NetlinkError(error)) = cause.downcast_ref() {
@@ -74,7 +73,7 @@ pub fn is_denied(error: &anyhow::Error) -> bool {
     })
 }
 
-/// The programs with maps of their own, which nobody else sees.
+/// The programs, with private maps.
 fn kernel() -> Result<Kernel> {
     EbpfLoader::new().btf(None).load(OBJECT).map(Kernel).context("load the eBPF object")
 }

@@ -1,9 +1,8 @@
-//! A pod's virtual interfaces: those whose TCP counts as the pod's own, a VM's or a nested
-//! container's.
+//! A pod's virtual interfaces: those of a VM or a nested container, whose TCP counts as the pod's own.
 //!
-//! What comes in there is forwarded, and has no socket in the pod until it is redirected. So nothing
-//! has to be marked when that begins or ends: only packets that open a connection are judged by the
-//! settings, and all others by whether there is a socket.
+//! What comes in there is forwarded, and has no socket in the pod unless it is redirected. Therefore nothing
+//! has to be marked when redirection begins or ends: the settings decide for packets that open a connection,
+//! and the existence of a socket decides for all others.
 
 use std::collections::BTreeMap;
 
@@ -18,8 +17,8 @@ use crate::traffic::Traffic;
 pub(super) struct VirtualInterfaces<'a>(pub(super) HashMap<&'a mut MapData, VirtualInterface, u32>);
 
 impl VirtualInterfaces<'_> {
-    /// Makes the pod's entries those of the settings. An interface that is named no longer keeps its
-    /// entry, so that its redirected connections keep their way; one that is gone does not.
+    /// Replaces the pod's entries by those of the settings. An interface that is no longer named keeps its
+    /// entry, so that its redirected connections stay on their path. An interface that is gone loses it.
     pub(super) fn set(
         &mut self,
         pod_id: PodId,
@@ -46,12 +45,12 @@ impl VirtualInterfaces<'_> {
         Ok(())
     }
 
-    /// Whether an interface has an entry: then it needs the program that looks for it.
+    /// Whether an interface has an entry, and so needs the program that looks it up.
     pub(super) fn contains(&self, pod_id: PodId, index: u32) -> Result<bool> {
         Ok(self.get(&VirtualInterface { pod_id, index })?.is_some())
     }
 
-    /// Whether the entry of an interface that is named is that of the settings.
+    /// Whether the entry of a named interface matches the settings.
     pub(super) fn is_set(
         &self,
         pod_id: PodId,
@@ -62,7 +61,7 @@ impl VirtualInterfaces<'_> {
         Ok(self.get(&VirtualInterface { pod_id, index })? == Some(flags(traffic, capture)))
     }
 
-    /// From now on the pod's new connections by these interfaces are forwarded.
+    /// Stops redirection on these interfaces: new connections are forwarded.
     pub(super) fn release(&mut self, pod_id: PodId) -> Result<()> {
         self.of(pod_id)?
             .into_iter()

@@ -19,8 +19,7 @@ pub struct Row {
     pub enrolled: bool,
     /// Whether its new connections are redirected.
     pub capture: bool,
-    /// What of them is not, as bits of `POD_BYPASS_INBOUND`, `POD_INBOUND_RULES`,
-    /// `POD_OUTBOUND_RULES`.
+    /// Exceptions to that, as the bits `POD_BYPASS_INBOUND`, `POD_INBOUND_RULES` and `POD_OUTBOUND_RULES`.
     pub rules: u32,
     /// Whether its DNS goes to the proxy's.
     pub dns: bool,
@@ -28,7 +27,7 @@ pub struct Row {
     pub reason: u32,
     /// The index of the interface that leads out of it.
     pub uplink: u32,
-    /// When the capture began, ns of CLOCK_MONOTONIC; 0 where no connection is older.
+    /// When the capture began, in ns of CLOCK_MONOTONIC; 0 if no connection can be older.
     pub captured_at_ns: u64,
     /// Its first IPv4 address.
     pub v4: Option<IpAddr>,
@@ -37,7 +36,7 @@ pub struct Row {
 }
 
 impl Row {
-    /// That of a pod that bypasses.
+    /// The row of a pod that bypasses.
     pub(super) fn bypass(addresses: &[IpAddr], reason: u32) -> Self {
         let [v4, v6] = first_of_each(addresses);
         Self { reason, v4, v6, ..Self::default() }
@@ -63,7 +62,7 @@ impl Pods<'_> {
             .with_context(|| format!("write pod {pod_id} to map pods"))
     }
 
-    /// Changes the row of a pod; what `change` leaves stays as it is.
+    /// Changes the row of a pod. Fields that `change` does not set stay as they are.
     pub(super) fn change(&mut self, pod_id: PodId, change: impl FnOnce(Row) -> Row) -> Result<()> {
         let old = self.row(pod_id)?.unwrap_or_default();
         self.put(pod_id, change(old))

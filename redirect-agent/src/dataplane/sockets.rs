@@ -14,7 +14,7 @@ use redirect_ebpf::abi::{LISTENERS_V4, NEW_LISTENERS, PORT_PROXY_DNS, SockOffset
 
 const VMLINUX_BTF: &str = "/sys/kernel/btf/vmlinux";
 
-/// Where the running kernel keeps what the programs read from a socket or a packet.
+/// Offsets, in the running kernel, of what the programs read from a socket or a packet.
 ///
 /// # Errors
 ///
@@ -77,8 +77,8 @@ pub(super) fn dns_listens() -> Result<bool> {
     Ok(false)
 }
 
-/// How many TCP connections, in either family, the pod's namespace has whose local port is one of
-/// `ports`, those in TIME_WAIT excepted.
+/// How many TCP connections of the pod's namespace, in either family, have one of `ports` as their local
+/// port. TIME_WAIT does not count.
 pub(super) fn accepted_at(ports: &[u16]) -> Result<usize> {
     let mut connections = 0;
     for path in ["/proc/thread-self/net/tcp", "/proc/thread-self/net/tcp6"] {
@@ -87,8 +87,8 @@ pub(super) fn accepted_at(ports: &[u16]) -> Result<usize> {
     Ok(connections)
 }
 
-/// Reads a table of sockets, line by line: a pod may have very many. A kernel without IPv6 lacks half of
-/// the tables, which then are empty.
+/// Reads a table of sockets line by line, because a pod may have very many. On a kernel without IPv6, half of
+/// the tables do not exist; they count as empty.
 fn read<T: Default>(
     path: &str,
     read: impl FnOnce(BufReader<fs::File>) -> io::Result<T>,
@@ -131,21 +131,21 @@ fn has_port(table: impl BufRead, port: u16) -> io::Result<bool> {
 pub(super) struct Listeners(u32);
 
 impl Listeners {
-    /// Whether the programs had not known one of them.
+    /// Whether one of them is new to the programs.
     pub(super) fn are_new(self) -> bool {
         self.0 >> NEW_LISTENERS != 0
     }
 
-    /// Whether connections to an address like this find one of this kind.
+    /// Whether there is a listener of this kind for addresses of this family.
     pub(super) fn has(self, kind: u32, like: IpAddr) -> bool {
         let shift = if like.is_ipv4() { LISTENERS_V4 } else { 0 };
         self.0 & (1 << (kind + shift)) != 0
     }
 }
 
-/// Runs the program that enters the proxy's listeners.
+/// Runs the program that enters the proxy's listeners into the map.
 pub(super) fn find_proxy(program: &SchedClassifier) -> Result<Listeners> {
-    // The shortest that the kernel takes; it comes in on `lo` of the thread's namespace.
+    // The shortest packet that the kernel accepts. It arrives on `lo` of the thread's namespace.
     let packet = [0; 64];
     let options = TestRunOptions { data_in: Some(&packet), ..TestRunOptions::default() };
     let found = program.test_run(options).context("look for the proxy's listeners")?.return_value;
@@ -159,8 +159,8 @@ pub(super) fn open(iter: &mut Iter) -> Result<fs::File> {
     link.into_file().context("open a socket iterator")
 }
 
-/// Runs it; returns how many bytes it wrote. It looks at the whole node's table of connections, which takes
-/// a millisecond or so.
+/// Runs it and returns how many bytes it wrote. It walks the whole node's table of connections, which takes
+/// about a millisecond.
 pub(super) fn run(mut iterator: fs::File) -> Result<usize> {
     let mut out = Vec::new();
     iterator.read_to_end(&mut out).context("run a socket iterator")?;

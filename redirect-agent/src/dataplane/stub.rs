@@ -1,9 +1,9 @@
-//! A pod's own `sk_lookup` program: it says which pod it is, and calls the one that all pods share.
+//! A pod's own `sk_lookup` program, which says which pod it is and calls the program that all pods share.
 //!
-//! What a packet claims has no say in whose listeners it may reach: the kernel runs the program that is
-//! attached to the network namespace, and the program knows that namespace's pod as a constant. It
-//! never changes; an upgrade replaces the shared program, for all pods at once, in the map `programs`.
-//! While that is empty every connection is refused.
+//! Nothing in a packet decides whose listeners it may reach: the kernel runs the program that is attached to
+//! the network namespace, and that program has the namespace's pod as a constant. It never changes. An
+//! upgrade replaces the shared program in the map `programs`, for all pods at once. While that map is empty,
+//! every connection is refused.
 
 use std::{
     io,
@@ -14,7 +14,7 @@ use redirect_ebpf::abi::PodId;
 
 use super::sys::{self, Insn};
 
-/// The only place of the map `programs`.
+/// The only slot of the map `programs`.
 pub const SHARED: u32 = 0;
 
 /// Loads the program of a pod. `this_pod` and `programs` are the maps of these names.
@@ -47,7 +47,7 @@ fn code(pod_id: PodId, this_pod: BorrowedFd<'_>, programs: BorrowedFd<'_>) -> [I
         this_pod_lo,
         this_pod_hi,
         call(MAP_LOOKUP),
-        // Not there: to the end.
+        // NULL: jump to the end.
         insn(0x15, 0, 0, 8, 0),
         // See `abi::ThisPod`.
         insn(0x7b, 0, 6, 0, 0),

@@ -1,6 +1,6 @@
-//! System calls that no library wraps: those of bpf(2) on links, for opening a pinned link for its file
-//! descriptor, replacing the program of any link in place, and detaching it at once; and the socket
-//! options that are the interface of `iptables-legacy`.
+//! System calls that no library wraps. For links, bpf(2): open a pinned link as a file descriptor, replace a
+//! link's program in place, detach a link at once. Also the socket options that are the interface of
+//! `iptables-legacy`.
 #![expect(unsafe_code, reason = "they take structs by address")]
 
 use std::{
@@ -48,7 +48,7 @@ pub(super) fn obj_pin(object: BorrowedFd<'_>, path: &Path) -> io::Result<()> {
     bpf(bpf_cmd::BPF_OBJ_PIN, &mut attr).map(drop)
 }
 
-/// Loads an `sk_lookup` program that is not from an object file.
+/// Loads an `sk_lookup` program that does not come from an object file.
 ///
 /// # Errors
 ///
@@ -113,8 +113,8 @@ pub(super) fn link_tcx(
 ///
 /// # Errors
 ///
-/// Those of bpf(2), `BPF_PROG_QUERY`: that there is no such interface, or more programs than the kernel
-/// lets anybody attach.
+/// Those of bpf(2), `BPF_PROG_QUERY`: there is no such interface, or it has more programs than the kernel
+/// allows.
 pub(super) fn tcx_links(interface: u32, at: bpf_attach_type) -> io::Result<Vec<u32>> {
     // Source: Linux `include/linux/bpf_mprog.h`, `BPF_MPROG_MAX`.
     let (mut programs, mut links) = ([0u32; 64], [0u32; 64]);
@@ -131,7 +131,7 @@ pub(super) fn tcx_links(interface: u32, at: bpf_attach_type) -> io::Result<Vec<u
     Ok(links.into_iter().take(count).collect())
 }
 
-/// Replaces the program of `link`, without a moment in which none runs.
+/// Replaces the program of `link` atomically: at no moment does none run.
 ///
 /// # Errors
 ///
@@ -144,7 +144,7 @@ pub(super) fn link_update(link: BorrowedFd<'_>, program: BorrowedFd<'_>) -> io::
     bpf(bpf_cmd::BPF_LINK_UPDATE, &mut attr).map(drop)
 }
 
-/// Detaches `link` before it returns; removing its last pin would do so some time later.
+/// Detaches `link` before it returns. Removing its last pin would detach it some time later.
 ///
 /// # Errors
 ///
@@ -156,7 +156,7 @@ pub(super) fn link_detach(link: BorrowedFd<'_>) -> io::Result<()> {
     bpf(bpf_cmd::BPF_LINK_DETACH, &mut attr).map(drop)
 }
 
-/// Gives memory back to the kernel that the allocator has kept.
+/// Returns freed memory, which the allocator keeps, to the kernel.
 pub(super) fn release_freed_memory() {
     #[cfg(target_env = "gnu")]
     // SAFETY: it touches nothing that is in use.

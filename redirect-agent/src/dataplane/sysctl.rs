@@ -12,19 +12,20 @@ use redirect_ebpf::abi::{
     PORT_HBONE, PORT_INBOUND, PORT_OUTBOUND, PORT_PROXY_DNS, SYSCTL_ABSENT, SavedSysctls,
 };
 
-/// What each sysctl is set to, in the order of [`SavedSysctls::values`], whose last one is for
+/// The value of each sysctl, in the order of [`SavedSysctls::values`]. The last of those is for
 /// [`RESERVED_PORTS`].
 ///
-/// - `tcp_fwmark_accept`: an accepted socket takes the mark of its SYN, so its replies go the way
-///   the SYN came.
-/// - `src_valid_mark`: reverse-path validation looks at the mark too, else what comes in on the
-///   pod's interface would be validated against the redirection route.
-/// - `fwmark_reflect`: answers without a socket, such as RST, go the way the packet came.
-/// - `accept_local` and `route_localnet` of `lo`: what the guard brings there has lost its route, and is
-///   routed anew, from an address of the pod and, for DNS, to 127.0.0.1.
+/// - `tcp_fwmark_accept`: an accepted socket takes the mark of its SYN, so its replies go back where the SYN
+///   came from.
+/// - `src_valid_mark`: reverse-path validation considers the mark. Otherwise it would check what comes in on
+///   the pod's interface against the redirection route.
+/// - `fwmark_reflect`: answers without a socket, such as RST, go back where the packet came from.
+/// - `accept_local` and `route_localnet` of `lo`: what the guard moves there has lost its route and is routed
+///   again, with an address of the pod as its source and, for DNS, 127.0.0.1 as its destination.
 ///
-/// Not `tcp_migrate_req`: what the proxy's listener has not accepted when it closes would go to any
-/// socket of its group, with the proxy's mark; an application of the same user can be in that.
+/// `tcp_migrate_req` is not set: when the proxy's listener closes, the connections it has not accepted would
+/// go, with the proxy's mark, to any socket of its reuseport group. An application with the same uid can join
+/// that group.
 const SYSCTLS: [(&str, i32); 6] = [
     ("net/ipv4/tcp_fwmark_accept", 1),
     ("net/ipv4/conf/all/src_valid_mark", 1),
@@ -34,11 +35,11 @@ const SYSCTLS: [(&str, i32); 6] = [
     ("net/ipv4/conf/lo/route_localnet", 1),
 ];
 
-/// The proxy's ports are reserved, so that no connection of the application happens to take one.
+/// The proxy's ports are reserved, so that no connection of the application gets one as its ephemeral port.
 const RESERVED_PORTS: &str = "net/ipv4/ip_local_reserved_ports";
 const PROXY_PORTS: [u16; 4] = [PORT_OUTBOUND, PORT_INBOUND, PORT_HBONE, PORT_PROXY_DNS];
 
-/// Where sysctls are: those of the network namespace of the thread that looks.
+/// Shows the sysctls of the calling thread's network namespace.
 const PROC_SYS: &str = "/proc/sys";
 
 /// The present values.
@@ -66,14 +67,14 @@ pub(super) fn set() -> Result<()> {
     if reserved.len() == before { Ok(()) } else { reserve_ports(&reserved) }
 }
 
-/// Puts former values back.
+/// Restores saved values.
 pub(super) fn restore(saved: &SavedSysctls) -> Result<()> {
     for (value, (name, _)) in saved.values.iter().zip(SYSCTLS) {
         if *value != SYSCTL_ABSENT {
             put(name, *value)?;
         }
     }
-    // Others may have reserved more meanwhile.
+    // Others may have reserved more ports in the meantime.
     let (were, Some(mut reserved)) = (saved.values[SYSCTLS.len()], reserved_ports()?) else {
         return Ok(());
     };
@@ -100,9 +101,9 @@ pub(super) fn check() -> Result<Vec<(&'static str, bool)>> {
     Ok(checked)
 }
 
-/// The ports that no socket is given; `None` where the kernel has no such sysctl.
+/// The ports that are never used as ephemeral ports; `None` if the kernel has no such sysctl.
 fn reserved_ports() -> Result<Option<BTreeSet<u16>>> {
-    // At once: the kernel shows nothing at any position but the first.
+    // In a single read: at any other position than 0 the kernel returns nothing.
     let mut text = vec![0; MAX_PORTS_TEXT];
     let read = fs::File::open(format!("{PROC_SYS}/{RESERVED_PORTS}"))
         .and_then(|mut file| file.read(&mut text));
@@ -145,12 +146,12 @@ fn print_ports(ports: &BTreeSet<u16>) -> String {
     }
     let ranges: Vec<String> =
         ranges.iter().map(|(first, last)| format!("{first}-{last}")).collect();
-    // What is empty is not written at all.
+    // The kernel ignores an empty write.
     if ranges.is_empty() { "\n".to_owned() } else { ranges.join(",") }
 }
 
-/// Whether they look as if an enrolled pod's: nobody else sets `tcp_fwmark_accept`, and a new
-/// namespace inherits it from nobody.
+/// Whether the sysctls look like those of an enrolled pod: nobody else sets `tcp_fwmark_accept`, and a new
+/// namespace does not inherit it.
 pub(super) fn look_set() -> Result<bool> {
     let [(name, wanted), ..] = SYSCTLS;
     Ok(get(name)? == wanted)

@@ -1,4 +1,4 @@
-//! Hears of changes to a pod's interfaces, addresses, routes and rules as they happen.
+//! Reports changes to a pod's interfaces, addresses, routes and rules as they happen.
 
 use std::{io, time::Duration};
 
@@ -10,9 +10,9 @@ use tokio::{runtime::Handle, sync::mpsc, task::JoinHandle, time::sleep};
 
 use crate::netns::Netns;
 
-/// Changes that belong together, such as those of an interface that comes up, are told of once.
+/// Changes that belong together, such as those of an interface that comes up, are reported once.
 const TOGETHER: Duration = Duration::from_millis(50);
-/// After a change was told of, the next one is told of no sooner: routes may change without end.
+/// Minimum time between two reports: routes may change without end.
 const PAUSE: Duration = Duration::from_millis(500);
 
 const GROUPS: [u32; 7] = [
@@ -25,7 +25,7 @@ const GROUPS: [u32; 7] = [
     libc::RTNLGRP_IPV6_RULE,
 ];
 
-/// A watch on one network namespace; it ends when this is dropped.
+/// A watch on one network namespace. It ends when this is dropped.
 #[derive(Debug)]
 pub struct Watch {
     changes: mpsc::Receiver<()>,
@@ -33,15 +33,15 @@ pub struct Watch {
 }
 
 impl Watch {
-    /// Starts to watch `netns`. To be called on a runtime. It begins with a change: whatever changed between
-    /// the caller's last look and now was not heard.
+    /// Starts to watch `netns`. Must be called within a tokio runtime. It reports a change at once, because
+    /// changes between the caller's last look and now went unnoticed.
     ///
     /// # Errors
     ///
     /// When the namespace cannot be entered, or netlink cannot be opened.
     pub fn start(netns: &Netns) -> Result<Self> {
         let runtime = Handle::current();
-        // The socket belongs to the namespace that it was opened in, whoever reads it.
+        // The socket belongs to the namespace in which it was opened, whoever reads from it.
         let opened = netns.run(|| {
             let _context = runtime.enter();
             open()
@@ -64,7 +64,7 @@ impl Watch {
         Ok(Self { changes, task })
     }
 
-    /// Waits for a change; for ever when nothing can be heard any more.
+    /// Waits for a change; forever if the socket has failed.
     pub async fn changed(&mut self) {
         if self.changes.recv().await.is_none() {
             std::future::pending::<()>().await;
@@ -74,7 +74,7 @@ impl Watch {
 
 fn open() -> io::Result<TokioSocket> {
     let mut socket = TokioSocket::new(NETLINK_ROUTE)?;
-    // The kernel tells a socket without an address nothing.
+    // The kernel sends nothing to a socket without an address.
     socket.socket_mut().bind_auto()?;
     GROUPS.iter().try_for_each(|group| socket.socket_ref().add_membership(*group))?;
     Ok(socket)
@@ -89,12 +89,12 @@ async fn heard(socket: &mut TokioSocket) -> io::Result<()> {
     }
 }
 
-/// Whether it says that a message was lost, which is one all the same.
+/// Whether it says that a message was lost, which also counts as a change.
 fn is_lost(error: &io::Error) -> bool {
     error.raw_os_error() == Some(libc::ENOBUFS)
 }
 
-/// Reads what has come; what it says does not matter.
+/// Reads and discards what has arrived.
 fn drain(socket: &Socket) {
     let mut start = [0; 1];
     loop {

@@ -28,22 +28,22 @@ use self::{
 };
 use crate::traffic::Traffic;
 
-/// The routing table that delivers to `lo` what is to be redirected.
+/// The routing table that delivers connections to be redirected to `lo`.
 const TABLE: u32 = 15001;
-/// The one that delivers everything to `lo`, for what is redirected already.
+/// The routing table for redirected connections: it delivers everything to `lo`.
 const TABLE_KEEP: u32 = 15002;
-/// How many rules of a pod are moved behind ours; nobody needs more.
+/// How many foreign rules of a pod are moved behind ours. Nobody needs more.
 const FOREIGN_RULES: usize = 64;
-/// How much of each kind is read of a pod: a pod with `NET_ADMIN` may have as much as it likes, and the
-/// agent's memory is there for all pods. The settings need half of it at most.
+/// How many objects of each kind are read from a pod: a pod with `NET_ADMIN` may create any number, and the
+/// agent's memory is shared by all pods. The settings need at most half of that.
 const POD_ENTRIES: usize = 8192;
-/// istio-cni's table for what comes back from the application, and the mark that leads to it, which
-/// happens to be ours. Source: Istio `cni/pkg/config`, `RouteTableInbound`, `InpodTProxyMark`.
+/// istio-cni's table for the application's replies. The mark that leads to it happens to be ours, too.
+/// Source: Istio `cni/pkg/config`, `RouteTableInbound`, `InpodTProxyMark`.
 const TABLE_ISTIO_CNI: u32 = 100;
 /// The kernel's own table of local addresses. Source: Linux `include/uapi/linux/rtnetlink.h`.
 const TABLE_LOCAL: u32 = 255;
 
-/// A connection to the kernel's routing in the namespace that it was opened in.
+/// A netlink connection to the routing of the namespace in which it was opened.
 pub(super) struct Routing {
     runtime: tokio::runtime::Runtime,
     handle: Handle,
@@ -57,7 +57,7 @@ impl Routing {
             .build()
             .context("start a runtime for netlink")?;
         let _context = runtime.enter();
-        // The kernel, and not we, leaves out the routes of other tables.
+        // The kernel filters out the routes of other tables.
         let (connection, handle, _) =
             rtnetlink::new_connection_with_strict_check().context("open netlink")?;
         runtime.spawn(connection);
@@ -71,7 +71,7 @@ impl Routing {
             let links = collect("network interfaces", links, |link| Some(interface(link))).await?;
             let addresses = self.handle.address().get().execute();
             let mut interfaces: BTreeMap<u32, Link> = links.into_iter().collect();
-            // One whose name is not UTF-8 is not among them.
+            // An interface whose name is not UTF-8 is left out.
             for interface in &if_nameindex().context("list the interfaces")? {
                 interfaces.entry(interface.index()).or_insert_with(|| Link {
                     name: interface.name().to_string_lossy().into_owned(),
@@ -92,9 +92,9 @@ impl Routing {
         Ok(Family { rules, routes: self.routes(family).await? })
     }
 
-    /// Adds what keeps redirected connections so, in the family of `source`; that is the source that
-    /// a connection without one takes. And what redirects those of the virtual interfaces, and what the
-    /// guard brings to `lo`.
+    /// Adds, in the family of `source`, the rules and routes that keep redirected connections redirected, and
+    /// those for virtual interfaces and for what the guard moves to `lo`. `source` becomes the source address
+    /// of connections that have none.
     pub(super) fn add_keep(&self, seen: &Seen, source: IpAddr, traffic: &Traffic) -> Result<()> {
         let family = seen.family(source);
         self.runtime.block_on(async {
@@ -102,7 +102,7 @@ impl Routing {
             for route in seen.deliveries(source).keep_routes().difference(&present) {
                 self.add_route(*route).await?;
             }
-            // Those of another layout, say: nobody else's lead there.
+            // Left by another layout, for example: nobody else's rules lead to our tables.
             for stale in family.rules.iter().filter(|rule| is_stale(rule)) {
                 done(self.handle.rule().del(stale.clone()).execute().await)
                     .context("delete a stale rule")?;
@@ -126,8 +126,8 @@ impl Routing {
         })
     }
 
-    /// Makes the outbound capture of one family what the settings say. What is captured before and
-    /// after is captured at every moment between: what is new comes before what is old goes.
+    /// Changes the outbound capture of one family to what the settings say. What is captured before and after
+    /// is captured at every moment in between: new rules are added before old ones are removed.
     pub(super) fn set_outbound(
         &self,
         seen: &Seen,
@@ -143,13 +143,13 @@ impl Routing {
             }
             let (stale, present) = family.capture_rules();
             if present != wanted.rules {
-                // As a whole, because their order counts.
+                // All of them, because their order matters.
                 for rule in &wanted.rules {
                     self.add_rule(source, *rule).await?;
                 }
                 self.delete_rules_of(stale).await?;
             }
-            // Anew: some of them have been replaced.
+            // Read again: some of them have been replaced.
             for message in self.routes(version(source)).await? {
                 let route = Route::read(&message);
                 if route.is_none_or(|r| r.table == TABLE && !wanted.routes.contains(&r)) {
@@ -179,8 +179,7 @@ impl Routing {
         })
     }
 
-    /// Lets the rules of others follow ours: they are added once more, in their order, and their first
-    /// copies deleted.
+    /// Moves foreign rules behind ours: adds them again in their order, and then deletes the original ones.
     pub(super) fn precede_foreign_rules(&self) -> Result<()> {
         self.runtime.block_on(async {
             for family in [IpVersion::V4, IpVersion::V6] {
@@ -204,7 +203,7 @@ impl Routing {
         })
     }
 
-    /// Removes istio-cni's route and, last, its rule, in both families.
+    /// Removes istio-cni's route and then its rule, in both families.
     pub(super) fn delete_istio_cni(&self) -> Result<()> {
         self.runtime.block_on(async {
             for family in [IpVersion::V4, IpVersion::V6] {
@@ -238,8 +237,8 @@ impl Routing {
         })
     }
 
-    /// Captures go before exclusions, lest what is excluded be captured for a moment. Of rules that are
-    /// alike the kernel deletes the first.
+    /// Capture rules are deleted before exclusions, so that nothing excluded is captured for a moment. Of
+    /// identical rules, the kernel deletes the first.
     async fn delete_rules_of(&self, mut rules: Vec<(Rule, RuleMessage)>) -> Result<()> {
         rules.sort_by_key(|(rule, _)| std::cmp::Reverse(*rule));
         for (rule, message) in rules {
@@ -254,7 +253,7 @@ impl Routing {
             .handle
             .rule()
             .add()
-            // Also where there is one that is alike: it is about to be deleted.
+            // Even if an identical one exists: that one is about to be deleted.
             .replace()
             .priority(rule.priority())
             .input_interface(rule.input())
@@ -262,7 +261,7 @@ impl Routing {
         request = match rule {
             Rule::Exclude(_) => request.table_id(0).action(RuleAction::Goto),
             Rule::Capture(_) => request.table_id(TABLE).action(RuleAction::ToTable),
-            // All of it, whatever ranges the other table leaves out.
+            // Everything, whatever ranges the other table excludes.
             Rule::Rescue | Rule::Keep | Rule::Virtual(_) => {
                 request.table_id(TABLE_KEEP).action(RuleAction::ToTable)
             }
@@ -322,13 +321,13 @@ impl Routing {
         let within = |route: &RouteMessage| {
             route.attributes.iter().any(|a| matches!(a, RouteAttribute::Table(t) if *t == table))
         };
-        // A kernel that leaves out none gives those of other tables, too.
+        // A kernel without that filter returns the routes of other tables, too.
         let what = format!("routes in table {table}");
         collect(&what, routes, |route| Some(route).filter(within)).await
     }
 }
 
-/// What of a list that the kernel sends is to be kept.
+/// Collects the parts of a kernel's dump that `keep` selects.
 async fn collect<T, U>(
     what: &str,
     messages: impl Stream<Item = Result<T, Error>>,
@@ -370,7 +369,7 @@ fn done(result: Result<(), Error>) -> Result<(), Error> {
     }
 }
 
-/// A kernel without IPv6 has none of its rules, and a table without a route does not exist.
+/// A kernel without IPv6 has no IPv6 rules, and a table without routes does not exist.
 fn is_absent(error: &Error) -> bool {
     let Error::NetlinkError(e) = error else { return false };
     matches!(-e.raw_code(), libc::EAFNOSUPPORT | libc::EOPNOTSUPP | libc::ENOENT)

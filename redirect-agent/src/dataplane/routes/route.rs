@@ -1,4 +1,4 @@
-//! Our routes of a pod.
+//! Our routes in a pod.
 
 use std::{
     collections::BTreeSet,
@@ -22,7 +22,7 @@ use super::{
 };
 use crate::traffic::{Selections, Traffic};
 
-/// Above those of the routes for sockets that are bound to no interface, which so take the latter.
+/// Worse than that of the routes for unbound sockets, so that unbound sockets use those.
 const BOUND_METRIC: u32 = 4096;
 
 /// A route of one of our tables.
@@ -42,34 +42,33 @@ pub(super) fn bound_metric(interface: u32) -> u32 {
 pub(super) enum To {
     /// To `lo`.
     Lo(Delivery),
-    /// To the rules behind.
+    /// Continue with the next rule.
     Throw,
-    /// Out by this interface, for who names it.
+    /// Out through this interface, for sockets that name it.
     Out(u32),
 }
 
 /// How a route delivers to `lo`.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
 pub(super) struct Delivery {
-    /// `lo`, or the interface whose sockets it is for: those that are bound to it
-    /// (`SO_BINDTODEVICE`) find no other. The kernel delivers by `lo` all the same, and lets the
-    /// packets, and the answers to them, appear to come in on that interface. Source: Linux
-    /// `net/ipv4/route.c`, `ip_route_output_key_hash_rcu`, and `net/ipv6/route.c`,
-    /// `ip6_rt_get_dev_rcu`.
+    /// `lo`, or the interface of the bound sockets it is for: sockets bound to an interface
+    /// (`SO_BINDTODEVICE`) find no other route. The kernel still delivers through `lo`, but makes the packets
+    /// and the answers to them appear to come in on that interface. Source: Linux `net/ipv4/route.c`,
+    /// `ip_route_output_key_hash_rcu`, and `net/ipv6/route.c`, `ip6_rt_get_dev_rcu`.
     pub(super) interface: u32,
-    /// The source that a connection without one takes.
+    /// The source address of connections that have none.
     pub(super) source: IpAddr,
 }
 
 impl Delivery {
-    /// Each interface's own: routes that differ in nothing else replace each other.
+    /// Each interface has its own, because routes that differ in nothing else replace each other.
     pub(super) fn metric(self) -> Option<u32> {
         (self.interface != LOOPBACK_IFINDEX).then(|| bound_metric(self.interface))
     }
 }
 
 impl Route {
-    /// The route of ours that the kernel shows.
+    /// Reads one of our routes from what the kernel shows.
     pub(super) fn read(message: &RouteMessage) -> Option<Self> {
         let find = |of: &dyn Fn(&RouteAttribute) -> Option<RouteAddress>| {
             message.attributes.iter().find_map(of).and_then(address)
@@ -171,10 +170,10 @@ impl fmt::Display for Route {
     }
 }
 
-/// What is redirected of a pod's outbound connections in one family, as rules and routes.
+/// Which outbound connections of a pod are redirected, in one family, as rules and routes.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub(super) struct Outbound {
-    /// In the order of the kernel's.
+    /// In the kernel's order.
     pub(super) rules: Vec<Rule>,
     pub(super) routes: BTreeSet<Route>,
 }
@@ -190,10 +189,10 @@ impl Outbound {
             None => vec![everything(source)],
             Some(only) => only.iter().filter(of_family).copied().collect(),
         };
-        // The longest prefix counts; what lies within an exception is none.
+        // The longest prefix wins; an included range inside an excluded one stays excluded.
         let only = only.into_iter().filter(|net| !except.iter().any(|e| e.contains(net)));
         let routes = only.flat_map(|net| deliveries.iter().map(move |to| route(net, To::Lo(to))));
-        // A neighbor's link-local address means nothing on another interface. Who calls one names that.
+        // A link-local address means nothing on another interface, so callers name the interface.
         let links = deliveries.bound.iter().filter(|_| source.is_ipv6());
         let link_local = links.map(|to| route(IpNet::V6(LINK_LOCAL), To::Out(to.interface)));
         let excepted = except.iter().map(|net| route(*net, To::Throw));
@@ -209,7 +208,7 @@ impl Outbound {
 pub(super) const LINK_LOCAL: Ipv6Net =
     Ipv6Net::new_assert(Ipv6Addr::new(0xfe80, 0, 0, 0, 0, 0, 0, 0), 10);
 
-/// The ways to `lo` in one family.
+/// The deliveries to `lo` in one family.
 pub(super) struct Deliveries {
     pub(super) lo: Delivery,
     pub(super) bound: Vec<Delivery>,
@@ -220,7 +219,7 @@ impl Deliveries {
         [self.lo].into_iter().chain(self.bound.iter().copied())
     }
 
-    /// What keeps redirected connections so.
+    /// The routes that keep redirected connections redirected.
     pub(super) fn keep_routes(&self) -> BTreeSet<Route> {
         let destination = everything(self.lo.source);
         let route = |to| Route { table: TABLE_KEEP, destination, to: To::Lo(to) };

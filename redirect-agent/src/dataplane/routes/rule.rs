@@ -1,4 +1,4 @@
-//! Our routing rules of a pod, and those of others that matter to them.
+//! Our routing rules in a pod, and foreign rules that affect them.
 
 use std::collections::BTreeSet;
 
@@ -11,41 +11,41 @@ use rtnetlink::packet_route::{
 use super::{TABLE, TABLE_ISTIO_CNI, TABLE_KEEP};
 use crate::traffic::{Ports, Selection, Traffic};
 
-/// All our rules follow the first one of all, `local`, at its own priority: so a rule that somebody adds
-/// without a priority, which is that of the second rule less one if it is not 0 itself, comes behind
-/// them. Rules of one priority are in the order in which they were added.
+/// All our rules follow the very first rule, `local`, and share its priority. A rule that somebody adds
+/// without a priority gets the second rule's priority minus one, or 0, and so comes behind ours. Rules of one
+/// priority keep the order in which they were added.
 pub(super) const PRIORITY: u32 = 0;
-/// Where the rules for excluded ports go on, behind all of ours.
+/// Where excluded ports continue, behind all our rules.
 pub(super) const PRIORITY_LANDING: u32 = 1;
 const MARK_ISTIO_CNI: u32 = 0x111;
 
-/// Which connections of the pod take the redirection route, and which do not. All are for what the
-/// pod itself sends, but for those of virtual interfaces. They are declared in the order that the kernel
+/// Which connections of the pod take the redirection route, and which do not. Except for those of virtual
+/// interfaces, they all apply to what the pod itself sends. They are declared in the order that the kernel
 /// needs.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
 pub(in crate::dataplane) enum Rule {
-    /// What the guard brings to `lo`.
+    /// What the guard moves to `lo`.
     Rescue,
-    /// Those that were redirected when they ceased to be captured.
+    /// Connections that were redirected when the capture ended.
     Keep,
-    /// Those that come in on this virtual interface and that its program redirects.
+    /// Connections that come in on this virtual interface and that its program redirects.
     Virtual(Interface),
-    /// Not those that are not marked and go to these ports: they go on behind [`Rule::Landing`].
+    /// Excludes unmarked connections to these ports: they continue behind [`Rule::Landing`].
     Exclude(Ports),
-    /// All that are not marked and go to these ports, or to any.
+    /// All unmarked connections to these ports, or to any port.
     Capture(Option<Ports>),
-    /// What comes in on this virtual interface and no program has seen yet: dropped, until it has one.
+    /// Drops what comes in on this virtual interface until its program is attached.
     Hold(Interface),
-    /// Nothing: where [`Rule::Exclude`] goes on.
+    /// Does nothing: this is where [`Rule::Exclude`] continues.
     Landing,
 }
 
-/// The name of an interface, filled up with zeros.
+/// The name of an interface, padded with zeros.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
 pub(in crate::dataplane) struct Interface([u8; 16]);
 
 impl Interface {
-    /// `None` for what is too long to be one.
+    /// `None` if it is too long.
     pub(super) fn new(name: &str) -> Option<Self> {
         let mut bytes = [0; 16];
         bytes.get_mut(..name.len())?.copy_from_slice(name.as_bytes());
@@ -76,8 +76,8 @@ impl Rule {
         }
     }
 
-    /// `None`: whatever it is. Packets that come in are not looked into for rules of `lo`. Source: Linux
-    /// `include/net/fib_rules.h`, `fib_rule_requires_fldissect`.
+    /// `None` matches any protocol. The kernel does not parse incoming packets for rules of `lo`. Source:
+    /// Linux `include/net/fib_rules.h`, `fib_rule_requires_fldissect`.
     pub(super) fn protocol(self) -> Option<IpProtocol> {
         match self {
             Self::Rescue | Self::Landing => None,
@@ -93,7 +93,7 @@ impl Rule {
         }
     }
 
-    /// Where the packets come from: the pod itself, or a virtual interface.
+    /// The input interface: `lo` for the pod itself, or a virtual interface.
     pub(super) fn input(self) -> String {
         match self {
             Self::Hold(interface) | Self::Virtual(interface) => interface.name(),
@@ -101,13 +101,13 @@ impl Rule {
         }
     }
 
-    /// Whether it says what of the pod's own connections is captured; all others stay for as long as
+    /// Whether it decides which of the pod's own connections are captured. All other rules stay as long as
     /// the pod is in the mesh.
     pub(super) fn captures(self) -> bool {
         matches!(self, Self::Exclude(_) | Self::Capture(_) | Self::Hold(_))
     }
 
-    /// The rule of ours that the kernel shows.
+    /// Reads one of our rules from what the kernel shows.
     pub(super) fn read(message: &RuleMessage) -> Option<Self> {
         let has = |attribute| message.attributes.contains(&attribute);
         let ports = message.attributes.iter().find_map(|a| match a {
@@ -147,7 +147,7 @@ impl Rule {
     }
 }
 
-/// 0 is not shown.
+/// The kernel does not show priority 0.
 pub(super) fn priority(message: &RuleMessage) -> u32 {
     let priority = message.attributes.iter().find_map(|a| match a {
         RuleAttribute::Priority(priority) => Some(*priority),
@@ -156,7 +156,7 @@ pub(super) fn priority(message: &RuleMessage) -> u32 {
     priority.unwrap_or_default()
 }
 
-/// What stays for as long as the pod is in the mesh.
+/// The rules that stay as long as the pod is in the mesh.
 pub(super) fn keep_rules(traffic: &Traffic) -> impl Iterator<Item = Rule> {
     [Rule::Rescue, Rule::Keep, Rule::Landing]
         .into_iter()
@@ -167,7 +167,7 @@ pub(super) fn keep_rules(traffic: &Traffic) -> impl Iterator<Item = Rule> {
 /// `fib_rule_port_range_valid`.
 pub(super) const LAST_PORT: u16 = u16::MAX - 1;
 
-/// Port 65535, which no rule can name, is captured with all the others or not at all; where it is excluded,
+/// No rule can name port 65535: it is captured with all the others or not at all. If it is excluded,
 /// `verdict::on_lo` sends it out again.
 pub(super) fn port_rules(ports: &Selection<Ports>) -> BTreeSet<Rule> {
     let mut rules = BTreeSet::new();
@@ -183,7 +183,7 @@ pub(super) fn port_rules(ports: &Selection<Ports>) -> BTreeSet<Rule> {
             rules.extend(only.iter().map(|ports| Rule::Capture(Some(*ports))));
         }
         Some(only) => {
-            // All, but those between. They are in order.
+            // All ports except those of the ranges, which are in order.
             let mut next = 1;
             for ports in only {
                 if next < ports.first {
@@ -206,7 +206,7 @@ pub(super) fn leads_to_ours(rule: &RuleMessage) -> bool {
     tables.iter().any(|table| rule.attributes.contains(table))
 }
 
-/// Whether a rule leads to a table of ours and is none of ours.
+/// Whether a rule leads to one of our tables but is not one of our rules.
 pub(super) fn is_stale(rule: &RuleMessage) -> bool {
     leads_to_ours(rule) && Rule::read(rule).is_none()
 }
@@ -245,7 +245,7 @@ mod tests {
             let rules = port_rules(&selection);
             let within = |ports: &Ports, port| (ports.first..=ports.last).contains(&port);
             for port in 1..=u16::MAX {
-                // In the order of their priorities.
+                // In order of priority.
                 let decides = rules.iter().find_map(|rule| match rule {
                     Rule::Exclude(ports) if within(ports, port) => Some(false),
                     Rule::Capture(None) => Some(true),

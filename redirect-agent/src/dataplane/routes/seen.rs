@@ -1,4 +1,4 @@
-//! What there is in a pod's network namespace.
+//! What a pod's network namespace contains.
 
 use std::{
     collections::{BTreeMap, BTreeSet},
@@ -21,16 +21,16 @@ use super::{
 };
 use crate::traffic::Traffic;
 
-/// How many interfaces of a pod get programs, besides `lo`. One that gets none would be a way past the
-/// proxy, so a pod that has more is not set up.
+/// How many interfaces of a pod get programs, besides `lo`. An interface without programs would be a way past
+/// the proxy, so a pod with more interfaces is not set up.
 const POD_INTERFACES: usize = 64;
 
-/// How much of a pod's outbound capture is there in one family.
+/// Which parts of a pod's outbound capture are present in one family.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(in crate::dataplane) struct OutboundState {
-    /// The rules are those of the settings.
+    /// The rules match the settings.
     pub(in crate::dataplane) rules: bool,
-    /// So are the routes.
+    /// The routes match the settings.
     pub(in crate::dataplane) routes: bool,
 }
 
@@ -40,13 +40,13 @@ pub(in crate::dataplane) struct Address {
     pub(in crate::dataplane) ip: IpAddr,
     /// The index of its interface.
     pub(in crate::dataplane) interface: u32,
-    /// The name of that.
+    /// The name of its interface.
     pub(in crate::dataplane) name: String,
-    /// It is good for more than its link.
+    /// Its scope is more than its link.
     pub(in crate::dataplane) global: bool,
 }
 
-/// What there was in the namespace.
+/// What was in the namespace when it was read.
 pub(in crate::dataplane) struct Seen {
     pub(super) interfaces: BTreeMap<u32, Link>,
     pub(super) addresses: Vec<AddressMessage>,
@@ -59,7 +59,7 @@ pub(super) struct Link {
     pub(super) up: bool,
 }
 
-/// The rules of one family that may matter to ours, and the routes of our tables.
+/// The rules of one family that may affect ours, and the routes of our tables.
 pub(super) struct Family {
     pub(super) rules: Vec<RuleMessage>,
     pub(super) routes: Vec<RouteMessage>,
@@ -70,7 +70,7 @@ impl Seen {
     ///
     /// # Errors
     ///
-    /// When there are more than can have programs.
+    /// When there are more interfaces than can have programs.
     pub(in crate::dataplane) fn interfaces(&self) -> Result<BTreeMap<u32, String>> {
         let besides_lo = self.interfaces.keys().filter(|index| **index != LOOPBACK_IFINDEX).count();
         ensure!(
@@ -85,8 +85,8 @@ impl Seen {
         self.interfaces.get(&LOOPBACK_IFINDEX).is_some_and(|lo| lo.up)
     }
 
-    /// The addresses, in the order of their interfaces, but for 127.0.0.0/8, ::1, and those that
-    /// somebody else has, too.
+    /// The addresses, in the order of their interfaces, without 127.0.0.0/8, ::1, and those that failed
+    /// duplicate address detection.
     pub(in crate::dataplane) fn addresses(&self) -> Vec<Address> {
         let failed = |message: &AddressMessage| {
             message.attributes.iter().any(|a| {
@@ -114,12 +114,12 @@ impl Seen {
         self.v4.has_capture() || self.v6.has_capture()
     }
 
-    /// The same in the family of `source`.
+    /// The same, in the family of `source`.
     pub(in crate::dataplane) fn has_capture_of(&self, source: IpAddr) -> bool {
         self.family(source).has_capture()
     }
 
-    /// What there is of the outbound capture of one family.
+    /// Which parts of the outbound capture are present, in one family.
     pub(in crate::dataplane) fn outbound(
         &self,
         source: IpAddr,
@@ -133,7 +133,7 @@ impl Seen {
         OutboundState { rules: rules == wanted.rules, routes: routes == wanted.routes }
     }
 
-    /// Whether what [`Routing::add_keep`] adds is there: the rules, the routes.
+    /// Whether what [`Routing::add_keep`] adds is present: the rules, the routes.
     pub(in crate::dataplane) fn has_keep(&self, source: IpAddr, traffic: &Traffic) -> (bool, bool) {
         let family = self.family(source);
         let rules = family.our_rules();
@@ -144,8 +144,8 @@ impl Seen {
         )
     }
 
-    /// Whether rules of others come before ours, in either family: they may lead elsewhere what is to
-    /// be captured, or what the guard has brought back.
+    /// Whether foreign rules come before ours, in either family. They could divert what should be captured,
+    /// or what the guard has moved to `lo`.
     pub(in crate::dataplane) fn has_foreign_rules(&self) -> bool {
         [&self.v4, &self.v6].into_iter().any(|family| !foreign_rules(&family.rules).is_empty())
     }
@@ -154,11 +154,12 @@ impl Seen {
         if of.is_ipv4() { &self.v4 } else { &self.v6 }
     }
 
-    /// The ways to `lo` in the family of `source`, which is what a connection without a source takes.
+    /// The deliveries to `lo` in the family of `source`, which is the source address of connections that have
+    /// none.
     pub(super) fn deliveries(&self, source: IpAddr) -> Deliveries {
         let up =
             |index| index != LOOPBACK_IFINDEX && self.interfaces.get(&index).is_some_and(|l| l.up);
-        // The first address of each, a global one before others: those cannot reach everything.
+        // The first address of each interface, global ones first: others cannot reach everything.
         let mut sources: BTreeMap<u32, Option<IpAddr>> = BTreeMap::new();
         for message in &self.addresses {
             let Some(address) = own_address(message) else { continue };
@@ -168,7 +169,7 @@ impl Seen {
                 *first = first.or(global.then_some(address));
             }
         }
-        // One without an address of the family is not of that family.
+        // An interface without an address of the family does not take part in it.
         let bound = sources
             .into_iter()
             .map(|(interface, first)| Delivery { interface, source: first.unwrap_or(source) });
@@ -195,7 +196,7 @@ impl Family {
         self.capture_rules().1.iter().any(|rule| matches!(rule, Rule::Capture(_)))
     }
 
-    /// The rules that say what is captured, and those alone, in the kernel's order.
+    /// Only the rules that decide what is captured, in the kernel's order.
     pub(super) fn capture_rules(&self) -> (Vec<(Rule, RuleMessage)>, Vec<Rule>) {
         let mut ours = self.our_rule_messages();
         ours.retain(|(rule, _)| rule.captures());
@@ -213,7 +214,7 @@ pub(super) fn interface(link: LinkMessage) -> (u32, Link) {
     (link.header.index, Link { name: name.unwrap_or_default(), up })
 }
 
-/// The rules of others before the last one of ours. The kernel's own, `local`, stays the first.
+/// The foreign rules before our last one. The kernel's own rule `local` stays first.
 pub(super) fn foreign_rules(rules: &[RuleMessage]) -> Vec<RuleMessage> {
     let ours = |rule: &RuleMessage| Rule::read(rule).is_some_and(|rule| rule != Rule::Landing);
     let local = |rule: &RuleMessage| {
