@@ -1,11 +1,11 @@
 //! The one owner of kernel state: programs, maps, pins, and what is set up inside pods.
 //!
-//! A pod goes through four steps, each idempotent and each leaving traffic in a defined state, so
-//! the agent may die between any two system calls:
+//! A pod goes through four steps. Each is idempotent and leaves traffic in a defined state, so the agent may
+//! die between any two system calls:
 //!
 //! 1. [`Dataplane::prepare`]: everything is in place, nothing is redirected.
-//! 2. [`Dataplane::capture`]: new connections are redirected; those that are open stay as they are.
-//!    Again with other settings, it changes what is redirected in the same way.
+//! 2. [`Dataplane::capture`]: new connections are redirected; open ones stay as they are. Called again with
+//!    other settings, it changes what is redirected in the same way.
 //! 3. [`Dataplane::release`]: new connections go direct; redirected ones stay redirected.
 //! 4. [`Dataplane::remove`]: the pod is as it was found.
 
@@ -79,14 +79,13 @@ use self::{
 };
 use crate::traffic::Traffic;
 
-/// How long a restart of the proxy may take before connections are refused.
+/// How long the proxy may be away before connections are refused.
 pub const DEFAULT_PROXY_GRACE: Duration = Duration::from_secs(3);
 
-/// Where bpffs is mounted unless the operator has it elsewhere.
+/// The usual mount point of bpffs.
 const BPFFS: &str = "/sys/fs/bpf";
-/// After the switch, the flows that were caught half-way are marked at these instants: a connection
-/// that chose its route before the switch, or was half open, has shown itself before the last of
-/// them.
+/// Connections that were caught halfway are marked at these times after a switch. A connection that chose its
+/// route before the switch, or was half open, has sent a packet before the last of them.
 pub const SETTLE: [Duration; 4] = [
     Duration::ZERO,
     Duration::from_millis(30),
@@ -97,17 +96,17 @@ pub const SETTLE: [Duration; 4] = [
 /// Where and how to run the datapath.
 #[derive(Clone, Debug)]
 pub struct Options {
-    /// The directory on bpffs that holds everything of this agent.
+    /// The directory on bpffs that holds all of this agent's pins.
     pub bpffs_dir: PathBuf,
-    /// For how long new connections wait for a proxy that has stopped listening.
+    /// How long new connections wait for a proxy that has stopped listening.
     pub proxy_grace: Duration,
-    /// Whether to go ahead although the directory has an owner: another process, or this one by [`own`].
+    /// Whether to ignore that the directory has an owner: another process, or this one by [`own`].
     pub force: bool,
 }
 
 impl Options {
-    /// The directory that is used unless the operator names another: it carries the version of the
-    /// maps' layout, so that agents of two layouts do not meet.
+    /// The default directory. Its name has the version of the maps' layout, so that agents with different
+    /// layouts do not share maps.
     pub fn default_bpffs_dir() -> PathBuf {
         PathBuf::from(format!("{BPFFS}/redirect/v{ABI_VERSION}"))
     }
@@ -116,25 +115,25 @@ impl Options {
 /// The programs, the maps and the pins below one directory of bpffs.
 pub struct Dataplane {
     dir: PathBuf,
-    /// Held for single calls of bpf(2): never for netlink, for a wait, or for a step.
+    /// Held for single calls of bpf(2): never during netlink, a wait, or a whole step.
     kernel: Mutex<Kernel>,
     tcx: BTreeMap<&'static str, TcxProgram>,
-    /// One step at a time for a pod: those of pods with the same remainder wait for each other.
+    /// One step at a time per pod. Pods with the same remainder share a lock.
     pods: PodLocks,
     proxies: Arc<Proxies>,
     _owner: Option<Owner>,
 }
 
-/// Takes possession of the directory until the owner is dropped; makes it if it is not there.
+/// Takes ownership of the directory until the owner is dropped; creates it if it is missing.
 ///
 /// # Errors
 ///
-/// [`Owned`] when another process has it; else when it cannot be made.
+/// [`Owned`] when another process has it; otherwise when it cannot be created.
 pub fn own(dir: &Path) -> Result<Owner> {
     loop {
         create_bpffs_dir(dir)?;
         let owner = Owner::take(dir)?;
-        // Whoever had it may have removed it in the end, and somebody else made it anew.
+        // The previous owner may have removed it when it exited, and somebody else may have created it again.
         if owner.is_at(dir) {
             return Ok(owner);
         }
@@ -146,7 +145,7 @@ pub fn own(dir: &Path) -> Result<Owner> {
 pub struct Deaf {
     /// The port.
     pub port: u16,
-    /// The pod's address of the family that the proxy leaves out, when it listens for the other.
+    /// The pod's address of the family in which the proxy does not listen, if it listens in the other one.
     pub family: Option<IpAddr>,
 }
 
@@ -161,13 +160,13 @@ impl fmt::Display for Deaf {
 }
 
 impl Dataplane {
-    /// Takes possession of the directory, loads the programs and opens or creates the pinned maps; nothing
-    /// is attached yet.
+    /// Takes ownership of the directory, loads the programs, and opens or creates the pinned maps. Attaches
+    /// nothing yet.
     ///
     /// # Errors
     ///
-    /// [`Owned`] when another process has the directory; else when the kernel or the privileges do not
-    /// allow it.
+    /// [`Owned`] when another process has the directory; otherwise when the kernel or missing privileges
+    /// prevent it.
     pub fn open(options: &Options) -> Result<Self> {
         create_bpffs_dir(&options.bpffs_dir)?;
         let owner = if options.force { None } else { Some(own(&options.bpffs_dir)?) };
@@ -176,7 +175,7 @@ impl Dataplane {
         let globals = Globals { proxy_grace_ns, offsets: sockets::offsets()? };
         let mut kernel = Kernel::load(&options.bpffs_dir, &globals)?;
         ProxyCgroups::open(&mut kernel)?.begin()?;
-        // The kernel's types are large, and are not needed any more.
+        // The kernel's BTF is large, and is no longer needed.
         sys::release_freed_memory();
         Ok(Self {
             dir: options.bpffs_dir.clone(),
@@ -188,13 +187,13 @@ impl Dataplane {
         })
     }
 
-    /// Step 1: everything is in place in the pod, nothing is redirected yet. On a pod that is
-    /// captured already it only repairs what is missing, and makes the inbound settings those of
-    /// `traffic`. `reason` is the `membership::Reason`, as a number, for whoever dumps the map `pods`.
+    /// Step 1: everything is in place in the pod, but nothing is redirected yet. In a pod that is captured
+    /// already, it only repairs what is missing and applies the inbound settings of `traffic`. `reason` is
+    /// the number of the `membership::Reason`, for whoever dumps the map `pods`.
     ///
     /// # Errors
     ///
-    /// When the pod has too many interfaces, or a system call fails; what was set up so far stays, and
+    /// When the pod has too many interfaces, or a system call fails. What was set up so far stays, and
     /// calling again completes it.
     pub fn prepare(&self, pod: &PodNetns, reason: u32, traffic: &Traffic) -> Result<()> {
         let _pod = self.pod(pod.id());
@@ -203,23 +202,23 @@ impl Dataplane {
             anyhow::Ok((Routing::open()?.look()?, sysctl::read()?, sysctl::look_set()?))
         })??;
         let interfaces = seen.interfaces()?;
-        // The kernel gives a new namespace the number of one that is gone. Links that somebody has
-        // detached look the same; then our sysctls are still there.
+        // The kernel reuses the number of a namespace that is gone. If somebody has only detached the links,
+        // it looks the same, except that our sysctls are still set.
         if !look_set && links.are_left()? {
             self.forget_locked(&links, pod.id())?;
         }
-        // Before anything that has to be undone: by its directory a pod is found again.
+        // Before anything that has to be undone: the directory is how a pod is found again.
         links.create_dir()?;
         self.kernel().enter(pod, reason, traffic, &interfaces)?;
         self.kernel().save_sysctls(pod.id(), sysctls)?;
-        // First of the programs, and before accepted sockets take marks: what the proxy sends loses its own
-        // there, and what the pod sends to itself is known to.
+        // The first program, and before accepted sockets take marks: it removes the proxy's mark from what
+        // the proxy sends, and recognizes what the pod sends to itself.
         pod.netns.run(|| self.attach(pod, &links, LOOPBACK_IFINDEX, "lo"))??;
         links.ensure_lookup(&pod.netns, || self.kernel().load_stub(&pod.netns))?;
         pod.netns.run(|| {
             sysctl::set()?;
             let routing = Routing::open()?;
-            // Before the guard, which relies on them.
+            // Before the guard, which relies on these rules.
             for source in pod.sources() {
                 routing.add_keep(&seen, source, traffic)?;
             }
@@ -230,7 +229,7 @@ impl Dataplane {
         })?
     }
 
-    /// Attaches the programs of an interface; called inside the pod's namespace.
+    /// Attaches the programs of an interface. Runs inside the pod's namespace.
     fn attach(&self, pod: &PodNetns, links: &PodLinks, index: u32, name: &str) -> Result<()> {
         for &at in tcx_directions(index) {
             let program = &self.tcx[self.program_for(pod.id(), index, at)?];
@@ -264,9 +263,9 @@ impl Dataplane {
         })
     }
 
-    /// Step 2: the pod's new connections are redirected as `traffic` says, and those that are open go
-    /// on as they are. On a pod that is captured otherwise, it changes that. What was half-way there
-    /// still has to [`Dataplane::settle`].
+    /// Step 2: new connections of the pod are redirected as `traffic` says, and open ones stay as they are.
+    /// In a pod that is captured with other settings, it changes them. Connections that were caught halfway
+    /// still have to [`Dataplane::settle`].
     ///
     /// # Errors
     ///
@@ -282,8 +281,8 @@ impl Dataplane {
         })
     }
 
-    /// Step 2 for a pod that nothing runs in yet: no connection can be open, or half-way there, and
-    /// nothing has to settle.
+    /// Step 2 for a pod in which nothing runs yet: no connection can be open or half open, so nothing has to
+    /// settle.
     ///
     /// # Errors
     ///
@@ -297,8 +296,8 @@ impl Dataplane {
         })?
     }
 
-    /// Redirects the pod's new connections, from `since` on, or since ever where that is 0; called inside
-    /// its namespace.
+    /// Redirects the pod's new connections. `since` is when the capture began; 0 if no connection is older.
+    /// Runs inside the pod's namespace.
     fn redirect(
         &self,
         pod: &PodNetns,
@@ -308,7 +307,7 @@ impl Dataplane {
         seen: &Seen,
     ) -> Result<()> {
         let (dns, interfaces) = (traffic.captures_dns(), seen.interfaces()?);
-        // Before the rule that brings connections to resolvers to `lo`.
+        // Before the rule that brings connections to resolvers onto `lo`.
         self.change_row(pod.id(), |row| Row { dns: dns || row.dns, ..row })?;
         for source in pod.sources() {
             routing.set_outbound(seen, source, traffic)?;
@@ -321,9 +320,10 @@ impl Dataplane {
         self.kernel().virtual_interfaces()?.set(pod.id(), &interfaces, traffic, true)
     }
 
-    /// Makes the proxy's listeners known to the programs, and, in a captured pod, lets the application bind
-    /// ports that the proxy's accepted connections hold; [`Dataplane::capture`] does that for others. To be
-    /// called whenever the proxy may have opened listeners in the pod. Returns where it does not listen.
+    /// Tells the programs about the proxy's listeners. In a captured pod, it also lets the application bind
+    /// ports that the proxy's accepted connections hold; in other pods, [`Dataplane::capture`] does that.
+    /// Call it whenever the proxy may have opened listeners in the pod. Returns the ports on which it does
+    /// not listen.
     ///
     /// # Errors
     ///
@@ -357,8 +357,8 @@ impl Dataplane {
         sockets::run(iterator)
     }
 
-    /// Step 3: the pod's new connections go direct; those that are redirected stay redirected. What was
-    /// half-way there still has to [`Dataplane::settle`].
+    /// Step 3: new connections of the pod are direct; redirected ones stay redirected. Connections that were
+    /// caught halfway still have to [`Dataplane::settle`].
     ///
     /// # Errors
     ///
@@ -370,7 +370,8 @@ impl Dataplane {
             self.change_row(pod.id(), released)?;
             self.kernel().virtual_interfaces()?.release(pod.id())?;
             Routing::open()?.delete_capture()?;
-            // Last: a connection to a resolver that the capture rule brings to `lo` is one for the DNS.
+            // Last: as long as the capture rule brings connections to resolvers onto `lo`, they are the
+            // DNS's.
             self.change_row(pod.id(), |row| Row { dns: false, ..row })
         })
     }
@@ -384,8 +385,8 @@ impl Dataplane {
         pod.netns.run(|| self.iterate("count_redir"))?
     }
 
-    /// Step 4: the pod is as it was before step 1. Its row of `pods` stays, and says that it
-    /// bypasses; [`Dataplane::forget`] deletes it.
+    /// Step 4: the pod is as it was before step 1. Its row in `pods` stays and says that it bypasses;
+    /// [`Dataplane::forget`] deletes it.
     ///
     /// # Errors
     ///
@@ -396,19 +397,19 @@ impl Dataplane {
         let links = PodLinks::new(&self.dir, pod.id());
         links.detach()?;
         self.kernel().delete_state(pod.id())?;
-        // Last, so that a pod that was left half-way is found again.
+        // Last, so that a pod that was left halfway is found again.
         links.remove_dir()
     }
 
-    /// The first and quick half of step 4: nothing of the pod's traffic is touched any more, and its rules,
-    /// routes and sysctls are as they were. What is left are programs that let everything pass.
+    /// The first and quick half of step 4: the pod's traffic is no longer touched, and its rules, routes and
+    /// sysctls are restored. Only programs that let everything pass are left.
     ///
     /// # Errors
     ///
     /// When a system call fails; calling again completes it.
     pub fn let_pass(&self, pod: &PodNetns) -> Result<()> {
         let _pod = self.pod(pod.id());
-        // First, so that the programs let everything pass for as long as they still run.
+        // First, so that the programs let everything pass as long as they still run.
         self.change_row(pod.id(), |row| Row {
             enrolled: false,
             capture: false,
@@ -453,11 +454,11 @@ impl Dataplane {
         pod.netns.run(sockets::dns_listens)?
     }
 
-    /// Drops what the maps and bpffs hold for namespaces that are dead, the pins of interfaces that
-    /// are gone, and the rows of pods that are neither `known` nor have links and were `unknown` to the
-    /// sweep before, too: a row is entered before its pod is known for it. A link that somebody has
-    /// detached looks as if its namespace were dead: those that are known to be `alive` have to be
-    /// named. Returns what is unknown now.
+    /// Drops what the maps and bpffs hold for dead namespaces, the pins of interfaces that are gone, and the
+    /// rows of pods that are not `known`, have no links, and were already `unknown` to the previous sweep
+    /// (because a row is entered before its pod counts as known). A link that somebody has detached looks as
+    /// if its namespace were dead, so namespaces that are known to be `alive` have to be named. Returns the
+    /// pods that are unknown now.
     ///
     /// # Errors
     ///
@@ -469,7 +470,7 @@ impl Dataplane {
         unknown: &BTreeSet<PodId>,
     ) -> Result<BTreeSet<PodId>> {
         for pod_id in self.linked_pods()? {
-            // Lest a new namespace of that number is set up in between.
+            // So that no new namespace with that number is set up in between.
             let _pod = self.pod(pod_id);
             let links = PodLinks::new(&self.dir, pod_id);
             if alive.contains(&pod_id) {
@@ -492,8 +493,8 @@ impl Dataplane {
         Ok(fresh)
     }
 
-    /// From now on, connections to pods that are opened in this cgroup of version 2, with this id,
-    /// reach the application past the proxy; no other cgroup's do any more.
+    /// From now on, connections to pods that are opened in this cgroup (v2, with this id) reach the
+    /// application past the proxy. Those of any other cgroup no longer do.
     ///
     /// # Errors
     ///
@@ -502,7 +503,7 @@ impl Dataplane {
         KubeletLink::new(&self.dir).ensure(self.kernel().kubelet()?, cgroup, id)
     }
 
-    /// No cgroup's connections do any more.
+    /// From now on, no cgroup's connections do.
     ///
     /// # Errors
     ///
@@ -511,8 +512,8 @@ impl Dataplane {
         KubeletLink::new(&self.dir).remove()
     }
 
-    /// From now on, connections to pods that come from these ranges, and from no others, are taken
-    /// for probes, and reach the application past the proxy.
+    /// From now on, connections to pods from these ranges, and only from these, count as probes and reach the
+    /// application past the proxy.
     ///
     /// # Errors
     ///
@@ -595,7 +596,7 @@ impl Dataplane {
         if !self.linked_pods()?.is_empty() || !self.kernel().pods()?.ids()?.is_empty() {
             return Ok(());
         }
-        // Also maps that only an older agent had.
+        // This includes maps that only an older agent had.
         let pins = fs::read_dir(&self.dir)
             .with_context(|| format!("list {}", self.dir.display()))?
             .collect::<io::Result<Vec<_>>>()
@@ -612,18 +613,19 @@ impl Dataplane {
             }
         }
         if let Some(parent) = self.dir.parent().filter(|parent| *parent != Path::new(BPFFS)) {
-            // Other versions of the layout, or the operator's own things, may be in it.
+            // It may contain other versions of the layout, or the operator's own files.
             let _in_use = fs::remove_dir(parent);
         }
         Ok(())
     }
 
-    /// Changes what of the pod is redirected, by `change`, which runs inside its namespace: every
-    /// connection that is open keeps its way, and none is lost in the switch.
+    /// Changes what is redirected in the pod, by `change`, which runs inside its namespace. Every open
+    /// connection stays on its path, and none is lost in the switch.
     ///
-    /// `change` first has the iterators [`Dataplane::mark`] the open connections by their way. Those that
-    /// come into being between the two show their way by their packets, which the programs note, and hold
-    /// back on the other way, until their sockets are marked, too: by [`Dataplane::settle`].
+    /// `change` first has the iterators [`Dataplane::mark`] the open connections by their path. Connections
+    /// that come into being after that, but before the change, show their path by their packets: the programs
+    /// note it, and hold back packets on the other path, until [`Dataplane::settle`] has marked these
+    /// sockets, too.
     fn switch(&self, pod: &PodNetns, change: impl FnOnce() -> Result<()> + Send) -> Result<()> {
         let _pod = self.pod(pod.id());
         self.kernel().end_switch(pod.id())?;
@@ -635,15 +637,16 @@ impl Dataplane {
         switched
     }
 
-    /// Marks the open connections of the thread's namespace by the iterator `mark`, once those of the proxy
-    /// are noted.
+    /// Notes the proxy's connections, and then marks the open connections of the thread's namespace by the
+    /// iterator `mark`.
     fn mark(&self, mark: &str) -> Result<()> {
         self.iterate("note_proxy")?;
         self.iterate(mark).map(drop)
     }
 
-    /// Marks the sockets whose way was noted since the switch. To be called after each of [`SETTLE`];
-    /// `last` ends it. Who is killed before leaves nothing behind: the kernel ends it in two seconds.
+    /// Marks the sockets whose path was noted since the switch. Call it at each of the times in [`SETTLE`];
+    /// `last` ends the switch. If the agent is killed before, nothing is left behind: the programs end the
+    /// switch after two seconds.
     ///
     /// # Errors
     ///
@@ -659,7 +662,7 @@ impl Dataplane {
         }
     }
 
-    /// [`Dataplane::settle`] as often as it has to be, for who has nothing else to do meanwhile.
+    /// Calls [`Dataplane::settle`] at each of its times, for callers that have nothing else to do in between.
     ///
     /// # Errors
     ///
@@ -676,24 +679,24 @@ impl Dataplane {
         self.kernel().pods()?.change(pod_id, change)
     }
 
-    /// For a call or a few of bpf(2).
+    /// Locks the maps, for one call of bpf(2) or a few.
     fn kernel(&self) -> MutexGuard<'_, Kernel> {
         self.kernel.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    /// For a step of a pod.
+    /// Locks a pod, for one step.
     fn pod(&self, pod_id: PodId) -> PodLock<'_> {
         self.pods.lock(pod_id)
     }
 }
 
-/// What the programs have as `bpf_ktime_get_ns`.
+/// The clock of the programs' `bpf_ktime_get_ns`.
 pub(crate) fn monotonic_ns() -> Result<u64> {
     let now = clock_gettime(ClockId::CLOCK_MONOTONIC).context("read the clock")?;
     u64::try_from(now.num_nanoseconds()).context("read the clock")
 }
 
-/// What is not there is `None`, not an error.
+/// Turns the error for a missing entry into `None`.
 fn absent<T>(result: Result<T, MapError>) -> Result<Option<T>, MapError> {
     match result {
         Ok(value) => Ok(Some(value)),
@@ -712,7 +715,7 @@ fn remove_if_there(path: &Path) -> Result<()> {
     }
 }
 
-/// Creates the agent's directory for root only; mounts bpffs first when its usual place has none.
+/// Creates the agent's directory, for root only. Mounts a bpffs first if its usual mount point has none.
 fn create_bpffs_dir(dir: &Path) -> Result<()> {
     if dir.starts_with(BPFFS) && !is_bpffs(Path::new(BPFFS))? {
         debug!("mounting bpffs at {BPFFS}");
