@@ -1,4 +1,4 @@
-//! A pod's start: CNI's ADD is answered when the pod is where it should be.
+//! A pod's start: CNI's ADD is answered when the pod is in its desired state.
 
 use std::{sync::Arc, time::Duration};
 
@@ -24,11 +24,11 @@ use crate::{
     source::Inventory,
 };
 
-/// How many of the source's problems are told; those of the API server come first.
+/// How many of the source's problems are reported; those of the API server come first.
 const PROBLEMS: usize = 3;
 
-/// Waits until pods are where they should be, and takes no step of its own: it tells what CNI told,
-/// and looks at what the pods' tasks show.
+/// Waits until pods are in their desired state, and takes no step of its own: it records what CNI reported,
+/// and reads what the pods' tasks show.
 pub struct Admission {
     judge: Judge,
     inventory: watch::Receiver<Arc<Inventory>>,
@@ -37,7 +37,7 @@ pub struct Admission {
     timeout: Duration,
 }
 
-/// One ADD, as it waits.
+/// One waiting ADD.
 struct Add {
     key: PodKey,
     request: AddRequest,
@@ -45,10 +45,10 @@ struct Add {
     pod: Option<Told>,
 }
 
-/// What was told of the ADD's pod.
+/// What was recorded about the ADD's pod.
 struct Told {
     uid: String,
-    /// The sandbox, with the inode number of its network namespace; `None` if nothing had to be told.
+    /// The sandbox, with the inode number of its network namespace; `None` if nothing had to be recorded.
     sandbox: Option<(Sandbox, u32)>,
     /// Nothing runs in the sandbox before the ADD is answered.
     _held: Option<Held>,
@@ -65,7 +65,7 @@ impl Admission {
         Self { judge, inventory, records, views, timeout }
     }
 
-    /// `None`: the pod may start; else why not yet. An error is final.
+    /// `None`: the pod may start. Otherwise, why it may not start yet. An error is final.
     async fn look(&self, add: &mut Add) -> Result<Option<Refusal>, Refusal> {
         let inventory = Arc::clone(&self.inventory.borrow());
         let Some(pod) = pod_of(&inventory, add) else {
@@ -79,7 +79,7 @@ impl Admission {
             return Err(Refusal::Deleted(add.key.clone()));
         }
         let told = match add.pod.take() {
-            // Where nothing had to be told, the wish may have changed since.
+            // If nothing had to be recorded, the wish may have changed since.
             Some(told)
                 if told.uid == pod.kubelet_uid() && (told.sandbox.is_some() || !enrolled) =>
             {
@@ -119,7 +119,7 @@ impl Admission {
         Ok(Some(Refusal::Late { pod: add.key.clone(), why }))
     }
 
-    /// Tells what CNI has told. For a pod that bypasses it only may be of use one day.
+    /// Records what CNI reported. For a pod that bypasses, this is only needed if it enters the mesh later.
     async fn tell(&self, add: &Add, pod: &Pod, enrolled: bool) -> Result<Told, Refusal> {
         let uid = pod.kubelet_uid().to_owned();
         let mut sandbox = add.sandbox(&uid);
@@ -128,7 +128,7 @@ impl Admission {
             let found = sandbox.open(|_| false)?;
             let inode = found.netns.inode();
             if sandbox.addresses.is_empty() {
-                // Not every network plugin says them.
+                // Not every network plugin reports addresses.
                 sandbox.addresses = found.addresses;
             }
             let held = records.put(sandbox.clone())?;
@@ -189,8 +189,8 @@ impl Add {
     }
 }
 
-/// The pod that is starting. One of its name that is being deleted is a former one, unless its uid
-/// was told.
+/// The pod that is starting. A pod of that name that is being deleted is an earlier one, unless CNI named its
+/// uid.
 fn pod_of<'a>(inventory: &'a Inventory, add: &Add) -> Option<&'a Pod> {
     let is_it = |pod: &&Pod| match add.request.pod_uid.as_deref() {
         None | Some("") => !pod.deleting,
@@ -199,7 +199,7 @@ fn pod_of<'a>(inventory: &'a Inventory, add: &Add) -> Option<&'a Pod> {
     inventory.pods.get(&add.key).filter(is_it)
 }
 
-/// What is known instead of a pod that the source has not told of.
+/// What is known when the source has not reported the pod.
 fn unknown(inventory: &Inventory, add: &Add) -> Refusal {
     let mut why = match inventory.pods.get(&add.key) {
         Some(pod) => {

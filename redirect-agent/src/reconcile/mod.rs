@@ -1,9 +1,9 @@
-//! Brings every pod of the node to where it should be, and keeps it there.
+//! Brings every pod of the node to its desired state, and keeps it there.
 //!
-//! Each pod has a task of its own, so that one that fails, or is slow, delays no other. In each round
-//! it reads how the pod stands ([`PodTask::observe`]), takes the steps that lead from there to what is
-//! wanted ([`plan::steps`]), and reads again. What was done before is not remembered: an agent that
-//! starts is no special case.
+//! Each pod has a task of its own, so a pod that fails or is slow delays no other. In each round the task
+//! observes the pod ([`PodTask::observe`]), takes the steps that lead from there to the desired state
+//! ([`plan::steps`]), and observes again. It does not remember what it did before, so an agent that starts is
+//! not a special case.
 
 mod admission;
 mod look;
@@ -50,53 +50,52 @@ use crate::{
     zds,
 };
 
-/// How often the wish for each pod is computed anew without anything having changed: overrides end
-/// by the clock.
+/// How often the desired state of each pod is computed again even if nothing has changed: overrides expire.
 const TICK: Duration = Duration::from_secs(1);
-/// How often what is left of dead namespaces is swept at least.
+/// How often, at least, what is left of dead namespaces is swept.
 const SWEEP: Duration = Duration::from_secs(10);
 
-/// What `status` says of a pod whose DNS is refused, because its proxy has none.
+/// What `status` says about a pod whose DNS is refused because its proxy has no DNS.
 const NO_DNS: &str = "the proxy has no DNS (port 15053), so the pod's queries are refused: switch on \
 the proxy's, or DNS capture off (--dns-capture, annotation ambient.istio.io/dns-capture)";
 
-/// What `status` says of a pod with guests (a VM, nested containers) whose calls are not the proxy's.
+/// What `status` says about a pod with guests (a VM, nested containers) whose calls bypass the proxy.
 const FORWARDS: &str = "connections of guests were forwarded past the proxy (counter forwarded): name \
 the interface they are behind in the annotation istio.io/reroute-virtual-interfaces";
 
 /// How to run on this node.
 #[derive(Clone, Debug)]
 pub struct Settings {
-    /// What decides who is in the mesh.
+    /// Decides which pods are in the mesh.
     pub membership: membership::Config,
-    /// What decides which traffic of theirs is redirected.
+    /// Decides which of their traffic is redirected.
     pub traffic: traffic::Settings,
-    /// What finds the pods' network namespaces.
+    /// Finds the pods' network namespaces.
     pub finder: Arc<Finder>,
-    /// For how long a pod that leaves the mesh may finish its redirected connections.
+    /// How long a pod that leaves the mesh may finish its redirected connections.
     pub drain: Duration,
-    /// How often the kernel is compared with what should be there.
+    /// How often the kernel's state is compared with the desired state.
     pub verify_interval: Duration,
-    /// Whether pods that istio-cni redirects are captured all the same, and not left alone.
+    /// Whether pods that istio-cni redirects are captured, too, instead of being left alone.
     pub beside_istio_cni: bool,
 }
 
-/// A pod, and what is decided for it.
+/// A pod, and the decision about it.
 #[derive(Clone, Debug, PartialEq, Eq)]
 struct Target {
-    /// Its addresses are those of the sandbox, where that is known.
+    /// The pod. Its addresses are those of its sandbox, if that is known.
     pod: Pod,
-    /// What CNI has told of its sandbox.
+    /// What CNI reported about its sandbox.
     sandbox: Option<Arc<Sandbox>>,
     decision: Decision,
-    /// The pod is a static one, and its object was deleted: it may run on, or be gone, too.
+    /// The pod is static and its mirror was deleted. It may still run, or be gone, too.
     mirror_is_gone: bool,
 }
 
 /// `None` when the pod is gone.
 type Wanted = Option<Target>;
 
-/// What decides for each pod.
+/// Everything that decisions depend on.
 #[derive(Clone)]
 struct Judge {
     membership: membership::Config,
@@ -120,7 +119,7 @@ struct Shared<S> {
     metrics: Metrics,
     views: Arc<Views>,
     journal: Journal,
-    /// The tasks are to stop where they are.
+    /// Tells the tasks to stop where they are.
     stop: CancellationToken,
 }
 
@@ -141,7 +140,7 @@ impl<S> Shared<S> {
 #[derive(Default)]
 struct Views {
     views: Mutex<BTreeMap<PodKey, View>>,
-    /// Counts up with every change.
+    /// Increases with every change.
     changed: watch::Sender<u64>,
 }
 
@@ -150,7 +149,7 @@ impl Views {
         self.views.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    /// Shows it, unless it is of a pod that `is_gone` by now.
+    /// Publishes a view, unless its pod `is_gone` by now.
     fn show(&self, view: View, is_gone: impl FnOnce() -> bool) {
         let mut views = self.lock();
         if is_gone() {
@@ -162,24 +161,24 @@ impl Views {
     }
 }
 
-/// What `status` shows of a pod, as its task last knew it.
+/// What `status` shows about a pod, as its task last saw it.
 #[derive(Clone, Debug)]
 struct View {
     pod: Pod,
     decision: Decision,
     standing: Standing,
-    /// Whether istio-cni redirects it, and so nothing is done to it.
+    /// Whether it is left alone because istio-cni redirects it.
     left_alone: bool,
     netns: Option<Arc<PodNetns>>,
-    /// The pod id whose row of the map `pods` says why it bypasses.
+    /// The pod id whose row in the map `pods` says why it bypasses.
     noted: Option<u32>,
     traffic: Traffic,
     problem: Option<String>,
-    /// Whether that is a failure.
+    /// Whether the problem is a failure.
     failing: bool,
-    /// Whether it is about the pod's traffic or what is published of it, and not just to be known.
+    /// Whether the problem affects the pod's traffic or its annotation, and is not just information.
     degraded: bool,
-    /// Whether it was tried to bring the pod to where it should be, since the agent started.
+    /// Whether the agent has tried to bring the pod to its desired state since it started.
     tried: bool,
 }
 
@@ -203,33 +202,33 @@ pub struct Reconciler<S> {
     shared: Arc<Shared<S>>,
     judge: Judge,
     inventory: watch::Receiver<Arc<Inventory>>,
-    /// Counts up whenever a proxy has opened listeners: they have to be adopted.
+    /// Increases whenever a proxy has opened listeners, which have to be adopted.
     proxies: watch::Sender<u64>,
     tasks: BTreeMap<PodKey, Running>,
-    /// The tasks of pods that are gone: another pod of that name has to wait for them.
+    /// The tasks of pods that are gone. Another pod of the same name has to wait for them.
     leaving: BTreeMap<PodKey, JoinHandle<()>>,
-    /// Rows of the map `pods` that no pod was known for when it was last swept.
+    /// Rows of the map `pods` without a known pod at the last sweep.
     unknown: BTreeSet<u32>,
     tracker: TaskTracker,
 }
 
 /// A pod's task.
 struct Running {
-    /// What kubelet knows the pod by.
+    /// The uid by which kubelet knows the pod.
     uid: String,
-    /// Whether the pod is a static one.
+    /// Whether the pod is static.
     mirror: bool,
     wanted: watch::Sender<Wanted>,
     handle: JoinHandle<()>,
 }
 
-/// What `status` asks.
+/// Answers what `status` asks.
 pub struct Observer<S> {
     shared: Arc<Shared<S>>,
 }
 
 impl<S: Source> Reconciler<S> {
-    /// Prepares to run; nothing happens yet.
+    /// Prepares to run. Nothing happens yet.
     pub fn new(
         settings: Settings,
         source: S,
@@ -260,7 +259,7 @@ impl<S: Source> Reconciler<S> {
         Observer { shared: Arc::clone(&self.shared) }
     }
 
-    /// For the CNI plugin, which waits for no longer than `timeout`.
+    /// For the CNI plugin, which waits at most `timeout`.
     pub fn admission(&self, timeout: Duration) -> Admission {
         Admission::new(
             self.judge.clone(),
@@ -271,8 +270,8 @@ impl<S: Source> Reconciler<S> {
         )
     }
 
-    /// Makes every pod that is in the mesh, or on its way out, known to the ZDS server. That may serve
-    /// proxies only afterwards: a proxy stops whatever its snapshot does not name.
+    /// Introduces every pod that is in the mesh, or on its way out, to the ZDS server. The server must not
+    /// serve proxies before that: a proxy stops whatever its snapshot does not name.
     pub async fn introduce(&mut self) {
         self.remove_orphans().await;
         let introduced = self.update().into_iter().map(async |(mut task, wanted)| {
@@ -284,7 +283,7 @@ impl<S: Source> Reconciler<S> {
         }
     }
 
-    /// Reconciles until `shutdown`. Everything in the kernel stays as it is then.
+    /// Reconciles until `shutdown`. After that, everything in the kernel stays as it is.
     pub async fn run(mut self, shutdown: CancellationToken) {
         let mut overrides = self.judge.overrides.subscribe();
         let mut sandboxes = self.shared.settings.finder.records().subscribe();
@@ -317,7 +316,7 @@ impl<S: Source> Reconciler<S> {
         self.tracker.wait().await;
     }
 
-    /// Tells every task what is wanted now; returns the tasks of pods that are new.
+    /// Tells every task its pod's desired state, and returns the tasks of new pods.
     fn update(&mut self) -> Vec<(PodTask<S>, watch::Sender<Wanted>)> {
         let inventory = Arc::clone(&self.inventory.borrow_and_update());
         let sandboxes = self.shared.settings.finder.records().current();
@@ -371,7 +370,7 @@ impl<S: Source> Reconciler<S> {
         let former = self.leaving.remove(&key);
         let handle = self.tracker.spawn(async move {
             if let Some(former) = former {
-                // However it ended, it has ended.
+                // It does not matter how it ended.
                 let _ended = former.await;
             }
             task.run().await;
@@ -379,7 +378,7 @@ impl<S: Source> Reconciler<S> {
         self.tasks.insert(key, Running { uid, mirror, wanted, handle });
     }
 
-    /// Sweeps what is left of namespaces that are dead, and rows of pods that are not known.
+    /// Sweeps what is left of dead namespaces, and rows of unknown pods.
     async fn sweep(&mut self) {
         let recorded = self.shared.settings.finder.records().current();
         let dataplane = Arc::clone(&self.shared.dataplane);
@@ -387,7 +386,7 @@ impl<S: Source> Reconciler<S> {
         let held: Vec<Arc<PodNetns>> =
             self.shared.views().values().filter_map(|view| view.netns.clone()).collect();
         let noted: Vec<u32> = self.shared.views().values().filter_map(|view| view.noted).collect();
-        // As it was after the records: none of them is ahead of its pod.
+        // Taken after the records, so that no record is ahead of its pod.
         let uids = self.uids();
         let unknown = std::mem::take(&mut self.unknown);
         let swept = spawn_blocking(move || {
@@ -405,8 +404,8 @@ impl<S: Source> Reconciler<S> {
         }
     }
 
-    /// The uids that kubelet knows the pods by; `None` while a pod that the source knows no more is on
-    /// its way out.
+    /// The uids by which kubelet knows the pods; `None` while a pod that the source no longer has is on its
+    /// way out.
     fn uids(&self) -> Option<BTreeSet<String>> {
         let uids = || {
             let inventory = self.inventory.borrow();
@@ -416,11 +415,11 @@ impl<S: Source> Reconciler<S> {
         self.leaving.is_empty().then(uids)
     }
 
-    /// Restores pods that were set up by a former agent and are no longer known, where their
-    /// namespace can be found.
+    /// Restores pods that an earlier agent set up and that are no longer known, if their namespace can be
+    /// found.
     async fn remove_orphans(&self) {
         if self.shared.source.gone_is_deleted() {
-            // Should anything still run in them, it is to be refused.
+            // Whatever still runs in them must be refused.
             return;
         }
         let inventory = Arc::clone(&self.inventory.borrow());
@@ -439,7 +438,7 @@ impl<S: Source> Reconciler<S> {
                 }
                 let path = netns.path().to_owned();
                 warn!("restoring {}: no pod that is known has it", path.display());
-                // One that fails keeps no other from it.
+                // One that fails does not keep others from being restored.
                 if let Err(e) = restore(&dataplane, netns) {
                     warn!("cannot restore {}: {e:#}", path.display());
                 }
@@ -453,18 +452,18 @@ impl<S: Source> Reconciler<S> {
 }
 
 impl<S: Source> Observer<S> {
-    /// Where pods come from.
+    /// The source of pods, as text.
     pub fn source(&self) -> String {
         self.shared.source.describe()
     }
 
-    /// What cannot be used in the source.
+    /// The source's latest inventory, with its problems.
     pub fn inventory(&self) -> Arc<Inventory> {
         Arc::clone(&self.shared.source.inventory().borrow())
     }
 
-    /// `None` when every pod was tried to bring to where it should be since the agent started; else
-    /// what is awaited.
+    /// `None` once the agent, since it started, has tried to bring every pod to its desired state. Otherwise,
+    /// what it is waiting for.
     pub fn unreconciled(&self) -> Option<String> {
         let views = self.shared.views();
         let waiting: Vec<&PodKey> =
@@ -501,7 +500,7 @@ impl<S: Source> Observer<S> {
         self.shared.zds.status()
     }
 
-    /// The pods that are asked for, each with what the kernel has for it at this moment.
+    /// The requested pods, each with what the kernel has for it at this moment.
     ///
     /// # Errors
     ///
@@ -596,9 +595,9 @@ impl<S: Source> Observer<S> {
     }
 }
 
-/// The pods, each with what CNI has told of its sandbox. That is ahead of the pod's status, which has
-/// no address yet, or still those of a former sandbox; and an address that CNI has given to one pod
-/// is no other's any more.
+/// The pods, each with what CNI reported about its sandbox. That is ahead of the pod's status, which has no
+/// address yet, or still those of an earlier sandbox. An address that CNI has given to one pod no longer
+/// belongs to any other.
 fn in_sandboxes<'a>(
     pods: impl Iterator<Item = &'a Pod>,
     sandboxes: &Sandboxes,
@@ -624,7 +623,7 @@ fn names(parts: &[Part]) -> Vec<String> {
     parts.iter().map(Part::to_string).collect()
 }
 
-/// Puts a namespace back as it was before a pod in it was set up.
+/// Restores a namespace to what it was before its pod was set up.
 fn restore(dataplane: &Dataplane, netns: Netns) -> Result<()> {
     let pod = PodNetns::existing(netns)?;
     dataplane.release(&pod)?;

@@ -1,4 +1,4 @@
-//! How a pod stands: read from the kernel, the ZDS server and the source, and from nowhere else.
+//! Observes a pod: only the kernel, the ZDS server and the source are read, never memory.
 
 use std::sync::Arc;
 
@@ -23,7 +23,7 @@ const ISTIO_CNIS_OUTSIDE: &str = "istio-cni's rules are still in this pod, which
 remove them with `redirect-agent takeover`";
 
 impl<S: Source> PodTask<S> {
-    /// Reads how the pod stands. `false`: nothing can be done for it at the moment.
+    /// Observes the pod. `false`: nothing can be done for it at the moment.
     pub(super) async fn observe(&mut self) -> Result<bool> {
         if self.netns.is_some() && !self.netns_stands().await {
             self.lose_netns().await;
@@ -35,17 +35,17 @@ impl<S: Source> PodTask<S> {
             mentioned: !source.is_published(&self.pod, None),
             ..Standing::default()
         };
-        // It is about to be true of a pod whose start waits for us.
+        // The annotation is about to be true for a pod whose start waits for us.
         let starts = self.shared.settings.finder.records().is_held(&uid);
         self.left_alone = false;
         let bypass = self.wish() == Wish::Bypass;
         let mut ours = false;
         if bypass {
             (standing.noted, ours) = self.look_for_row().await?;
-            // istio-cni may have left its own where it says so.
+            // If the pod has the annotation, istio-cni may have left its rules.
             let marked = self.pod.annotations.contains_key(ANNOTATION_REDIRECTION);
             if !ours && !standing.published && !marked {
-                // Nothing of ours keeps the namespace of a pod that bypasses alive.
+                // The agent must not keep the namespace of a bypassing pod alive.
                 self.close_netns();
                 self.standing = standing;
                 return Ok(true);
@@ -62,7 +62,7 @@ impl<S: Source> PodTask<S> {
                     self.retract().await?;
                 }
                 if !bypass && self.pod.ips.is_empty() {
-                    // It is starting; the source tells when it has one.
+                    // It is starting. The source reports when it has one.
                     self.problem = Some(format!("pod {} has no address yet", self.key));
                     return Ok(false);
                 }
@@ -71,7 +71,7 @@ impl<S: Source> PodTask<S> {
         };
         self.lost = false;
         if !bypass {
-            // Before anything is looked at: what changes from now on is heard.
+            // Before the first look, so that no change in between is missed.
             self.watch_network(&netns);
         }
         let (present, observed) = self.observe_netns(&netns).await?;
@@ -103,7 +103,7 @@ impl<S: Source> PodTask<S> {
         Ok(true)
     }
 
-    /// Whether the map `pods` says why the pod bypasses, and whether its namespace is one that ours is in.
+    /// Whether the map `pods` says why the pod bypasses, and whether anything of ours is in its namespace.
     async fn look_for_row(&self) -> Result<(bool, bool)> {
         let (own, noted, reason) = (self.has_own_netns(), self.noted, self.decision_code());
         let (finder, pod) = (Arc::clone(&self.shared.settings.finder), self.pod.clone());
@@ -112,7 +112,7 @@ impl<S: Source> PodTask<S> {
             let is_ours = |inode| dataplane.is_linked(inode);
             let pod_id = if own { finder.inode(&pod, is_ours)? } else { None };
             let Some(pod_id) = pod_id else {
-                // One that has a namespace of its own may be found later.
+                // A namespace of the pod's own may be found later.
                 return Ok((!own && noted.is_none(), false));
             };
             let says = noted == Some(pod_id) && dataplane.has_bypass(pod_id, &pod.ips, reason)?;
@@ -121,7 +121,7 @@ impl<S: Source> PodTask<S> {
         .await
     }
 
-    /// Whether something of ours is in the namespace, and what.
+    /// Whether anything of ours is in the namespace, and what.
     async fn observe_netns(&self, netns: &Arc<PodNetns>) -> Result<(bool, Observation)> {
         let (reason, traffic) = (self.decision_code(), self.traffic());
         self.on_netns(Arc::clone(netns), move |d, pod| {
@@ -134,7 +134,7 @@ impl<S: Source> PodTask<S> {
         .await
     }
 
-    /// Whether connections of a pod that leaves are redirected still, and have time left.
+    /// Whether a leaving pod still has redirected connections that have time left.
     async fn has_redirected(&self, netns: &Arc<PodNetns>) -> Result<bool> {
         if self.wish() != Wish::Bypass || self.leaves_by.is_some_and(|by| by <= Instant::now()) {
             return Ok(false);
@@ -142,8 +142,8 @@ impl<S: Source> PodTask<S> {
         Ok(self.on_netns(Arc::clone(netns), |d, pod| d.redirected(pod)).await? > 0)
     }
 
-    /// Leaves a pod alone that istio-cni redirects and nothing of ours is in, unless both are to be in it:
-    /// the proxy goes on serving it, and what is published of it is true.
+    /// Leaves a pod alone that istio-cni redirects and that has nothing of ours, unless both are wanted: the
+    /// proxy continues to serve it, and its annotation is true.
     async fn meet_istio_cni(&mut self, netns: &Arc<PodNetns>) -> Result<bool> {
         let why = match self.wish() {
             Wish::Enrolled if self.shared.settings.beside_istio_cni => return Ok(true),
@@ -151,7 +151,7 @@ impl<S: Source> PodTask<S> {
             Wish::Bypass => ISTIO_CNIS_OUTSIDE,
         };
         self.left_alone = true;
-        // Tells at once when it lets go.
+        // Reports at once when istio-cni's rules disappear.
         self.watch_network(netns);
         self.offer().await?;
         Err(anyhow!(why))
@@ -167,7 +167,7 @@ impl<S: Source> PodTask<S> {
         self.deaf = deaf;
     }
 
-    /// Tells that something was changed behind the agent's back.
+    /// Reports that something was changed behind the agent's back.
     fn tell_drift(&mut self, missing: &[Part]) {
         self.settled = false;
         for part in missing {
@@ -182,7 +182,7 @@ impl<S: Source> PodTask<S> {
         self.shared.record(&self.pod, event);
     }
 
-    /// The pod's namespace, with the addresses that it has now.
+    /// The pod's namespace, with its current addresses.
     async fn current_netns(&mut self) -> Result<Arc<PodNetns>> {
         if let Some(netns) = self.netns.clone() {
             let known = self.pod.ips.clone();
@@ -218,7 +218,7 @@ impl<S: Source> PodTask<S> {
         blocking(find).await.with_context(|| format!("enter pod {}", self.key))
     }
 
-    /// Whether the namespace that was found is still where it should be.
+    /// Whether the namespace that was found is still the pod's.
     pub(super) async fn netns_stands(&self) -> bool {
         let (finder, pod) = (Arc::clone(&self.shared.settings.finder), self.pod.clone());
         let dataplane = Arc::clone(&self.shared.dataplane);
@@ -230,14 +230,14 @@ impl<S: Source> PodTask<S> {
             })
         });
         stands.await.unwrap_or_else(|e| {
-            // The proxy would stop what may be alive.
+            // Otherwise the proxy would stop a pod that may be alive.
             warn!(pod = %self.key, "cannot tell whether its network namespace is gone: {e:#}");
             true
         })
     }
 
-    /// The namespace is gone or another: the proxy must let go of it. What the kernel still has
-    /// for the old one keeps refusing, should anything run in it, and is swept when it is dead.
+    /// The namespace is gone or replaced, so the proxy must drop it. What the kernel still has for the old
+    /// one keeps refusing, in case anything still runs in it, and is swept when it is dead.
     pub(super) async fn lose_netns(&mut self) {
         if self.standing.offered || self.standing.present {
             if self.pod.deleting || self.wish() == Wish::Bypass {
@@ -249,14 +249,14 @@ impl<S: Source> PodTask<S> {
         self.let_go().await;
     }
 
-    /// The proxy lets go of it, and what the kernel has for it stays.
+    /// The proxy drops the pod. What the kernel has for it stays.
     pub(super) async fn let_go(&mut self) {
         self.close_netns();
         self.shared.zds.delete(self.pod.kubelet_uid()).await;
         (self.beside, self.settled, self.lost) = (false, false, true);
     }
 
-    /// Hears of changes in the namespace from now on; without it they are found by the timer.
+    /// Starts to watch the namespace. Without the watch, changes are found by the timer.
     pub(super) fn watch_network(&mut self, netns: &PodNetns) {
         if self.network.is_some() {
             return;

@@ -1,6 +1,6 @@
-//! What to do next for a pod: a pure comparison of what is wished with what is known to be true.
+//! What to do next for a pod: a pure comparison of the desired state with the observed one.
 
-/// What is wanted for a pod.
+/// The desired state of a pod.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(super) enum Wish {
     /// In the mesh.
@@ -9,28 +9,29 @@ pub(super) enum Wish {
     Bypass,
 }
 
-/// What is true of a pod. All false: nothing was ever done to it.
+/// The observed state of a pod. All false: nothing was ever done to it.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub(super) struct Standing {
     /// Something of ours may be in its namespace.
     pub(super) present: bool,
-    /// Everything is in place there, but for what redirects.
+    /// Everything is in place there, except what redirects.
     pub(super) prepared: bool,
-    /// The proxy may know it.
+    /// The proxy may know the pod.
     pub(super) offered: bool,
     /// The proxy listens in it.
     pub(super) served: bool,
     /// Some of its new connections may be redirected.
     pub(super) captured: bool,
-    /// They are, exactly as its settings say.
+    /// New connections are redirected exactly as its settings say.
     pub(super) shaped: bool,
-    /// Connections of it may be redirected.
+    /// Some of its connections may be redirected.
     pub(super) redirected: bool,
-    /// Its peers are told to speak HBONE to it.
+    /// The annotation tells its peers to use HBONE.
     pub(super) published: bool,
-    /// Something may be published of it.
+    /// It may have an annotation.
     pub(super) mentioned: bool,
-    /// Its peers are told to speak HBONE to it although nothing redirects it: its sandbox was made anew.
+    /// The annotation tells its peers to use HBONE although nothing redirects the pod, because its sandbox
+    /// was recreated.
     pub(super) stale: bool,
     /// The map `pods` says why it bypasses.
     pub(super) noted: bool,
@@ -41,11 +42,11 @@ pub(super) struct Standing {
 pub(super) enum Step {
     /// Set everything up, without redirecting.
     Prepare,
-    /// Hand it to the proxy, and wait until that listens.
+    /// Hand the pod to the proxy, and wait until the proxy listens.
     Serve,
     /// Redirect new connections as the settings say.
     Capture,
-    /// Tell its peers to speak HBONE to it.
+    /// Tell its peers to use HBONE.
     Publish,
     /// Tell its peers not to.
     Retract,
@@ -62,7 +63,7 @@ pub(super) enum Step {
 }
 
 impl Step {
-    /// What it makes true when it succeeds.
+    /// Applies to `s` what this step changes when it succeeds.
     fn done(self, s: &mut Standing) {
         match self {
             Step::Prepare => (s.present, s.prepared, s.noted) = (true, true, false),
@@ -79,11 +80,11 @@ impl Step {
     }
 }
 
-/// What to do, in the order that misdirects no connection; nothing when all is as wished.
+/// What to do, in an order that misdirects no connection; empty when the pod is in its desired state.
 ///
-/// Into the mesh: nothing is redirected before the proxy listens, and peers use HBONE only when
-/// that is answered. Out of it: the reverse, and the proxy, which cuts a pod's connections when it
-/// loses it, loses it only when they have ended or have had their time.
+/// Into the mesh: nothing is redirected before the proxy listens, and peers use HBONE only once it is
+/// answered. Out of the mesh, the reverse. The proxy closes a pod's connections when it loses the pod, so it
+/// loses the pod only after they have ended or their time is up.
 pub(super) fn steps(wish: Wish, standing: &Standing) -> Vec<Step> {
     let mut standing = *standing;
     std::iter::from_fn(|| {
@@ -116,7 +117,7 @@ fn next(wish: Wish, s: &Standing) -> Option<Step> {
 mod tests {
     use super::{Step::*, *};
 
-    /// The steps, and how the pod stands after them.
+    /// The steps, and the pod's state after them.
     fn walk(wish: Wish, mut s: Standing) -> (Vec<Step>, Standing) {
         let steps: Vec<Step> =
             std::iter::from_fn(|| next(wish, &s).inspect(|step| step.done(&mut s)))
@@ -161,7 +162,7 @@ mod tests {
         let changed = Standing { prepared: false, shaped: false, ..inside };
         let (into, end) = walk(Wish::Enrolled, changed);
         assert_eq!((into, end), (vec![Prepare, Capture], inside));
-        // Half-way, all of it has to go all the same.
+        // Wherever the pod stands, everything has to be removed.
         let (out, _) = walk(Wish::Bypass, changed);
         assert_eq!(out, [Retract, Release, Drain, Withdraw, Remove, Note]);
     }

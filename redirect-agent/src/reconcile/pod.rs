@@ -22,79 +22,79 @@ use crate::{
     traffic::Traffic,
 };
 
-/// How often a pod's network namespace is looked for where it should be, at least.
+/// How often, at least, the agent checks that the network namespace is still the pod's.
 const LOOK: Duration = Duration::from_secs(5);
-/// The first pause before a step that failed is tried again; it doubles each time, up to the
-/// longest.
+/// The first pause before a failed step is retried. It doubles each time, up to the longest.
 const RETRY_FIRST: Duration = Duration::from_millis(250);
 const RETRY_LONGEST: Duration = Duration::from_secs(30);
-/// After how many failures in a row an Event says so: much of what is missing while a pod starts is
-/// there a moment later.
+/// The number of failures in a row after which an Event is written: much of what is missing while a pod
+/// starts appears a moment later.
 const FAILURES_TO_TELL: u32 = 3;
-/// What is said of a pod in the mesh that istio-cni redirects, too.
+/// The message for a pod in the mesh that istio-cni redirects, too.
 const ISTIO_CNI_BESIDE: &str =
     "istio-cni's rules are in this pod, too: remove them with `redirect-agent takeover`";
-/// What is said of a static pod while it has no mirror.
+/// The message for a static pod while it has no mirror.
 const MIRROR_GONE: &str = "its mirror pod was deleted; it stays as it is while it runs";
-/// One pod, from the moment it is known until it is gone: what is wanted for it, and what cannot be read
-/// back of what was done.
+/// One pod, from the moment it is known until it is gone: its desired state, and those facts that cannot be
+/// read back.
 pub(super) struct PodTask<S> {
     pub(super) shared: Arc<Shared<S>>,
     pub(super) key: PodKey,
     wanted: watch::Receiver<Wanted>,
     proxies: watch::Receiver<u64>,
     pub(super) pod: Pod,
-    /// What CNI has told of its sandbox.
+    /// What CNI reported about its sandbox.
     sandbox: Option<Arc<Sandbox>>,
-    /// What its annotations last asked for, as far as they could be read.
+    /// What its annotations last asked for, as far as they could be parsed.
     traffic: Option<Traffic>,
     /// What is wrong with its annotations.
     misread: Vec<String>,
-    /// It is gone, and is to leave the mesh whatever was decided for it.
+    /// The pod is gone, and leaves the mesh whatever was decided for it.
     gone: bool,
-    /// How it stands, as last observed.
+    /// The last observed state.
     pub(super) standing: Standing,
     pub(super) netns: Option<Arc<PodNetns>>,
-    /// Whether the namespace that it had is gone, and no other one found since.
+    /// Whether its namespace is gone and no other has been found since.
     pub(super) lost: bool,
-    /// Hears of changes in the namespace while the pod is in the mesh, or should be.
+    /// Watches the namespace while the pod is in the mesh, or should be.
     pub(super) network: Option<Watch>,
-    /// Whether all was as wished, and the wish is the same since: what differs was changed by others.
+    /// Whether the pod was in its desired state, which has not changed since. Whatever differs now was
+    /// changed by others.
     pub(super) settled: bool,
-    /// Whether istio-cni redirects it, and so nothing is done to it.
+    /// Whether it is left alone because istio-cni redirects it.
     pub(super) left_alone: bool,
-    /// Whether istio-cni's rules are in the pod beside ours.
+    /// Whether the pod has istio-cni's rules as well as ours.
     pub(super) beside: bool,
-    /// The pod id whose row of the map `pods` says why the pod bypasses.
+    /// The pod id whose row in the map `pods` says why the pod bypasses.
     pub(super) noted: Option<u32>,
-    /// Which of its ports the proxy does not listen on, in words.
+    /// The proxy's ports on which it does not listen in the pod, as text.
     pub(super) deaf: Option<String>,
     pub(super) problem: Option<String>,
-    /// Whether that is a failure, and not just something that is awaited.
+    /// Whether the problem is a failure, rather than something that the agent waits for.
     failing: bool,
-    /// How often steps have failed since one last succeeded.
+    /// How many steps have failed since the last one that succeeded.
     failures: u32,
-    /// The problem that an Event was last recorded of.
+    /// The problem that was last written as an Event.
     told: Option<String>,
-    /// Since when the pod should be in the mesh and is not.
+    /// Since when the pod should have been in the mesh.
     pub(super) enrolling: Option<Instant>,
-    /// Until when connections of a pod that leaves the mesh may be redirected.
+    /// Until when a leaving pod may have redirected connections.
     pub(super) leaves_by: Option<Instant>,
-    /// Whether it was tried to bring the pod to where it should be.
+    /// Whether the agent has tried to bring the pod to its desired state.
     tried: bool,
 }
 
 /// What ends a pause.
 enum Woken {
-    /// The wish changed.
+    /// The desired state changed.
     Wanted,
-    /// Whoever sends the wishes is gone: the agent stops, and leaves everything as it is.
+    /// The sender is gone: the agent is stopping, and leaves everything as it is.
     Stopped,
     /// A proxy opened listeners.
     Proxy,
     /// Something has changed in the pod's network namespace.
     Network,
-    /// The time is over.
+    /// The time is up.
     Time,
 }
 
@@ -142,8 +142,8 @@ impl<S: Source> PodTask<S> {
         &self.pod
     }
 
-    /// Makes the pod known to the ZDS server, which must know every pod that is in the mesh, or on its way
-    /// out, before it serves the first proxy: that would cut the connections of one it does not know.
+    /// Introduces the pod to the ZDS server, which must know every pod that is in the mesh, or on its way
+    /// out, before it serves the first proxy: the proxy would close the connections of any other pod.
     pub(super) async fn introduce(&mut self) {
         if let Err(e) = self.try_introduce().await {
             self.failing = true;
@@ -160,14 +160,14 @@ impl<S: Source> PodTask<S> {
             if self.netns.is_some() {
                 self.offer().await?;
             } else {
-                // The proxy may serve it all the same; it must not stop because of us.
+                // The proxy may still serve it, and must not stop because of us.
                 self.shared.zds.keep(workload(&self.pod))?;
             }
         }
         observed.map(drop)
     }
 
-    /// Runs until the pod is gone and nothing of it is left, or the agent stops.
+    /// Runs until the pod is gone and everything is cleaned up, or until the agent stops.
     pub(super) async fn run(mut self) {
         let mut retry = RETRY_FIRST;
         let verify_interval = self.shared.settings.verify_interval;
@@ -175,7 +175,7 @@ impl<S: Source> PodTask<S> {
             self.wanted.mark_unchanged();
             let told = self.settle_wish();
             if told && (self.netns.is_none() || !self.netns_stands().await) {
-                // What CNI has told is of another sandbox.
+                // CNI has reported another sandbox.
                 self.lose_netns().await;
             }
             if self.wanted.borrow().is_none() || self.is_gone_with_its_mirror().await {
@@ -212,7 +212,7 @@ impl<S: Source> PodTask<S> {
             loop {
                 match self.wait(Instant::now() + pause).await {
                     Woken::Wanted => {
-                        // Much may be possible now, and whoever waits for it does not wait for long.
+                        // More may be possible now, and whoever waits for it should not wait long.
                         retry = RETRY_FIRST;
                         self.settled = false;
                         break;
@@ -227,8 +227,8 @@ impl<S: Source> PodTask<S> {
         }
     }
 
-    /// Observes how the pod stands, takes the steps that lead to what is wished, and observes again, until
-    /// all is as wished (`true`), or what is missing is not ours to do (`false`).
+    /// Observes the pod, takes the steps that lead to the desired state, and observes again, until the pod is
+    /// there (`true`), or until it has to wait for somebody else (`false`).
     async fn round(&mut self) -> Result<bool> {
         let mut before = Vec::new();
         loop {
@@ -236,7 +236,7 @@ impl<S: Source> PodTask<S> {
                 return Ok(false);
             }
             if !self.gone && self.wanted.borrow().is_none() {
-                // How it leaves is not decided here.
+                // How a pod that is gone leaves is not decided here.
                 return Ok(false);
             }
             if self.wish() == Wish::Enrolled {
@@ -244,10 +244,11 @@ impl<S: Source> PodTask<S> {
             }
             let mut steps = steps(self.wish(), &self.standing);
             if self.gone {
-                // There is nothing to say of it any more.
+                // A pod that is gone needs no row.
                 steps.retain(|step| *step != Step::Note);
             }
-            // What is not to be seen at once: a pod that has no namespace yet, or no object any more.
+            // Steps whose result cannot be observed at once: the pod has no namespace yet, or its object is
+            // gone.
             let unseen = |step: &Step| matches!(step, Step::Note | Step::Publish | Step::Retract);
             if steps.is_empty() || before == steps && steps.iter().all(unseen) {
                 return Ok(true);
@@ -274,9 +275,9 @@ impl<S: Source> PodTask<S> {
         }
     }
 
-    /// Whether there is another wish, or the agent stops.
+    /// Whether the desired state has changed, or the agent is stopping.
     pub(super) fn is_interrupted(&self) -> bool {
-        // Nothing more is told of a pod that is gone.
+        // A pod that is gone gets no more updates.
         let told = !self.gone && self.wanted.has_changed().unwrap_or(true);
         told || self.shared.stop.is_cancelled()
     }
@@ -284,7 +285,7 @@ impl<S: Source> PodTask<S> {
     fn fail(&mut self, error: &anyhow::Error) {
         let problem = format!("{error:#}");
         self.shared.metrics.failed();
-        // What is missing of a pod on its way out is missing for good.
+        // What a terminating pod lacks will not come back.
         if self.problem.as_ref() != Some(&problem) && !self.pod.deleting {
             warn!(pod = %self.key, "{problem}");
         }
@@ -297,25 +298,25 @@ impl<S: Source> PodTask<S> {
         (self.problem, self.failing) = (Some(problem), true);
     }
 
-    /// A look that costs little, and that every pod has often.
+    /// A cheap check, made often for every pod.
     async fn is_where_it_was(&self) -> bool {
         if self.netns.is_some() {
             self.netns_stands().await
         } else {
-            // Its namespace may be found by now.
+            // Its namespace may have appeared.
             self.standing.noted && (self.noted.is_some() || !self.has_own_netns())
         }
     }
 
-    /// The pod is gone from the source. If its namespace is still there, and it was not deleted, it
-    /// leaves the mesh in order; then nothing of it is kept.
+    /// The pod is gone from the source. If its namespace still exists and the pod was not deleted, it leaves
+    /// the mesh in order. After that, nothing about it is kept.
     async fn bury(&mut self) {
         self.gone = true;
         let stands = self.netns_stands().await;
         let captured = self.observe().await.is_err() || self.standing.captured;
         if stands && self.shared.source.gone_is_deleted() && captured {
-            // Its containers have ended, unless it was deleted by force: then what still runs must
-            // not go on in plaintext.
+            // Its containers have ended, unless it was deleted by force. What still runs then must not
+            // continue in plaintext.
             info!(pod = %self.key, "deleted; what still runs of it is refused");
             self.let_go().await;
         } else {
@@ -340,7 +341,7 @@ impl<S: Source> PodTask<S> {
     async fn wait(&mut self, until: Instant) -> Woken {
         tokio::select! {
             () = self.shared.stop.cancelled() => Woken::Stopped,
-            // Of a pod that is gone, nothing is told any more.
+            // A pod that is gone gets no more updates.
             Ok(()) = self.wanted.changed() => Woken::Wanted,
             Ok(()) = self.proxies.changed() => Woken::Proxy,
             () = changed(self.network.as_mut()) => Woken::Network,
@@ -352,8 +353,8 @@ impl<S: Source> PodTask<S> {
         self.wanted.borrow().as_ref().is_some_and(|target| target.mirror_is_gone)
     }
 
-    /// A static pod in the mesh whose mirror was deleted stays as long as it runs: kubelet makes a new
-    /// mirror of it.
+    /// A static pod in the mesh whose mirror was deleted stays as long as it runs: kubelet creates a new
+    /// mirror.
     async fn is_gone_with_its_mirror(&self) -> bool {
         self.mirror_is_gone() && !(self.standing.captured && self.netns_stands().await)
     }
@@ -363,7 +364,7 @@ impl<S: Source> PodTask<S> {
         if enrolled && !self.gone { Wish::Enrolled } else { Wish::Bypass }
     }
 
-    /// Why the pod is where it should be, in words.
+    /// The reason for the pod's desired state, as text.
     pub(super) fn why(&self) -> &'static str {
         self.wanted
             .borrow()
@@ -379,14 +380,14 @@ impl<S: Source> PodTask<S> {
         self.wanted.borrow().as_ref().map_or(0, |target| target.decision.reason.code())
     }
 
-    /// Takes over what the source now says of the pod. Whether CNI has told of a sandbox since.
+    /// Applies what the source now says about the pod. Returns whether CNI has reported a new sandbox since.
     fn settle_wish(&mut self) -> bool {
         let wanted = self.wanted.borrow().clone();
         let Some(Target { mut pod, sandbox, decision, .. }) = wanted else { return false };
         let told = sandbox.is_some() && sandbox != self.sandbox;
         self.sandbox = sandbox;
         if pod.is_mirror() && pod.ips.is_empty() {
-            // Kubelet has yet to say so of a new mirror; the sandbox is the same.
+            // kubelet has not reported the addresses of a new mirror yet. The sandbox is the same.
             pod.ips.clone_from(&self.pod.ips);
         }
         if pod.ips != self.pod.ips {
@@ -402,13 +403,13 @@ impl<S: Source> PodTask<S> {
         told
     }
 
-    /// Takes over what the pod's annotations now ask for.
+    /// Applies what the pod's annotations now ask for.
     fn read_traffic(&mut self) {
         let settings = &self.shared.settings.traffic;
         let (traffic, misread) = settings.read(&self.pod.annotations, self.traffic.as_ref());
         if self.traffic.as_ref() != Some(&traffic) {
             if self.traffic().virtual_interfaces != traffic.virtual_interfaces {
-                // Their addresses are not the pod's.
+                // The addresses of virtual interfaces are not the pod's.
                 self.close_netns();
             }
             self.traffic = Some(traffic);
@@ -473,7 +474,7 @@ impl<S: Source> PodTask<S> {
     }
 }
 
-/// Waits for a change in a network namespace, if that is watched.
+/// Waits for a change in a network namespace, if it is watched.
 async fn changed(network: Option<&mut Watch>) {
     match network {
         Some(network) => network.changed().await,

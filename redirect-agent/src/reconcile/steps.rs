@@ -19,11 +19,11 @@ use crate::{
     zds::{AddOutcome, Workload},
 };
 
-/// How often a pod that leaves the mesh is asked whether redirected connections are left.
+/// How often to check whether a leaving pod has redirected connections left.
 const DRAIN_POLL: Duration = Duration::from_millis(100);
 
 impl<S: Source> PodTask<S> {
-    /// Takes one step; `false`: it has to wait for someone else.
+    /// Takes one step. `false`: it has to wait for somebody else.
     pub(super) async fn take(&mut self, step: Step) -> Result<bool> {
         match step {
             Step::Prepare => self.prepare().await?,
@@ -65,13 +65,13 @@ impl<S: Source> PodTask<S> {
             self.problem = Some(NO_PROXY.to_owned());
             return Ok(false);
         }
-        // The programs have to know its listeners before anything is redirected there.
+        // The programs have to know the proxy's listeners before anything is redirected to them.
         let netns = self.open_netns().await?;
         self.on_netns(netns, |d, pod| d.proxy_listens(pod)).await?;
         Ok(true)
     }
 
-    /// Makes the pod known to the proxy; `false`: none is connected.
+    /// Tells the proxy about the pod. `false`: no proxy is connected.
     pub(super) async fn offer(&mut self) -> Result<bool> {
         let netns = self.open_netns().await?;
         let outcome = self.shared.zds.add(workload(&self.pod), netns.netns.fd()).await?;
@@ -101,7 +101,7 @@ impl<S: Source> PodTask<S> {
 
     pub(super) async fn retract(&mut self) -> Result<()> {
         match self.shared.source.publish(&self.pod, None).await {
-            // It is about to be true again.
+            // The annotation is about to be true again.
             Err(e) if self.wish() == Wish::Enrolled => {
                 warn!(pod = %self.key, "{e:#}");
                 Ok(())
@@ -110,7 +110,7 @@ impl<S: Source> PodTask<S> {
         }
     }
 
-    /// Waits until what was half-way there in a switch is marked.
+    /// Waits until connections that a switch caught halfway are marked.
     async fn settle(&self, netns: Arc<PodNetns>) -> Result<()> {
         for (n, delay) in (1..).zip(SETTLE) {
             sleep(delay).await;
@@ -120,7 +120,7 @@ impl<S: Source> PodTask<S> {
         Ok(())
     }
 
-    /// Waits until no connection is redirected any more, or their time is over, or there is another wish.
+    /// Waits until no connection is redirected anymore, their time is up, or the desired state has changed.
     async fn drain(&mut self) -> Result<()> {
         let drain = self.shared.settings.drain;
         let by = *self.leaves_by.get_or_insert_with(|| Instant::now() + drain);
@@ -141,7 +141,7 @@ impl<S: Source> PodTask<S> {
         let netns = self.open_netns().await?;
         self.noted = Some(netns.netns.inode());
         self.on_netns(netns, |d, pod| d.remove(pod)).await?;
-        // Whatever else holds the namespace's descriptor keeps it alive.
+        // Otherwise the descriptor would keep the namespace alive.
         self.close_netns();
         (self.deaf, self.beside) = (None, false);
         info!(pod = %self.key, "un-enrolled");
