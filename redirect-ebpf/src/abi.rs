@@ -8,43 +8,41 @@ use core::net::{IpAddr, Ipv6Addr};
 
 use bytemuck::{Pod, Zeroable};
 
-/// Version of this layout, part of the pins' path: a pinned map is only ever reused by an agent
-/// that was built with the same layout. What is added (a map, a counter, a flag) leaves it as it is,
-/// and so does a new name for a map that is not needed after the upgrade; with another version the
-/// pods' programs would be attached twice.
+/// Version of this layout, part of the pins' path: a pinned map is only reused by an agent that was built
+/// with the same layout. Additions (a map, a counter, a flag) leave it as it is, and so does renaming a map
+/// whose content is not needed after the upgrade. With another version, the pods' programs would be attached
+/// twice.
 pub const ABI_VERSION: u32 = 2;
 
 /// The bits of a mark that belong to the mesh. Source: Istio, `tools/istio-iptables`, `0xfff`.
 pub const MARK_MASK: u32 = 0xfff;
 /// The mark of every socket of the proxy. Source: ztunnel `src/config.rs`, `PACKET_MARK` 1337.
 pub const MARK_PROXY: u32 = 0x539;
-/// The mark of a connection that has to go through the proxy whatever becomes of its pod: one that
-/// the proxy opened to the application, or that was redirected when its pod left the mesh.
-/// Source: Istio's in-pod mark.
+/// The mark of a connection that has to go through the proxy whatever happens to its pod: the proxy opened it
+/// to the application, or it was redirected when its pod left the mesh. Source: Istio's in-pod mark.
 pub const MARK_REDIRECTED: u32 = 0x111;
-/// The mark of what came in on a pod's interface, and of flows that are older than the pod's
-/// enrolment: they keep off the redirection route.
+/// The mark of what came in on a pod's interface, and of connections that are older than the pod's
+/// enrollment: it keeps them off the redirection route.
 pub const MARK_DIRECT: u32 = 0x0d1;
 /// The mark of packets that came in on a virtual interface of a pod and go to the pod's proxy.
 pub const MARK_VIRTUAL: u32 = 0x0d2;
-/// The mark of packets that the guard brings to `lo`, because they would leave past the proxy.
+/// The mark of packets that the guard moves to `lo`, because they would leave past the proxy.
 pub const MARK_RESCUED: u32 = 0x0d3;
-/// The mark of a SYN from outside that is the proxy's to accept. Whoever else accepts it has this mark
-/// or its own, and not [`MARK_DIRECT`].
+/// The mark of a SYN from outside that the proxy has to accept. If anybody else accepts it, that socket has
+/// this mark or its own, but not [`MARK_DIRECT`].
 pub const MARK_INBOUND: u32 = 0x0d4;
-/// The mark of a SYN that the guard brings to `lo` to be refused.
+/// The mark of a SYN that the guard moves to `lo` to be refused.
 pub const MARK_REFUSED: u32 = 0x0d5;
 
-/// For how long after the capture of a pod began the application may still answer a SYN from before
-/// it. The kernel gives up sooner. Source: Linux `net.ipv4.tcp_synack_retries`, whose default of 5
-/// makes 63 s.
+/// How long after the capture of a pod began the application may still answer a SYN from before. The kernel
+/// gives up sooner. Source: Linux `net.ipv4.tcp_synack_retries`, whose default of 5 makes 63 s.
 pub const HALF_OPEN_NS: u64 = 64_000_000_000;
 
-/// The proxy's listener for what the pod sends. Source: ztunnel `src/config.rs`.
+/// The proxy's listener for connections that the pod opens. Source: ztunnel `src/config.rs`.
 pub const PORT_OUTBOUND: u16 = 15001;
-/// The proxy's listener for plaintext that comes to the pod. Source: ztunnel `src/config.rs`.
+/// The proxy's listener for plaintext connections to the pod. Source: ztunnel `src/config.rs`.
 pub const PORT_INBOUND: u16 = 15006;
-/// The proxy's listener for HBONE that comes to the pod. Source: ztunnel `src/config.rs`.
+/// The proxy's listener for HBONE connections to the pod. Source: ztunnel `src/config.rs`.
 pub const PORT_HBONE: u16 = 15008;
 /// The proxy's DNS, UDP and TCP, on 127.0.0.1 and ::1. Source: ztunnel `src/config.rs`.
 pub const PORT_PROXY_DNS: u16 = 15053;
@@ -86,7 +84,7 @@ impl Addr {
         self.halves()[0] >> 54 == 0xfe80 >> 6
     }
 
-    /// The address as user space knows it.
+    /// The address as a standard library type.
     pub fn to_ip(self) -> IpAddr {
         Ipv6Addr::from(self.octets).to_canonical()
     }
@@ -127,8 +125,8 @@ impl From<IpAddr> for Addr {
     }
 }
 
-/// Key of the maps that are kept per pod: the inode number of its network namespace, which is
-/// unique among the namespaces that are alive.
+/// Key of the per-pod maps: the inode number of the pod's network namespace, which is unique among living
+/// namespaces.
 pub type PodId = u32;
 
 /// [`PodEntry::decision`]: the pod is not in the mesh.
@@ -139,13 +137,13 @@ pub const DECISION_ENROLLED: u32 = 1;
 /// [`PodEntry::flags`]: new connections are redirected. Without it an enrolled pod is being
 /// prepared, or is on its way out.
 pub const POD_CAPTURE: u32 = 1;
-/// [`PodEntry::flags`]: what comes to the pod is not redirected, HBONE excepted.
+/// [`PodEntry::flags`]: inbound connections are not redirected, except HBONE.
 pub const POD_BYPASS_INBOUND: u32 = 1 << 1;
-/// [`PodEntry::flags`]: `inbound_ports` and `inbound_ranges` say what of it is redirected.
+/// [`PodEntry::flags`]: `inbound_ports` and `inbound_ranges` say which inbound connections are redirected.
 pub const POD_INBOUND_RULES: u32 = 1 << 2;
-/// [`PodEntry::flags`]: the pod's DNS goes to the proxy's.
+/// [`PodEntry::flags`]: the pod's DNS goes to the proxy's DNS.
 pub const POD_DNS: u32 = 1 << 3;
-/// [`PodEntry::flags`]: `outbound_ports` and `outbound_ranges` say what of its calls is redirected.
+/// [`PodEntry::flags`]: `outbound_ports` and `outbound_ranges` say which of its calls are redirected.
 pub const POD_OUTBOUND_RULES: u32 = 1 << 4;
 
 /// Not in map memory: the programs add it to the flags of a pod with [`DECISION_ENROLLED`].
@@ -163,17 +161,17 @@ pub struct PodEntry {
     pub flags: u32,
     /// The index of the interface that leads out of the pod; 0 when there is none.
     pub uplink: u32,
-    /// When the capture began, ns of CLOCK_MONOTONIC; 0 while nothing is captured, and where nothing ran
-    /// before the capture.
+    /// When the capture began, ns of CLOCK_MONOTONIC; 0 while nothing is captured, or if nothing ran before
+    /// the capture.
     pub captured_at_ns: u64,
-    /// The pod's first IPv4 address, or zeros. Like `v6` it is for whoever dumps the map.
+    /// The pod's first IPv4 address, or zeros. Like `v6`, it is only for whoever dumps the map.
     pub v4: Addr,
     /// The pod's first IPv6 address, or zeros.
     pub v6: Addr,
 }
 
-/// Key of the map `addresses`: an address that a pod's network namespace has, on any interface. Which
-/// pods have the same one does not matter.
+/// Key of the map `addresses`: an address that a pod's network namespace has, on any interface. Several pods
+/// may have the same one.
 #[repr(C)]
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord, Pod, Zeroable)]
 pub struct OwnAddress {
@@ -190,9 +188,9 @@ pub const LISTENER_INBOUND: u32 = 1;
 /// [`ListenerKey::kind`]: [`PORT_HBONE`].
 pub const LISTENER_HBONE: u32 = 2;
 
-/// By how much `find_proxy` shifts the bits of listeners that IPv4 connections find.
+/// How many bits `find_proxy` shifts the bits of listeners for IPv4.
 pub const LISTENERS_V4: u32 = 4;
-/// By how many bits what `find_proxy` returns of new listeners is shifted.
+/// How many bits `find_proxy` shifts the bits of new listeners.
 pub const NEW_LISTENERS: u32 = 8;
 
 /// Key of `listeners` (the proxy's listening sockets) and of `proxy_missing`.
@@ -219,11 +217,11 @@ pub struct Flow {
     pub remote_port: u16,
 }
 
-/// What a key of `inbound_ports` matches by its longest prefix: the pod, then the port.
+/// Key of `inbound_ports`, matched by longest prefix: the pod, then the port.
 #[repr(C)]
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord, Pod, Zeroable)]
 pub struct PodPort {
-    /// The pod, always matched whole.
+    /// The pod, always matched in full.
     pub pod_id: PodId,
     /// A port of the pod, network byte order.
     pub port: [u8; 2],
@@ -244,7 +242,7 @@ impl PodPort {
     }
 }
 
-/// What a key of `inbound_ranges` matches by its longest prefix: the pod, then the peer's address.
+/// Key of `inbound_ranges`, matched by longest prefix: the pod, then the peer's address.
 #[repr(C)]
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord, Pod, Zeroable)]
 pub struct PodPeer {
@@ -261,16 +259,16 @@ impl PodPeer {
     pub const BITS: u32 = Self::PREFIX + 128;
 }
 
-/// [`PodPeer::pod_id`] of what counts for every pod: where probes come from.
+/// [`PodPeer::pod_id`] of entries that apply to every pod: sources of probes.
 pub const EVERY_POD: PodId = 0;
 
-/// Value of `inbound_ports` and `inbound_ranges`: redirected. So is what no key matches.
+/// Value of `inbound_ports` and `inbound_ranges`: redirected, like everything that no key matches.
 pub const INBOUND_REDIRECT: u32 = 0;
-/// Value of `inbound_ports` and `inbound_ranges`: the application takes it, not the proxy.
+/// Value of `inbound_ports` and `inbound_ranges`: it goes to the application, not to the proxy.
 pub const INBOUND_BYPASS: u32 = 1;
 
-/// How many DNS flows of each protocol a pod can have at once. They have numbered places of the pod's
-/// own, so that no pod can take another's.
+/// How many DNS flows of each protocol a pod can have at once. Each pod has numbered places of its own, so no
+/// pod can take another's.
 pub const DNS_PLACES: u16 = 1024;
 
 /// Key of the map `dns_flows`: one of a pod's places.
@@ -290,19 +288,20 @@ pub const PROTOCOL_TCP: u16 = 6;
 /// [`DnsKey::protocol`]
 pub const PROTOCOL_UDP: u16 = 17;
 
-/// Value of the map `dns_flows`: who has asked whom, so that the answer comes from there.
+/// Value of the map `dns_flows`: who asked which resolver, so that the answer appears to come from that
+/// resolver.
 #[repr(C)]
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Pod, Zeroable)]
 pub struct DnsFlow {
-    /// From when on another flow may have the place, ns of CLOCK_MONOTONIC. `u64::MAX`: another flow is
-    /// being entered in its place at this instant.
+    /// When the place becomes free for another flow, ns of CLOCK_MONOTONIC. `u64::MAX`: another flow is
+    /// being entered in its place at this moment.
     pub needed_until_ns: u64,
     /// The client's address in the pod.
     pub client: Addr,
-    /// The address that the client has sent to.
+    /// The address to which the client sent its query.
     pub resolver: Addr,
-    /// How many packets the client has sent. CPUs that count at the same instant may lose one; so
-    /// queries and answers, which are counted on different ones, have a field each.
+    /// How many packets the client has sent. CPUs that count at the same moment may lose a count. Queries and
+    /// answers are counted on different CPUs, so each has its own field.
     pub asked: u32,
     /// How many the proxy has sent.
     pub answered: u32,
@@ -329,18 +328,18 @@ pub struct PodFlow {
 /// `lo`'s index, in every namespace. Source: Linux `include/net/flow.h`, `LOOPBACK_IFINDEX`.
 pub const LOOPBACK_IFINDEX: u32 = 1;
 
-/// How many prefixes one pod may have in each of the maps `inbound_ports`, `inbound_ranges`,
-/// `outbound_ports` and `outbound_ranges`, which have room for as many of every pod. The agent sees to it.
+/// How many prefixes one pod may have in each of the maps `inbound_ports`, `inbound_ranges`, `outbound_ports`
+/// and `outbound_ranges`, which have room for that many of every pod. The agent enforces the limit.
 pub const POD_PREFIXES: usize = 512;
 
-/// How many virtual interfaces one pod may have in the map `virtual_ifs`, likewise.
+/// How many virtual interfaces one pod may have in the map `virtual_ifs`. The agent enforces this limit, too.
 pub const POD_VIRTUAL_INTERFACES: usize = 64;
 
-/// How many flows of one pod the map `ways` takes.
+/// How many connections of one pod the map `ways` may hold.
 pub const POD_WAYS: u32 = 8192;
 
-/// Value of the map `settled`, which is kept with a socket: the way that was found for a connection of
-/// it. Another connection of the same socket is judged anew.
+/// Value of the map `settled`, stored with a socket: the path that was determined for its connection. Another
+/// connection of the same socket is decided again.
 #[repr(C)]
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Pod, Zeroable)]
 pub struct Settled {
@@ -350,12 +349,12 @@ pub struct Settled {
     pub way: u32,
 }
 
-/// Value of the map `this_pod`: what a pod's own program tells the shared one that it calls.
+/// Value of the map `this_pod`: what a pod's own program passes to the shared program.
 #[repr(C)]
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Pod, Zeroable)]
 pub struct ThisPod {
-    /// The address of the context that the pod's program runs with. A program that an interrupt has
-    /// come between finds another one.
+    /// The address of the context with which the pod's program runs. If an interrupt came in between, the
+    /// shared program finds another one here.
     pub context: u64,
     /// The pod.
     pub pod_id: PodId,
@@ -363,21 +362,21 @@ pub struct ThisPod {
     pub padding: u32,
 }
 
-/// Value of the map `ways`: the way that a flow's packets take.
+/// Value of the map `ways`: the connection's packets go direct.
 pub const WAY_DIRECT: u32 = 1;
-/// Value of the map `ways`: through the proxy.
+/// Value of the map `ways`: the connection's packets go through the proxy.
 pub const WAY_REDIRECTED: u32 = 2;
 /// [`Settled::way`]: the proxy's own connection, which leaves the pod.
 pub const WAY_PROXYS: u32 = 3;
-/// [`Settled::way`]: the same, found while [`ANY_CGROUP`] was there.
+/// [`Settled::way`]: the same, determined while [`ANY_CGROUP`] was set.
 pub const WAY_MARKED: u32 = 4;
 
-/// Key of the map `proxy_cgroups`: sockets of every cgroup pass for the proxy's by their mark. There until
-/// the first proxy has connected to the agent, and where the agent cannot find out a proxy's cgroup.
+/// Key of the map `proxy_cgroups`: with the mark, sockets of any cgroup pass for the proxy's. Set until the
+/// first proxy has connected to the agent, and while a proxy is connected whose cgroup is unknown.
 pub const ANY_CGROUP: u64 = 0;
 
-/// Key of the map `virtual_ifs`: an interface whose TCP counts as the pod's own, a VM's or a nested
-/// container's.
+/// Key of the map `virtual_ifs`: an interface of a VM or a nested container, whose TCP counts as the pod's
+/// own.
 #[repr(C)]
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord, Pod, Zeroable)]
 pub struct VirtualInterface {
@@ -387,14 +386,15 @@ pub struct VirtualInterface {
     pub index: u32,
 }
 
-/// Value of the map `virtual_ifs`: new connections are redirected. Without it those that are open
-/// keep their way, and new ones are forwarded.
+/// Value of the map `virtual_ifs`: new connections are redirected. Without it, open connections stay on their
+/// path, and new ones are forwarded.
 pub const VIRTUAL_CAPTURE: u32 = 1;
-/// Value of the map `virtual_ifs`: `outbound_ports` and `outbound_ranges` say which of them are.
+/// Value of the map `virtual_ifs`: `outbound_ports` and `outbound_ranges` say which new connections are
+/// redirected.
 pub const VIRTUAL_RULES: u32 = 1 << 1;
 
-/// The one entry, per CPU, of the map `hints`: the flow whose packet is on its way up the stack on
-/// this CPU, and what tcx knows of it.
+/// The only entry, per CPU, of the map `hints`: the connection whose packet is on its way up the stack on
+/// this CPU, and what tcx knows about it.
 #[repr(C)]
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Pod, Zeroable)]
 pub struct Hint {
@@ -410,13 +410,12 @@ pub struct Hint {
 pub const HINT_NONE: u32 = 0;
 /// [`Hint::kind`]: the proxy delivers to the application.
 pub const HINT_FROM_PROXY: u32 = 1;
-/// [`Hint::kind`]: tcx itself asks the kernel for a socket, and what it finds gets no packet.
+/// [`Hint::kind`]: tcx itself is asking the kernel for a socket; no packet is delivered to what it finds.
 pub const HINT_QUESTION: u32 = 2;
-/// [`Hint::kind`]: the packet came in on `lo`, so the pod has sent it. Said besides by the interface,
-/// unless the pod's socket is bound to another one.
+/// [`Hint::kind`]: the packet came in on `lo`, so the pod sent it. The interface says the same, unless the
+/// pod's socket is bound to another one.
 pub const HINT_FROM_POD: u32 = 3;
-/// [`Hint::kind`]: somebody behind a virtual interface of the pod opens a connection to somebody
-/// else.
+/// [`Hint::kind`]: a guest behind a virtual interface of the pod opens a connection to somebody else.
 pub const HINT_FROM_VIRTUAL: u32 = 4;
 
 /// Key of the map `counters`; the value is a `u64`, per CPU.
@@ -446,21 +445,21 @@ pub enum Counter {
     Local = 4,
     /// Connections to ports that nobody listens on; answered with RST.
     NoListener = 5,
-    /// SYNs dropped because no proxy listens, within the grace; the client sends them again.
+    /// SYNs dropped because no proxy listens, within the grace. The client sends them again.
     DroppedProxyAway = 6,
     /// Connections refused with RST because no proxy listens.
     RefusedProxyAway = 7,
-    /// Connections refused because nothing is known of the pod they are in.
+    /// Connections refused because nothing is known about their pod.
     RefusedUnknownPod = 8,
-    /// Packets held back for an instant while a pod enters or leaves the mesh, or its settings change.
+    /// Packets held back briefly while a pod enters or leaves the mesh, or its settings change.
     HeldInTransition = 9,
-    /// Connections to the pod that its settings keep off the proxy.
+    /// Connections to the pod that its settings exclude from redirection.
     BypassedInbound = 10,
     /// DNS queries over UDP, and DNS connections over TCP, that were handed to the proxy's DNS.
     RedirectedDns = 11,
-    /// Those that were refused because the proxy listens but has no DNS.
+    /// DNS queries and connections refused because the proxy listens but has no DNS.
     RefusedDnsAbsent = 12,
-    /// Those that were refused because too many others of the client's ports have no answer yet.
+    /// DNS queries and connections refused because too many others are still open.
     RefusedDnsBusy = 13,
     /// Queries and answers that were dropped because they are fragments or have IPv6 extension headers.
     DroppedDnsUnreadable = 14,
@@ -468,37 +467,37 @@ pub enum Counter {
     DroppedDnsAnswer = 15,
     /// Connections of kubelet to the pod.
     KubeletProbe = 16,
-    /// Connections to the pod from where probes are configured to come from.
+    /// Connections to the pod from configured sources of probes.
     ProbeSource = 17,
-    /// TCP that the pod, or a guest behind a virtual interface of it, has sent, and that was dropped
-    /// because it is a fragment or has IPv6 extension headers: it could open a connection.
+    /// TCP from the pod or from a guest that was dropped because it is a fragment or has IPv6 extension
+    /// headers: it could open a connection.
     DroppedUnreadable = 18,
-    /// Connections that the proxy opened to the application by a port of the client's that another
-    /// connection has; refused.
+    /// Connections that the proxy opened to the application from the client's address, refused because
+    /// another connection uses that port.
     RefusedPortTaken = 19,
-    /// Connections of the pod that marks, rules or routes of its own would have taken past the proxy;
-    /// handed to the proxy all the same.
+    /// Connections of the pod that its own marks, rules or routes would have taken past the proxy; handed to
+    /// the proxy anyway.
     RescuedOutbound = 20,
     /// Connections of the proxy to the application whose answers would have left by an interface;
     /// brought back to the proxy.
     RescuedInbound = 21,
-    /// Connections that settings keep off the proxy, and that marks or rules of the pod would have
-    /// brought to it; they leave by the interface.
+    /// Connections that settings exclude, and that the pod's marks or rules would have brought to the proxy;
+    /// they leave by the interface.
     RescuedDirect = 22,
     /// Connections to the application that came past the proxy (by TPROXY, say) although no setting
     /// lets them in; answered with RST.
     RefusedPastProxy = 23,
-    /// Connections from outside with an address of the pod itself, or of loopback; dropped.
+    /// Connections from outside whose source is an address of the pod itself, or loopback; dropped.
     RefusedForgedAddress = 24,
-    /// Connections that the pod only forwards, for guests behind an interface that is not named.
+    /// Connections that the pod only forwards, for guests behind an interface that no annotation names.
     Forwarded = 25,
-    /// Connections of sockets that have the proxy's mark and are none of a proxy that the agent knows, and
-    /// of the proxy to its own ports in the pod; refused with RST.
+    /// Connections of sockets that have the proxy's mark but do not belong to a proxy that the agent knows,
+    /// and connections of the proxy to its own ports in the pod; refused with RST.
     RefusedProxysMark = 26,
 }
 
 impl Counter {
-    /// Every counter with its name, as `status` and the metrics show it.
+    /// Every counter, with its name in `status` and the metrics.
     pub const ALL: [(Counter, &'static str); 27] = [
         (Counter::RedirectedOutbound, "redirected_outbound"),
         (Counter::RedirectedInbound, "redirected_inbound"),
@@ -552,12 +551,12 @@ pub struct VerdictEvent {
     pub protocol: u32,
 }
 
-/// Value of the map `saved_sysctls`: what the pod's sysctls were before enrolment, in the order of
-/// the agent's `dataplane::sysctl::SYSCTLS`; [`SYSCTL_ABSENT`] where the kernel has no such one.
+/// Value of the map `saved_sysctls`: the pod's sysctls before enrollment, in the order of the agent's
+/// `dataplane::sysctl::SYSCTLS`; [`SYSCTL_ABSENT`] if the kernel has no such sysctl.
 #[repr(C)]
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Pod, Zeroable)]
 pub struct SavedSysctls {
-    /// The values; the last one says which of the proxy's ports were reserved already, a bit each.
+    /// The values. The last one has a bit for each of the proxy's ports that was already reserved.
     pub values: [i32; 7],
 }
 
@@ -593,8 +592,8 @@ pub struct SockOffsets {
     pub packet_device: u32,
     /// `nd_net` of `struct net_device`, the address of its `struct net`.
     pub device_net: u32,
-    /// `sk_cgrp_data.cgroup` of `struct sock`, the address of the `struct cgroup` (version 2) that its
-    /// process was in when the socket was made.
+    /// `sk_cgrp_data.cgroup` of `struct sock`, the address of the `struct cgroup` (v2) in which the process
+    /// was when it created the socket.
     pub socket_cgroup: u32,
     /// `kn` of `struct cgroup`, the address of its `struct kernfs_node`.
     pub cgroup_node: u32,

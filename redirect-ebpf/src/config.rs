@@ -1,13 +1,13 @@
-//! What the agent fixes when it loads the programs. The verifier knows these values, so code that
-//! they switch off costs nothing.
+//! Values that the agent fixes when it loads the programs. The verifier knows them, so code that they disable
+//! costs nothing.
 
 use core::ptr;
 
-/// For how long the SYNs of a pod are held back when its proxy stops listening, ns.
+/// How long a pod's SYNs are dropped, before they are refused, when its proxy stops listening; ns.
 #[unsafe(no_mangle)]
 static PROXY_GRACE_NS: u64 = 3_000_000_000;
 
-/// Where the kernel keeps what the programs read from a socket or a packet; from the kernel's BTF.
+/// Offsets of what the programs read from a socket or a packet, from the kernel's BTF.
 #[unsafe(no_mangle)]
 pub static SOCK_OFFSETS: SockOffsets = SockOffsets {
     family: 0,

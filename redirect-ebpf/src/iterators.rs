@@ -1,7 +1,7 @@
-//! Iterators over the TCP sockets of one network namespace: they set socket options on them.
+//! Iterators over the TCP sockets of one network namespace, which set socket options.
 //!
-//! The agent reads an iterator's file to the end from a thread in that namespace; the kernel holds
-//! each socket's lock meanwhile. Source: Linux `net/ipv4/tcp_ipv4.c`, `bpf_iter_tcp_seq_show`.
+//! The agent reads an iterator's file to the end, from a thread in that namespace. The kernel holds each
+//! socket's lock while the program runs for it. Source: Linux `net/ipv4/tcp_ipv4.c`, `bpf_iter_tcp_seq_show`.
 
 use aya_ebpf::{
     bindings::{BPF_ANY, seq_file},
@@ -52,8 +52,8 @@ pub struct IterTcp {
     uid: i32,
 }
 
-/// Notes every connection of the proxy, as its peer in the pod sees it: redirected. Also those that
-/// are half open. And what [`reuse_addr`] does.
+/// Notes every connection of the proxy, half-open ones included, as its peer in the pod sees it: redirected.
+/// Also does what [`reuse_addr`] does.
 #[unsafe(no_mangle)]
 #[unsafe(link_section = "iter/tcp")]
 pub extern "C" fn note_proxy(ctx: *mut IterTcp) -> i32 {
@@ -64,9 +64,9 @@ pub extern "C" fn note_proxy(ctx: *mut IterTcp) -> i32 {
             false
         }
         Some(full) => full.get(SO_MARK).map(mesh_mark) == Some(MARK_PROXY),
-        // Whose one that is half open is cannot be told, and need not: no socket in the pod mirrors
-        // the application's. One in TIME_WAIT has no peer left, and a new connection, which may come
-        // direct, may have its ports.
+        // A half-open socket's owner is unknown. It does not matter: no socket in the pod mirrors the
+        // application's. A socket in TIME_WAIT has no peer left, and a new connection, which may be direct,
+        // may reuse its ports.
         None => sk.state() == TCP_NEW_SYN_RECV,
     };
     if proxys {
@@ -93,8 +93,8 @@ pub extern "C" fn note_proxy(ctx: *mut IterTcp) -> i32 {
     0
 }
 
-/// Before capture starts or ends: every connection that is open or half open keeps its way. What
-/// `note_proxy` has not noted as redirected goes direct.
+/// Before capture starts or ends: every open or half-open connection stays on its path. What `note_proxy` has
+/// not noted as redirected is direct.
 #[unsafe(no_mangle)]
 #[unsafe(link_section = "iter/tcp")]
 pub extern "C" fn mark_all(ctx: *mut IterTcp) -> i32 {
@@ -104,9 +104,8 @@ pub extern "C" fn mark_all(ctx: *mut IterTcp) -> i32 {
     })
 }
 
-/// Before the settings of a captured pod change: every connection that is open keeps its way. One
-/// that is half open may be redirected although the proxy knows nothing of it yet: it waits for
-/// `mark_noted`.
+/// Before the settings of a captured pod change: every open connection stays on its path. A half-open one may
+/// be redirected although the proxy does not know it yet: it waits for `mark_noted`.
 #[unsafe(no_mangle)]
 #[unsafe(link_section = "iter/tcp")]
 pub extern "C" fn mark_open(ctx: *mut IterTcp) -> i32 {
@@ -116,15 +115,15 @@ pub extern "C" fn mark_open(ctx: *mut IterTcp) -> i32 {
     })
 }
 
-/// After the switch: so does every connection whose way was noted meanwhile.
+/// After the switch: marks every connection whose path was noted in the meantime.
 #[unsafe(no_mangle)]
 #[unsafe(link_section = "iter/tcp")]
 pub extern "C" fn mark_noted(ctx: *mut IterTcp) -> i32 {
     mark_connection(ctx, |state, noted| if state == TCP_LISTEN { None } else { noted })
 }
 
-/// Writes one byte for each open or half-closed connection that keeps the redirection route, and for each of those
-/// behind a virtual interface: their number is what a pod that leaves the mesh still has to wait for.
+/// Writes one byte for each open or half-closed connection that stays on the redirection route, and for each
+/// one behind a virtual interface. A pod that leaves the mesh waits for these to end.
 #[unsafe(no_mangle)]
 #[unsafe(link_section = "iter/tcp")]
 pub extern "C" fn count_redir(ctx: *mut IterTcp) -> i32 {
@@ -134,7 +133,7 @@ pub extern "C" fn count_redir(ctx: *mut IterTcp) -> i32 {
         Some(MARK_PROXY) => sk.common().is_guests(),
         _ => false,
     };
-    // Half of a connection may yet have much to say.
+    // Half of a connection may still have data to send.
     let open = matches!(
         sk.common().state(),
         TCP_ESTABLISHED
@@ -175,9 +174,8 @@ fn share_ports(sk: &Socket) {
     }
 }
 
-/// Marks an unmarked connection by its way, which `choose` tells from the socket's state and the
-/// way that was noted. A listener never has one: an accepted socket would take its mark before that
-/// of the SYN.
+/// Marks an unmarked connection by its path, which `choose` derives from the socket's state and the noted
+/// path. Listeners are never marked: an accepted socket would take the listener's mark instead of the SYN's.
 #[inline(always)]
 fn mark_connection(ctx: *mut IterTcp, choose: impl Fn(u32, Option<u32>) -> Option<u32>) -> i32 {
     let Some(sk) = Socket::new(ctx) else { return 0 };
@@ -202,14 +200,14 @@ fn mark_connection(ctx: *mut IterTcp, choose: impl Fn(u32, Option<u32>) -> Optio
     0
 }
 
-/// As the proxy sees a connection that istio-cni's rules have redirected: they translate the
-/// destination to its port on loopback.
+/// The connection as the proxy sees it when istio-cni's rules have redirected it: they translate the
+/// destination to the proxy's port on loopback.
 #[inline(always)]
 fn translated(flow: Flow) -> Flow {
     Flow { remote: Addr::loopback(flow.local.is_v4()), remote_port: PORT_OUTBOUND, ..flow }
 }
 
-/// What every TCP socket starts with, also one that is half open or in TIME_WAIT.
+/// The beginning of every TCP socket, including half-open ones and those in TIME_WAIT.
 struct Common(*mut c_void);
 
 impl Common {
@@ -225,7 +223,7 @@ impl Common {
         self.read::<u8>(offset!(state)).into()
     }
 
-    /// The inode number of its network namespace; 0 where it cannot be read.
+    /// The inode number of its network namespace; 0 if it cannot be read.
     #[inline(always)]
     fn pod_id(&self) -> PodId {
         let inode =
@@ -234,8 +232,8 @@ impl Common {
         unsafe { bpf_probe_read_kernel(inode) }.unwrap_or(0)
     }
 
-    /// Whether it is the proxy's end of a connection by way of a virtual interface: all others of its
-    /// connections have an address of the pod, or loopback.
+    /// Whether it is the proxy's end of a connection from a virtual interface: all other connections of the
+    /// proxy have an address of the pod, or loopback.
     #[inline(always)]
     fn is_guests(&self) -> bool {
         let (pod_id, flow) = (self.pod_id(), self.flow());
@@ -297,8 +295,8 @@ impl Socket {
 
     #[inline(always)]
     fn set(&self, option: i32, mut value: u32) {
-        // SAFETY: `value` is as long as the option. The kernel accepts both options on any full
-        // socket, and there is nothing to be done for one that refuses.
+        // SAFETY: `value` is as long as the option. The kernel accepts both options on any full socket, and
+        // nothing can be done about one that refuses.
         let _refused =
             unsafe { bpf_setsockopt(self.0, SOL_SOCKET, option, (&raw mut value).cast(), 4) };
     }

@@ -1,5 +1,5 @@
-//! Kubelet's connections, those to pods among them: noted where kubelet opens them, before the first
-//! packet leaves.
+//! kubelet's connections, including those to pods: recorded where kubelet opens them, before the first packet
+//! leaves.
 
 use core::ptr;
 
@@ -16,7 +16,7 @@ use redirect_ebpf::abi::{Addr, Flow};
 
 use crate::{AF_INET, maps::KUBELET_FLOWS, sockets::from_words};
 
-/// A connection is established by then, or never. Bounds what an entry is good for whose end was
+/// By then, a connection is established or has failed. This limits how long an entry counts whose end was
 /// missed because the program was detached.
 const LIFETIME_NS: u64 = 60_000_000_000;
 
@@ -25,7 +25,7 @@ const LIFETIME_NS: u64 = 60_000_000_000;
 pub fn note_kubelet(ctx: SockOpsContext) -> u32 {
     match ctx.op() {
         BPF_SOCK_OPS_TCP_CONNECT_CB => opens(&ctx),
-        // The ports may be another's from now on.
+        // From now on, the ports may belong to another connection.
         BPF_SOCK_OPS_STATE_CB if ctx.arg(1) == BPF_TCP_CLOSE => {
             let _absent = KUBELET_FLOWS.remove(&flow(&ctx));
         }
@@ -37,12 +37,12 @@ pub fn note_kubelet(ctx: SockOpsContext) -> u32 {
 #[inline(always)]
 fn opens(ctx: &SockOpsContext) {
     let flow = flow(ctx);
-    // Else the end would be missed.
+    // Without this flag, the end would be missed.
     let flags = ctx.cb_flags() | BPF_SOCK_OPS_STATE_CB_FLAG;
     if ctx.set_cb_flags(flags as i32).is_ok() {
         // SAFETY: a helper without arguments.
         let now = unsafe { bpf_ktime_get_ns() };
-        // The proxy gets what could not be noted.
+        // A connection that could not be recorded goes to the proxy.
         let _full = KUBELET_FLOWS.insert(&flow, now, u64::from(BPF_ANY));
     }
 }
@@ -69,8 +69,8 @@ fn flow(ctx: &SockOpsContext) -> Flow {
     }
 }
 
-/// Reads words as words: the verifier does not let the context be read in smaller pieces, which is
-/// what the compiler makes of a copy.
+/// Reads whole words: the verifier does not allow smaller reads of the context, which the compiler would
+/// generate for a copy.
 ///
 /// # Safety
 ///

@@ -16,19 +16,19 @@ use redirect_ebpf::abi::{
 
 use crate::packet::Parsed;
 
-/// Pods of a node, enrolled or not.
+/// The maximum number of pods of a node, enrolled or not.
 const PODS: usize = 2048;
-/// Room for the prefixes of all pods, and for those that count for every pod. A trie takes memory as it
-/// comes.
+/// Room for the prefixes of all pods, and for those that apply to every pod. A trie allocates memory as it is
+/// filled.
 const PREFIXES: usize = (PODS + 1) * POD_PREFIXES;
-/// Maps that are filled as it comes take memory as it comes.
+/// For maps that allocate memory as they are filled.
 const AS_IT_COMES: usize = BPF_F_NO_PREALLOC as usize;
 
-/// Pod → what is decided about it.
+/// Pod → the decision about it.
 #[btf_map(name = "pods")]
 pub static PODS_BY_ID: HashMap<PodId, PodEntry, PODS> = HashMap::new();
 
-/// Address that an enrolled pod has → 1. The agent bounds how many each pod has.
+/// Address that an enrolled pod has → 1. The agent limits how many each pod has.
 #[btf_map(name = "addresses")]
 pub static ADDRESSES: HashMap<OwnAddress, u32, { PODS * 64 }, AS_IT_COMES> = HashMap::new();
 
@@ -36,11 +36,11 @@ pub static ADDRESSES: HashMap<OwnAddress, u32, { PODS * 64 }, AS_IT_COMES> = Has
 #[btf_map(name = "this_pod")]
 pub static THIS_POD: PerCpuArray<ThisPod, 1> = PerCpuArray::new();
 
-/// The one program that every pod's own calls: `redirect_lookup`.
+/// The program that every pod's own program calls: `redirect_lookup`.
 #[btf_map(name = "programs")]
 pub static PROGRAMS: ProgramArray<1> = ProgramArray::new();
 
-/// Pod and what is counted → how often. Only programs of the pod itself count for it.
+/// Pod and counter → count. Only the pod's own programs write its counters.
 #[btf_map(name = "counters")]
 pub static COUNTERS: PerCpuHashMap<CounterKey, u64, { PODS * 32 }, AS_IT_COMES> =
     PerCpuHashMap::new();
@@ -50,8 +50,8 @@ pub static COUNTERS: PerCpuHashMap<CounterKey, u64, { PODS * 32 }, AS_IT_COMES> 
 pub static LISTENERS: SockHash<ListenerKey, { PODS * 4 }> = SockHash::new();
 
 /// Cgroup whose sockets are the proxy's if they have its mark, or `ANY_CGROUP` → when its proxy last
-/// connected to the agent, ns of CLOCK_MONOTONIC. Only the agent writes it. The kernel uses no cgroup's
-/// number again.
+/// connected to the agent, ns of CLOCK_MONOTONIC. Only the agent writes it. The kernel never reuses a cgroup
+/// id.
 #[btf_map(name = "proxy_cgroups")]
 pub static PROXY_CGROUPS: HashMap<u64, u64, 64> = HashMap::new();
 
@@ -59,11 +59,11 @@ pub static PROXY_CGROUPS: HashMap<u64, u64, 64> = HashMap::new();
 #[btf_map(name = "proxy_missing")]
 pub static PROXY_MISSING: HashMap<ListenerKey, u64, { PODS * 4 }> = HashMap::new();
 
-/// The hint from tcx to `sk_lookup`, which run in one go on one CPU.
+/// The hint from tcx to `sk_lookup`. Both run for a packet in one go, on one CPU.
 #[btf_map(name = "hints")]
 pub static HINT: PerCpuArray<Hint, 1> = PerCpuArray::new();
 
-/// The packet that a tcx program looks at. No other program reads it, so it is not pinned.
+/// The packet that a tcx program is processing. No other program reads it, so it is not pinned.
 #[btf_map(name = "parsed")]
 pub static PARSED: PerCpuArray<Parsed, 1> = PerCpuArray::new();
 
@@ -75,26 +75,25 @@ pub static ADDRESS: PerCpuArray<u64, 1> = PerCpuArray::new();
 #[btf_map(name = "any_strays")]
 pub static ANY_STRAYS: Array<u32, 1> = Array::new();
 
-/// Pod whose packets on `lo` are all asked for their sockets → 1.
+/// Pod of which every packet on `lo` is checked for its socket → 1.
 #[btf_map(name = "strays")]
 pub static STRAYS: HashMap<PodId, u32, PODS> = HashMap::new();
 
-/// Socket of a pod → the way that the guard found for its connection.
+/// Socket of a pod → the path that the guard determined for its connection.
 #[btf_map(name = "settled")]
 pub static SETTLED: SkStorage<Settled> = SkStorage::new();
 
-/// Pod and port of the pod, by their longest prefix → one of `INBOUND_*`. Looked into only for pods
-/// with `POD_INBOUND_RULES`.
+/// Pod and port of the pod, by longest prefix → one of `INBOUND_*`. Read only for pods with
+/// `POD_INBOUND_RULES`.
 #[btf_map(name = "inbound_ports")]
 pub static INBOUND_PORTS: LpmTrie<PodPort, u32, PREFIXES> = LpmTrie::new();
 
-/// Pod and peer of the pod, by their longest prefix → one of `INBOUND_*`. As `inbound_ports`, but what
-/// is under `EVERY_POD` counts for all.
+/// Pod and peer of the pod, by longest prefix → one of `INBOUND_*`. Like `inbound_ports`; entries under
+/// `EVERY_POD` apply to all pods.
 #[btf_map(name = "inbound_ranges")]
 pub static INBOUND_RANGES: LpmTrie<PodPeer, u32, PREFIXES> = LpmTrie::new();
 
-/// Virtual interface of a pod → bits of `VIRTUAL_*`. Only these interfaces have the program that looks
-/// into it.
+/// Virtual interface of a pod → bits of `VIRTUAL_*`. Only these interfaces have the program that reads it.
 #[btf_map(name = "virtual_ifs")]
 pub static VIRTUAL_INTERFACES: HashMap<
     VirtualInterface,
@@ -103,21 +102,21 @@ pub static VIRTUAL_INTERFACES: HashMap<
     AS_IT_COMES,
 > = HashMap::new();
 
-/// Pod and port that is called, by their longest prefix → one of `INBOUND_*`. Looked into by the guard
-/// for pods with `POD_OUTBOUND_RULES`, and for virtual interfaces; else rules and routes decide.
+/// Pod and called port, by longest prefix → one of `INBOUND_*`. Read by the guard for pods with
+/// `POD_OUTBOUND_RULES`, and for virtual interfaces. Otherwise rules and routes decide.
 #[btf_map(name = "outbound_ports")]
 pub static OUTBOUND_PORTS: LpmTrie<PodPort, u32, PREFIXES> = LpmTrie::new();
 
-/// The same for the address that is called.
+/// The same for the called address.
 #[btf_map(name = "outbound_ranges")]
 pub static OUTBOUND_RANGES: LpmTrie<PodPeer, u32, PREFIXES> = LpmTrie::new();
 
-/// Connection that kubelet has opened, as the pod sees it → since when, ns of CLOCK_MONOTONIC. Only
-/// kubelet's cgroup fills it. An entry that is lost costs a probe.
+/// Connection that kubelet has opened, as the pod sees it → since when, ns of CLOCK_MONOTONIC. Only kubelet's
+/// cgroup fills it. A lost entry costs one probe.
 #[btf_map(name = "kubelet_flows")]
 pub static KUBELET_FLOWS: LruHashMap<Flow, u64, 8192> = LruHashMap::new();
 
-/// Place of a pod → the flow of its DNS that has it.
+/// Place of a pod → the DNS flow that occupies it.
 #[btf_map(name = "dns_flows")]
 pub static DNS_FLOWS: HashMap<DnsKey, DnsFlow, 262_144, AS_IT_COMES> = HashMap::new();
 
@@ -130,7 +129,7 @@ pub static WAYS: HashMap<PodFlow, u32, 262_144, AS_IT_COMES> = HashMap::new();
 #[btf_map(name = "switches")]
 pub static SWITCHES: HashMap<PodId, u64, PODS> = HashMap::new();
 
-/// The same pod → how many entries of `ways` it has. The agent makes and deletes it; only the programs
+/// The same pod → how many entries of `ways` it has. The agent creates and deletes it; only the programs
 /// count.
 #[btf_map(name = "noted")]
 pub static NOTED: HashMap<PodId, u32, PODS> = HashMap::new();
@@ -139,7 +138,7 @@ pub static NOTED: HashMap<PodId, u32, PODS> = HashMap::new();
 #[btf_map(name = "switching")]
 pub static SWITCHING: Array<u32, 1> = Array::new();
 
-/// Pod → its sysctls before enrolment. Only the agent uses it; it is here to be pinned with the rest.
+/// Pod → its sysctls before enrollment. Only the agent uses it; it is here to be pinned with the others.
 #[btf_map(name = "saved_sysctls")]
 pub static SAVED_SYSCTLS: HashMap<PodId, SavedSysctls, PODS> = HashMap::new();
 

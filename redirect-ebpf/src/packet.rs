@@ -31,8 +31,8 @@ const IPV4_FRAGMENT: u16 = 0x3fff;
 const IPV4_FRAGMENT_OFFSET: u16 = 0x1fff;
 /// A fragment's offset, in the IPv6 fragment header.
 const IPV6_FRAGMENT_OFFSET: u16 = 0xfff8;
-/// IPv6 extension headers. Source: IANA, "IPv6 Extension Header Types"; what ESP carries nobody can
-/// read.
+/// IPv6 extension headers. Source: IANA, "IPv6 Extension Header Types". ESP is left out, because its content
+/// is encrypted.
 const HOP_BY_HOP: u8 = 0;
 const ROUTING: u8 = 43;
 const FRAGMENT: u8 = 44;
@@ -41,7 +41,7 @@ const DESTINATION: u8 = 60;
 const MOBILITY: u8 = 135;
 const HIP: u8 = 139;
 const SHIM6: u8 = 140;
-/// How many of them are read; nobody needs more.
+/// How many of them are parsed. Nobody needs more.
 const EXTENSIONS: usize = 8;
 const TCP_FIN: u8 = 0x01;
 const TCP_RST: u8 = 0x04;
@@ -51,13 +51,13 @@ const TCP_ACK: u8 = 0x10;
 const PACKET_MULTICAST: u32 = 2;
 /// Offset of the checksum in the IPv4 header.
 const IPV4_CHECKSUM: u32 = 10;
-/// Flags of a DNS message: it is an answer; what of the query's flags stays in it; its code.
+/// Flags of a DNS message: it is an answer; the bits that an answer keeps from its query; the response code.
 const DNS_ANSWER: u8 = 0x80;
 const DNS_TRUNCATED: u8 = 0x02;
 const DNS_RECURSES: u8 = 0x80;
 const DNS_UNCHECKED: u8 = 0x10;
 const DNS_SERVFAIL: u8 = 2;
-/// Length of an Ethernet header: of zeros, it is also in front of what `lo` delivers.
+/// Length of an Ethernet header. What `lo` delivers has one, too, filled with zeros.
 const ETHERNET: u32 = 14;
 const LO_HEADER: u32 = ETHERNET;
 
@@ -69,7 +69,7 @@ pub enum Network {
     Other,
 }
 
-/// A parsed segment or datagram with where it lies in its packet.
+/// A parsed segment or datagram, and its position in the packet.
 pub struct Parsed {
     pub message: Message,
     pub network: Network,
@@ -93,7 +93,7 @@ pub fn network(ctx: &TcContext) -> Network {
     }
 }
 
-/// The TCP segment in the packet, or where `udp` says so the UDP datagram; `None` for anything else, for
+/// The TCP segment in the packet, or the UDP datagram if `udp` is set. `None` for anything else, for
 /// fragments, and for IPv6 packets with extension headers or mapped IPv4 addresses: those are left to
 /// `sk_lookup`, which sees them reassembled.
 #[inline(always)]
@@ -111,7 +111,7 @@ pub fn parse(ctx: &TcContext, network: Network, udp: bool) -> Option<Parsed> {
         Network::V6 => {
             let ip: [[u8; 8]; 5] = load(ctx, 0)?;
             let (src, dst) = (addr(ip[1], ip[2]), addr(ip[3], ip[4]));
-            // The form that IPv4 addresses have in our maps names nobody in an IPv6 packet.
+            // In an IPv6 packet, the form that IPv4 addresses have in our maps is nobody's address.
             if src.is_v4() || dst.is_v4() {
                 return None;
             }
@@ -129,15 +129,15 @@ pub fn parse(ctx: &TcContext, network: Network, udp: bool) -> Option<Parsed> {
         let [p0, p1, p2, p3, rest @ ..]: [u8; 14] = load(ctx, offset)?;
         (ports, tcp) = ([p0, p1, p2, p3], rest);
     } else {
-        // The header has to be whole.
+        // The header has to be complete.
         let [p0, p1, p2, p3, ..]: [u8; 8] = load(ctx, offset)?;
         (ports, tcp) = ([p0, p1, p2, p3], [0; 10]);
     }
     let dst_port = u16::from_be_bytes([ports[2], ports[3]]);
     if !is_tcp {
         if dst_port == PORT_DNS {
-            // Of several datagrams in one, any may be a query.
-            // SAFETY: the context is valid while the program runs.
+            // If several datagrams are merged into one packet, any of them may be a query. SAFETY: the
+            // context is valid while the program runs.
             let several = unsafe { (*ctx.skb.skb).gso_size } != 0;
             is_query = several || is_dns_query(ctx, offset + 8);
         }
@@ -156,14 +156,14 @@ pub fn parse(ctx: &TcContext, network: Network, udp: bool) -> Option<Parsed> {
     Some(Parsed { message, network, offset, tcp })
 }
 
-/// Whether what is at `offset` looks like a DNS query: it is no answer, and asks one question.
+/// Whether what is at `offset` looks like a DNS query: not an answer, and exactly one question.
 #[inline(always)]
 fn is_dns_query(ctx: &TcContext, offset: u32) -> bool {
     let Some([_, _, flags, _, hi, lo]): Option<[u8; 6]> = load(ctx, offset) else { return false };
     flags & DNS_ANSWER == 0 && u16::from_be_bytes([hi, lo]) == 1
 }
 
-/// The addresses of an IP packet, whatever follows.
+/// The addresses of an IP packet, whatever its payload.
 #[inline(always)]
 pub fn addresses(ctx: &TcContext, network: Network) -> Option<(Addr, Addr)> {
     match network {
@@ -187,7 +187,7 @@ pub fn readdress(ctx: &TcContext, parsed: &Parsed, new: &Segment) -> Option<()> 
     let (checksum, flags) = if parsed.message.tcp {
         (at + 16, 0)
     } else {
-        // 0 is no checksum, and stays so.
+        // 0 means no checksum, and stays 0.
         (at + 6, u64::from(BPF_F_MARK_MANGLED_0))
     };
     let pseudo = flags | u64::from(BPF_F_PSEUDO_HDR) | 4;
@@ -251,10 +251,10 @@ fn replace_v6(
     Some(())
 }
 
-/// Turns a DNS query on `lo` into the answer SERVFAIL; fails where it is none.
+/// Turns a DNS query on `lo` into the answer SERVFAIL. Fails if it is not a query.
 #[inline(always)]
 pub fn refuse_query(ctx: &TcContext, parsed: &Parsed) -> Option<()> {
-    // Flags, behind the UDP header and the id; and the numbers of records, which have to be there.
+    // The flags, after the UDP header and the id, and the record counts, which have to be there.
     let header: [u8; 10] = load(ctx, parsed.offset + 10)?;
     let old = [header[0], header[1]];
     if old[0] & DNS_ANSWER != 0 {
@@ -278,11 +278,11 @@ pub fn refuse_query(ctx: &TcContext, parsed: &Parsed) -> Option<()> {
     store(ctx, udp + 10, &new)
 }
 
-/// Lets the kernel send no ICMP error for a packet.
+/// Keeps the kernel from sending an ICMP error for a packet.
 #[inline(always)]
 pub fn without_icmp(ctx: &TcContext) {
-    // SAFETY: the context is valid while the program runs. The kernel refuses for packets that it
-    // sends no error for anyway.
+    // SAFETY: the context is valid while the program runs. The kernel refuses this for packets for which it
+    // sends no error anyway.
     let _refused = unsafe { bpf_skb_change_type(ctx.skb.skb, PACKET_MULTICAST) };
 }
 
@@ -317,7 +317,7 @@ fn reset_at(ctx: &TcContext, parsed: &Parsed, link: u32) -> Option<()> {
     make_reset(ctx, tcp, old)
 }
 
-/// Makes the flags of the TCP header at `tcp` those of a RST that acknowledges.
+/// Sets the flags of the TCP header at `tcp` to RST and ACK.
 #[inline(always)]
 fn make_reset(ctx: &TcContext, tcp: u32, old: &[u8; 10]) -> Option<()> {
     let old_flags = u16::from_ne_bytes([old[8], old[9]]);
@@ -326,8 +326,8 @@ fn make_reset(ctx: &TcContext, tcp: u32, old: &[u8; 10]) -> Option<()> {
     store(ctx, tcp + 12, &flags)
 }
 
-/// Turns a SYN that came in on an interface into the RST that answers it, and sends it back there;
-/// gives what the program has to return.
+/// Turns a SYN that came in on an interface into the RST that answers it, and sends it back there. Returns
+/// what the program has to return.
 #[inline(never)]
 pub fn reset_back(ctx: &TcContext, parsed: &Parsed) -> i32 {
     send_reset_back(ctx, parsed).unwrap_or(TC_ACT_SHOT)
@@ -347,20 +347,21 @@ fn send_reset_back(ctx: &TcContext, parsed: &Parsed) -> Option<i32> {
     Some(ret as i32)
 }
 
-/// Turns a SYN with ACK that leaves into the RST that its receiver takes for a refusal.
+/// Turns an outgoing SYN-ACK into a RST, which its receiver takes for a refusal.
 #[inline(always)]
 pub fn abort(ctx: &TcContext, parsed: &Parsed) -> Option<()> {
     let tcp = link_header(ctx, parsed.network)? + parsed.offset;
     let old = &parsed.tcp;
-    // The number that would let its receiver go on as if nothing had happened is not told.
+    // The RST hides the sequence number with which the receiver could continue the connection.
     let sequence = u32::from_ne_bytes([old[0], old[1], old[2], old[3]]);
     csum_replace(ctx, tcp + 16, sequence, 0, 4)?;
     store(ctx, tcp + 4, &0u32)?;
     make_reset(ctx, tcp, old)
 }
 
-/// Brings a packet that is about to leave by an interface to `lo`, as if it came in there; gives what
-/// the program has to return. Its receiver is looked for here, as the packet's mark has it.
+/// Moves a packet that is about to leave by an interface to `lo`, as if it came in there. Returns what the
+/// program has to return. The kernel looks for its receiver in this namespace, according to the packet's
+/// mark.
 #[inline(never)]
 pub fn to_lo(ctx: &TcContext) -> i32 {
     send_to_lo(ctx).unwrap_or(TC_ACT_SHOT)
@@ -375,7 +376,7 @@ fn send_to_lo(ctx: &TcContext) -> Option<i32> {
             return None;
         }
     }
-    // `lo`'s own address. What is for another is not for this host.
+    // `lo`'s own MAC address. A packet for any other is not for this host.
     let ethertype = if network == Network::V4 { ETH_P_IP } else { ETH_P_IPV6 };
     let [hi, lo] = ethertype.to_be_bytes();
     store(ctx, 0, &[0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, hi, lo])?;
@@ -384,8 +385,8 @@ fn send_to_lo(ctx: &TcContext) -> Option<i32> {
     Some(ret as i32)
 }
 
-/// Sends a packet that came in on `lo` out by an interface; gives what the program has to return. Its
-/// mark must be one that no rule of ours brings to `lo`.
+/// Sends a packet that came in on `lo` out by an interface. Returns what the program has to return. No rule
+/// of ours may route its mark to `lo`.
 #[inline(always)]
 pub fn leave(interface: u32) -> i32 {
     // SAFETY: no parameters: the kernel looks for the next hop itself.
@@ -406,7 +407,7 @@ fn link_header(ctx: &TcContext, network: Network) -> Option<u32> {
     }
 }
 
-/// What an IP packet is that [`parse_any`] has left alone.
+/// What kind of IP packet it is that [`parse_any`] could not parse.
 #[inline(always)]
 pub fn hidden(ctx: &TcContext, network: Network) -> Hidden {
     match network {
@@ -420,9 +421,9 @@ pub fn hidden(ctx: &TcContext, network: Network) -> Hidden {
 fn hidden_v4(ctx: &TcContext) -> Hidden {
     let Some(ip): Option<[u8; 10]> = load(ctx, 0) else { return Hidden::Nothing };
     match ip[9] {
-        // In every fragment.
+        // This holds for every fragment.
         IPPROTO_TCP => Hidden::Tcp,
-        // The first fragment says what it is; the others are nothing without it.
+        // The first fragment has the ports; without it, the others are useless.
         IPPROTO_UDP if u16::from_be_bytes([ip[6], ip[7]]) & IPV4_FRAGMENT_OFFSET == 0 => {
             hidden_udp(ctx, u32::from(ip[0] & 0xf) * 4)
         }
@@ -449,7 +450,7 @@ fn hidden_v6(ctx: &TcContext) -> Hidden {
             HOP_BY_HOP | ROUTING | DESTINATION | MOBILITY | HIP | SHIM6 | AUTHENTICATION => {
                 match load(ctx, offset) {
                     Some(header) => header,
-                    // It is in another fragment.
+                    // The rest is in another fragment.
                     None => return Hidden::Tcp,
                 }
             }
@@ -458,7 +459,7 @@ fn hidden_v6(ctx: &TcContext) -> Hidden {
                     return Hidden::Tcp;
                 };
                 if u16::from_be_bytes([hi, lo]) & IPV6_FRAGMENT_OFFSET != 0 {
-                    // What is behind another header stands in the first fragment.
+                    // What follows another header is in the first fragment.
                     return if after == IPPROTO_TCP { Hidden::Tcp } else { Hidden::Nothing };
                 }
                 [after, 0]
@@ -474,7 +475,7 @@ fn hidden_v6(ctx: &TcContext) -> Hidden {
     Hidden::Tcp
 }
 
-/// The IP header, how many of its bytes count, and the TCP header, both without options.
+/// The IP header, its length, and the TCP header, both without options.
 #[inline(always)]
 pub fn headers(ctx: &TcContext) -> Option<([u8; 40], u32, [u8; 20])> {
     let mut ip = [0; 40];
@@ -492,10 +493,11 @@ pub fn headers(ctx: &TcContext) -> Option<([u8; 40], u32, [u8; 20])> {
     }
 }
 
-/// The address of the network namespace that the packet is in; 0 where it cannot be read.
+/// The address of the packet's `struct net`; 0 if it cannot be read.
 #[inline(always)]
 pub fn netns(ctx: &TcContext) -> u64 {
-    // The verifier lets nobody compute with the context's address; what comes out of a map is a number.
+    // The verifier forbids arithmetic on the context's address, but a value read from a map is a plain
+    // number.
     let Some(slot) = ADDRESS.get_ptr_mut(0) else { return 0 };
     let packet_device = u64::from(offset!(packet_device));
     let device_net = u64::from(offset!(device_net));
@@ -509,7 +511,7 @@ pub fn netns(ctx: &TcContext) -> u64 {
     }
 }
 
-/// The inode number of that.
+/// The inode number of the packet's network namespace.
 #[inline(always)]
 pub fn netns_inode(ctx: &TcContext) -> Option<PodId> {
     let inode = (netns(ctx) + u64::from(offset!(net_inode))) as *const PodId;

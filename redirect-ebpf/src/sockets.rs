@@ -1,4 +1,4 @@
-//! Looks for sockets: the application's, and the proxy's listeners.
+//! Looks up sockets: the application's, and the proxy's listeners.
 
 use core::ptr;
 
@@ -41,8 +41,8 @@ const TCP_TIME_WAIT: u32 = 6;
 pub const TCP_LISTEN: u32 = 10;
 pub const TCP_NEW_SYN_RECV: u32 = 12;
 
-/// Whether the kernel finds a socket for this segment. It runs `sk_lookup` too: the caller sets
-/// the hint first, so that only the application's own listeners and connections are found.
+/// Whether the kernel finds a socket for this segment. This also runs `sk_lookup`: the caller sets the hint
+/// first, so that only the application's own listeners and connections are found.
 #[inline(always)]
 pub fn any(ctx: *mut c_void, segment: &Segment) -> bool {
     state(ctx, segment) != NO_SOCKET
@@ -54,20 +54,20 @@ pub fn listens(ctx: *mut c_void, segment: &Segment) -> bool {
     state(ctx, segment) == TCP_LISTEN
 }
 
-/// The same, for a socket that is no listener.
+/// The same, for a socket that is not a listener.
 #[inline(always)]
 pub fn has_connection(ctx: *mut c_void, segment: &Segment) -> bool {
     !matches!(state(ctx, segment), NO_SOCKET | TCP_LISTEN)
 }
 
-/// The same, for one that is not in TIME_WAIT either.
+/// The same, for a socket that is not in TIME_WAIT either.
 #[inline(always)]
 pub fn has_peer(ctx: *mut c_void, segment: &Segment) -> bool {
     !matches!(state(ctx, segment), NO_SOCKET | TCP_LISTEN | TCP_TIME_WAIT)
 }
 
-/// Whether that is of an open connection. One that is about to open is the segment's own, maybe, sent
-/// again; a TIME_WAIT makes room.
+/// Whether it is the state of an open connection. A half-open socket may belong to this very segment, sent
+/// again. A TIME_WAIT gives way.
 #[inline(always)]
 pub fn open(ctx: *mut c_void, segment: &Segment) -> bool {
     !matches!(state(ctx, segment), NO_SOCKET | TCP_LISTEN | TCP_TIME_WAIT | TCP_NEW_SYN_RECV)
@@ -89,8 +89,8 @@ fn state(ctx: *mut c_void, segment: &Segment) -> u32 {
     }
 }
 
-/// Whether a segment is the ACK that completes a connection of this listener of the proxy, of which
-/// the kernel keeps nothing but a SYN cookie. Costs next to nothing while it sends none.
+/// Whether a segment is the ACK that completes a SYN cookie of this listener of the proxy. Costs next to
+/// nothing while the kernel sends no SYN cookies.
 #[inline(never)]
 pub fn completes_cookie(ctx: &TcContext, pod_id: PodId) -> bool {
     let Some((mut ip, ip_len, mut tcp)) = packet::headers(ctx) else { return false };
@@ -113,18 +113,18 @@ pub fn completes_cookie(ctx: &TcContext, pod_id: PodId) -> bool {
     }
 }
 
-/// What was found of a listener of the proxy.
+/// The result of a search for a listener of the proxy.
 #[derive(Clone, Copy, PartialEq, Eq)]
 pub enum Found {
     /// None.
     Nothing,
-    /// The one that `listeners` had.
+    /// The one that `listeners` has already.
     Known,
     /// Another one.
     New,
 }
 
-/// A client of no listener's.
+/// A client port that no listener's client has.
 const ANY_CLIENT: u16 = 1;
 
 /// Whether the proxy listens in the pod, on the port of `key.kind`; enters its socket into
@@ -149,7 +149,7 @@ pub fn proxy(ctx: &TcContext, key: &ListenerKey, v4: bool) -> Proxy {
         // SAFETY: the pointer is to a live map value.
         Some(since) => unsafe { *since },
         None => {
-            // When the map is full the grace is over at once: refused, not leaked.
+            // If the map is full, the grace is over at once: connections are refused, not leaked.
             match PROXY_MISSING.insert(key, now, BPF_NOEXIST as u64) {
                 Ok(()) => now,
                 Err(_) => 0,
@@ -163,9 +163,9 @@ pub fn proxy(ctx: &TcContext, key: &ListenerKey, v4: bool) -> Proxy {
     }
 }
 
-/// Looks for the proxy's listener of this kind, and enters it into `listeners`, in place of the one that is
-/// there, if `enter`. What was found. Others may have joined the group of sockets that share the port: of those the
-/// kernel chooses one by `client_port`.
+/// Looks for the proxy's listener of this kind. If `enter` is set, it replaces the entry in `listeners`.
+/// Returns what was found. Others may have joined the reuseport group of that port; the kernel chooses one of
+/// the group by `client_port`.
 #[inline(never)]
 pub fn find_listener(
     ctx: &TcContext,
@@ -180,7 +180,7 @@ pub fn find_listener(
         _ => PORT_OUTBOUND,
     };
     let loopback = Addr::loopback(v4);
-    // `sk_lookup` would refuse it: it is not for loopback that packets come in on other interfaces.
+    // Otherwise `sk_lookup` would refuse: packets from other interfaces are never for loopback.
     let flow =
         Flow { local: loopback, remote: loopback, local_port: port, remote_port: client_port };
     set_hint(key.pod_id, &flow, HINT_QUESTION);
@@ -231,7 +231,7 @@ unsafe fn is_known(key: &ListenerKey, sk: *mut bpf_sock) -> bool {
     }
 }
 
-/// Whether the packet came in on an interface, and has no socket here that has sent it.
+/// Whether the packet came in on an interface, and was not sent by a socket of this namespace.
 #[inline(never)]
 pub fn is_forwarded(ctx: &TcContext) -> bool {
     // SAFETY: the context is valid while the program runs.
@@ -239,8 +239,8 @@ pub fn is_forwarded(ctx: &TcContext) -> bool {
     came_in && sender(ctx).is_none()
 }
 
-/// The socket that has sent the packet. One of another namespace, which a packet keeps as long as no
-/// stack has received it, has nothing to do with this one.
+/// The socket of this namespace that sent the packet. A packet may still carry the socket of another
+/// namespace, until a stack has received it; such a socket does not count.
 #[inline(always)]
 fn sender(ctx: &TcContext) -> Option<*mut bpf_sock> {
     // SAFETY: the context is valid while the program runs.
@@ -254,8 +254,8 @@ fn netns(sk: *mut bpf_sock) -> u64 {
     field(sk, config::offset!(net))
 }
 
-/// The number of the cgroup (version 2) that the socket's process was in when it made the socket, or the
-/// listener that has accepted it.
+/// The id of the cgroup (v2) in which the process was when it created the socket, or the listener that
+/// accepted it.
 #[inline(always)]
 fn cgroup(sk: *mut bpf_sock) -> u64 {
     let cgroup = field(sk, config::offset!(socket_cgroup));
@@ -268,19 +268,19 @@ fn cgroup(sk: *mut bpf_sock) -> u64 {
 /// Eight bytes at `offset` of the kernel's `struct sock`.
 #[inline(always)]
 fn field(sk: *mut bpf_sock, offset: u32) -> u64 {
-    // The verifier lets nobody compute with a socket's address; as a number it does.
+    // The verifier forbids arithmetic on a socket's address. Read back from memory, it is a plain number.
     let slot = core::hint::black_box(sk);
     kernel_u64(kernel_u64(ptr::from_ref(&slot) as u64) + u64::from(offset))
 }
 
-/// Eight bytes of kernel memory; 0 where nothing can be read.
+/// Eight bytes of kernel memory; 0 if they cannot be read.
 #[inline(always)]
 fn kernel_u64(address: u64) -> u64 {
     // SAFETY: the helper copes with any address.
     unsafe { bpf_probe_read_kernel(address as *const u64) }.unwrap_or(0)
 }
 
-/// Whose the socket is that has sent the packet, or the listener that it answers for.
+/// Who owns the socket that sent the packet, or the listener for which it answers.
 #[inline(always)]
 pub fn sender_kind(ctx: &TcContext) -> Sender {
     let Some(sk) = sender(ctx) else { return Sender::Nobody };
@@ -295,7 +295,7 @@ pub fn sender_kind(ctx: &TcContext) -> Sender {
     }
 }
 
-/// Whose a socket here is.
+/// Who owns a socket of this namespace.
 ///
 /// # Safety
 ///
@@ -316,13 +316,13 @@ unsafe fn kind(sk: *mut bpf_sock) -> Sender {
     }
 }
 
-/// Whether the proxy's mark makes a socket the proxy's, whatever its cgroup.
+/// Whether the proxy's mark alone makes a socket the proxy's, whatever its cgroup.
 #[inline(always)]
 fn is_mark_enough() -> bool {
     PROXY_CGROUPS.get_ptr(&ANY_CGROUP).is_some()
 }
 
-/// Whether the socket of this segment's receiver is the proxy's. The caller sets the hint first.
+/// Whether the socket that receives this segment is the proxy's. The caller sets the hint first.
 #[inline(always)]
 pub fn is_proxys_connection(ctx: *mut c_void, segment: &Segment) -> bool {
     let Segment { src, dst, src_port, dst_port, .. } = segment;
@@ -339,8 +339,8 @@ pub fn is_proxys_connection(ctx: *mut c_void, segment: &Segment) -> bool {
     }
 }
 
-/// Whether the packet is of a connection of the proxy's that leaves the pod: whatever connection its socket
-/// has, because those of the proxy have one each.
+/// Whether the packet belongs to a connection of the proxy that leaves the pod. The connection need not be
+/// compared: each of the proxy's sockets has only one.
 #[inline(always)]
 pub fn is_settled_proxys(ctx: &TcContext) -> bool {
     // SAFETY: the context is valid while the program runs.
@@ -354,7 +354,7 @@ pub fn is_settled_proxys(ctx: &TcContext) -> bool {
     }
 }
 
-/// What was found for this connection of the socket that has sent the packet.
+/// The path that was recorded for this connection of the socket that sent the packet.
 #[inline(always)]
 pub fn settled(ctx: &TcContext, flow: &Flow) -> Option<u32> {
     let settled = storage(sender(ctx)?, ptr::null_mut(), 0)?;
@@ -362,7 +362,7 @@ pub fn settled(ctx: &TcContext, flow: &Flow) -> Option<u32> {
     unsafe { if (*settled).flow == *flow { Some((*settled).way) } else { None } }
 }
 
-/// Notes that. Fails where there is such a socket, and no memory.
+/// Records it. Fails if there is such a socket, but no memory.
 #[inline(always)]
 pub fn settle(ctx: &TcContext, flow: &Flow, way: u32) -> bool {
     let mut new = Settled { flow: *flow, way };
@@ -370,7 +370,7 @@ pub fn settle(ctx: &TcContext, flow: &Flow, way: u32) -> bool {
     let Some(settled) = storage(sk, &raw mut new, u64::from(BPF_SK_STORAGE_GET_F_CREATE)) else {
         return false;
     };
-    // SAFETY: the pointer is to a live map value; the socket's packets leave one by one.
+    // SAFETY: the pointer is to a live map value; a socket's packets leave one at a time.
     unsafe { *settled = new }
     true
 }
@@ -414,8 +414,8 @@ pub fn dns_listens(ctx: &TcContext, message: &Message) -> bool {
     }
 }
 
-/// Whether a socket here is the proxy's. An application that took the port is not the proxy, nor is one
-/// that may set marks.
+/// Whether a socket of this namespace is the proxy's. An application that took the port is not, even if it
+/// sets the mark.
 ///
 /// # Safety
 ///
@@ -426,8 +426,8 @@ unsafe fn is_proxys(sk: *mut bpf_sock) -> bool {
     matches!(unsafe { kind(sk) }, Sender::Proxy | Sender::Marked)
 }
 
-/// Hands a lookup to the proxy's listener, and to no other of the group that shares its port. Fails when
-/// there is none.
+/// Assigns the lookup to the proxy's listener, never to another socket of its reuseport group. Fails if there
+/// is none.
 #[inline(always)]
 pub fn assign(ctx: *mut c_void, key: &ListenerKey) -> Result<(), c_long> {
     // SAFETY: the reference that the lookup takes is released.
@@ -446,7 +446,7 @@ fn listeners() -> *mut c_void {
     ptr::from_ref(&LISTENERS).cast_mut().cast()
 }
 
-/// The kernel's form of a 4-tuple, and how many of its bytes count.
+/// The kernel's form of a 4-tuple, and its length in bytes.
 #[inline(always)]
 fn tuple(src: &Addr, src_port: u16, dst: &Addr, dst_port: u16) -> (bpf_sock_tuple, u32) {
     let (sport, dport) = (src_port.to_be(), dst_port.to_be());
@@ -458,8 +458,8 @@ fn tuple(src: &Addr, src_port: u16, dst: &Addr, dst_port: u16) -> (bpf_sock_tupl
             dport,
         };
         let len = size_of_val(&ipv4) as u32;
-        // Whole, or the compiler fills what is left over with pointers, and the verifier objects.
-        // SAFETY: integers only.
+        // Zeroed as a whole. Otherwise the compiler leaves pointers in the unused part, and the verifier
+        // objects. SAFETY: integers only.
         let mut tuple: bpf_sock_tuple = unsafe { core::mem::zeroed() };
         tuple.__bindgen_anon_1.ipv4 = ipv4;
         (tuple, len)
@@ -475,13 +475,13 @@ fn tuple(src: &Addr, src_port: u16, dst: &Addr, dst_port: u16) -> (bpf_sock_tupl
     }
 }
 
-/// The address as the four words, in network byte order, that the kernel's structs hold.
+/// The address as the kernel's structs hold it: four words in network byte order.
 #[inline(always)]
 pub fn words(addr: &Addr) -> [u32; 4] {
     bytemuck::cast(addr.octets)
 }
 
-/// The address that the kernel's structs hold as four words in network byte order.
+/// The address from the kernel's structs, which hold four words in network byte order.
 #[inline(always)]
 pub fn from_words(words: [u32; 4]) -> Addr {
     Addr { octets: bytemuck::cast(words) }

@@ -1,9 +1,9 @@
-//! While a pod enters or leaves the mesh, or its settings change: notes which way each of its flows goes,
-//! and holds back a packet that goes another way than its flow did before. It is sent again, on the
-//! right way, once the flow's socket is marked.
+//! While a pod enters or leaves the mesh, or its settings change: notes which path each of its connections
+//! takes, and holds back a packet that takes another path than its connection did before. TCP sends it again,
+//! on the right path, once the socket is marked.
 //!
-//! Which pods that is, the map `switches` says; `switching` says whether there is any, so that nobody
-//! else pays for it.
+//! The map `switches` has these pods. `switching` says whether there are any, so that packets of other pods
+//! pay almost nothing.
 
 use aya_ebpf::{
     bindings::{BPF_ANY, BPF_NOEXIST},
@@ -25,21 +25,21 @@ use crate::{
     packet::{self, Parsed},
 };
 
-/// Where the pod's packets leave: egress of its interfaces, and ingress of `lo`. Whether a segment is held
-/// back.
+/// For packets that the pod sends: egress of its interfaces, and ingress of `lo`. Returns whether a segment
+/// is held back.
 #[inline(always)]
 pub fn holds_sent(ctx: &TcContext, parsed: &Parsed) -> bool {
     is_on() && holds(ctx, parsed)
 }
 
-/// Where packets come to the pod from outside: a connection that was half open, and so without a
-/// socket, shows itself by the packet that opens it in full.
+/// For packets that come from outside: a connection that was half open, and so had no socket, shows itself by
+/// the packet that completes it.
 #[inline(always)]
 pub fn note_received(ctx: &TcContext, parsed: &Parsed) {
     if is_on()
         && let Some(pod_id) = switching_pod(ctx)
     {
-        // What is known to be redirected stays so, whatever outsiders send.
+        // What is known to be redirected stays redirected, whatever outsiders send.
         note(pod_id, parsed.segment().receiver_flow(), WAY_DIRECT, BPF_NOEXIST);
     }
 }
@@ -60,7 +60,7 @@ fn holds(ctx: &TcContext, parsed: &Parsed) -> bool {
     let flow = parsed.segment().sender_flow();
     let way = if on_lo { WAY_REDIRECTED } else { WAY_DIRECT };
     if parsed.segment().opens {
-        // A new connection, maybe with the ports of an old one.
+        // A new connection, possibly with the ports of an old one.
         note(pod_id, flow, way, BPF_ANY);
         return false;
     }
@@ -84,25 +84,25 @@ fn is_on() -> bool {
     SWITCHING.get_ptr(0).is_some_and(|pods| unsafe { *pods } != 0)
 }
 
-/// The packet's pod, if it is in one.
+/// The packet's pod, if it is in a switch.
 #[inline(always)]
 fn switching_pod(ctx: &TcContext) -> Option<PodId> {
     let pod_id = packet::netns_inode(ctx)?;
     let until_ns = SWITCHES.get_ptr(&pod_id)?;
-    // SAFETY: the pointer is to a live map value, of one word; the helper has no arguments.
-    // An agent that dies in it must not leave flows held back.
+    // SAFETY: the pointer is to a live map value, of one word; the helper has no arguments. If the agent dies
+    // during a switch, packets must not be held back forever.
     let on = unsafe { bpf_ktime_get_ns() < *until_ns };
     on.then_some(pod_id)
 }
 
-/// Notes the way of a flow; `flags` as of an update of a map. Of each pod only so many flows are noted:
-/// then the guard alone keeps them on their way.
+/// Notes the path of a connection; `flags` are those of a map update. The number of notes per pod is limited.
+/// Beyond that, only the guard keeps connections on their path.
 #[inline(never)]
 pub fn note(pod_id: PodId, flow: Flow, way: u32, flags: u32) {
     let key = PodFlow { pod_id, flow };
     let Some(count) = NOTED.get_ptr_mut(&pod_id) else { return };
-    // SAFETY: the pointers are to live map values. CPUs that count at the same instant may lose one, but
-    // not the first: where there are notes the count is not 0.
+    // SAFETY: the pointers are to live map values. CPUs that count at the same moment may lose a count, but
+    // not the first: if there are notes, the count is not 0.
     unsafe {
         if WAYS.get_ptr(&key).is_none() {
             if *count >= POD_WAYS {
@@ -111,11 +111,11 @@ pub fn note(pod_id: PodId, flow: Flow, way: u32, flags: u32) {
             *count += 1;
         }
     }
-    // Refused only where a note is there already that counts for more.
+    // Refused only if there is a note already that takes precedence.
     let _noted = WAYS.insert(&key, way, u64::from(flags));
 }
 
-/// The way of a flow, if it is noted.
+/// The path of a connection, if it is noted.
 #[inline(always)]
 pub fn noted(pod_id: PodId, flow: Flow) -> Option<u32> {
     // SAFETY: the pointer is to a live map value; it is one word.

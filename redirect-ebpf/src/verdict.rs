@@ -1,9 +1,8 @@
 //! Every decision of the datapath, as pure functions.
 //!
-//! They are compiled into the kernel programs *and* are the model that the programs are tested
-//! against. What a decision needs to ask of its surroundings goes through [`Env`]. The pod that a
-//! decision is about is the one whose network namespace the program runs in: no address in a packet
-//! has a say in that.
+//! They are compiled into the kernel programs *and* are the model against which the programs are tested.
+//! Decisions ask the kernel through [`Env`]. A decision is about the pod in whose network namespace the
+//! program runs, never about one that an address in a packet suggests.
 
 use core::num::NonZeroU32;
 
@@ -63,19 +62,19 @@ impl Segment {
 pub enum Proxy {
     /// It does, and `listeners` holds its socket.
     Listens,
-    /// It does not, since a moment ago: it may be restarting.
+    /// It stopped listening a moment ago, and may be restarting.
     AwayWithinGrace,
     /// It does not, and the grace is over.
     Away,
 }
 
-/// What every decision asks of the kernel.
+/// What every decision asks the kernel.
 pub trait Pods {
-    /// The flags of the pod's entry of `pods`, bits of `POD_*`; without `POD_ENROLLED` it bypasses.
+    /// The flags of the pod's entry in `pods`, bits of `POD_*`. Without `POD_ENROLLED` it bypasses.
     fn pod(&self, pod_id: PodId) -> Option<u32>;
     /// Whether the pod has this address.
     fn is_own(&self, pod_id: PodId, addr: &Addr) -> bool;
-    /// Whether `inbound_ports` or `inbound_ranges` keep this connection to the pod off the proxy.
+    /// Whether `inbound_ports` or `inbound_ranges` exclude this connection to the pod.
     fn excludes_inbound(&self, pod_id: PodId, flow: &Flow) -> bool;
     /// Whether `kubelet_flows` has this connection to a pod.
     fn is_kubelets(&self, flow: &Flow) -> bool;
@@ -83,56 +82,55 @@ pub trait Pods {
     fn is_probe_source(&self, peer: &Addr) -> bool;
 }
 
-/// What the decisions at tcx ask of the kernel besides.
+/// What decisions at tcx also ask the kernel.
 pub trait Env: Pods {
     /// The pod whose network namespace the packet is in.
     fn pod_id(&self) -> PodId;
-    /// Whether the kernel, by itself, finds a socket for this segment: an application's. On the
-    /// proxy's own ports it is the proxy's, and counts: nobody else is to take them.
+    /// Whether the kernel by itself finds a socket for this segment, that is, an application's. On the
+    /// proxy's own ports it finds the proxy's, which counts: nobody else may take these ports.
     fn application_listens(&self, segment: &Segment) -> bool;
-    /// Whether a connection is open here that has this segment's very addresses and ports.
+    /// Whether a connection with exactly this segment's addresses and ports is open here.
     fn is_open(&self, segment: &Segment) -> bool;
     /// Whether a socket in the namespace has the connection of this segment: open, half open or
     /// closing. A listener has none.
     fn has_connection(&self, segment: &Segment) -> bool;
-    /// The same, but one in TIME_WAIT does not count: another connection may have its ports by now.
+    /// The same, but TIME_WAIT does not count: another connection may have these ports by now.
     fn has_peer(&self, segment: &Segment) -> bool;
-    /// Whether this segment completes a connection to the proxy's outbound listener that so far is
-    /// nothing but a SYN cookie.
+    /// Whether this segment completes a SYN cookie of the proxy's outbound listener.
     fn completes_cookie(&self, pod_id: PodId) -> bool;
-    /// Whether `outbound_ports` or `outbound_ranges` keep this call off the proxy.
+    /// Whether `outbound_ports` or `outbound_ranges` exclude this call.
     fn excludes_outbound(&self, pod_id: PodId, flow: &Flow) -> bool;
-    /// Whether the proxy listens in this pod, on one of `LISTENER_*`.
+    /// Whether the proxy listens in this pod; `kind` is one of `LISTENER_*`.
     fn proxy(&self, pod_id: PodId, kind: u32, segment: &Segment) -> Proxy;
-    /// Whether answers of the pod to somebody past the proxy have met `lo`: see [`Verdict::strays`].
+    /// Whether packets of this pod have strayed onto `lo`: see [`Verdict::strays`].
     fn strays(&self, pod_id: PodId) -> bool;
-    /// At egress: whether the packet came in on an interface, and no socket here has sent it.
+    /// At egress: whether the packet came in on an interface, and was not sent by a socket of this namespace.
     fn is_forwarded(&self) -> bool;
-    /// At egress: whether that interface is `lo`, where only the pod's own packets are.
+    /// At egress: whether that interface is `lo`, on which only the pod's own packets are.
     fn came_by_lo(&self) -> bool;
-    /// At egress: whose socket has sent the packet, or is the listener that answers.
+    /// At egress: who owns the socket that sent the packet, or the listener that answers.
     fn sender(&self) -> Sender;
-    /// Whether the socket here that has sent this segment is the proxy's.
+    /// Whether the socket of this namespace that sent this segment is the proxy's.
     fn has_proxy_sent(&self, segment: &Segment) -> bool;
-    /// Whether anybody here listens where this segment comes from.
+    /// Whether anybody in this namespace listens at this segment's source.
     fn sender_listens(&self, segment: &Segment) -> bool;
-    /// Whether the capture of the pod began so recently that SYNs from before may yet be answered.
+    /// Whether the capture of the pod began so recently that SYNs from before may still be answered.
     fn has_half_open(&self, pod_id: PodId) -> bool;
-    /// The way that was found for this connection of the socket that has sent it, one of `WAY_*`.
+    /// The path that was recorded for this connection of the socket that sent the segment, one of `WAY_*`.
     fn settled(&self, segment: &Segment) -> Option<u32>;
 }
 
-/// Whose a socket in the pod is.
+/// Who owns a socket in the pod.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 #[repr(u32)]
 pub enum Sender {
-    /// There is none here.
+    /// There is no socket in this namespace.
     Nobody,
     /// The application's.
     Application,
-    /// The application's, with the proxy's mark; or of a proxy that the agent does not know.
+    /// The application's, with the proxy's mark; or that of a proxy that the agent does not know.
     Impostor,
-    /// The proxy's by its mark, as long as that is enough.
+    /// The proxy's by its mark alone, while that is enough.
     Marked,
     /// The proxy's, by its mark and its cgroup.
     Proxy,
@@ -141,17 +139,17 @@ pub enum Sender {
 /// What happens to a packet at tcx.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Fate {
-    /// It goes on.
+    /// It continues.
     Next,
-    /// It is dropped; a SYN is sent again.
+    /// It is dropped. The sender repeats a SYN.
     Drop,
-    /// It becomes the RST that answers it: on `lo` it goes on as that, on an interface it is sent back.
+    /// It becomes the RST that answers it. On `lo` it continues; on an interface it is sent back.
     Reset,
-    /// A SYN with ACK becomes a RST to the same peer.
+    /// A SYN-ACK becomes a RST to the same peer.
     Abort,
-    /// It is brought to `lo`, as if it had been sent there.
+    /// It is moved to `lo`, as if it had been sent there.
     ToLo,
-    /// It leaves `lo` by the interface that leads out of the pod.
+    /// It leaves `lo` through the pod's uplink.
     Leave,
 }
 
@@ -160,22 +158,22 @@ pub enum Fate {
 pub struct Verdict {
     /// What happens to the packet.
     pub fate: Fate,
-    /// The packet's new mark under [`MARK_MASK`], or `None` to leave it.
+    /// The packet's new mark under [`MARK_MASK`]; `None` leaves it as it is.
     pub mark: Option<NonZeroU32>,
-    /// The hint for `sk_lookup`, its kind; `None` for none. Its flow is the receiver's.
+    /// The kind of the hint for `sk_lookup`, if any. Its flow is the receiver's.
     pub hint: Option<NonZeroU32>,
-    /// The pod, where it had to be found out.
+    /// The pod, if it had to be looked up.
     pub pod_id: PodId,
-    /// What to count for it.
+    /// What to count for the pod.
     pub count: Option<Counter>,
-    /// What to note at the socket that has sent the packet: one of `WAY_*`.
+    /// What to record with the socket that sent the packet: one of `WAY_*`.
     pub settle: Option<NonZeroU32>,
-    /// From now on every packet of the pod on `lo` is asked for its socket.
+    /// From now on, every packet of the pod on `lo` is checked for its socket.
     pub strays: bool,
 }
 
 impl Verdict {
-    /// The packet goes on as it is.
+    /// The packet continues unchanged.
     pub const NEXT: Verdict = Verdict {
         fate: Fate::Next,
         mark: None,
@@ -195,8 +193,8 @@ impl Verdict {
     }
 }
 
-/// A number in a [`Verdict`]. None of them is 0, so that `None` leaves nothing undefined, which the
-/// verifier would object to.
+/// A number in a [`Verdict`]. It is never 0, so `None` is represented as 0 and nothing is undefined, which
+/// the verifier would reject.
 #[inline(always)]
 pub const fn code(number: u32) -> Option<NonZeroU32> {
     NonZeroU32::new(number)
@@ -214,8 +212,8 @@ pub fn with_mesh_mark(mark: u32, mesh: u32) -> u32 {
     (mark & !MARK_MASK) | mesh
 }
 
-/// tcx ingress on `lo`: packets of the proxy to the application, and packets of the application
-/// that the redirection route, or [`on_egress`], brought here.
+/// tcx ingress on `lo`: packets of the proxy to the application, and packets of the application that the
+/// redirection route, or [`on_egress`], moved here.
 #[inline(always)]
 pub fn on_lo(mark: u32, segment: Option<&Segment>, env: &impl Env) -> Verdict {
     let proxys = mesh_mark(mark) == MARK_PROXY;
@@ -228,33 +226,34 @@ pub fn on_lo(mark: u32, segment: Option<&Segment>, env: &impl Env) -> Verdict {
     let pod_id = env.pod_id();
     let next = Verdict::of(pod_id);
     if segment.opens && mesh_mark(mark) == MARK_REFUSED {
-        // Its answer takes the guard's rule.
+        // The RST takes the guard's rule.
         return Verdict { fate: Fate::Reset, mark: code(MARK_RESCUED), ..next };
     }
     let own = segment.opens && env.is_own(pod_id, &segment.dst);
-    // Netfilter in the pod may have taken its mark.
+    // Netfilter in the pod may have removed the proxy's mark.
     let proxys = proxys || (own && env.has_proxy_sent(segment));
     if proxys {
-        // Netfilter in the pod brings its call back to itself: that would never end.
+        // Netfilter in the pod sends the proxy's call back to the proxy, which would loop forever.
         if segment.opens && matches!(segment.dst_port, PORT_OUTBOUND | PORT_INBOUND) {
             return Verdict { fate: Fate::Reset, ..next.count(Counter::RefusedProxysMark) };
         }
-        // It calls from the client's address, by a port that it has chosen without knowing the
-        // client's own. The socket that has it would answer the client, and the proxy wait in vain.
+        // The proxy calls from the client's address, from a port that it chose without knowing the client's
+        // own ports. If a connection already uses that port, its socket would answer the client, and the
+        // proxy would wait in vain.
         if segment.opens && env.is_open(segment) {
             return Verdict { fate: Fate::Reset, ..next.count(Counter::RefusedPortTaken) };
         }
-        // Every packet, not only the SYN: under SYN cookies the ACK looks for the listener.
-        // The accepted socket takes the mark, and so its replies come back here, also while the pod
+        // This applies to every packet, not only to the SYN: under SYN cookies the ACK looks for the
+        // listener. The accepted socket takes the mark, so its replies come back here, even while the pod
         // leaves the mesh.
         return Verdict { mark: code(MARK_REDIRECTED), hint: code(HINT_FROM_PROXY), ..next };
     }
-    // Every packet, for the same reason.
+    // On every packet, for the same reason.
     let next = Verdict { hint: code(HINT_FROM_POD), ..next };
     if segment.dst.is_loopback() {
         return next;
     }
-    // What the guard has brought is at home here.
+    // What the guard moved here belongs here.
     if mesh_mark(mark) != MARK_RESCUED
         && (segment.opens || segment.accepts || env.strays(pod_id))
         && strays(pod_id, segment, env)
@@ -276,13 +275,13 @@ pub fn on_lo(mark: u32, segment: Option<&Segment>, env: &impl Env) -> Verdict {
         Proxy::AwayWithinGrace => {
             Verdict { fate: Fate::Drop, ..next.count(Counter::DroppedProxyAway) }
         }
-        // The kernel cannot refuse it: the address that would have to answer is not local.
+        // The kernel cannot refuse this SYN, because its destination is not a local address.
         Proxy::Away => Verdict { fate: Fate::Reset, ..next.count(Counter::RefusedProxyAway) },
     }
 }
 
-/// Whether a packet on `lo` is of a connection that goes past the proxy, or of the proxy itself, and
-/// that a mark or rule of the pod has brought here: its other end is elsewhere.
+/// Whether a packet on `lo` is a stray: the pod's own marks or rules brought it here, but its other end is
+/// elsewhere. It belongs to an excluded connection, or to the proxy itself.
 #[inline(always)]
 fn strays(pod_id: PodId, segment: &Segment, env: &impl Env) -> bool {
     let Some(pod) = env.pod(pod_id) else { return false };
@@ -295,8 +294,8 @@ fn strays(pod_id: PodId, segment: &Segment, env: &impl Env) -> bool {
     if env.has_peer(segment) {
         return false;
     }
-    // Who has accepted it listens, and who has opened it does not. What the proxy has left behind by
-    // its end is none of these: it would leave in plaintext.
+    // Whoever accepted the connection listens; whoever opened it does not. What a proxy leaves behind when it
+    // exits is neither, and must not leave in plaintext.
     let settings = if env.sender_listens(segment) {
         past_proxy(pod_id, pod, &segment.sender_flow(), env).is_some()
     } else {
@@ -310,8 +309,8 @@ fn excludes_outbound(pod_id: PodId, pod: u32, segment: &Segment, env: &impl Env)
     pod & POD_OUTBOUND_RULES != 0 && env.excludes_outbound(pod_id, &segment.sender_flow())
 }
 
-/// tcx ingress on every interface of the pod but `lo`: what comes from outside. `ip` says whether
-/// the packet is IPv4 or IPv6 at all.
+/// tcx ingress on every interface of the pod except `lo`: what comes from outside. `ip` says whether the
+/// packet is IPv4 or IPv6.
 #[inline(always)]
 pub fn on_interface(ip: bool, segment: Option<&Segment>, env: &impl Env) -> Verdict {
     if !ip {
@@ -324,7 +323,7 @@ pub fn on_interface(ip: bool, segment: Option<&Segment>, env: &impl Env) -> Verd
     }
     let pod_id = env.pod_id();
     let next = Verdict { pod_id, ..next };
-    // `sk_lookup` refuses where nothing is known of the pod.
+    // If nothing is known about the pod, `sk_lookup` refuses.
     let Some(pod) = env.pod(pod_id).filter(|pod| is_enrolled(*pod)) else { return next };
     if is_forged(pod_id, &segment.receiver_flow(), env) {
         return Verdict { fate: Fate::Drop, ..next.count(Counter::RefusedForgedAddress) };
@@ -335,28 +334,29 @@ pub fn on_interface(ip: bool, segment: Option<&Segment>, env: &impl Env) -> Verd
     let captured = captures(pod);
     let next = if captured { Verdict { mark: code(MARK_INBOUND), ..next } } else { next };
     if !env.is_own(pod_id, &segment.dst) {
-        // It is forwarded, or for an address that only a route makes the pod's.
+        // It is forwarded, or its destination is the pod's only by a route.
         return next;
     }
     let hbone = segment.dst_port == PORT_HBONE;
     if captured && !hbone && !env.application_listens(segment) {
-        // The proxy would accept first and find out later. Nor is it left to the kernel: whoever begins
-        // to listen by then, or what the pod's netfilter gives it to, would be reached past the proxy.
+        // The proxy would accept first and find out later. The kernel must not decide either: an application
+        // that starts to listen in between, or a target of the pod's netfilter, would be reached past the
+        // proxy.
         return Verdict { fate: Fate::Reset, ..next.count(Counter::NoListener) };
     }
     let kind = if hbone { LISTENER_HBONE } else { LISTENER_INBOUND };
-    // Also asked while nothing is captured: that may begin before `sk_lookup` runs for this very
-    // segment, and then it needs the listener.
+    // Also looked up while nothing is captured: the capture may begin before `sk_lookup` runs for this very
+    // segment, and then needs the listener.
     match env.proxy(pod_id, kind, segment) {
         Proxy::AwayWithinGrace if captured => {
             Verdict { fate: Fate::Drop, ..next.count(Counter::DroppedProxyAway) }
         }
-        // When it is away for good `sk_lookup` refuses.
+        // If the proxy is away for longer, `sk_lookup` refuses.
         _ => next,
     }
 }
 
-/// Whether a packet that came from outside pretends to come from the pod itself, or is for loopback.
+/// Whether a packet from outside pretends to come from the pod itself, or is addressed to loopback.
 #[inline(always)]
 fn is_forged(pod_id: PodId, flow: &Flow, env: &impl Pods) -> bool {
     flow.local.is_loopback() || flow.remote.is_loopback() || env.is_own(pod_id, &flow.remote)
@@ -371,19 +371,19 @@ pub struct Virtual {
     pub flags: u32,
 }
 
-/// Whether what arrives on a virtual interface is for the pod itself: then it is inbound, as on every
-/// other interface.
+/// Whether what arrives on a virtual interface is for the pod itself, and so inbound as on any other
+/// interface.
 #[inline(always)]
 pub fn is_inbound(segment: Option<&Segment>, pod_id: PodId, env: &impl Pods) -> bool {
     segment.is_some_and(|segment| env.is_own(pod_id, &segment.dst))
 }
 
 /// tcx ingress on a virtual interface of the pod: what a VM or a nested container sends, unless it
-/// [`is_inbound`]. `ip` as in [`on_interface`]; `hides_tcp` says of a packet without a segment that it
-/// is TCP, or may be.
+/// [`is_inbound`]. `ip` is as in [`on_interface`]; `hides_tcp` says that a packet without a segment is TCP,
+/// or may be.
 ///
-/// What is redirected gets a mark that a rule delivers here for. A connection that has no socket here
-/// is somebody else's, and forwarded as it always was.
+/// What is redirected gets a mark whose rule delivers it to this namespace. A connection without a socket
+/// here is forwarded as usual.
 #[inline(always)]
 pub fn on_virtual(
     ip: bool,
@@ -401,7 +401,7 @@ pub fn on_virtual(
     let captures = flags & VIRTUAL_CAPTURE != 0;
     let Some(segment) = segment else {
         if hides_tcp && captures {
-            // It could open a connection past the proxy, and nobody needs it.
+            // It could open a connection past the proxy, and nobody needs such packets.
             return Verdict { fate: Fate::Drop, ..forwarded.count(Counter::DroppedUnreadable) };
         }
         return forwarded;
@@ -433,28 +433,28 @@ pub fn on_virtual(
     }
 }
 
-/// What a packet is that could not be parsed: a fragment, or one with IPv6 extension headers.
+/// What kind of packet it is that could not be parsed: a fragment, or one with IPv6 extension headers.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Hidden {
     /// Nothing that could be for the proxy.
     Nothing,
-    /// TCP, or it may be.
+    /// TCP, or possibly TCP.
     Tcp,
-    /// A datagram to the port of resolvers.
+    /// A datagram to port 53.
     Dns,
 }
 
-/// tcx egress of every interface of the pod but `lo`: the guard. A packet goes where its socket is,
-/// whatever marks, rules, routes and netfilter of the pod say; and DNS queries go to `lo`.
-/// `message` is `Err` for what could not be parsed.
+/// tcx egress of every interface of the pod except `lo`: the guard. A packet goes where its socket is,
+/// whatever the pod's marks, rules, routes and netfilter say, and DNS queries go to `lo`. `message` is `Err`
+/// for packets that could not be parsed.
 #[inline(always)]
 pub fn on_egress(mark: u32, message: Result<&Message, Hidden>, env: &impl Env) -> Verdict {
     on_egress_of(sender(mark, message, env), mark, message, env)
 }
 
-/// Whose a packet is that leaves. It may be the proxy's without a socket: it has come back from `lo`, or
-/// answers with a SYN cookie; such an answer of somebody else opens nothing. Else, what has no socket may be
-/// a copy, with whatever mark netfilter has given to it.
+/// Who sent an outgoing packet. The proxy's packets have no socket if they came back from `lo` or answer with
+/// a SYN cookie (a forged one opens no connection). Any other packet without a socket may be a copy, with
+/// whatever mark netfilter gave it.
 #[inline(always)]
 pub fn sender(mark: u32, message: Result<&Message, Hidden>, env: &impl Env) -> Sender {
     let sender = env.sender();
@@ -462,12 +462,12 @@ pub fn sender(mark: u32, message: Result<&Message, Hidden>, env: &impl Env) -> S
         return sender;
     };
     let answers = segment.accepts && mesh_mark(mark) == MARK_PROXY && !env.is_forwarded();
-    // A guest's is nobody's here, and need not be looked for.
+    // A guest's packet has no sender here, so none is looked for.
     let guests = env.is_forwarded() && !env.came_by_lo();
     if answers || (!guests && env.has_proxy_sent(segment)) { Sender::Proxy } else { sender }
 }
 
-/// [`on_egress`] of a packet of which is known whose it is.
+/// [`on_egress`] for a packet whose sender is known.
 #[inline(always)]
 pub fn on_egress_of(
     sender: Sender,
@@ -496,12 +496,12 @@ pub fn on_egress_of(
     }
     let forwarded = env.is_forwarded();
     if forwarded && mesh_mark(mark) == MARK_RESCUED {
-        // It has been on `lo`, and the rule that would have kept it there is gone.
+        // It was on `lo`, and the rule that should have kept it there is gone.
         let drop = Verdict { fate: Fate::Drop, ..Verdict::of(env.pod_id()) };
         return drop.count(Counter::RefusedPastProxy);
     }
     if forwarded && segment.opens && !env.came_by_lo() {
-        // A guest's, which virtual interfaces are for.
+        // A guest's packet: virtual interfaces are responsible for these.
         let verdict = Verdict::of(env.pod_id());
         return if message.tcp { verdict.count(Counter::Forwarded) } else { verdict };
     }
@@ -515,19 +515,20 @@ pub fn on_egress_of(
     let pod_id = env.pod_id();
     let next = Verdict::of(pod_id);
     let Some(pod) = env.pod(pod_id) else {
-        // It was never prepared, or somebody has emptied the map: nobody could decide.
+        // The pod was never prepared, or somebody has emptied the map: nothing can be decided.
         return Verdict { fate: Fate::Drop, ..next.count(Counter::RefusedUnknownPod) };
     };
     if !is_enrolled(pod) {
         return next;
     }
     if sender == Sender::Impostor && segment.opens {
-        // Captured, it would come back to a proxy that the agent does not know, which would call again.
+        // If it were captured, a proxy that the agent does not know would get its own call back, and call
+        // again.
         let count = Counter::RefusedProxysMark;
         let fate = if message.tcp { Fate::ToLo } else { Fate::Drop };
         return Verdict { fate, mark: code(MARK_REFUSED), ..next.count(count) };
     }
-    // Nobody has that address but on `lo`; and what was on `lo` has lost what says whose it is.
+    // Loopback addresses are valid only on `lo`, and a packet that was on `lo` no longer shows who sent it.
     let excluded = segment.opens && message.tcp && excludes_outbound(pod_id, pod, segment, env);
     let strange = segment.dst.is_loopback() || (forwarded && segment.opens && !excluded);
     if strange && captures(pod) {
@@ -552,12 +553,12 @@ pub fn on_egress_of(
     if env.has_peer(segment) {
         return back_to_proxy(segment, next);
     }
-    // Under SYN cookies no socket has sent it.
+    // Under SYN cookies, no socket sent it.
     let answers = segment.accepts && (!forwarded || env.is_own(pod_id, &segment.src));
     if answers
         && captures(pod)
         && past_proxy(pod_id, pod, &segment.sender_flow(), env).is_none()
-        // The SYN came before the capture did.
+        // The SYN came before the capture began.
         && !(mesh_mark(mark) == MARK_DIRECT && env.has_half_open(pod_id))
     {
         return Verdict { fate: Fate::Abort, ..next.count(Counter::RefusedPastProxy) };
@@ -565,14 +566,14 @@ pub fn on_egress_of(
     Verdict { settle: code(WAY_DIRECT), ..next }
 }
 
-/// The same for the proxy's packets. Some have the application at their other end.
+/// The same for the proxy's packets. Some of them go to the application.
 #[inline(always)]
 fn on_proxys_egress(way: u32, segment: &Segment, env: &impl Env) -> Verdict {
     if !segment.opens {
         match env.settled(segment) {
             Some(WAY_REDIRECTED) => return to_lo(Verdict::NEXT),
             Some(settled) if settled == way => return Verdict::NEXT,
-            // Settled when less was known of the proxy.
+            // It was settled when less was known about the proxy.
             Some(_) => {}
             None if env.has_peer(segment) => {
                 return back_to_proxy(segment, Verdict::of(env.pod_id()));
@@ -611,10 +612,10 @@ fn to_lo(verdict: Verdict) -> Verdict {
     Verdict { fate: Fate::ToLo, mark: code(MARK_RESCUED), ..verdict }
 }
 
-/// What `sk_lookup` knows when the kernel looks for the listener of a packet.
+/// What `sk_lookup` knows when the kernel looks for a packet's listener.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Lookup {
-    /// The pod that it runs for.
+    /// The pod for which it runs.
     pub pod_id: PodId,
     /// Whether it is TCP.
     pub tcp: bool,
@@ -631,7 +632,7 @@ pub struct Lookup {
 pub enum Steer {
     /// The kernel's own lookup decides.
     Pass(Option<Counter>),
-    /// The proxy's listener takes it, one of `LISTENER_*`. Without one it is refused: it never falls
+    /// The proxy's listener takes it, one of `LISTENER_*`. If there is none, it is refused: it never falls
     /// through.
     Redirect(u32),
     /// It is refused.
@@ -640,7 +641,7 @@ pub enum Steer {
 
 /// `sk_lookup` in an enrolled pod's network namespace.
 ///
-/// No packet is parsed here: whatever is not known to be something else goes to the proxy.
+/// No packet is parsed here: everything goes to the proxy unless it is known to be an exception.
 #[inline(always)]
 pub fn steer(lookup: &Lookup, env: &impl Pods) -> Steer {
     let Lookup { pod_id, tcp, flow, on_lo, hint } = lookup;
@@ -668,7 +669,7 @@ pub fn steer(lookup: &Lookup, env: &impl Pods) -> Steer {
         if env.is_own(pod_id, &flow.local) {
             return pass(Counter::Local);
         }
-        // Nothing but the redirection brings somebody else's address to `lo`.
+        // Only the redirection brings a foreign destination address to `lo`.
         return Steer::Redirect(LISTENER_OUTBOUND);
     }
     if is_forged(pod_id, flow, env) {
@@ -686,7 +687,7 @@ pub fn steer(lookup: &Lookup, env: &impl Pods) -> Steer {
     Steer::Redirect(LISTENER_INBOUND)
 }
 
-/// What is counted for a redirection to one of `LISTENER_*`.
+/// The counter for a redirection to one of `LISTENER_*`.
 #[inline(always)]
 pub fn redirected(kind: u32) -> Counter {
     match kind {
@@ -711,9 +712,8 @@ fn is_proxys_port(flow: &Flow) -> bool {
     matches!(flow.local_port, PORT_OUTBOUND | PORT_INBOUND | PORT_HBONE)
 }
 
-/// Whether a connection to the pod goes to the application directly, and what it then counts as. The
-/// proxy's own ports are not for outsiders, whatever the settings: its outbound listener would take
-/// them for the pod.
+/// Whether a connection to the pod goes directly to the application, and which counter it then increments.
+/// Settings never open the proxy's own ports to outsiders: its outbound listener would take them for the pod.
 #[inline(always)]
 fn past_proxy(pod_id: PodId, pod: u32, flow: &Flow, env: &impl Pods) -> Option<Counter> {
     if is_proxys_port(flow) {
@@ -742,7 +742,7 @@ mod tests {
     const CLIENT_PORT: u16 = 40_000;
     const SERVER_PORT: u16 = 8080;
 
-    /// What `pods` says of the pod.
+    /// What `pods` says about the pod.
     const UNKNOWN: Option<u32> = None;
     /// Without `POD_ENROLLED`, the other flags do not count.
     const BYPASSING: Option<u32> = Some(POD_CAPTURE | POD_DNS);
@@ -760,7 +760,8 @@ mod tests {
         own_second: Addr,
         neighbour: Addr,
         stranger: Addr,
-        /// Nobody's interface has it: behind a virtual interface, or local by a route alone.
+        /// On no interface: the address of a guest behind a virtual interface, or one that is local only by a
+        /// route.
         guest: Addr,
         loopback: Addr,
         loopback_other: Addr,
@@ -797,7 +798,7 @@ mod tests {
         ]
     }
 
-    /// What a decision has asked for besides what maps say.
+    /// What a decision has asked, apart from maps.
     #[derive(Clone, Copy, Debug, PartialEq, Eq)]
     enum Asked {
         Application,
@@ -808,19 +809,19 @@ mod tests {
         Proxy(u32),
     }
 
-    /// The surroundings of the pod [`OWN`]; nobody may ask about another one.
+    /// The surroundings of the pod [`OWN`]. Questions about any other pod fail the test.
     struct Node {
         pod: Option<u32>,
         own: [Addr; 2],
-        /// What `inbound_ports` and `inbound_ranges` keep off the proxy.
+        /// The port that `inbound_ports` and `inbound_ranges` exclude.
         excluded_port: Option<u16>,
         excluded_peer: Option<Addr>,
-        /// Whose connections are in `kubelet_flows`.
+        /// The address whose connections are in `kubelet_flows`.
         kubelet: Option<Addr>,
         probe_source: Option<Addr>,
-        /// Whom `outbound_ports` and `outbound_ranges` let the pod, or its guests, call.
+        /// The address that `outbound_ports` and `outbound_ranges` exclude.
         excluded_outbound: Option<Addr>,
-        /// Whether the receiver of the segment has a connection of it here.
+        /// Whether the segment's receiver has its connection here.
         connection: bool,
         /// Whether a guest's connection waits in a SYN cookie.
         cookie: bool,
@@ -830,11 +831,11 @@ mod tests {
         strays: bool,
         forwarded: bool,
         by_lo: bool,
-        /// Whose socket has sent the packet.
+        /// Who owns the socket that sent the packet.
         sender: Sender,
-        /// Whether a socket of the proxy here has the connection as its sender.
+        /// Whether a socket of the proxy is the sender in this connection.
         proxy_sent: bool,
-        /// Whether anybody listens where the segment comes from.
+        /// Whether anybody listens at the segment's source.
         sender_listens: bool,
         half_open: bool,
         settled: Option<u32>,
@@ -873,7 +874,7 @@ mod tests {
             answer
         }
 
-        /// What has been asked since the last call.
+        /// What was asked since the last call.
         #[track_caller]
         fn assert_asked(&self, asked: &[Asked]) {
             assert_eq!(self.asked.take(), asked);
@@ -984,8 +985,7 @@ mod tests {
     const PROXY_STATES: [Proxy; 3] = [Proxy::Listens, Proxy::AwayWithinGrace, Proxy::Away];
     const PROXYS_PORTS: [u16; 3] = [PORT_OUTBOUND, PORT_INBOUND, PORT_HBONE];
 
-    /// Every way for a stranger to be let in past the proxy, and what it counts as; the pod with it
-    /// has these flags besides.
+    /// Every setting that lets a stranger in past the proxy, and its counter. The pod also has `flags`.
     fn past_proxy_ways(a: &Addresses, flags: u32) -> [(Node, Counter); 5] {
         let new = |more| Node::new(a, Some(POD_ENROLLED | flags | more));
         let stranger = Some(a.stranger);
@@ -1005,7 +1005,7 @@ mod tests {
         Segment { src, dst, src_port, dst_port, opens: true, accepts: false }
     }
 
-    /// Later on.
+    /// A later packet of the client.
     fn data(src: Addr, dst: Addr) -> Segment {
         Segment { opens: false, ..syn(src, dst) }
     }
@@ -1046,8 +1046,8 @@ mod tests {
         let hint = code(HINT_FROM_PROXY);
         let delivered = Verdict { mark: code(MARK_REDIRECTED), hint, ..GOES_ON };
         for a in both_families() {
-            // From a client's address, wherever that client is, to any address of the namespace; and
-            // every packet, not only the SYN.
+            // From any client's address, to any address of the namespace, and for every packet, not only the
+            // SYN.
             for (client, server) in
                 [(a.stranger, a.own), (a.own, a.own_second), (a.stranger, a.guest)]
             {
@@ -1082,7 +1082,7 @@ mod tests {
                         let node = Node { is_open: true, ..node };
                         let taken = refused(GOES_ON, Fate::Reset, Counter::RefusedPortTaken);
                         assert_eq!(on_lo(mark, Some(&open), &node), taken);
-                        // The application's listener has the mark from the SYN.
+                        // The application's accepted socket has the mark from the SYN.
                         for later in [data(a.stranger, server), syn_ack(a.stranger, server)] {
                             assert_eq!(on_lo(mark, Some(&later), &node), FROM_POD);
                         }
@@ -1128,14 +1128,14 @@ mod tests {
                 (Proxy::AwayWithinGrace, refused(FROM_POD, Fate::Drop, Counter::DroppedProxyAway)),
                 (Proxy::Away, refused(FROM_POD, Fate::Reset, Counter::RefusedProxyAway)),
             ] {
-                // One that leaves the mesh still needs its proxy on `lo`; and of one that nothing is
-                // known of, nothing gets past it.
+                // A pod that leaves the mesh still needs its proxy on `lo`. Nothing of an unknown pod gets
+                // past it.
                 for pod in [UNKNOWN, PREPARING, CAPTURING, capturing(u32::MAX)] {
-                    // From any address: that of a route, a VIP on `lo`, a forged one. To neighbours,
-                    // too: it is the caller's proxy that counts.
+                    // From any address: one that is local by a route, a VIP on `lo`, a forged one. To
+                    // neighbors, too: the caller's proxy is the one that counts.
                     for client in [a.own, a.own_second, a.guest, a.neighbour, a.loopback] {
                         for server in [a.stranger, a.neighbour, a.guest] {
-                            // Of these only the proxy's mark makes a difference.
+                            // Of all marks, only the proxy's makes a difference.
                             for mark in [0, MARK_REDIRECTED, MARK_DIRECT, MARK_VIRTUAL, 0xabcd_e000]
                             {
                                 let node = Node { proxy, ..Node::new(&a, pod) };
@@ -1146,7 +1146,7 @@ mod tests {
                                 let strays = pod.map_or(&[][..], |_| &[Asked::ProxySent]);
                                 assert_eq!(asked[..asked.len() - 1], *strays);
                             }
-                            // What the guard has brought is at home here, whoever has sent it.
+                            // What the guard moved here belongs here, whoever sent it.
                             let excluded_outbound = Some(server);
                             let node = Node { excluded_outbound, ..Node::new(&a, pod) };
                             let node = Node { proxy, proxy_sent: true, strays: true, ..node };
@@ -1198,7 +1198,7 @@ mod tests {
                 for (node, _) in past_proxy_ways(&a, flags) {
                     assert_eq!(on_lo(0, Some(&accepts), &node), LEAVES_FIRST);
                     node.assert_asked(&[Asked::Connection, Asked::SenderListens]);
-                    // Connections are counted, not packets; and before one has strayed nobody asks.
+                    // Connections are counted, not packets. Before one has strayed, nothing is asked.
                     assert_eq!(on_lo(0, Some(&later), &node), FROM_POD);
                     node.assert_asked(&[]);
                     let node = Node { strays: true, ..node };
@@ -1246,7 +1246,7 @@ mod tests {
                 |pod| Node { excluded_outbound: Some(a.stranger), ..Node::new(&a, pod) };
             for pod in [capturing(POD_OUTBOUND_RULES), PREPARING.map(|p| p | POD_OUTBOUND_RULES)] {
                 for proxy in PROXY_STATES {
-                    // That nobody listens there, and who has a socket here, does not matter.
+                    // It does not matter that nobody listens there, or who has a socket here.
                     for connection in [false, true] {
                         let node = Node { proxy, connection, ..excluding(pod) };
                         let node = Node { sender_listens: false, ..node };
@@ -1281,7 +1281,7 @@ mod tests {
                     here.assert_asked(&[Asked::Connection]);
                 }
             }
-            // Without the flag nobody looks at the rules.
+            // Without the flag, the rules are not read.
             for pod in [CAPTURING, PREPARING, UNKNOWN] {
                 let node = Node { strays: true, ..excluding(pod) };
                 for segment in later.into_iter().chain([open]) {
@@ -1383,7 +1383,7 @@ mod tests {
     fn nobody_listens_in_the_pod() {
         for a in both_families() {
             for own in [a.own, a.own_second] {
-                // Whether the proxy listens does not matter: it is not asked.
+                // Whether the proxy listens is not asked.
                 for proxy in PROXY_STATES {
                     let deaf = Node { application_listens: false, ..Node::new(&a, CAPTURING) };
                     let node = Node { proxy, ..deaf };
@@ -1395,7 +1395,7 @@ mod tests {
         }
     }
 
-    /// What a call from outside is without its proxy, while all calls are captured.
+    /// The verdict on a call from outside, depending on the proxy, while all calls are captured.
     fn called(proxy: Proxy) -> Verdict {
         match proxy {
             Proxy::AwayWithinGrace => refused(FOR_INBOUND, Fate::Drop, Counter::DroppedProxyAway),
@@ -1429,7 +1429,7 @@ mod tests {
                 (CAPTURING, FOR_INBOUND),
                 (capturing(POD_INBOUND_RULES), FOR_INBOUND),
             ] {
-                // It is forwarded, or a route alone makes the address the pod's.
+                // It is forwarded, or its destination is the pod's only by a route.
                 for dst in [a.guest, a.neighbour, a.stranger, link_local()] {
                     for dst_port in [SERVER_PORT, PORT_OUTBOUND, PORT_INBOUND, PORT_HBONE] {
                         let away = Node { proxy: Proxy::Away, ..Node::new(&a, pod) };
@@ -1471,7 +1471,7 @@ mod tests {
             for flags in [0, POD_BYPASS_INBOUND, POD_INBOUND_RULES] {
                 for proxy in PROXY_STATES {
                     for dst in [a.own, a.own_second] {
-                        // No application has that port: it is not asked for.
+                        // No application may have that port, so nobody is asked about it.
                         let deaf = Node::new(&a, capturing(flags));
                         let excluded_port = Some(PORT_HBONE);
                         let deaf = Node { application_listens: false, excluded_port, ..deaf };
@@ -1522,7 +1522,7 @@ mod tests {
                 (Proxy::AwayWithinGrace, refused(MARKED, Fate::Drop, Counter::DroppedProxyAway)),
                 (Proxy::Away, refused(MARKED, Fate::Reset, Counter::RefusedProxyAway)),
             ] {
-                // Whatever address a guest pretends to have.
+                // Whatever address a guest claims to have.
                 for (src, dst) in
                     [(a.guest, a.stranger), (a.guest, a.neighbour), (a.own, a.stranger)]
                 {
@@ -1650,22 +1650,22 @@ mod tests {
                 ("bypassing", BYPASSING, GOES_ON),
                 ("unknown", UNKNOWN, refused(GOES_ON, Fate::Drop, Counter::RefusedUnknownPod)),
             ] {
-                // From any address, and to itself: some route has taken it out here.
+                // From any address, and to itself: some route led it out here.
                 for (src, dst) in [
                     (a.own, a.stranger),
                     (a.guest, a.neighbour),
                     (a.loopback, a.stranger),
                     (a.own, a.own_second),
                 ] {
-                    // Ports of the mesh are ports like others; an open connection of the same ports,
-                    // and what another one of the socket was, do not count.
+                    // The mesh's ports are like any others. An open connection with the same ports does not
+                    // count, nor does the socket's earlier connection.
                     for dst_port in [SERVER_PORT, PORT_HBONE, PORT_DNS] {
                         for settled in [None, Some(WAY_DIRECT), Some(WAY_REDIRECTED)] {
                             let node = Node { settled, connection: true, ..Node::new(&a, pod) };
                             let node = Node { proxy: Proxy::Away, ..node };
                             let message = tcp(Segment { dst_port, ..syn(src, dst) });
                             assert_eq!(guarded(message, &node), expected, "{scenario}");
-                            // `lo` asks for the proxy.
+                            // The proxy is looked up on `lo`.
                             node.assert_asked(&[]);
                         }
                     }
@@ -1734,7 +1734,7 @@ mod tests {
             ] {
                 let node = Node { excluded_outbound: Some(a.stranger), ..Node::new(&a, pod) };
                 assert_eq!(guarded(tcp(query), &node), expected);
-                // A socket asks many resolvers: nothing is noted of it.
+                // A socket may ask many resolvers, so nothing is recorded with it.
                 assert_eq!(guarded(udp(query), &node), Verdict { settle: None, ..expected });
             }
             let node = Node::new(&a, CAPTURING);
@@ -1837,14 +1837,14 @@ mod tests {
                         ] {
                             assert_eq!(on_egress(mark, Ok(&message), &node), dropped);
                         }
-                        // The guard brings no such thing.
+                        // The guard never moves such a packet to `lo`.
                         let datagram = udp(syn(a.own, a.stranger));
                         assert_eq!(on_egress(mark, Ok(&datagram), &node), Verdict::NEXT);
                         node.assert_asked(&[]);
                     }
                 }
             }
-            // Whoever marks its own socket so gains nothing.
+            // An application that sets this mark itself gains nothing.
             let node = Node::new(&a, CAPTURING);
             for segment in
                 [syn(a.own, a.stranger), syn_ack(a.own, a.stranger), data(a.own, a.stranger)]
@@ -1863,7 +1863,7 @@ mod tests {
             let query = Segment { dst_port: PORT_DNS, ..syn(a.own, a.stranger) };
             let accepts = syn_ack(a.own, a.stranger);
             let later = [data(a.own, a.stranger), reply(a.own, a.stranger)];
-            // By its socket, also where netfilter has taken or changed its mark.
+            // Recognized by its socket, even if netfilter has removed or changed its mark.
             for (mark, sender) in [
                 (MARK_PROXY, Sender::Proxy),
                 (0xabcd_e000 | MARK_PROXY, Sender::Marked),
@@ -1877,8 +1877,8 @@ mod tests {
                     let new = || Node { sender, ..Node::new(&a, pod) };
                     let judged =
                         |message: Message, node: &Node| on_egress(mark, Ok(&message), node);
-                    // Another connection by the same ports, and another one of the socket, do not
-                    // count.
+                    // Another connection with the same ports does not count, nor does another connection of
+                    // the socket.
                     for settled in [None, Some(WAY_DIRECT), Some(WAY_REDIRECTED)] {
                         let node = Node { connection: true, settled, ..new() };
                         for open in [syn(a.own, a.stranger), query] {
@@ -1904,7 +1904,7 @@ mod tests {
                         let node = new();
                         assert_eq!(judged(tcp(segment), &node), direct);
                         node.assert_asked(&[Asked::Connection]);
-                        // It is the application's, and its peer, which is here, is the proxy.
+                        // It is the application's, and its peer is the proxy, which is here.
                         let count = segment.accepts.then_some(Counter::RescuedInbound);
                         let node = Node { connection: true, ..new() };
                         assert_eq!(judged(tcp(segment), &node), Verdict { count, ..RESCUED });
@@ -1920,23 +1920,23 @@ mod tests {
         let direct = Verdict { settle: code(WAY_PROXYS), ..Verdict::NEXT };
         for a in both_families() {
             let new = || Node { sender: Sender::Nobody, ..Node::new(&a, CAPTURING) };
-            // It was on `lo`, and its connection is the proxy's.
+            // It was on `lo`, and its connection belongs to the proxy.
             for segment in [syn(a.own, a.stranger), data(a.own, a.stranger)] {
                 let node = Node { proxy_sent: true, forwarded: true, by_lo: true, ..new() };
                 assert_eq!(on_egress(MARK_DIRECT, Ok(&tcp(segment)), &node), direct);
             }
-            // A SYN cookie, of the proxy; and by the mark of netfilter alone, on `lo`.
+            // A SYN cookie of the proxy; and, on `lo`, one that has only a mark from netfilter.
             let accepts = tcp(syn_ack(a.own, a.stranger));
             assert_eq!(on_egress(MARK_PROXY, Ok(&accepts), &new()), direct);
             let copy = Node { forwarded: true, by_lo: true, ..new() };
             assert_ne!(on_egress(MARK_PROXY, Ok(&accepts), &copy), direct);
-            // What cannot be read, and was on `lo`, is no guest's.
+            // A packet that cannot be parsed and was on `lo` is not a guest's.
             for by_lo in [false, true] {
                 let node = Node { forwarded: true, by_lo, ..new() };
                 let fate = if by_lo { Fate::Drop } else { Fate::Next };
                 assert_eq!(on_egress(MARK_PROXY, Err(Hidden::Tcp), &node).fate, fate);
             }
-            // Copies of the application's packets, which have its mark.
+            // Copies of the application's packets, with the proxy's mark.
             let query = Segment { dst_port: PORT_DNS, ..syn(a.own, a.stranger) };
             for forwarded in [false, true] {
                 let node = Node { forwarded, by_lo: forwarded, ..new() };
@@ -1966,13 +1966,13 @@ mod tests {
                 }
                 let dropped = Verdict { fate: Fate::Drop, ..refused };
                 assert_eq!(on_egress(MARK_PROXY, Ok(&udp(query)), &node), dropped);
-                // What is open goes on.
+                // Open connections continue.
                 let later = data(a.own, a.stranger);
                 assert_eq!(
                     on_egress(MARK_PROXY, Ok(&tcp(later)), &node),
                     guarded(tcp(later), &node)
                 );
-                // On `lo`, the call is answered.
+                // On `lo`, the call is answered with a RST.
                 let reset = Verdict { fate: Fate::Reset, mark: code(MARK_RESCUED), ..GOES_ON };
                 for segment in [syn(a.own, a.stranger), query] {
                     assert_eq!(on_lo(MARK_REFUSED, Some(&segment), &node), reset);
@@ -2083,7 +2083,8 @@ mod tests {
     fn the_guard_lets_out_answers_to_who_came_before_the_capture() {
         let aborted = refused(GOES_ON, Fate::Abort, Counter::RefusedPastProxy);
         for a in both_families() {
-            // By its mark the request socket is of then; a listener with a mark of its own is not.
+            // By its mark, the request socket is from before the capture. A listener with a mark of its own
+            // is not.
             for (half_open, mark, expected) in [
                 (true, MARK_DIRECT, DIRECT),
                 (true, 0xabcd_e000 | MARK_DIRECT, DIRECT),
@@ -2194,7 +2195,7 @@ mod tests {
     const UNTOUCHED: Steer = Steer::Pass(None);
     const FORGED: Steer = Steer::Refuse(Counter::RefusedForgedAddress);
 
-    /// Every kind of a hint, and one that there is not.
+    /// Every kind of hint, and one that does not exist.
     const KINDS: [u32; 6] =
         [HINT_NONE, HINT_FROM_PROXY, HINT_QUESTION, HINT_FROM_POD, HINT_FROM_VIRTUAL, 99];
 
@@ -2212,7 +2213,7 @@ mod tests {
         Steer::Pass(Some(counter))
     }
 
-    /// What each lookup gives while the pod captures, and while it is being prepared.
+    /// The result of each lookup while the pod captures, and while it is being prepared.
     #[track_caller]
     fn assert_steered(a: &Addresses, rows: &[(&str, Lookup, Steer, Steer)]) {
         for (scenario, lookup, capturing, preparing) in rows {
@@ -2229,7 +2230,7 @@ mod tests {
         for a in both_families() {
             let on_lo = |to| lookup(to, a.own, LO, HINT_NONE);
             let rows = [
-                // Those that are open when the pod leaves the mesh still need the proxy.
+                // Connections that are open when the pod leaves the mesh still need the proxy.
                 ("a stranger", on_lo(a.stranger), OUTBOUND, OUTBOUND),
                 ("a pod of this node", on_lo(a.neighbour), OUTBOUND, OUTBOUND),
                 ("HBONE's port", to_port(on_lo(a.neighbour), PORT_HBONE), OUTBOUND, OUTBOUND),
@@ -2391,7 +2392,7 @@ mod tests {
                 (a.own, a.neighbour),
                 (a.own, a.own),
                 (a.own, a.loopback),
-                // Local by a route alone.
+                // Local only by a route.
                 (a.guest, a.stranger),
                 (a.guest, a.guest),
             ] {
@@ -2410,7 +2411,7 @@ mod tests {
             for (local, remote) in [
                 (a.stranger, a.guest),
                 (a.neighbour, a.guest),
-                // Whatever address it pretends to have.
+                // Whatever address it claims to have.
                 (a.stranger, a.own),
                 (a.stranger, a.loopback),
             ] {
@@ -2439,7 +2440,7 @@ mod tests {
                 .map(|(other, hint)| (other, Lookup { hint, ..good }, INBOUND, UNTOUCHED));
                 assert_steered(&a, &rows);
             }
-            // So it is on `lo`, after a packet of the proxy.
+            // The hint that a packet of the proxy leaves behind on `lo`.
             let hint = Hint { flow: flow(a.own, a.stranger), pod_id: OWN, kind: HINT_FROM_PROXY };
             let found = Lookup { hint, ..lookup(a.stranger, a.own, LO, HINT_NONE) };
             assert_steered(&a, &[("the pod's call", found, OUTBOUND, OUTBOUND)]);
