@@ -1,7 +1,9 @@
-//! The repository's own commands: `cargo xtask setup`, `test`, `demo`, `bench`, `check`, `manifests`, `dist`.
+//! The repository's own commands: `cargo xtask setup`, `test`, `demo`, `bench`, `check`, `manifests`, `book`,
+//! `dist`.
 //!
 //! Progress goes to stderr; stdout carries only what a command is asked to print.
 
+mod book;
 mod check;
 mod demo;
 mod dist;
@@ -55,6 +57,8 @@ enum Command {
     Check,
     /// Write deploy/redirect-agent.yaml and deploy/monitoring/alerts.yaml again, from the Helm chart
     Manifests,
+    /// Build the documentation as a book, with mdbook, into target/book
+    Book,
     /// Build the static binary and the image, into target/dist
     Dist {
         /// Build it twice, and compare
@@ -71,6 +75,7 @@ fn main() -> ExitCode {
         Command::Bench { arguments } => demo::become_program("bench", &arguments),
         Command::Check => check::run_all(),
         Command::Manifests => manifests::write(),
+        Command::Book => book::build(),
         Command::Dist { check } => dist::make(check),
     };
     match outcome {

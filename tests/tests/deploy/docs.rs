@@ -22,6 +22,7 @@ fn pages() -> Result<Vec<PathBuf>> {
         ["README.md", "ARCHITECTURE.md", "SECURITY.md", "CONTRIBUTING.md", "CHANGELOG.md"]
             .map(|name| root.join(name))
             .into();
+    pages.push(dir().join("helm/redirect-agent/README.md"));
     for entry in fs::read_dir(root.join("docs"))? {
         let path = entry?.path();
         if path.extension().is_some_and(|extension| extension == "md") {
@@ -102,6 +103,36 @@ fn every_alert_has_a_section_in_the_runbook() -> Result<()> {
     ensure!(runbooks.len() == 1, "{runbooks:?}");
     // The title, and nothing that no alert leads to.
     ensure!(sections.len() == rules.len() + 1, "{sections:?}");
+    Ok(())
+}
+
+#[test]
+fn book_has_every_page_and_pages_show_every_picture() -> Result<()> {
+    let docs = root()?.join("docs").canonicalize()?;
+    let read =
+        |page: &Path| fs::read_to_string(page).with_context(|| format!("read {}", page.display()));
+    let summary = docs.join("SUMMARY.md");
+    let in_book: BTreeSet<PathBuf> = links_and_anchors(&read(&summary)?)
+        .0
+        .iter()
+        .map(|link| docs.join(link).canonicalize().with_context(|| format!("find {link}")))
+        .collect::<Result<_>>()?;
+    let mut shown = BTreeSet::new();
+    for page in pages()? {
+        let page = page.canonicalize()?;
+        ensure!(in_book.contains(&page) || page == summary, "{} is missing", page.display());
+        let parent = page.parent().context("a page without a directory")?.to_owned();
+        let links = links_and_anchors(&read(&page)?).0;
+        shown.extend(links.iter().filter_map(|link| parent.join(link).canonicalize().ok()));
+    }
+    for entry in fs::read_dir(&docs)? {
+        let path = entry?.path();
+        if path.extension().is_some_and(|extension| extension == "svg") {
+            ensure!(shown.contains(&path), "no page shows {}", path.display());
+            let dark = read(&path)?.contains("prefers-color-scheme: dark");
+            ensure!(dark, "{} is for a light page alone", path.display());
+        }
+    }
     Ok(())
 }
 
