@@ -1,16 +1,16 @@
 //! What happens to a pod's DNS on `lo`, as pure functions, like those of [`crate::verdict`].
 //!
-//! The guard (`verdict::on_egress`) brings the pod's queries to `lo`. There a query gets the address and port of the
-//! proxy's DNS as its destination, and its answer the resolver's as its source: the application
-//! sees the resolver that it has asked. The proxy's sockets are not transparent, so they could not
-//! answer from there themselves.
+//! The guard (`verdict::on_egress`) moves the pod's queries to `lo`. There, a query's destination becomes the
+//! address and port of the proxy's DNS, and its answer's source becomes the resolver's: the application sees
+//! the resolver that it asked. The proxy cannot answer from that address itself, because its DNS sockets are
+//! not transparent.
 //!
-//! The client's address stays, because the proxy knows its pod by it. Its port is replaced where it
-//! has to be: one socket may ask several resolvers at once, with the same DNS id (musl does), so the
-//! port tells which resolver an answer comes from. See [`next_alias`].
+//! The client's address stays, because the proxy identifies the pod by it. The client's port is replaced
+//! where necessary: one socket may ask several resolvers at once, with the same DNS id (musl does), so the
+//! port identifies the resolver that an answer comes from. See [`next_alias`].
 //!
-//! A pod has a fixed number of places for its flows ([`DNS_PLACES`]): a flood of its own queries is
-//! refused when none is free, and takes no other pod's.
+//! A pod has a fixed number of places for its flows ([`DNS_PLACES`]). When a flood has filled them, its own
+//! queries are refused; other pods' places are not affected.
 
 use crate::{
     abi::{
@@ -20,13 +20,13 @@ use crate::{
     verdict::{Env, Pods, Proxy, Segment, mesh_mark},
 };
 
-/// In how many places a flow may have its entry: so many resolvers can one port ask at once.
+/// In how many places a flow may have its entry, and so how many resolvers one port can ask at once.
 const PLACES: u16 = 8;
-/// After this time an answer does not come any more, ns. ztunnel's own lookups end before.
+/// After this time no answer is expected anymore, ns. ztunnel's own lookups end sooner.
 const ANSWER_NS: u64 = 30_000_000_000;
-/// A TCP connection that has been idle for so long may lose its place to another, ns.
+/// A TCP connection that has been idle this long may lose its place to another one, ns.
 const IDLE_NS: u64 = 600_000_000_000;
-/// And one that an end of has closed, after this time: nothing is sent again by then, ns.
+/// The same for a connection that one end has closed, ns: by then nothing is retransmitted anymore.
 const END_NS: u64 = 5_000_000_000;
 /// [`DnsFlow::needed_until_ns`]: a CPU has claimed the place, and is about to enter its flow there.
 pub const CLAIMED: u64 = u64::MAX;
@@ -38,15 +38,15 @@ pub struct Message {
     pub segment: Segment,
     /// Whether it is TCP.
     pub tcp: bool,
-    /// Whether it can be a DNS query: TCP always, a datagram by its header. A server that is asked from
-    /// port 53 answers there, too.
+    /// Whether it can be a DNS query: TCP always, a datagram by its header. A server's answer to a client
+    /// with source port 53 is not.
     pub is_query: bool,
     /// TCP with FIN or RST.
     pub ends: bool,
 }
 
 impl Message {
-    /// Where the flow with this alias has its place.
+    /// The place of the flow with this alias.
     fn key(&self, pod_id: PodId, alias: u16) -> DnsKey {
         DnsKey { pod_id, place: alias % DNS_PLACES, protocol: self.protocol() }
     }
@@ -59,9 +59,9 @@ impl Message {
 /// What happens to a packet.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Dns {
-    /// It is not for this module.
+    /// It is not this module's business.
     Other,
-    /// It goes to the proxy's DNS: it gets that as its destination, and this source port.
+    /// It goes to the proxy's DNS, which becomes its destination, with this source port.
     Ask {
         /// The pod.
         pod_id: PodId,
@@ -70,7 +70,7 @@ pub enum Dns {
         /// What to count.
         count: Option<Counter>,
     },
-    /// It goes to the client, from the resolver: it gets this source and this destination port.
+    /// It goes to the client, with the resolver as its source and this destination port.
     Answer {
         /// The resolver.
         from: Addr,
@@ -85,7 +85,7 @@ pub enum Dns {
     Refuse(PodId, Counter),
 }
 
-/// What the decisions here ask of the kernel.
+/// What the decisions here ask the kernel.
 pub trait DnsEnv: Env {
     /// Whether the proxy's DNS of this pod listens, for this protocol and family.
     fn dns_listens(&self, pod_id: PodId, message: &Message) -> bool;
@@ -93,10 +93,11 @@ pub trait DnsEnv: Env {
     fn now(&self) -> u64;
     /// An entry of `dns_flows`.
     fn flow(&self, key: &DnsKey) -> Option<DnsFlow>;
-    /// Notes a packet of the client, or of the proxy, in an entry of `dns_flows`: see [`touched`].
+    /// Records a packet of the client, or of the proxy, in an entry of `dns_flows`: see [`touched`].
     fn touch(&self, key: &DnsKey, message: &Message, from_client: bool);
-    /// Enters a flow: `own`, in its own place; else where there is none, or one that is not needed any more.
-    /// Of CPUs that want one place at the same instant one gets it. Whether it was entered.
+    /// Enters a flow: into its own place if `own`, otherwise into a place that is empty or whose flow is no
+    /// longer needed. If several CPUs want a place at the same moment, one gets it. Returns whether it was
+    /// entered.
     fn enter(&self, key: &DnsKey, flow: &DnsFlow, own: bool) -> bool;
 }
 
@@ -112,7 +113,7 @@ pub fn concerns(message: &Message) -> bool {
 pub fn on_lo(mark: u32, message: &Message, env: &impl DnsEnv) -> Dns {
     let Segment { src, dst, src_port, dst_port, opens, .. } = &message.segment;
     let pod_id = env.pod_id();
-    // Whatever mark netfilter in the pod has made of it.
+    // Whatever mark netfilter in the pod has given it.
     if *src_port == PORT_PROXY_DNS && src.is_loopback() {
         return answer(pod_id, message, env);
     }
@@ -126,8 +127,8 @@ pub fn on_lo(mark: u32, message: &Message, env: &impl DnsEnv) -> Dns {
     let alias = found as u16;
     let key = message.key(pod_id, alias);
     if message.tcp && !opens {
-        // Connections that are open keep their way when the pod's DNS is captured no longer; and one
-        // that is older than the capture is a connection like any other.
+        // Open connections stay on their path when the pod's DNS is no longer captured. A connection that is
+        // older than the capture is like any other.
         if found == NO_ALIAS {
             return Dns::Other;
         }
@@ -169,13 +170,13 @@ pub fn on_lo(mark: u32, message: &Message, env: &impl DnsEnv) -> Dns {
     }
 }
 
-/// Whether a message of the pod is for the proxy's DNS, or may be of a connection to it that is older than
-/// the end of the capture.
-// A function of its own, as `find`: behind its one return there are few cases left.
+/// Whether a message of the pod is for the proxy's DNS, or may belong to a connection to it from before the
+/// capture ended.
+// A function of its own, like `find`: after its single return, few cases are left.
 #[inline(never)]
 fn is_for_dns(pod_id: PodId, message: &Message, env: &impl DnsEnv) -> bool {
     let Segment { dst, dst_port, opens, .. } = &message.segment;
-    // Whoever asks the proxy's DNS itself from the pod's address must not meet an alias.
+    // A client that itself asks the proxy's DNS from the pod's address must not collide with an alias.
     let asks = *dst_port == PORT_DNS && !dst.is_loopback() && !dst.is_link_local()
         || *dst_port == PORT_PROXY_DNS && dst.is_loopback();
     if !asks || !message.is_query || message.segment.src.is_loopback() {
@@ -202,8 +203,8 @@ fn answer(pod_id: PodId, message: &Message, env: &impl DnsEnv) -> Dns {
             to_port: flow.client_port,
         };
     }
-    // Without its query's entry it would come from the wrong address, and maybe to a socket that has
-    // not asked.
+    // Without its query's entry, the answer would come from the wrong address, and possibly to a socket that
+    // has not asked.
     if captured(pod_id, env) { Dns::Drop(pod_id, Counter::DroppedDnsAnswer) } else { Dns::Other }
 }
 
@@ -218,14 +219,14 @@ pub fn drops_unread(mark: u32, src: &Addr, dst: &Addr, env: &impl Env) -> Option
     if captured(pod_id, env) { Some(pod_id) } else { None }
 }
 
-/// What [`find`] gives for a flow that has no place: no port. A number, which the verifier copes with
-/// better than with an enum's parts.
+/// What [`find`] returns for a flow without a place: not a port. A plain number is easier for the verifier
+/// than an enum.
 const NO_ALIAS: u32 = u32::MAX;
 
-/// The alias of the message's flow, if it has a place. One that is not needed any more another CPU may be
-/// about to give away: only an open connection still goes by it, and who opens one claims a place anew.
-// A function of its own, for the verifier's sake: it has a stack of its own, one return, and few ways
-// through it.
+/// The alias of the message's flow, if it has a place. A place that is no longer needed may be given to
+/// another flow by another CPU at any moment: only an open connection still uses it, and whoever opens a
+/// connection claims a place again.
+// A function of its own, for the verifier: it has its own stack, one return, and few paths.
 #[inline(never)]
 fn find(pod_id: PodId, message: &Message, env: &impl DnsEnv) -> u32 {
     let now = env.now();
@@ -244,9 +245,9 @@ fn find(pod_id: PodId, message: &Message, env: &impl DnsEnv) -> u32 {
     NO_ALIAS
 }
 
-/// Enters a flow in the first of its places that it can have, with the alias that belongs to it. Whether
-/// there was one.
-// See `find`.
+/// Enters a flow in the first of its places that is available, with the alias that belongs to it. Returns
+/// whether there was one.
+// For the verifier, like `find`.
 #[inline(never)]
 fn claim(pod_id: PodId, message: &Message, flow: &mut DnsFlow, env: &impl DnsEnv) -> bool {
     let mut alias = message.segment.src_port;
@@ -260,13 +261,13 @@ fn claim(pod_id: PodId, message: &Message, flow: &mut DnsFlow, env: &impl DnsEnv
     false
 }
 
-/// Whether another flow may have the place of this one.
+/// Whether another flow may take the place of this one.
 #[inline(always)]
 pub fn is_free(flow: &DnsFlow, now: u64) -> bool {
     flow.needed_until_ns <= now
 }
 
-/// Whether a flow is that of the message's client and resolver.
+/// Whether a flow belongs to the message's client and resolver.
 #[inline(always)]
 fn is_of(flow: &DnsFlow, message: &Message) -> bool {
     let Segment { src, dst, src_port, dst_port, .. } = &message.segment;
@@ -278,7 +279,7 @@ fn is_of(flow: &DnsFlow, message: &Message) -> bool {
     differ(&flow.client, src) | differ(&flow.resolver, dst) | u64::from(ports) == 0
 }
 
-/// What a packet of the client, or of the proxy, makes of its flow.
+/// Updates a flow for a packet of the client, or of the proxy.
 #[inline(always)]
 pub fn touched(flow: &mut DnsFlow, message: &Message, from_client: bool, now: u64) {
     if flow.needed_until_ns == CLAIMED {
@@ -300,13 +301,13 @@ pub fn touched(flow: &mut DnsFlow, message: &Message, from_client: bool, now: u6
     flow.needed_until_ns = now + needed;
 }
 
-/// The ports that stand for a client's port and one of its resolvers each: the first is the port
-/// itself, so who asks one resolver only keeps it and never competes with another port; the others
-/// follow from it.
+/// The ports that each stand for a client's port and one of its resolvers. The first is the port itself, so a
+/// client with a single resolver keeps its port. The others are derived from it.
 #[inline(always)]
 const fn next_alias(alias: u16) -> u16 {
     const STEP: u32 = 7919;
-    // Nobody could answer to 0. No branch for it: the verifier follows each through the loop.
+    // Port 0 is not usable. There is no branch for it, because the verifier would follow each branch through
+    // the loop.
     ((alias as u32 + STEP - 1) % u16::MAX as u32 + 1) as u16
 }
 
@@ -333,7 +334,7 @@ mod tests {
     const NEIGHBOUR: PodId = 8;
     const PORT: u16 = 40_000;
     const START: u64 = 1_000_000_000_000;
-    /// All but the proxy's; the guard's for what it brings here.
+    /// All marks but the proxy's, including that of what the guard moves here.
     const MARKS: [u32; 6] =
         [0, MARK_RESCUED, MARK_REDIRECTED, MARK_DIRECT, MARK_VIRTUAL, 0xabcd_e538];
 
@@ -346,7 +347,7 @@ mod tests {
     struct Addresses {
         own: Addr,
         own_second: Addr,
-        /// Local by a route alone.
+        /// Local only by a route.
         any_ip: Addr,
         resolvers: [Addr; 3],
         loopback: Addr,
@@ -380,7 +381,7 @@ mod tests {
     }
 
     impl Addresses {
-        /// Resolvers without end.
+        /// Any number of resolvers.
         fn resolver(&self, number: u16) -> Addr {
             let mut octets = self.resolvers[1].octets;
             octets[13] ^= 0x80;
@@ -400,9 +401,9 @@ mod tests {
         without_dns: Option<Proxy>,
         now: Cell<u64>,
         flows: Flows,
-        /// Whether the map takes no more.
+        /// Whether the map is full.
         full: bool,
-        /// How many places, of those that are tried next, other CPUs get at the same instant.
+        /// How many of the places that are tried next are taken by other CPUs at the same moment.
         rivals: Cell<u16>,
     }
 
@@ -418,12 +419,12 @@ mod tests {
             self.now.set(self.now.get() + ns);
         }
 
-        /// What becomes of what the pod sends.
+        /// What happens to what the pod sends.
         fn sends(&self, message: &Message) -> Dns {
             on_lo(0, message, self)
         }
 
-        /// Asks, and gives the port that the proxy sees.
+        /// Sends a query, and returns the port that the proxy sees.
         #[track_caller]
         fn ask(&self, message: &Message) -> u16 {
             match self.sends(message) {
@@ -435,7 +436,7 @@ mod tests {
             }
         }
 
-        /// What becomes of the proxy's packet to this port of who has sent `message`.
+        /// What happens to the proxy's packet to this port of the sender of `message`.
         fn answer(&self, message: &Message, from_port: u16) -> Dns {
             let Segment { src: client, .. } = message.segment;
             let src = Addr::loopback(client.is_v4());
@@ -613,7 +614,7 @@ mod tests {
         Dns::Answer { from: resolver, from_port: PORT_DNS, to_port: PORT }
     }
 
-    /// A packet of a connection that is known.
+    /// A packet of a known connection.
     fn goes_on(from_port: u16) -> Dns {
         Dns::Ask { pod_id: OWN, from_port, count: None }
     }
@@ -629,7 +630,7 @@ mod tests {
                     let asked = a.resolvers.map(|resolver| open(client, resolver));
                     let ports = asked.map(|message| node.ask(&message));
                     assert_eq!(ports[0], PORT, "the first keeps the port");
-                    // Asked again, they are the same; so they are in a connection.
+                    // They are the same when asked again, and in a connection.
                     for (message, port) in asked.iter().zip(ports) {
                         assert_eq!(node.ask(message), port);
                         if message.tcp {
@@ -652,12 +653,12 @@ mod tests {
         for a in both_families() {
             let node = Node::new(&a, CAPTURED);
             let asked = [query(a.own, a.resolvers[0]), query(a.own, a.resolvers[1])];
-            // A and AAAA each, by one port.
+            // A and AAAA, each from one port.
             let ports = asked.map(|message| [node.ask(&message), node.ask(&message)][0]);
             assert_eq!(node.flows.borrow().len(), asked.len());
             assert_eq!(node.answer(&asked[0], ports[0]), from(a.resolvers[0]));
-            // The other answer is still to come: nobody gets the place. The next one by the same port
-            // modulo the places, say.
+            // The other answer is still to come, so nobody gets the place. The rival has the same port modulo
+            // the places.
             let rival = from_port(query(a.own, a.resolvers[2]), PORT + DNS_PLACES);
             assert_ne!(node.ask(&rival) % DNS_PLACES, ports[0] % DNS_PLACES);
             assert_eq!(node.answer(&asked[0], ports[0]), from(a.resolvers[0]));
@@ -673,7 +674,7 @@ mod tests {
             let node = Node::new(&a, CAPTURED);
             let waiting = query(a.own, a.resolvers[0]);
             let port = node.ask(&waiting);
-            // Whose own port that is, and everybody else that has a place there.
+            // The ports that have a place there.
             let mut ports = vec![port];
             ports.extend((1..PLACES).map(|number| node.ask(&query(a.own, a.resolver(number)))));
             ports.sort_unstable();
@@ -681,7 +682,7 @@ mod tests {
             assert_eq!(ports.len(), usize::from(PLACES), "each has another");
             let late = query(a.own, a.resolvers[2]);
             assert_eq!(node.sends(&late), BUSY);
-            // An answer makes room.
+            // An answer frees the place.
             assert_eq!(node.answer(&waiting, port), from(a.resolvers[0]));
             assert_eq!(node.ask(&late), port);
             assert_eq!(node.answer(&late, port), from(a.resolvers[2]));
@@ -699,7 +700,7 @@ mod tests {
     fn place_that_another_cpu_gets_first_is_not_taken_from_it() {
         for a in both_families() {
             for open in [query, syn] {
-                // Nobody has it, or somebody who does not need it any more.
+                // The place is empty, or its flow is no longer needed.
                 for stale in [false, true] {
                     for rivals in 0..=PLACES {
                         let node = Node::new(&a, CAPTURED);
@@ -733,7 +734,7 @@ mod tests {
                     .borrow_mut()
                     .values_mut()
                     .for_each(|flow| flow.needed_until_ns = CLAIMED);
-                // A late answer does not bring it back, nor does its client.
+                // Neither a late answer nor its client brings it back.
                 assert_eq!(node.answer(&asked, PORT), from(a.resolvers[0]));
                 if asked.tcp {
                     assert_eq!(node.sends(&data(asked)), Dns::Other);
@@ -767,7 +768,7 @@ mod tests {
         for a in both_families() {
             let node = Node::new(&a, CAPTURED);
             let first = syn(a.own, a.resolvers[0]);
-            // It is about the same place.
+            // They compete for the same place.
             let rival = |number| from_port(syn(a.own, a.resolver(number)), PORT + DNS_PLACES);
             let has_it = |alias: u16| alias % DNS_PLACES == PORT % DNS_PLACES;
             assert_eq!(node.ask(&first), PORT);
@@ -779,7 +780,7 @@ mod tests {
                 assert!(!has_it(node.ask(&rival(number))));
                 assert_eq!(node.answer(&data(first), PORT), from(a.resolvers[0]));
             }
-            // Whoever ends it, the rest of its packets still find their way.
+            // Whoever ends it, the remaining packets still arrive.
             for (number, by_client) in [(10, true), (20, false)] {
                 let closes = end(first);
                 match by_client {
@@ -794,7 +795,7 @@ mod tests {
                 let next = rival(number + 1);
                 assert_eq!(node.ask(&next), next.segment.src_port);
                 assert_eq!(node.sends(&data(first)), Dns::Other, "its place is another's");
-                // A new one by the same ports has all the time again, also at once.
+                // A new connection with the same ports has the full time again, even immediately.
                 node.after(IDLE_NS);
                 assert_eq!(node.ask(&first), PORT);
                 assert_eq!(node.sends(&end(first)), goes_on(PORT));
@@ -819,7 +820,7 @@ mod tests {
             for message in &asked {
                 assert_eq!(node.ask(message), message.segment.src_port);
             }
-            // The same port by another address: it is the place that counts.
+            // The same port at another address: the place is what matters.
             let meets = query(a.own_second, a.resolvers[0]);
             let port = node.ask(&meets);
             assert_ne!(port, PORT);
@@ -858,7 +859,7 @@ mod tests {
             let node = Node::new(&a, CAPTURED);
             node.ask(&query(a.own, a.resolvers[0]));
             let alias = node.ask(&query(a.own, a.resolvers[1]));
-            // It asks another resolver, or the same.
+            // The client asks another resolver, or the same.
             for resolver in [a.resolvers[2], a.resolvers[1]] {
                 let owner = from_port(query(a.own, resolver), alias);
                 let port = node.ask(&owner);
@@ -885,7 +886,8 @@ mod tests {
                 }
                 assert_eq!(taken, DNS_PLACES, "each place is had once");
                 assert_eq!(node.flows.borrow().len(), usize::from(DNS_PLACES));
-                // The other protocol has its own, and so has every other pod, of the same addresses.
+                // The other protocol has places of its own, and so has every other pod with the same
+                // addresses.
                 let other = if open(a.own, a.own).tcp { query } else { syn };
                 node.ask(&other(a.own, a.resolvers[0]));
                 let flows = Rc::clone(&node.flows);
@@ -932,7 +934,7 @@ mod tests {
     fn no_query_of_a_captured_pod_goes_on_to_its_resolver() {
         let proxies = [None, Some(Proxy::Listens), Some(Proxy::AwayWithinGrace), Some(Proxy::Away)];
         for a in both_families() {
-            // Without `POD_CAPTURE`, too.
+            // Also without `POD_CAPTURE`.
             for pod in [CAPTURED, Some(POD_ENROLLED | POD_DNS), Some(u32::MAX)] {
                 for without_dns in proxies {
                     for full in [false, true] {

@@ -1,6 +1,6 @@
-//! Whose sockets are the proxy's: those with its mark, of the cgroups of the proxies that have connected to
-//! the agent. The mark alone any application could have that may set marks (`CAP_NET_RAW`, which most
-//! runtimes give to every container).
+//! Which sockets are the proxy's: those with its mark that were created in the cgroup of a proxy that has
+//! connected to the agent. The mark alone is not enough, because any application may set it that has
+//! `CAP_NET_RAW`, which most runtimes give to every container.
 
 use std::{
     collections::{BTreeMap, BTreeSet},
@@ -15,23 +15,23 @@ use tracing::{debug, warn};
 use super::{Dataplane, absent, kernel::Kernel, monotonic_ns};
 use crate::{cgroup, process_ref::ProcessRef};
 
-/// How many cgroups are kept besides those of connected proxies: one that was replaced goes on serving its
+/// How many cgroups are kept besides those of connected proxies: a proxy that was replaced still serves its
 /// connections.
 const KEPT: usize = 16;
 
-/// What it means that a proxy's cgroup is not known.
+/// What an unknown cgroup of a proxy means.
 const MARK_ALONE: &str = "the proxy's sockets cannot be told by their cgroup, so whatever has its mark passes for \
                           the proxy, an application with CAP_NET_RAW too";
 
-/// The proxies that are connected to the agent, by a number that each is given.
+/// The proxies that are connected to the agent, by number.
 #[derive(Debug, Default)]
 pub(super) struct Proxies(Mutex<BTreeMap<u64, Proxy>>);
 
 #[derive(Debug)]
 struct Proxy {
-    /// Its process, where the agent sees it.
+    /// Its process, if the agent sees it.
     process: Option<ProcessRef>,
-    /// Its cgroups. While it has none that could be found out, the mark has to be enough.
+    /// Its cgroups. While they are unknown, the mark has to be enough.
     cgroups: Result<BTreeSet<u64>>,
 }
 
@@ -44,7 +44,7 @@ impl Proxy {
         Self { process, cgroups }
     }
 
-    /// Looks again. What is known of it stays when it has ended, or cannot be looked at.
+    /// Looks again. What is known about it stays if it has exited or cannot be read.
     fn follow(&mut self) {
         match self.process.as_ref().map(cgroup::of_proxy) {
             Some(Ok(found)) => self.cgroups = Ok(found),
@@ -64,7 +64,7 @@ impl Proxies {
     }
 }
 
-/// A proxy that has been admitted: it counts as connected until this is dropped.
+/// An admitted proxy. It counts as connected until this is dropped.
 #[derive(Debug)]
 pub struct AdmittedProxy {
     proxies: Arc<Proxies>,
@@ -78,12 +78,12 @@ impl Drop for AdmittedProxy {
 }
 
 impl Dataplane {
-    /// From now on sockets of this process's cgroups are the proxy's. When they cannot be found out, the mark
-    /// is enough as long as it is connected.
+    /// From now on, sockets of this process's cgroups are the proxy's. If the cgroups cannot be determined,
+    /// the mark is enough as long as the process is connected.
     ///
     /// # Errors
     ///
-    /// When the process has ended, or the map cannot be written.
+    /// When the process has exited, or the map cannot be written.
     pub fn admit_proxy(&self, process: Option<ProcessRef>) -> Result<AdmittedProxy> {
         let proxy = Proxy::find(process);
         if let Err(e) = &proxy.cgroups {
@@ -95,12 +95,12 @@ impl Dataplane {
         connected.insert(number, proxy);
         let written = self.write_proxies(&connected);
         drop(connected);
-        // Dropped if that failed.
+        // Dropped if the update fails.
         let admitted = AdmittedProxy { proxies: Arc::clone(&self.proxies), number };
         written.map(|()| admitted)
     }
 
-    /// Looks whether connected proxies have moved to other cgroups.
+    /// Checks whether connected proxies have moved to other cgroups.
     ///
     /// # Errors
     ///
@@ -111,7 +111,7 @@ impl Dataplane {
         self.write_proxies(&connected)
     }
 
-    /// Why the mark alone tells the proxy's sockets, if a proxy is connected and that is so.
+    /// Why the mark alone identifies the proxy's sockets, if that is so and a proxy is connected.
     pub fn mark_alone(&self) -> Option<String> {
         let connected = self.proxies.connected();
         let unknown = connected.values().find_map(|proxy| proxy.cgroups.as_ref().err());
@@ -127,7 +127,7 @@ impl Dataplane {
         if connected.values().any(|proxy| proxy.cgroups.is_err()) {
             cgroups.enter(ANY_CGROUP, &in_use)
         } else if in_use.is_empty() {
-            // Nobody is connected. Whoever was goes on serving its connections.
+            // No proxy is connected. Those that were still serve their connections.
             Ok(())
         } else {
             cgroups.remove(ANY_CGROUP)
@@ -143,7 +143,7 @@ impl<'a> ProxyCgroups<'a> {
         kernel.map("proxy_cgroups").map(Self)
     }
 
-    /// As long as no proxy is known, its mark is enough.
+    /// As long as no proxy is known, the mark is enough.
     pub(super) fn begin(&mut self) -> Result<()> {
         match self.0.keys().next() {
             None => self.enter(ANY_CGROUP, &BTreeSet::new()),
@@ -151,7 +151,7 @@ impl<'a> ProxyCgroups<'a> {
         }
     }
 
-    /// Enters a cgroup in the place of the oldest one that is not `in_use`.
+    /// Enters a cgroup. Of those that are not `in_use`, only the newest [`KEPT`] stay.
     fn enter(&mut self, id: u64, in_use: &BTreeSet<u64>) -> Result<()> {
         let mut others: Vec<(u64, u64)> = Vec::new();
         for entry in self.0.iter() {
