@@ -129,26 +129,26 @@ impl Default for Metrics {
         start_at_zero(&connections, &cni_requests, &watch_errors);
         let version = Info::new(vec![("version", env!("CARGO_PKG_VERSION"))]);
         registry.register("build", "The agent's version", version);
-        registry.register("pods", "Pods of this node, by where they are and why", pods.clone());
+        registry.register("pods", "Pods of this node, by state and reason", pods.clone());
         registry.register(
             "connections",
-            "Connections of pods in the mesh, by what the datapath did with them",
+            "Connections of pods in the mesh, by the datapath's verdict",
             connections.clone(),
         );
         registry.register_with_unit(
             "enrolment_duration",
-            "Time from the decision that a pod is in the mesh until its connections are redirected",
+            "Time from the decision to enroll a pod until its connections are redirected",
             Unit::Seconds,
             enrolment.clone(),
         );
         registry.register(
             "drift",
-            "Things of a pod that were found missing in the kernel and were repaired, by kind",
+            "Parts of a pod's redirection that were missing in the kernel and were put back, by kind",
             drift.clone(),
         );
         registry.register(
             "reconcile_failures",
-            "Steps of a pod that failed and are tried again",
+            "Steps for a pod that failed and were retried",
             failures.clone(),
         );
         registry.register(
@@ -163,7 +163,7 @@ impl Default for Metrics {
         );
         registry.register(
             "kubelet_followed",
-            "1 while kubelet's probes are told by its cgroup, else 0",
+            "1 while kubelet's probes are recognized by its cgroup, else 0",
             kubelet_followed.clone(),
         );
         registry.register(
@@ -178,13 +178,13 @@ impl Default for Metrics {
         );
         registry.register_with_unit(
             "cni_request_duration",
-            "How long the CNI plugin waited for the answer, by operation and result",
+            "How long the CNI plugin waited for an answer, by operation and result",
             Unit::Seconds,
             cni_duration.clone(),
         );
         registry.register(
             "watch_errors",
-            "Errors of the watches on the API server, by resource",
+            "Failures of the watches on the API server, by resource",
             watch_errors.clone(),
         );
         Self {
