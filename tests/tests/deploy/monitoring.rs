@@ -160,6 +160,26 @@ fn alerts_fire_when_they_should_and_not_otherwise() -> Result<()> {
 }
 
 #[test]
+fn prometheus_understands_every_expression_of_the_dashboard() -> Result<()> {
+    let dir = tempfile::tempdir()?;
+    let rules: Vec<Value> = expressions()?
+        .iter()
+        .enumerate()
+        .map(|(number, expression)| {
+            let expression =
+                expression.replace("$__rate_interval", "5m").replace("$instance", ".*");
+            serde_json::json!({"record": format!("panel:{number}"), "expr": expression})
+        })
+        .collect();
+    let groups = serde_json::json!({"groups": [{"name": NAME, "rules": rules}]});
+    fs::write(dir.path().join("rules.yaml"), groups.to_string())?;
+    succeed(
+        Command::new("promtool").args(["check", "rules", "rules.yaml"]).current_dir(dir.path()),
+    )?;
+    Ok(())
+}
+
+#[test]
 fn operators_of_prometheus_and_grafana_find_what_the_chart_makes_for_them() -> Result<()> {
     let objects = Objects::of_chart(&["--values", EVERYTHING])?;
     let of_kind = |kind: &str| {
