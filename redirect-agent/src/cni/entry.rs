@@ -1,4 +1,4 @@
-//! Our entry in the node's CNI configuration: the installer writes it, the plugin reads it.
+//! Our entry in the node's CNI configuration. The installer writes it, and the plugin reads it.
 
 use std::{fmt, path::PathBuf, str::FromStr, time::Duration};
 
@@ -10,17 +10,17 @@ use crate::membership::{DEFAULT_EXCLUDED_NAMESPACE, check_namespace_name, is_dns
 /// The plugin's name: the entry's `type`, and that of its program.
 pub const PLUGIN: &str = "redirect-cni";
 
-/// The versions of the CNI specification that the plugin speaks, oldest first: those with chains.
+/// The versions of the CNI specification that the plugin supports, oldest first: all that have chains.
 pub const VERSIONS: [&str; 5] = ["0.3.0", "0.3.1", "0.4.0", "1.0.0", "1.1.0"];
 
 /// How long the plugin tries to reach the agent, unless the entry says otherwise, in seconds.
 const DEFAULT_TIMEOUT: u32 = 30;
 /// The longest that an entry may let a pod wait: runtimes give up after some minutes.
 pub const LONGEST_TIMEOUT: u32 = 240;
-/// How much longer than the agent the plugin waits, so that it hears what the agent says.
+/// How much longer than the agent the plugin waits, so that it gets the agent's answer.
 const MARGIN: Duration = Duration::from_secs(5);
 
-/// The entry. What it does not say has its default.
+/// The entry. Missing fields have their defaults.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "camelCase", default)]
 pub struct Entry {
@@ -34,9 +34,9 @@ pub struct Entry {
     /// The agent's own pods, which start without asking it.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub daemon_set: Option<DaemonSet>,
-    /// For how many seconds the agent may be away, or busy.
+    /// How many seconds the agent may be away or busy.
     pub timeout_seconds: u32,
-    /// The file with a single network that was made a list for this entry.
+    /// The file with a single network that this list replaces.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub replaces: Option<String>,
 }
@@ -55,7 +55,7 @@ impl Default for Entry {
 }
 
 impl Entry {
-    /// One for an agent that lets a pod wait for so long at most.
+    /// An entry for an agent that lets a pod wait at most this long.
     pub fn for_an_agent_that_waits(timeout: Duration) -> Self {
         let seconds = u32::try_from(timeout.saturating_add(MARGIN).as_secs());
         let timeout_seconds = seconds.unwrap_or(LONGEST_TIMEOUT).min(LONGEST_TIMEOUT);
@@ -80,8 +80,8 @@ pub struct DaemonSet {
 }
 
 impl DaemonSet {
-    /// Whether a pod is called as its pods are: its name, `-`, and five letters and digits.
-    /// Source: Kubernetes `staging/src/k8s.io/apiserver/pkg/storage/names/generate.go`.
+    /// Whether a pod is named like this DaemonSet's pods: its name, `-`, and five letters and digits. Source:
+    /// Kubernetes `staging/src/k8s.io/apiserver/pkg/storage/names/generate.go`.
     fn owns(&self, namespace: &str, pod: &str) -> bool {
         let suffix = pod.strip_prefix(&self.name).and_then(|rest| rest.strip_prefix('-'));
         namespace == self.namespace

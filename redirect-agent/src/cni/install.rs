@@ -1,8 +1,7 @@
-//! Installs the CNI plugin on the node, keeps it installed, and takes it off again.
+//! Installs the CNI plugin on the node, keeps it installed, and removes it.
 //!
-//! The runtime uses the first network, in lexical order of the files, that it can read: that one gets
-//! our entry. What somebody else writes meanwhile is theirs: it is taken as it is, and gets our entry
-//! again.
+//! The runtime uses the first network, in lexical order of the files, that it can read. That one gets our
+//! entry. If somebody else rewrites it, their content is kept, and our entry is added again.
 //!
 //! | file | what becomes of it |
 //! |---|---|
@@ -31,19 +30,19 @@ use super::{
     network::{List, Network, Single},
 };
 
-/// The directories are looked at this often even when nobody tells us of a change: they may come
-/// later than the agent, and one that was replaced has lost its watch.
+/// The directories are checked this often even without a notification: they may be created later than the
+/// agent, and a directory that was replaced has lost its watch.
 const RESCAN: Duration = Duration::from_secs(2);
 /// A file that was written to within this time may be half-written.
 const SETTLE: Duration = Duration::from_millis(50);
-/// A file that is written to all the time is read all the same after so many looks.
+/// A file that is written to all the time is read anyway after this many checks.
 const SETTLE_AT_MOST: u32 = 20;
 
 /// The files that a runtime reads. Source: containerd/go-cni `opts.go`, `loadFromConfDir`.
 pub const CONFIGURATIONS: [&str; 3] = [".conf", ".conflist", ".json"];
-/// What is appended to the name of a file that a list takes the place of: no runtime reads it.
+/// Appended to the name of a file that a list replaces. No runtime reads such a file.
 const SAVED: &str = ".before-redirect-cni";
-/// What is written before it takes its place.
+/// The temporary file that is written first and then renamed.
 const TEMPORARY: &str = ".redirect-cni.tmp";
 
 /// Where the node has its CNI.
@@ -67,12 +66,12 @@ pub struct Installer {
     dirs: Dirs,
     entry: Entry,
     missing: Missing,
-    /// The program as it was when it was compared with this one.
+    /// The installed program when it was last compared with this one.
     program: Option<Stamp>,
     notes: BTreeSet<String>,
 }
 
-/// What is missing of an installation; `None`: nothing.
+/// What is missing from the installation; `None`: nothing.
 #[derive(Clone, Debug)]
 pub struct Missing(Arc<Mutex<Option<String>>>);
 
@@ -90,7 +89,7 @@ impl Missing {
     }
 }
 
-/// Tells one state of a file from another.
+/// Identifies a state of a file.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 struct Stamp {
     inode: (u64, u64),
@@ -110,13 +109,13 @@ impl Stamp {
     }
 }
 
-/// How a look at the directories has ended.
+/// The result of checking the directories.
 enum Look {
     /// The plugin is in this file.
     Installed(PathBuf),
     /// It is not; why.
     Missing(String),
-    /// Somebody writes there just now.
+    /// Somebody is writing there right now.
     Unsettled,
 }
 
@@ -132,8 +131,8 @@ impl Installer {
         self.missing.clone()
     }
 
-    /// Installs the plugin, and again whenever somebody undoes it, until `shutdown`. What cannot be done
-    /// is told, and tried again.
+    /// Installs the plugin, and installs it again whenever somebody undoes that, until `shutdown`. Failures
+    /// are reported and retried.
     ///
     /// # Errors
     ///
@@ -155,14 +154,14 @@ impl Installer {
             let pause = if settled { RESCAN } else { SETTLE };
             tokio::select! {
                 () = shutdown.cancelled() => return Ok(()),
-                // What is written takes a moment: the file is looked at when it has settled.
+                // Writing takes a moment, so the file is checked once it has settled.
                 () = changed.notified(), if settled => {}
                 () = tokio::time::sleep(pause) => {}
             }
         }
     }
 
-    /// Does what has to be done; says whether it could.
+    /// Does what is missing. Returns whether it succeeded.
     fn look(&mut self, patient: bool) -> bool {
         let mut notes = BTreeSet::new();
         let look = self.install(patient, &mut notes);
@@ -190,7 +189,7 @@ impl Installer {
     }
 
     fn install(&mut self, patient: bool, notes: &mut BTreeSet<String>) -> Result<Look> {
-        // First the program: an entry without it would keep every pod from starting.
+        // The program comes first: an entry without it would keep every pod from starting.
         self.place_program()?;
         let files = match read(&self.dirs.conf, patient)? {
             Some(files) => files,
@@ -230,7 +229,7 @@ impl Installer {
                 if list.has_istio() {
                     notes.insert(format!("{path} has istio-cni, too: never both on one pod"));
                 }
-                // What it was made of stays said.
+                // The new entry still names the file that the list replaces.
                 let entry = Entry { replaces: origin.clone(), ..self.entry.clone() };
                 if !list.has(&entry) {
                     let text = list.with(&entry).with_context(|| format!("edit {path}"))?;
@@ -240,7 +239,7 @@ impl Installer {
                 file.path.clone()
             }
         };
-        // A file that was the first before, and is not any more.
+        // A file that used to be the first one.
         for (file, network) in &networks[1..] {
             if let Network::List(list) = network
                 && list.has_ours()
@@ -254,7 +253,7 @@ impl Installer {
         Ok(Look::Installed(at))
     }
 
-    /// Makes a list of a single network and our entry, and puts it in its place.
+    /// Makes a list of a single network and our entry, and replaces the network's file by it.
     fn replace_single(&self, file: &Found, single: &Single, all: &[Found]) -> Result<PathBuf> {
         let path = file.path.with_extension("conflist");
         let made_of = |other: &Found| match other.network() {
@@ -269,7 +268,7 @@ impl Installer {
             );
         }
         let entry = Entry { replaces: Some(file.name.clone()), ..self.entry.clone() };
-        // In this order: at each moment there is a first network.
+        // In this order, there is a first network at every moment.
         write(&path, single.to_list(&entry).as_bytes(), &file.meta)?;
         file.is_as_read()?;
         rename(&file.path, &saved(&file.path))?;
@@ -279,7 +278,7 @@ impl Installer {
         Ok(path)
     }
 
-    /// Copies this very program to where the runtime finds plugins.
+    /// Copies this program to where the runtime finds plugins.
     fn place_program(&mut self) -> Result<()> {
         let path = self.dirs.program();
         let stamp = |path: &Path| fs::metadata(path).ok().map(|meta| Stamp::of(&meta));
@@ -307,11 +306,11 @@ impl Installer {
     }
 }
 
-/// Takes the plugin off the node; the configuration is as it was found. Says what it did.
+/// Removes the plugin from the node, and restores the configuration. Returns what it did.
 ///
 /// # Errors
 ///
-/// When a file cannot be written. What is not there is no error.
+/// When a file cannot be written. Missing files are not an error.
 pub fn remove(dirs: &Dirs) -> Result<Vec<String>> {
     let mut done = Vec::new();
     for file in read(&dirs.conf, false)?.unwrap_or_default() {
@@ -321,7 +320,7 @@ pub fn remove(dirs: &Dirs) -> Result<Vec<String>> {
             done.push(format!("took {PLUGIN} out of {}", file.path.display()));
         }
     }
-    // Last: no entry names it any more.
+    // Last, when no entry names it anymore.
     for path in [dirs.conf.join(TEMPORARY), dirs.bin.join(TEMPORARY), dirs.program()] {
         if unlink(&path)? {
             done.push(format!("removed {}", path.display()));
@@ -334,7 +333,7 @@ pub fn remove(dirs: &Dirs) -> Result<Vec<String>> {
 ///
 /// # Errors
 ///
-/// When the plugin is not installed, or not whole.
+/// When the plugin is not installed, or only partly.
 pub fn find(dirs: &Dirs) -> Result<PathBuf> {
     let mut found = None;
     for file in read(&dirs.conf, false)?.unwrap_or_default() {
@@ -373,7 +372,7 @@ impl Found {
         Ok(Network::read(&self.name, text)?)
     }
 
-    /// Whoever wrote to it meanwhile is not overwritten.
+    /// If somebody has written to it in the meantime, it is not overwritten.
     fn is_as_read(&self) -> Result<()> {
         let now = fs::read(&self.path).with_context(|| format!("read {}", self.path.display()))?;
         if now != self.content {
@@ -384,19 +383,19 @@ impl Found {
 
     fn rewrite(&self, text: &str) -> Result<()> {
         self.is_as_read()?;
-        // A link stays one.
+        // A symbolic link stays a link.
         let path = fs::canonicalize(&self.path)
             .with_context(|| format!("follow {}", self.path.display()))?;
         write(&path, text.as_bytes(), &self.meta)
     }
 
-    /// Takes our entry out of it; a list that was made of another file goes, and that file comes back.
+    /// Removes our entry. A list that replaced another file is removed, and that file is restored.
     fn take_out(&self, list: &List) -> Result<()> {
         let Some(replaced) = list.replaces().and_then(|name| replaced(&self.path, &name)) else {
             let text = list.without().with_context(|| format!("edit {}", self.path.display()))?;
             return self.rewrite(&text);
         };
-        // One that was written anew is newer than the one that was saved.
+        // A file that was written again is newer than the saved one.
         if replaced.exists() {
             unlink(&saved(&replaced))?;
         } else {
@@ -407,7 +406,7 @@ impl Found {
     }
 }
 
-/// The file that a list was made of, if it can be brought back.
+/// The file that a list replaced, if it can be restored.
 fn replaced(list: &Path, name: &str) -> Option<PathBuf> {
     let is_file_name = Path::new(name).file_name() == Some(name.as_ref());
     let path = list.with_file_name(name);
@@ -420,8 +419,8 @@ fn saved(path: &Path) -> PathBuf {
     name.into()
 }
 
-/// The configuration files, in the runtime's order; a node without the directory has none. `None` while
-/// somebody writes there, for who is `patient`.
+/// The configuration files, in the runtime's order; a node without the directory has none. `None` while a
+/// file is still being written and `patient` is set.
 fn read(dir: &Path, patient: bool) -> Result<Option<Vec<Found>>> {
     let context = || format!("read {}", dir.display());
     let entries = match fs::read_dir(dir) {
@@ -436,7 +435,7 @@ fn read(dir: &Path, patient: bool) -> Result<Option<Vec<Found>>> {
         if !CONFIGURATIONS.iter().any(|end| name.ends_with(end)) {
             continue;
         }
-        // One that goes away meanwhile is gone; a runtime cannot read the others either.
+        // A file may disappear in between; files that cannot be read cannot be read by a runtime, either.
         let Ok(mut file) = File::open(&path) else { continue };
         let Ok(meta) = file.metadata() else { continue };
         if !meta.is_file() {
@@ -454,21 +453,21 @@ fn read(dir: &Path, patient: bool) -> Result<Option<Vec<Found>>> {
     Ok(Some(found))
 }
 
-/// Writes a file beside and puts it in its place, with the mode and the owner of `like`.
+/// Writes a temporary file and renames it, with the mode and the owner of `like`.
 fn write(path: &Path, content: &[u8], like: &Metadata) -> Result<()> {
     let context = || format!("write {}", path.display());
     let temporary = path.with_file_name(TEMPORARY);
     let mut file = create(&temporary).with_context(context)?;
     file.write_all(content).with_context(context)?;
     fchown(&file, Some(like.uid()), Some(like.gid())).with_context(context)?;
-    // After the owner: that takes bits away.
+    // After the owner, because changing the owner clears mode bits.
     file.set_permissions(Permissions::from_mode(like.mode() & 0o7777)).with_context(context)?;
     file.sync_all().with_context(context)?;
     rename(&temporary, path)?;
     path.parent().map_or(Ok(()), sync)
 }
 
-/// An empty file that nobody else can read; one that a killed agent has left is gone.
+/// An empty file that nobody else can read. One that a killed agent left behind is removed first.
 fn create(path: &Path) -> Result<File> {
     unlink(path)?;
     let mut options = File::options();
@@ -489,7 +488,7 @@ fn unlink(path: &Path) -> Result<bool> {
     }
 }
 
-/// What was renamed stays so when the node loses power.
+/// Makes renames survive a power failure.
 fn sync(dir: &Path) -> Result<()> {
     let synced = File::open(dir).and_then(|dir| dir.sync_all());
     synced.with_context(|| format!("write {}", dir.display()))
@@ -520,7 +519,7 @@ fn same_content(a: &File, b: File) -> io::Result<bool> {
     }
 }
 
-/// Wakes us when a directory changes; without it, the rescan remains.
+/// Wakes us when a directory changes. Without it, changes are found by the regular check.
 struct Watch {
     watcher: Option<notify::RecommendedWatcher>,
     followed: BTreeSet<PathBuf>,
@@ -529,7 +528,7 @@ struct Watch {
 impl Watch {
     fn new(changed: Arc<Notify>) -> Self {
         let wake = move |event: notify::Result<notify::Event>| {
-            // What we read ourselves wakes nobody.
+            // Our own reads must not wake us.
             if event.is_ok_and(|event| !event.kind.is_access()) {
                 changed.notify_one();
             }
@@ -539,7 +538,7 @@ impl Watch {
         Self { watcher: watcher.ok(), followed: BTreeSet::new() }
     }
 
-    /// Follows directories that are there by now.
+    /// Watches directories that have been created in the meantime.
     fn follow(&mut self, dirs: [&PathBuf; 2]) {
         let Some(watcher) = &mut self.watcher else { return };
         for dir in dirs {

@@ -1,4 +1,4 @@
-//! CNI: the network plugin that holds a pod's start until the pod is where it should be.
+//! CNI: the network plugin that delays a pod's start until the pod is in its desired state.
 
 pub mod entry;
 pub mod install;

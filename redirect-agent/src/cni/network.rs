@@ -1,7 +1,7 @@
-//! A network of the node, as its configuration file says it, with our entry in it or without.
+//! A network of the node, as its configuration file describes it, with or without our entry.
 //!
-//! Files are edited as text, so that what is not ours stays as it is, to the byte: unknown fields,
-//! their order, numbers, and the layout. Taking our entry out undoes putting it in.
+//! Files are edited as text, so that everything else stays as it is, byte for byte: unknown fields, their
+//! order, numbers, and the layout. Removing our entry undoes adding it.
 
 use std::fmt;
 
@@ -17,13 +17,13 @@ const ISTIO_PLUGIN: &str = "istio-cni";
 /// Why a file cannot be used.
 #[derive(Debug, Error)]
 pub enum Invalid {
-    /// It is no JSON, or not of the form that CNI asks for.
+    /// It is not JSON, or not what CNI requires.
     #[error("{0}")]
     Json(#[from] serde_json::Error),
-    /// It is JSON, but no object.
+    /// It is JSON, but not an object.
     #[error("it is no object")]
     NoObject,
-    /// A field that has to be there is not, or is empty.
+    /// A required field is missing or empty.
     #[error("there is no {0}")]
     Missing(&'static str),
 }
@@ -172,7 +172,7 @@ impl<'a> List<'a> {
         Ok(List { text, head, plugins })
     }
 
-    /// Whether `entry` is in it as it should be: once, and last.
+    /// Whether `entry` is in it correctly: once, and last.
     pub fn has(&self, entry: &Entry) -> bool {
         let is_ours = |plugin: &Plugin| plugin.name == PLUGIN;
         self.plugins.iter().filter(|plugin| is_ours(plugin)).count() == 1
@@ -191,7 +191,7 @@ impl<'a> List<'a> {
         self.plugins.iter().any(|plugin| plugin.name == ISTIO_PLUGIN)
     }
 
-    /// The file with a single network that it was made of.
+    /// The file with a single network that it replaces.
     pub fn replaces(&self) -> Option<String> {
         let ours = self.plugins.iter().filter(|plugin| plugin.name == PLUGIN);
         ours.filter_map(|plugin| serde_json::from_str::<Entry>(plugin.text).ok()?.replaces).next()
@@ -207,7 +207,7 @@ impl<'a> List<'a> {
         let list = List::read(&text)?;
         let Some(last) = list.plugins.last() else { return Err(Invalid::Missing("plugin")) };
         let Place { start, end } = list.place(last);
-        // The next one is laid out as the last one is.
+        // The new entry gets the layout of the last one.
         let before = &text[text[..start].trim_end().len()..start];
         Ok(format!("{},{before}{}{}", &text[..end], Written { entry, before }, &text[end..]))
     }
@@ -244,7 +244,7 @@ impl<'a> List<'a> {
         Ok(text)
     }
 
-    /// Where in the text a plugin is: it was borrowed from there.
+    /// A plugin's position in the text, from which it was borrowed.
     fn place(&self, plugin: &Plugin) -> Place {
         let start = plugin.text.as_ptr().addr() - self.text.as_ptr().addr();
         Place { start, end: start + plugin.text.len() }

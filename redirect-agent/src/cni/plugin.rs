@@ -1,8 +1,8 @@
 //! The CNI plugin: this program, called as `redirect-cni` by the node's container runtime.
 //!
-//! It is the last in the chain. On ADD it asks the agent to bring the pod to where it should be, and
-//! lets no container start before the agent says that it is there. What the plugins before it have
-//! done, it passes on. Source: the CNI specification, <https://www.cni.dev/docs/spec/>.
+//! It is the last plugin in the chain. On ADD, it asks the agent to bring the pod to its desired state, and
+//! no container starts before the agent says that this is done. It passes on the result of the plugins before
+//! it. Source: the CNI specification, <https://www.cni.dev/docs/spec/>.
 
 use std::{
     env,
@@ -32,7 +32,7 @@ use super::{
 };
 use crate::{control::exchange, netns::Netns};
 
-/// The kernel ends the plugin after this time, whatever it hangs in. No runtime waits as long.
+/// The kernel kills the plugin after this time, whatever it hangs in. No runtime waits that long.
 const LAST_RESORT: u32 = 300;
 /// How long the runtime may take to write the configuration.
 const INPUT_TIMEOUT: Duration = Duration::from_secs(10);
@@ -40,10 +40,10 @@ const INPUT_TIMEOUT: Duration = Duration::from_secs(10);
 const LONGEST_INPUT: u64 = 8 << 20;
 /// How long the agent may take to say that it is there.
 const STATUS_TIMEOUT: Duration = Duration::from_secs(5);
-/// The pause before the agent is asked again, at first and at most.
+/// The pause before the agent is asked again: the first one and the longest one.
 const PAUSE: Duration = Duration::from_millis(50);
 const LONGEST_PAUSE: Duration = Duration::from_secs(1);
-/// The longest message of the agent that is passed on.
+/// The longest message from the agent that is passed on.
 const LONGEST_MESSAGE: usize = 2000;
 
 /// What the runtime says in the environment.
@@ -78,7 +78,7 @@ impl Environment {
         }
     }
 
-    /// The agent sees by itself that a pod goes, and nothing may keep it from going.
+    /// The agent notices by itself that a pod is gone, and nothing may keep a pod from being deleted.
     fn always_succeeds(&self) -> bool {
         matches!(self.command.as_deref(), Some("DEL" | "GC"))
     }
@@ -97,13 +97,13 @@ pub struct Failure {
 
 /// The codes of failures. Source: the CNI specification, section "Error".
 pub mod code {
-    /// The configuration's version is none that we speak.
+    /// The configuration has a version that we do not support.
     pub const INCOMPATIBLE_VERSION: u32 = 1;
-    /// The network namespace is not there.
+    /// The network namespace does not exist.
     pub const UNKNOWN_CONTAINER: u32 = 3;
     /// Something in the environment is missing, or cannot be used.
     pub const INVALID_ENVIRONMENT: u32 = 4;
-    /// The configuration could not be read, or the answer not be written.
+    /// The configuration could not be read, or the answer could not be written.
     pub const IO: u32 = 5;
     /// The configuration is not of the form that it should be.
     pub const DECODE: u32 = 6;
@@ -113,7 +113,7 @@ pub mod code {
     pub const TRY_AGAIN: u32 = 11;
     /// ADD would not work at the moment.
     pub const UNAVAILABLE: u32 = 50;
-    /// The agent cannot bring the pod to where it should be. From 100 on, codes are a plugin's own.
+    /// The agent cannot bring the pod to its desired state. Codes from 100 on are a plugin's own.
     pub const REFUSED: u32 = 100;
 }
 
@@ -173,13 +173,13 @@ fn to_json(failure: &Failure) -> String {
     text.unwrap_or_else(|_| format!(r#"{{"code": {}, "msg": "?"}}"#, failure.code)) + "\n"
 }
 
-/// Reads the configuration. Whoever keeps the pipe open is not waited for.
+/// Reads the configuration. Does not wait for whoever keeps the pipe open.
 fn read_input(input: impl io::Read + Send + 'static) -> Result<Vec<u8>, Failure> {
     let (sender, receiver) = mpsc::channel();
     thread::spawn(move || {
         let mut bytes = Vec::new();
         let read = input.take(LONGEST_INPUT + 1).read_to_end(&mut bytes);
-        // Nobody is left to hear of it after the timeout.
+        // After the timeout, nobody is listening anymore.
         let _late = sender.send(read.map(|_| bytes));
     });
     let complain = |why: &dyn std::fmt::Display| {
@@ -211,7 +211,7 @@ fn on_a_thread(environment: &Environment) -> Result<String, Failure> {
     })
 }
 
-/// Carries out the runtime's command; gives what goes to standard output.
+/// Carries out the runtime's command. Returns what goes to standard output.
 ///
 /// # Errors
 ///
@@ -288,7 +288,7 @@ fn carry_out(
     required("CNI_CONTAINERID", environment.container.as_ref())?;
     required("CNI_IFNAME", environment.interface.as_ref())?;
     if command == "CHECK" {
-        // Whether the pod is where it should be, the agent sees to all the time.
+        // The agent itself checks all the time that the pod is in its desired state.
         Netns::open(Path::new(netns))
             .map_err(|error| Failure::new(code::UNKNOWN_CONTAINER, format!("{error:#}")))?;
         return Ok(String::new());
@@ -324,7 +324,7 @@ struct Pod {
 }
 
 impl Pod {
-    /// `None` for what is no pod of Kubernetes.
+    /// `None` for a sandbox that is not a Kubernetes pod.
     fn named_by(args: &str) -> Result<Option<Self>, Failure> {
         let complain = |why: String| Err(Failure::new(code::INVALID_ENVIRONMENT, why));
         let (mut namespace, mut name, mut uid) = (None, None, None);
@@ -354,7 +354,7 @@ fn in_version(result: &str, version: Option<&RawValue>, wanted: &str) -> String 
     match version {
         Some(version) if version.get() == quoted => format!("{result}\n"),
         Some(version) => {
-            // It was borrowed from there.
+            // The result was borrowed from this text.
             let start = version.get().as_ptr().addr() - result.as_ptr().addr();
             let (before, after) = (&result[..start], &result[start + version.get().len()..]);
             format!("{before}{quoted}{after}\n")
@@ -373,7 +373,7 @@ fn runtime() -> Result<tokio::runtime::Runtime, Failure> {
     })
 }
 
-/// Asks the agent until it says yes or no, or the time is over.
+/// Asks the agent until it says yes or no, or the time is up.
 fn add(entry: &Entry, request: &AddRequest) -> Result<(), Failure> {
     if !(1..=LONGEST_TIMEOUT).contains(&entry.timeout_seconds) {
         return Err(Failure::new(
@@ -385,7 +385,7 @@ fn add(entry: &Entry, request: &AddRequest) -> Result<(), Failure> {
     runtime()?.block_on(async {
         let deadline = Instant::now() + Duration::from_secs(entry.timeout_seconds.into());
         let mut pause = PAUSE;
-        // Of the last answer: the time may be over while a question is under way.
+        // From the last answer: the time may run out during a request.
         let mut why = None;
         loop {
             let asked = ask(&entry.socket, Method::POST, ADD_PATH, Some(request));
@@ -395,7 +395,7 @@ fn add(entry: &Entry, request: &AddRequest) -> Result<(), Failure> {
                     why = Some(format!("it is not ready: {said}"));
                 }
                 Ok(Ok((status, said))) => {
-                    // The agent has waited for the pod itself.
+                    // The agent has already waited for the pod.
                     let late = status == StatusCode::GATEWAY_TIMEOUT;
                     let code = if late { code::TRY_AGAIN } else { code::REFUSED };
                     let msg = format!("redirect-agent cannot let pod {pod} start: {said} ({status})");
@@ -423,7 +423,7 @@ fn add(entry: &Entry, request: &AddRequest) -> Result<(), Failure> {
     })
 }
 
-/// Whether the agent is there: any answer will do, but that it is not ready.
+/// Whether the agent is there: any answer counts, except that it is not ready.
 fn status(entry: &Entry) -> Result<(), Failure> {
     runtime()?.block_on(async {
         let asked = ask(&entry.socket, Method::GET, "/healthz", None);

@@ -1,5 +1,5 @@
-//! What CNI has told of the pods' sandboxes, kept over restarts of the agent: before a pod's first
-//! process runs, and before its status has an address, nothing else tells where it is.
+//! What CNI reported about the pods' sandboxes, kept across restarts of the agent. Before a pod's first
+//! process runs, and before its status has an address, nothing else says where the pod is.
 
 use std::{
     collections::{BTreeMap, BTreeSet},
@@ -20,7 +20,7 @@ use crate::{dataplane::PodNetns, finder::hosts, netns::Netns};
 /// The records' directory below the state directory.
 const DIR: &str = "sandboxes";
 
-/// A pod's sandbox, as CNI has told of it.
+/// A pod's sandbox, as CNI reported it.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Sandbox {
     /// The uid that kubelet knows the pod by.
@@ -36,7 +36,7 @@ impl Sandbox {
     ///
     /// # Errors
     ///
-    /// When there is none at its path, or one that is the node's, or has none of the addresses.
+    /// When there is none at its path, when it is the node's own, or when it has none of the addresses.
     pub fn open(&self, is_ours: impl Fn(u32) -> bool) -> Result<PodNetns> {
         let netns = Netns::open(&self.netns)?;
         if hosts()?.contains(&netns.inode()) {
@@ -76,19 +76,19 @@ pub type Sandboxes = Arc<BTreeMap<String, Arc<Sandbox>>>;
 pub struct Records {
     dir: PathBuf,
     current: watch::Sender<Sandboxes>,
-    /// The sandboxes that nothing runs in yet, by the pod's uid.
+    /// The sandboxes in which nothing runs yet, by the pod's uid.
     held: Mutex<BTreeMap<String, Weak<()>>>,
 }
 
-/// Nothing runs in a sandbox as long as this is kept.
+/// As long as this exists, nothing runs in the sandbox.
 #[derive(Debug)]
 pub struct Held {
     _hold: Option<Arc<()>>,
 }
 
 impl Records {
-    /// Reads what is kept in `state_dir`, which is made when it is not there. A file that cannot be
-    /// understood is dropped: it costs only itself.
+    /// Reads the records in `state_dir`, which is created if it is missing. A file that cannot be parsed is
+    /// dropped, which affects only its own pod.
     ///
     /// # Errors
     ///
@@ -131,23 +131,23 @@ impl Records {
         self.current.borrow().get(uid).cloned()
     }
 
-    /// Keeps what CNI has just told. It is the newest word: a former sandbox of the pod, and one of
-    /// another pod that has the namespace or an address of it, is not alive any more.
+    /// Records what CNI has just reported. It overrides older records: an earlier sandbox of the pod, and a
+    /// sandbox of another pod with the same namespace or one of the same addresses, must be dead.
     ///
     /// # Errors
     ///
-    /// When it cannot be kept; then nothing has changed.
+    /// When it cannot be stored; then nothing has changed.
     pub fn put(&self, sandbox: Sandbox) -> Result<Held> {
         let file = self.file(&sandbox.uid)?;
-        // Held while it is written, so that one follows the other.
+        // Held while writing, so that records are written one after the other.
         let mut held = self.held.lock().unwrap_or_else(PoisonError::into_inner);
         let current = self.current();
         if current.get(&sandbox.uid).is_some_and(|known| **known == sandbox) {
-            // Told again: something may run in it by now, unless the first teller still waits.
+            // Reported again: something may run in it by now, unless the first request is still waiting.
             let hold = held.get(&sandbox.uid).and_then(Weak::upgrade);
             return Ok(Held { _hold: hold });
         }
-        // No need to outlast a power failure: no sandbox does.
+        // It need not survive a power failure, because no sandbox does.
         let new = file.with_extension("new");
         fs::write(&new, serde_json::to_vec(&sandbox)?)
             .and_then(|()| fs::rename(&new, &file))
@@ -168,14 +168,14 @@ impl Records {
         Ok(Held { _hold: Some(hold) })
     }
 
-    /// Whether nothing runs in the pod's sandbox yet, because whoever told of it waits for an answer.
+    /// Whether nothing runs in the pod's sandbox yet, because its CNI request is still waiting for an answer.
     pub fn is_held(&self, uid: &str) -> bool {
         let held = self.held.lock().unwrap_or_else(PoisonError::into_inner);
         held.get(uid).is_some_and(|hold| hold.strong_count() > 0)
     }
 
-    /// Drops, of `recorded`, what has no namespace any more, and what belongs to no pod in `uids`,
-    /// if that is known.
+    /// Drops those of `recorded` that have no namespace anymore, and, if `uids` is known, those that belong
+    /// to none of these pods.
     pub fn sweep(&self, recorded: &Sandboxes, uids: Option<&BTreeSet<String>>) {
         for sandbox in recorded.values() {
             let stands = uids.is_none_or(|uids| uids.contains(&sandbox.uid))

@@ -1,4 +1,4 @@
-//! What the plugin asks of the agent: `POST /cmdadd` on a Unix socket, with JSON.
+//! The plugin's request to the agent: `POST /cmdadd` on a Unix socket, with JSON.
 //!
 //! The form is istio-cni's, so that its plugin can call this agent, too; `PodUID` is ours. Source:
 //! Istio `cni/pkg/nodeagent/cni-watcher.go`, `CNIPluginAddEvent` and `IPConfig`.
@@ -24,8 +24,8 @@ pub struct AddRequest {
     pub pod_name: String,
     /// The pod's namespace.
     pub pod_namespace: String,
-    /// The uid that kubelet knows the pod by: a static pod's is not that of its API object. istio-cni's
-    /// plugin does not say it.
+    /// The uid by which kubelet knows the pod. For a static pod, it is not that of the API object.
+    /// istio-cni's plugin does not send it.
     #[serde(rename = "PodUID", default, skip_serializing_if = "Option::is_none")]
     pub pod_uid: Option<String>,
     /// The sandbox's addresses.
@@ -38,7 +38,7 @@ fn none_if_null<'de, D: Deserializer<'de>>(deserializer: D) -> Result<Vec<IpConf
     Ok(Option::deserialize(deserializer)?.unwrap_or_default())
 }
 
-/// One address of a sandbox. What else istio-cni's plugin says of it is not needed.
+/// One address of a sandbox. The other fields that istio-cni's plugin sends are not needed.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "PascalCase")]
 pub struct IpConfig {

@@ -2,10 +2,10 @@
 //!
 //! | request | answer |
 //! |---|---|
-//! | `POST /cmdadd` with [`AddRequest`] | 200 when the pod is where it should be |
+//! | `POST /cmdadd` with [`AddRequest`] | 200 when the pod is in its desired state |
 //!
-//! What went wrong is text, for kubelet's Event, with a status from 400 up. 503 is for the plugin to
-//! try again: the agent is starting, or stopping.
+//! Failures have a status from 400 up, and a text for kubelet's Event. 503 tells the plugin to try again: the
+//! agent is starting or stopping.
 
 use std::{
     collections::BTreeSet,
@@ -33,9 +33,9 @@ use crate::{
     root_socket::{self, RootSocket},
 };
 
-/// What is asked of the agent.
+/// What the agent does for a request.
 pub trait Agent: Send + Sync + 'static {
-    /// Returns when the pod `key`, whose sandbox is that of `request`, is where it should be.
+    /// Returns when the pod `key`, whose sandbox is that of `request`, is in its desired state.
     fn add(
         &self,
         key: PodKey,
@@ -57,7 +57,7 @@ pub enum Refusal {
     /// It is gone, or on its way out.
     #[error("start pod {0}: it is deleted")]
     Deleted(PodKey),
-    /// Another sandbox of it was told of since.
+    /// Another sandbox has been reported for it since.
     #[error("start pod {0}: its sandbox is gone, or another one has taken its place")]
     Superseded(PodKey),
     /// The request's network namespace cannot be the pod's.
@@ -68,7 +68,7 @@ pub enum Refusal {
         /// What is wrong with it.
         why: String,
     },
-    /// It is not where it should be after all the time there was.
+    /// It is not in its desired state, and the time is up.
     #[error("start pod {pod}: {why}")]
     Late {
         /// The pod.
@@ -89,17 +89,17 @@ impl Refusal {
     }
 }
 
-/// Who answers: nobody as long as the agent does not know its pods.
+/// Who answers: nobody, as long as the agent does not know its pods.
 #[derive(Debug)]
 pub struct Door<A> {
-    /// Their pods are never in the mesh, so they need not wait for anything: what the agent itself
-    /// needs to start may be among them.
+    /// Pods of these namespaces are never in the mesh, so they need not wait. Among them may be pods that the
+    /// agent itself needs to start.
     excluded_namespaces: BTreeSet<String>,
     agent: OnceLock<A>,
 }
 
 impl<A: Agent> Door<A> {
-    /// Closed, but for pods of these namespaces.
+    /// Closed, except for pods of these namespaces.
     pub fn new(excluded_namespaces: BTreeSet<String>) -> Self {
         Self { excluded_namespaces, agent: OnceLock::new() }
     }
@@ -125,7 +125,7 @@ impl Server {
         RootSocket::bind(path, name).map(Self)
     }
 
-    /// Serves until `shutdown`; who waits then is told to try again.
+    /// Serves until `shutdown`. Requests that are still waiting are told to try again.
     ///
     /// # Errors
     ///
@@ -176,7 +176,7 @@ async fn add<A: Agent>(State(asked): State<Asked<A>>, body: Bytes) -> Response {
     }
 }
 
-/// Counts a request, also one whose sender has gone away.
+/// Counts a request, even if its sender has gone away.
 struct Counted<'a> {
     metrics: &'a Metrics,
     since: Instant,

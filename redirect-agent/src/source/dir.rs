@@ -1,9 +1,8 @@
 //! A directory of ordinary Kubernetes manifests as the source.
 //!
-//! Every `*.yaml`, `*.yml` and `*.json` directly in the directory is read; of what is in them,
-//! Namespaces and Pods count, also inside a `List`, and everything else is ignored. What cannot be
-//! used keeps its last good version and becomes a [`Problem`], so that a slip of the editor never
-//! takes a pod out of the mesh.
+//! Every `*.yaml`, `*.yml` and `*.json` directly in the directory is read. Namespaces and Pods count, also
+//! inside a `List`; everything else is ignored. An object that cannot be used keeps its last good version and
+//! becomes a [`Problem`], so that a typing error never takes a pod out of the mesh.
 
 mod manifests;
 
@@ -31,20 +30,20 @@ use super::{
 };
 use crate::membership::{Namespace, Pod, PodKey};
 
-/// The directory is read this often even when nobody tells us of a change: a file system may have
-/// no notifications, and a directory that was replaced has lost its watch.
+/// The directory is read this often even without a notification: a file system may not support them, and a
+/// directory that was replaced has lost its watch.
 const RESCAN: Duration = Duration::from_millis(500);
 /// A file that was written to within this time may be half-written.
 const SETTLE: Duration = Duration::from_millis(50);
-/// A file that is written to all the time is read all the same after this time.
+/// A file that is written to all the time is read anyway after this time.
 const SETTLE_AT_MOST: Duration = Duration::from_millis(500);
-/// An editor that renames takes a file away for a moment; one that is gone for longer is gone.
+/// An editor that renames removes a file for a moment. A file that is missing for longer is gone.
 const MISSING: Duration = Duration::from_millis(200);
 
-/// The subdirectory that takes the place of the API server for what the agent says of pods.
+/// The subdirectory to which the agent writes what it would write to the API server.
 const STATUS_DIR: &str = ".status";
 
-/// A directory of manifests; its [`DirWatcher`] keeps it current.
+/// A directory of manifests. Its [`DirWatcher`] keeps it current.
 #[derive(Debug)]
 pub struct DirSource {
     dir: PathBuf,
@@ -129,7 +128,8 @@ impl DirWatcher {
     }
 }
 
-/// Notifies `changed` when something in `dir` may have changed; without that, the rescan remains.
+/// Notifies `changed` when something in `dir` may have changed. Without notifications, the regular check
+/// finds changes.
 fn watch_directory(dir: &Path, changed: Arc<Notify>) -> Option<notify::RecommendedWatcher> {
     let wake = move |event: notify::Result<notify::Event>| match event {
         Ok(event) if may_change_manifests(&event) => changed.notify_one(),
@@ -195,7 +195,7 @@ impl Source for DirSource {
         }
     }
 
-    /// By reading the directory: what other nodes have is not kept.
+    /// Reads the directory, because pods of other nodes are not kept.
     async fn find(&self, whom: &Whom) -> anyhow::Result<Option<Pod>> {
         let (dir, whom) = (self.dir.clone(), whom.clone());
         tokio::task::spawn_blocking(move || {
@@ -228,7 +228,7 @@ impl Source for DirSource {
     }
 }
 
-/// What is written for a pod of which this is published.
+/// What is written for a pod with this annotation.
 fn patch(state: Redirection) -> String {
     let annotations = serde_json::json!({ANNOTATION_REDIRECTION: state.as_str()});
     serde_json::json!({"metadata": {"annotations": annotations}}).to_string()
@@ -253,7 +253,7 @@ fn pod_of_status_file(file: &str) -> Option<PodKey> {
     PodKey::new(namespace, name).ok()
 }
 
-/// What is known of the directory.
+/// What is known about the directory.
 #[derive(Debug)]
 struct Scanner {
     dir: PathBuf,
@@ -263,7 +263,7 @@ struct Scanner {
     inventory: Arc<Inventory>,
 }
 
-/// What is known of one file.
+/// What is known about one file.
 #[derive(Debug, Default)]
 struct File {
     /// What was read last, good or not.
@@ -272,17 +272,17 @@ struct File {
     objects: Vec<(String, Object)>,
     /// What is wrong with the file and its documents, by place; empty for the whole file.
     problems: Vec<(String, String)>,
-    /// Since when the file has a content that we have not read because it may be half-written.
+    /// Since when the file has had content that was not read because it may be half-written.
     unsettled: Option<Instant>,
     /// Since when the file is missing.
     missing: Option<Instant>,
 }
 
 impl Scanner {
-    /// Brings the inventory up to date; `false` when a file should be looked at again soon.
+    /// Updates the inventory. `false`: a file should be checked again soon.
     fn scan(&mut self) -> bool {
-        // Listed before the manifests are read: a status whose pod is not in them is a leftover,
-        // and never that of a pod that another node's agent has just seen come.
+        // Listed before the manifests are read, so that a status without a pod is a leftover, and never that
+        // of a pod that another node's agent has just discovered.
         let statuses = list(&self.dir.join(STATUS_DIR)).unwrap_or_default();
         let mut problems = Vec::new();
         let mut settled = true;
@@ -324,7 +324,7 @@ impl Scanner {
         settled
     }
 
-    /// Puts the files together; of several objects of one name the first, by file name, counts.
+    /// Combines the files. Of several objects with the same name, the first one by file name counts.
     fn merge(
         &self,
         problems: &mut Vec<Problem>,
@@ -393,7 +393,7 @@ impl File {
     /// Reads the file if it changed; `false` when it may be half-written and was left for later.
     fn refresh(&mut self, path: &Path) -> bool {
         let read = fs::metadata(path).and_then(|metadata| {
-            // A pipe would block us for ever.
+            // A pipe would block us forever.
             if metadata.is_file() {
                 Ok((metadata.modified()?, fs::read(path)?))
             } else {
@@ -428,7 +428,7 @@ impl File {
         true
     }
 
-    /// Whether the file, which is not there now, has been away so short that it may come back.
+    /// Whether the file, which is missing now, may come back, because it has been missing only briefly.
     fn is_still_expected(&mut self) -> bool {
         self.missing.get_or_insert_with(Instant::now).elapsed() < MISSING
     }
@@ -437,11 +437,11 @@ impl File {
         if self.objects.is_empty() { "" } else { "; its last good content stays in force" }
     }
 
-    /// Takes over what was parsed; what is wrong keeps its last good version.
+    /// Applies what was parsed. Invalid objects keep their last good version.
     fn take(&mut self, parsed: Result<Vec<Value>, String>) {
         let documents = match parsed {
             Ok(documents) if documents.is_empty() => {
-                // Many a writer empties a file before it fills it.
+                // Many programs truncate a file before they write it.
                 self.problems = vec![(
                     String::new(),
                     format!("it is empty{}; remove it if that is meant", self.what_stays()),

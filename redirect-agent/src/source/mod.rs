@@ -1,4 +1,4 @@
-//! Where the agent learns of pods and namespaces, and where it says what it did with them.
+//! Where the agent learns about pods and namespaces, and where it reports what it did with them.
 
 use std::{collections::BTreeMap, fmt, net::IpAddr, sync::Arc};
 
@@ -18,12 +18,12 @@ pub mod kube;
 /// Source: Istio `pkg/config/constants`, `AmbientRedirection`.
 pub const ANNOTATION_REDIRECTION: &str = "ambient.istio.io/redirection";
 
-/// What a source knows, whole: a reader needs no history.
+/// Everything that a source knows: a reader needs no history.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub struct Inventory {
     /// The namespaces, by name.
     pub namespaces: BTreeMap<String, Namespace>,
-    /// The pods of this node; no two of them share a uid, or an address while both may use it.
+    /// The pods of this node. No two of them share a uid, or an address that both may be using.
     pub pods: BTreeMap<PodKey, Pod>,
     /// What could not be used, for the operator; in a stable order.
     pub problems: Vec<Problem>,
@@ -36,7 +36,7 @@ pub struct Problem {
     pub object: String,
     /// What is wrong with it, and what the agent does about it.
     pub message: String,
-    /// Set when it is that two pods have the same.
+    /// Set if the problem is a conflict of two pods.
     #[serde(skip)]
     pub conflict: Option<Box<Conflict>>,
 }
@@ -44,7 +44,7 @@ pub struct Problem {
 /// Two pods that have the same uid, or the same address.
 #[derive(Clone, Debug, PartialEq, Eq, PartialOrd, Ord)]
 pub struct Conflict {
-    /// The pod that cannot have it, or has changed into it.
+    /// The pod that cannot have it, or that has changed to it.
     pub pod: PodKey,
     /// The pod that has it.
     pub holder: PodKey,
@@ -79,14 +79,14 @@ impl Redirection {
 
 /// A source of pods and namespaces: a directory of manifests, or a cluster.
 pub trait Source: Send + Sync + 'static {
-    /// In one word and a place, for `status`: `dir:/etc/manifests`.
+    /// The source in short, for `status`: `dir:/etc/manifests`.
     fn describe(&self) -> String;
 
-    /// What the source knows, kept current; the value that is there at once is complete.
+    /// What the source knows, kept current. The first value is complete.
     fn inventory(&self) -> watch::Receiver<Arc<Inventory>>;
 
-    /// Says that `pod` is redirected (or, with `None`, that it is not), where its peers'
-    /// control plane reads it. A pod that is gone, or of which this is said already, costs nothing.
+    /// Writes that `pod` is redirected (or, with `None`, that it is not) where its peers' control plane reads
+    /// it. Costs nothing if the pod is gone or this is written already.
     ///
     /// # Errors
     ///
@@ -97,16 +97,16 @@ pub trait Source: Send + Sync + 'static {
         state: Option<Redirection>,
     ) -> impl Future<Output = anyhow::Result<()>> + Send;
 
-    /// Whether that is said of `pod` already, or the pod is gone.
+    /// Whether that is written already, or the pod is gone.
     fn is_published(&self, pod: &Pod, state: Option<Redirection>) -> bool;
 
-    /// Whether a pod that is gone from here was deleted. What still runs of such a pod must not speak
-    /// past the proxy; a pod that was merely taken out of this source leaves the mesh in order.
+    /// Whether a pod that is gone from this source was deleted. What still runs of such a pod must not bypass
+    /// the proxy. A pod that was merely removed from the source leaves the mesh in order.
     fn gone_is_deleted(&self) -> bool {
         false
     }
 
-    /// What is said of `pod` now.
+    /// What is written for `pod` now.
     fn published(&self, pod: &Pod) -> Option<Redirection> {
         let states = [Redirection::Enabled, Redirection::Pending];
         states.into_iter().find(|state| self.is_published(pod, Some(*state)))
@@ -116,25 +116,25 @@ pub trait Source: Send + Sync + 'static {
     ///
     /// # Errors
     ///
-    /// When it cannot be told whether there is one.
+    /// When it is unknown whether there is one.
     fn find(&self, whom: &Whom) -> impl Future<Output = anyhow::Result<Option<Pod>>> + Send;
 
-    /// Tells whoever looks at `pod` what happened to it. It never waits; what cannot be told is
-    /// logged, and lost.
+    /// Reports to whoever looks at `pod` what happened to it. Never waits; what cannot be reported is logged
+    /// and lost.
     fn record(&self, pod: &Pod, event: Event);
 }
 
-/// A pod that is asked for.
+/// How a pod is named in a query.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub enum Whom {
     /// By its name.
     Named(PodKey),
-    /// By an address of its.
+    /// By one of its addresses.
     At(IpAddr),
 }
 
 impl Whom {
-    /// Whether it is this one: one on the node's network has no address of its own.
+    /// Whether it is this pod. A pod on the node's network has no address of its own.
     pub fn is(&self, pod: &Pod) -> bool {
         match self {
             Whom::Named(key) => pod.key == *key,
@@ -150,7 +150,7 @@ pub struct Event {
     pub kind: EventKind,
     /// The particulars, in a sentence for people.
     pub message: String,
-    /// What was put back, where that is what happened.
+    /// What was put back, if that is what happened.
     pub repaired: Vec<PartKind>,
 }
 
@@ -166,17 +166,17 @@ impl Event {
 pub enum EventKind {
     /// The pod is in the mesh now.
     Enrolled,
-    /// The pod is not in the mesh any more.
+    /// The pod is no longer in the mesh.
     Unenrolled,
     /// The pod should be in the mesh, or out of it, and is not.
     EnrolmentFailed,
-    /// What somebody else changed in the pod was put right.
+    /// Something that somebody changed in the pod was repaired.
     Repaired,
     /// An annotation of the pod has a value that cannot be used.
     InvalidAnnotation,
-    /// An annotation of the pod, or a label of its or of its namespace, is none that anybody knows.
+    /// An annotation of the pod, or a label of the pod or its namespace, is unknown.
     UnknownWord,
-    /// An operator has said on the node that the pod is in the mesh, or not, or taken that back.
+    /// An operator has overridden on the node whether the pod is in the mesh, or has ended that override.
     Overridden,
 }
 
@@ -200,7 +200,7 @@ impl EventKind {
     }
 }
 
-/// Logs which problems have come, and which have gone.
+/// Logs which problems are new, and which are solved.
 fn report(before: &[Problem], after: &[Problem]) {
     for problem in after.iter().filter(|p| !before.contains(p)) {
         warn!(object = problem.object, "{}", problem.message);
@@ -210,13 +210,13 @@ fn report(before: &[Problem], after: &[Problem]) {
     }
 }
 
-/// Takes `candidates` as the new pods, in place of `previous`, and leaves out what would let one
-/// pod be taken for another.
+/// Makes `candidates` the new pods, instead of `previous`, and leaves out those that could be taken for
+/// another pod.
 ///
-/// The proxy knows a pod by its uid and the kernel by its addresses, so two pods may share neither
-/// (a pod on the node's network has no address of its own, and a finished one has given its up).
-/// A pod that is as it was before keeps what it has, so that no newcomer can push it out; among
-/// newcomers the first by name wins. A pod that changes into a conflict stays as it was before.
+/// The proxy knows a pod by its uid and the kernel by its addresses, so two pods may share neither (a pod on
+/// the node's network has no address of its own, and a finished one has given its up). An unchanged pod keeps
+/// what it has, so that no new pod can displace it. Among new pods, the first by name wins. A pod whose
+/// change would cause a conflict stays as it was.
 pub fn without_conflicts(
     previous: &BTreeMap<PodKey, Pod>,
     candidates: BTreeMap<PodKey, Pod>,
@@ -272,7 +272,7 @@ struct Claims {
 }
 
 impl Claims {
-    /// Records what `pod` has, or nothing when another pod has some of it: which one, and what.
+    /// Records what `pod` has. If another pod has some of it, records nothing and returns which pod has what.
     fn claim(&mut self, pod: &Pod) -> Result<(), (PodKey, String)> {
         let uid = pod.kubelet_uid();
         if let Some(other) = self.uids.get(uid) {

@@ -1,6 +1,7 @@
-//! Taking over from istio-cni, pod by pod: its rules go from pods that ours are in place in.
+//! Taking over from istio-cni, pod by pod: removes its rules from pods in which ours are in place.
 //!
-//! It is a command, and not the agent's work: both sets of rules may be in one pod, and ours decide.
+//! It is a command, not something that the agent does by itself: a pod may have both sets of rules, and ours
+//! take precedence.
 
 mod nftables;
 mod rules;
@@ -21,7 +22,7 @@ use crate::{
 pub enum Answer {
     /// istio-cni's rules are removed.
     TakenOver,
-    /// They would be, but for `--dry-run`.
+    /// They would be removed without `--dry-run`.
     WouldBeTakenOver,
     /// They were removed before, and connections that they had redirected are still open.
     Open,
@@ -29,7 +30,7 @@ pub enum Answer {
     Done,
     /// Ours are not in place yet, so nothing was done.
     NotCaptured,
-    /// What there is of istio-cni's is not nf_tables', so nothing was done.
+    /// istio-cni's rules are not in nf_tables, so nothing was done.
     NotNftables,
 }
 
@@ -73,8 +74,8 @@ impl Answer {
     }
 }
 
-/// Takes istio-cni's rules out of a pod, unless `dry_run`; `None` when there are none, and never were.
-/// Repeating it completes what was interrupted.
+/// Removes istio-cni's rules from a pod, unless `dry_run` is set. `None` if the pod never had any. Repeating
+/// it completes what was interrupted.
 ///
 /// # Errors
 ///
@@ -100,13 +101,13 @@ pub fn take_over(pod: &PodStatus, netns: &Netns, dry_run: bool) -> Result<Option
             return Ok(Some(Answer::WouldBeTakenOver));
         }
         removal.carry_out(kept)?;
-        // Last: what was interrupted is found again by it.
+        // Last, because an interrupted takeover is recognized by it.
         istio_cni::remove()?;
         Ok(Some(Answer::TakenOver))
     })?
 }
 
-/// Completes a takeover, and removes what keeps connections going when there are none any more.
+/// Completes a takeover, and removes the table that keeps translated connections alive once there are none.
 fn clear_up(dry_run: bool) -> Result<Answer> {
     if !dry_run {
         istio_cni::remove()?;
@@ -120,7 +121,7 @@ fn clear_up(dry_run: bool) -> Result<Answer> {
     Ok(Answer::Done)
 }
 
-/// Removes what a takeover has left in a pod that is put back, and ends the connections that need it.
+/// Removes what a takeover has left in a pod that is being restored, and ends the connections that need it.
 ///
 /// # Errors
 ///

@@ -1,5 +1,5 @@
-//! nf_tables by netlink, as far as others' tables have to be read and removed: no `nft` is needed on
-//! the node. Every function here runs inside the network namespace.
+//! nf_tables over netlink: only what is needed to read and remove foreign tables, so the node needs no `nft`.
+//! Every function here runs inside the network namespace.
 //!
 //! Source: Linux `include/uapi/linux/netfilter/nf_tables.h` and `nfnetlink.h`.
 
@@ -96,9 +96,9 @@ pub(super) struct Table {
 pub(super) struct Chain {
     pub(super) table: TableName,
     pub(super) name: String,
-    /// Whether the kernel calls it, at a hook.
+    /// Whether it is attached to a hook.
     pub(super) base: bool,
-    /// Whether it lets pass what no rule decides on.
+    /// Whether its policy accepts packets that match no rule.
     pub(super) accepts: bool,
 }
 
@@ -125,11 +125,11 @@ pub(super) struct Ruleset {
 pub(super) struct Batch(Vec<Message>);
 
 impl Batch {
-    /// Makes a table that does nothing but keep connection tracking and NAT going, for connections
-    /// that are translated already, when all others are gone. Its one rule matters only for what it
-    /// refers to: who reads a mark of connections keeps them tracked. Source: Linux
-    /// `net/netfilter/nft_ct.c`, `nft_ct_get_init`, and `net/netfilter/nf_nat_core.c`,
-    /// `nf_nat_register_fn`: one chain registers all hooks.
+    /// Adds a table whose only purpose is to keep connection tracking and NAT active for connections that are
+    /// translated already, when all other tables are gone. Its only rule matters just because it reads the
+    /// mark of connections, which keeps them tracked. Source: Linux `net/netfilter/nft_ct.c`,
+    /// `nft_ct_get_init`, and `net/netfilter/nf_nat_core.c`, `nf_nat_register_fn`: one chain registers all
+    /// hooks.
     pub(super) fn add_keeper(&mut self, table: &TableName, chain: &str, mark: u32) {
         let mut message = Message::new(NEW_TABLE, FLAG_CREATE, table.family);
         message.text(TABLE, &table.name);
@@ -185,7 +185,7 @@ impl Batch {
         self.0.push(message);
     }
 
-    /// Deletes a chain whose rules, and the jumps to which, are deleted before.
+    /// Deletes a chain. Its rules, and jumps to it, must be deleted before.
     pub(super) fn delete_chain(&mut self, chain: &Chain) {
         let mut message = Message::new(DELETE_CHAIN, 0, chain.table.family);
         message.text(TABLE, &chain.table.name);
@@ -193,7 +193,7 @@ impl Batch {
         self.0.push(message);
     }
 
-    /// Carries it out; an empty one does not even ask the kernel.
+    /// Carries out the batch. An empty batch sends nothing to the kernel.
     pub(super) fn commit(self) -> Result<()> {
         if self.0.is_empty() {
             return Ok(());
@@ -221,7 +221,7 @@ impl Batch {
     }
 }
 
-/// Reads everything. Where the kernel has nf_tables as a module, asking may load that.
+/// Reads everything. If nf_tables is a kernel module, this may load it.
 pub(super) fn read() -> Result<Ruleset> {
     let mut ruleset = Ruleset::default();
     dump(GET_TABLE, |family, attributes| {
@@ -285,7 +285,7 @@ fn jump(attributes: &[u8]) -> Result<Option<String>> {
 /// Lists all of one kind, in all families; `each` takes the family and the attributes.
 fn dump(kind: u16, mut each: impl FnMut(u8, &[u8]) -> Result<()>) -> Result<()> {
     let socket = match open() {
-        // A kernel without netfilter, or whose module is not loaded, has none.
+        // A kernel without netfilter, or without its module loaded, has none.
         Err(e) if e.raw_os_error() == Some(libc::EPROTONOSUPPORT) => return Ok(()),
         socket => socket.context("open netlink to netfilter")?,
     };
@@ -367,7 +367,7 @@ fn number(attributes: &[u8], kind: u16) -> Result<u32> {
     Ok(u32::from_be_bytes(value.with_context(|| format!("find attribute {kind}"))?))
 }
 
-/// A message that is put together.
+/// A message under construction.
 #[derive(Debug)]
 struct Message(Vec<u8>);
 

@@ -1,15 +1,15 @@
-//! What istio-cni leaves in a pod of ambient mode, as far as it is nf_tables'.
+//! What istio-cni leaves in an ambient pod, as far as it is in nf_tables.
 //!
 //! Source: Istio `cni/pkg/iptables`, `cni/pkg/nftables`. Per family, in the pod:
 //!
-//! - rule 32764, `fwmark 0x111/0xfff` → table 100, `local default dev lo`: whichever way it redirects,
-//!   so this is what tells;
+//! - rule 32764, `fwmark 0x111/0xfff` → table 100, `local default dev lo`: set in every mode, so it
+//!   identifies such a pod;
 //! - chains `ISTIO_PRERT` and `ISTIO_OUTPUT` in the tables `nat`, `mangle` and, for DNS, `raw` of iptables,
 //!   which are nf_tables' or, with `iptables-legacy`, the kernel's older ones; or, with native nftables,
 //!   the tables `istio-ambient-nat`, `-mangle` and `-raw`.
 //!
-//! Connections that its rules have redirected are translated (NAT) to the proxy's ports for as long as
-//! they live. When its rules are gone, a table of ours keeps that going ([`KEEPER`]).
+//! Connections that its rules have redirected are translated (NAT) to the proxy's ports as long as they live.
+//! When its rules are gone, a table of ours keeps that translation active ([`KEEPER`]).
 
 use anyhow::Result;
 use redirect_ebpf::abi::MARK_REDIRECTED;
@@ -24,7 +24,7 @@ const CHAINS: [&str; 2] = ["ISTIO_OUTPUT", "ISTIO_PRERT"];
 const TABLES: [&str; 3] = ["nat", "mangle", "raw"];
 /// Source: Istio `cni/pkg/nftables/nftables.go`, `AmbientNatTable` and the like.
 const NATIVE_TABLES: [&str; 3] = ["istio-ambient-mangle", "istio-ambient-nat", "istio-ambient-raw"];
-/// The table of ours that keeps the translation of open connections going, and its one chain.
+/// Our table that keeps the translation of open connections active, and its only chain.
 const KEEPER: &str = "redirect-agent-nat";
 const KEEPER_CHAIN: &str = "open-connections";
 
@@ -32,12 +32,12 @@ fn keeper() -> TableName {
     TableName { family: FAMILY_INET, name: KEEPER.to_owned() }
 }
 
-/// Whether what keeps translated connections going is there.
+/// Whether our table for translated connections exists.
 pub(super) fn has_keeper(ruleset: &Ruleset) -> bool {
     ruleset.tables.iter().any(|table| table.name == keeper())
 }
 
-/// Removes what keeps translated connections going.
+/// Removes our table for translated connections.
 pub(super) fn remove_keeper() -> Result<()> {
     let mut batch = Batch::default();
     batch.delete_table(&keeper());
@@ -48,14 +48,14 @@ fn is_istios(chain: &str) -> bool {
     CHAINS.contains(&chain)
 }
 
-/// What has to go.
+/// What has to be removed.
 #[derive(Debug, Default, PartialEq, Eq)]
 pub(super) struct Removal<'a> {
-    /// Tables in which there is nothing of anybody else.
+    /// Tables that contain nothing of anybody else.
     tables: Vec<&'a TableName>,
-    /// In the others: the rules in its chains, and those that jump there.
+    /// In all other tables: the rules in istio-cni's chains, and those that jump there.
     rules: Vec<&'a nftables::Rule>,
-    /// Its chains in these.
+    /// istio-cni's chains in these.
     chains: Vec<&'a Chain>,
 }
 
@@ -64,7 +64,7 @@ impl Removal<'_> {
         self.tables.is_empty() && self.rules.is_empty() && self.chains.is_empty()
     }
 
-    /// Removes it all at once, and leaves what keeps translated connections going.
+    /// Removes all of it atomically, and adds our table for translated connections.
     pub(super) fn carry_out(&self, has_keeper: bool) -> Result<()> {
         let mut batch = Batch::default();
         if !has_keeper {
@@ -77,7 +77,7 @@ impl Removal<'_> {
     }
 }
 
-/// What of these is istio-cni's.
+/// Finds what belongs to istio-cni.
 pub(super) fn removal(ruleset: &Ruleset) -> Removal<'_> {
     let mut removal = Removal::default();
     for table in &ruleset.tables {

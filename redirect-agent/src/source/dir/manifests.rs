@@ -20,8 +20,8 @@ pub struct Manifests {
 }
 
 impl Manifests {
-    /// Reads a file, or the manifests in a directory. Of objects of one name, the first counts. Pods that
-    /// were never in a cluster, and so have no uid, are read, too.
+    /// Reads a file, or the manifests in a directory. Of objects with the same name, the first counts. Pods
+    /// that were never in a cluster, and so have no uid, are read, too.
     ///
     /// # Errors
     ///
@@ -85,7 +85,7 @@ fn prepared(mut object: Value) -> Value {
     object
 }
 
-/// The object; one that makes pods (a Deployment, a DaemonSet, a Job) as a pod of its name.
+/// The object. One that creates pods (a Deployment, a DaemonSet, a Job) becomes a pod of its name.
 fn pod_of_workload(object: Value) -> Value {
     let Some(template) = object.pointer("/spec/template").filter(|t| t.is_object()) else {
         return object;
@@ -131,7 +131,7 @@ impl fmt::Display for ObjectId {
     }
 }
 
-/// The documents of a file; those that are empty are left out.
+/// The documents of a file, without empty ones.
 pub(super) fn parse(content: &[u8], is_json: bool) -> Result<Vec<Value>, String> {
     let documents = if is_json {
         serde_json::Deserializer::from_slice(content)
@@ -146,11 +146,11 @@ pub(super) fn parse(content: &[u8], is_json: bool) -> Result<Vec<Value>, String>
     Ok(documents.into_iter().filter(|document| !document.is_null()).collect())
 }
 
-/// A Namespace or a Pod, or why there should be one and is none.
+/// A Namespace or a Pod, or why one cannot be read.
 pub(super) struct Found {
     /// Where in the file, for the operator.
     pub(super) place: String,
-    /// Whose it is, as far as that can be told.
+    /// Its name, if it is known.
     pub(super) id: Option<ObjectId>,
     pub(super) object: Result<Object, String>,
 }

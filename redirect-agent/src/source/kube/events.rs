@@ -1,4 +1,4 @@
-//! Events on pods, for `kubectl describe pod`: best effort, and never many.
+//! Events on pods, for `kubectl describe pod`: best effort, and limited in number.
 
 use std::{
     collections::BTreeMap,
@@ -26,13 +26,13 @@ use super::{
 };
 use crate::membership::Pod;
 
-/// How many events wait for the API server at most.
+/// How many events may wait for the API server.
 const QUEUE: usize = 256;
-/// How many events of one pod are told at once, and after which time one more may be.
-/// client-go's are 25 and 5 minutes: `tools/record/events_cache.go`.
+/// How many events of one pod are written at once, and how long until one more may be. client-go's are 25 and
+/// 5 minutes: `tools/record/events_cache.go`.
 const BURST: u32 = 20;
 const REFILL: Duration = Duration::from_secs(60);
-/// For how long a pod of which nothing is heard is remembered: until all of [`BURST`] is back.
+/// How long a pod without new events is remembered: until all of [`BURST`] is available again.
 const REMEMBER: Duration = Duration::from_secs(20 * 60);
 /// How long the API server may take for one event.
 const PATIENCE: Duration = Duration::from_secs(10);
@@ -42,19 +42,19 @@ const LONGEST_NOTE: usize = 1024;
 /// The longest reporting instance. Source: the same, `ReportingInstanceLengthLimit`.
 const LONGEST_INSTANCE: usize = 128;
 
-/// An event and the pod that it is of.
+/// An event and its pod.
 struct Entry {
     pod: ObjectReference,
     event: Event,
 }
 
-/// Takes events in, and never waits.
+/// Accepts events, and never waits.
 pub(super) struct Intake {
     queue: mpsc::Sender<Entry>,
     lost: Arc<AtomicU64>,
 }
 
-/// Writes what was taken in to the API server.
+/// Writes accepted events to the API server.
 pub(super) struct Scribe {
     client: Client,
     reporter: Reporter,
@@ -65,13 +65,13 @@ pub(super) struct Scribe {
     complaint: Option<String>,
 }
 
-/// How much may still be told of a pod.
+/// How many events of a pod may still be written.
 struct Budget {
     left: u32,
     since: Instant,
 }
 
-/// Repeats of one message. kube's recorder joins events of one reason whatever they say, so each
+/// Repeats of one message. kube's recorder merges events with the same reason, whatever their text, so each
 /// message has a recorder of its own.
 struct Series {
     message: String,
@@ -97,7 +97,7 @@ pub(super) fn channel(client: Client, node: &str) -> (Intake, Scribe) {
 }
 
 impl Intake {
-    /// Takes an event in; when too many wait already it is lost, and counted.
+    /// Accepts an event. If too many are waiting already, it is lost and counted.
     pub(super) fn take(&self, pod: &Pod, event: Event) {
         debug!(pod = %pod.key, event = event.kind.as_str(), "{}", event.message);
         let pod = ObjectReference {
@@ -132,7 +132,7 @@ impl Scribe {
         }
     }
 
-    /// Whether the pod has not had its share; this takes a part of it.
+    /// Takes one event from the pod's share. `false`: the share is used up.
     fn may_tell(&mut self, uid: &str, now: Instant) -> bool {
         self.budgets.retain(|_, budget| now.duration_since(budget.since) < REMEMBER);
         self.series.retain(|_, series| now.duration_since(series.last) < REMEMBER);
@@ -171,7 +171,7 @@ impl Scribe {
         };
         let complaint = match timeout(PATIENCE, series.recorder.publish(&event, pod)).await {
             Ok(Ok(())) => None,
-            // With the namespace goes whatever could be told of its pods.
+            // Events of a deleted namespace's pods are gone with the namespace.
             Ok(Err(Error::Api(status))) if status.message.contains("is being terminated") => None,
             Ok(Err(error)) => Some(super::explain(&error)),
             Err(_) => Some(format!("the API server took more than {PATIENCE:?}")),
@@ -183,7 +183,7 @@ impl Scribe {
     }
 }
 
-/// What the agent was about when it happened.
+/// What the agent was doing when it happened.
 fn action(kind: EventKind) -> &'static str {
     match kind {
         EventKind::Enrolled | EventKind::EnrolmentFailed => "Enrol",

@@ -1,8 +1,8 @@
 //! A cluster's API server as the source.
 //!
-//! This node's pods are watched, and of all namespaces the labels that decide. A watch that breaks
-//! is taken up again where it was, or after a new list; until that is complete, what was known
-//! stays. So a lost API server changes nothing for any pod, and what was missed is caught up.
+//! It watches this node's pods, and those labels of all namespaces that matter for the decision. A watch that
+//! breaks is resumed where it was, or after a new list. Until the list is complete, what was known stays.
+//! Therefore nothing changes for any pod while the API server is away, and missed changes are caught up on.
 
 mod events;
 mod owner;
@@ -54,38 +54,38 @@ use crate::{
 /// The agent's name, as field manager and as reporter of events.
 const NAME: &str = "redirect-agent";
 
-/// What is followed, as problems name it.
+/// What is watched, as problems name it.
 const PODS: &str = "pods";
 const NAMESPACES: &str = "namespaces";
 
-/// A response, or an event of a watch, comes within this time, or the connection is given up: kube
-/// waits for ever otherwise.
+/// If no response, and no event of a watch, arrives within this time, the connection is closed. Otherwise
+/// kube would wait forever.
 const READ_TIMEOUT: Duration = Duration::from_secs(90);
 /// The API server ends a watch in order after this time, in seconds: on a quiet cluster nothing may
 /// come for longer than [`READ_TIMEOUT`], not even a bookmark.
 const WATCH_TIMEOUT: u32 = 60;
-/// A connection comes about within this time.
+/// How long connecting may take.
 const CONNECT_TIMEOUT: Duration = Duration::from_secs(10);
 /// How long one patch may take.
 const PATCH_TIMEOUT: Duration = Duration::from_secs(10);
-/// Requests of the watches per time. kube's watcher asks again at once when a watch ends well, and
-/// a server, or a proxy before it, that ends each at once must not be asked in a loop.
+/// Rate of the watches' requests. kube's watcher asks again at once when a watch ends normally. If a server,
+/// or a proxy in front of it, ends every watch at once, it must not be asked in a loop.
 const WATCH_RATE: (u64, Duration) = (60, Duration::from_secs(30));
-/// Patches per time.
+/// Rate of patches.
 const PATCH_RATE: (u64, Duration) = (50, Duration::from_secs(1));
-/// Events per time: they must not keep patches waiting.
+/// Rate of events, so that they do not delay patches.
 const EVENT_RATE: (u64, Duration) = (10, Duration::from_secs(1));
-/// How many updates wait to be taken over.
+/// How many updates may wait to be applied.
 const QUEUE: usize = 256;
 
-/// What stands for the API server's address in what is said of it.
+/// Placeholder for the API server's address in messages.
 const SERVER: &str = "the API server";
 
-/// What the agent's service account may have to be granted.
+/// The rights that the agent's service account may lack.
 const ROLE: &str = "the agent's role needs: list, watch on pods and namespaces; patch on pods/status; \
                     create, patch on events in events.k8s.io; get on its own DaemonSet in apps";
 
-/// A cluster; its [`KubeWatcher`] keeps it current.
+/// A cluster. Its [`KubeWatcher`] keeps it current.
 pub struct KubeSource {
     server: String,
     client: Client,
@@ -100,7 +100,7 @@ pub struct KubeWatcher {
     inventory: channel::Sender<Arc<Inventory>>,
     published: Published,
     updates: mpsc::Receiver<Update>,
-    /// The tasks that follow the API server; they end with this.
+    /// The tasks that watch the API server. They end with this.
     followers: JoinSet<()>,
     scribe: Scribe,
 }
@@ -109,20 +109,20 @@ pub struct KubeWatcher {
 enum Update {
     Pod(watcher::Event<DynamicObject>),
     Namespace(watcher::Event<PartialObjectMeta<k8s::Namespace>>),
-    /// Why something cannot be followed at the moment.
+    /// Why something cannot be watched at the moment.
     Trouble(&'static str, String),
     /// The API server has answered a request for it.
     Answered(&'static str),
 }
 
-/// What each pod's annotation says, by uid; a pod that is not here does not exist.
+/// What each pod's annotation says, by uid. A pod that is missing here does not exist.
 #[derive(Clone, Default)]
 struct Published(Arc<Mutex<BTreeMap<String, Annotation>>>);
 
 /// A pod's [`ANNOTATION_REDIRECTION`].
 #[derive(Clone, Default)]
 struct Annotation {
-    /// As the watch saw it last; what was written may not have come round yet.
+    /// As the watch last saw it. It may not have seen our last write yet.
     seen: Option<String>,
     written: Written,
 }
@@ -134,10 +134,10 @@ enum Written {
     Nothing,
     Value {
         value: Option<Redirection>,
-        /// What the watch had seen, until it has seen this.
+        /// What the watch saw before, until it sees this.
         unseen_since: Option<Option<String>>,
     },
-    /// No answer came: it may have been written or not.
+    /// No answer came, so it is unknown whether it was written.
     Unknown,
 }
 
@@ -191,7 +191,7 @@ pub async fn open(
     let watching = |what| {
         let sender = sender.clone();
         client(config.clone(), WATCH_RATE, move || {
-            // Where the queue is full, what is in it says the same.
+            // If the queue is full, what is in it says the same.
             let _full = sender.try_send(Update::Answered(what));
         })
     };
@@ -246,8 +246,8 @@ pub async fn open(
     Ok((source, KubeWatcher { state, inventory, published, updates, followers, scribe }))
 }
 
-/// A client that makes no more than so many requests in a time, leaves trying again to us, and calls
-/// `answered` whenever a request was granted.
+/// A client with a limited rate of requests, which leaves retries to us and calls `answered` whenever a
+/// request succeeds.
 fn client(
     mut config: Config,
     (requests, per): (u64, Duration),
@@ -256,7 +256,7 @@ fn client(
     config.default_retry = false;
     config.connect_timeout = Some(CONNECT_TIMEOUT);
     config.read_timeout = Some(READ_TIMEOUT);
-    // The time that a connection was idle before is no time that the server took.
+    // The time that a connection was idle before is not the server's.
     config.reset_reader_on_write = true;
     let builder = ClientBuilder::try_from(config)
         .map_err(|error| anyhow!("{}", chain(&error)))
@@ -270,7 +270,7 @@ fn client(
     Ok(builder.with_layer(&RateLimitLayer::new(requests, per)).with_layer(&look).build())
 }
 
-/// Takes an update over; says whether the inventory may have changed.
+/// Applies an update. Returns whether the inventory may have changed.
 fn take(state: &mut State, update: Update) -> bool {
     match update {
         Update::Pod(event) => state.pod(event),
@@ -301,7 +301,7 @@ impl KubeWatcher {
             if !changed {
                 continue;
             }
-            // Whoever is woken by the inventory asks what is published.
+            // Readers that the inventory wakes ask what is published.
             published.see(&state);
             let new = state.inventory();
             inventory.send_if_modified(|current| {
@@ -322,7 +322,7 @@ impl Published {
         self.0.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    /// Takes over what the watch has seen.
+    /// Applies what the watch has seen.
     fn see(&self, state: &State) {
         let mut published = self.lock();
         let mut before = std::mem::take(&mut *published);
@@ -353,7 +353,7 @@ impl Published {
         })
     }
 
-    /// Takes over what was written; `None`: perhaps something was.
+    /// Records what was written; `None`: possibly something.
     fn write(&self, uid: &str, value: Option<Option<Redirection>>) {
         if let Some(annotation) = self.lock().get_mut(uid) {
             annotation.written = match value {
@@ -402,7 +402,7 @@ impl Source for KubeSource {
             Ok(Err(Error::Api(status))) if status.code == 404 || is_of_another_pod(&status) => {
                 Ok(())
             }
-            // It was understood, and refused: nothing is written.
+            // The request was understood and refused, so nothing was written.
             Ok(Err(error @ Error::Api(_))) => Err(failure(&error)).with_context(context),
             Ok(Err(error)) => {
                 self.published.write(&pod.uid, None);
@@ -423,7 +423,7 @@ impl Source for KubeSource {
         true
     }
 
-    /// By `list`, which the agent may. Of a pod's addresses the API server selects by the first.
+    /// Uses `list`, for which the agent has the right. The API server selects by a pod's first address only.
     async fn find(&self, whom: &Whom) -> Result<Option<Pod>> {
         let (pods, field) = match whom {
             Whom::Named(key) => (
@@ -458,7 +458,7 @@ fn is_of_another_pod(status: &kube::core::Status) -> bool {
     }
 }
 
-/// The error in words.
+/// The error as text.
 fn failure(error: &Error) -> anyhow::Error {
     anyhow!("{}", explain(error))
 }
@@ -484,12 +484,12 @@ fn explain(error: &Error) -> String {
     }
 }
 
-/// Whether no connection to the API server came about.
+/// Whether connecting to the API server failed.
 fn is_unreachable(error: &Error) -> bool {
     no_connection(error).is_some()
 }
 
-/// Why no connection came about.
+/// Why connecting failed.
 fn no_connection(error: &Error) -> Option<&io::Error> {
     let mut cause = error.source();
     while let Some(error) = cause {

@@ -1,4 +1,4 @@
-//! The DaemonSet that runs the agent: an agent that is told to end asks whether it comes back.
+//! The DaemonSet that runs the agent. An agent that is told to stop asks whether it will be started again.
 
 use std::{
     sync::atomic::{AtomicBool, Ordering},
@@ -31,11 +31,11 @@ const RATE: (u64, Duration) = (10, Duration::from_secs(1));
 pub struct Owner {
     api: Api<k8s::DaemonSet>,
     daemon_set: DaemonSet,
-    /// The API server has answered once: a refusal after that means that the right was taken away.
+    /// The API server has answered once, so a later refusal means that the right was revoked.
     answered: AtomicBool,
 }
 
-/// What became of the DaemonSet.
+/// What happened to the DaemonSet.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 enum Fate {
     Lives,
@@ -54,7 +54,7 @@ impl Owner {
         Ok(Self { api, daemon_set, answered: AtomicBool::new(false) })
     }
 
-    /// Looks whether the question will be answered when it comes to it, and tells if not.
+    /// Checks in advance whether the question will be answered, and reports if not.
     pub async fn look(&self) {
         let mut told = None;
         loop {
@@ -73,8 +73,8 @@ impl Owner {
         }
     }
 
-    /// Whether the DaemonSet is gone or going, and with it the agent for good. An upgrade, a node that
-    /// restarts and an API server that is away are no reason to think so.
+    /// Whether the DaemonSet is deleted or being deleted, and the agent with it for good. An upgrade, a
+    /// restart of the node and an unreachable API server do not count.
     pub async fn is_deleted(&self) -> bool {
         let (mut failures, mut refused) = (0, None);
         while failures < ATTEMPTS {
@@ -115,7 +115,7 @@ impl Owner {
             // The service account is gone. Source: Istio `cni/pkg/nodeagent/server.go`,
             // `ShouldStopCleanup`.
             Ok(Err(Error::Api(status))) if status.code == 401 => Fate::Refused,
-            // Its role is gone, and was there before: an uninstallation deletes both.
+            // Its role is gone, but existed before: uninstalling deletes both.
             Ok(Err(Error::Api(status)))
                 if status.code == 403 && self.answered.load(Ordering::Relaxed) =>
             {

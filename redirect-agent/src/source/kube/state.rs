@@ -1,4 +1,4 @@
-//! What is known of the cluster, and the inventory that is made of it.
+//! What is known about the cluster, and the inventory that is built from it.
 
 use std::collections::{BTreeMap, BTreeSet, btree_map::Entry};
 use std::net::IpAddr;
@@ -14,10 +14,10 @@ use serde_json::Value;
 use super::super::{ANNOTATION_REDIRECTION, Inventory, Problem, without_conflicts};
 use crate::membership::{Config, Namespace, Pod, PodKey};
 
-/// How a trouble begins that is the same for everything: no connection comes about.
+/// How a problem begins that affects everything alike: connecting failed.
 pub(super) const UNREACHABLE: &str = "cannot reach ";
 
-/// kubectl's copy of the whole object: nobody here reads it, and nothing else is as large.
+/// kubectl's copy of the whole object. Nobody here reads it, and nothing else is as large.
 const ANNOTATION_LAST_APPLIED: &str = "kubectl.kubernetes.io/last-applied-configuration";
 
 /// What the API server has said so far.
@@ -26,13 +26,13 @@ pub(super) struct State {
     membership: Config,
     pods: Kept<Known>,
     namespaces: Kept<Namespace>,
-    /// Why something cannot be followed at the moment, by what it is.
+    /// Why something cannot be watched at the moment, by resource.
     troubles: BTreeMap<&'static str, String>,
     admitted: BTreeMap<PodKey, Pod>,
 }
 
-/// Objects by name, and those of a list that is not complete yet: what was known before stays until
-/// the list is.
+/// Objects by name, and those of a list that is not complete yet. What was known before stays until it is
+/// complete.
 struct Kept<T> {
     known: BTreeMap<String, T>,
     listing: Option<BTreeMap<String, T>>,
@@ -55,7 +55,7 @@ impl<T> Kept<T> {
         self.complete = true;
     }
 
-    /// Where the object of an event goes: into the list, or into what is known.
+    /// Where an event's object is stored: in the incomplete list, or among the known objects.
     fn target(&mut self, listed: bool) -> &mut BTreeMap<String, T> {
         match &mut self.listing {
             Some(listing) if listed => listing,
@@ -92,7 +92,7 @@ impl State {
         self.pods.complete && self.namespaces.complete
     }
 
-    /// Notes why `what` cannot be followed, or that it is; says whether that is news.
+    /// Records why `what` cannot be watched, or that it can. Returns whether that is new.
     pub(super) fn trouble(&mut self, what: &'static str, why: Option<String>) -> bool {
         match why {
             Some(why) => self.troubles.insert(what, why.clone()).as_ref() != Some(&why),
@@ -100,7 +100,7 @@ impl State {
         }
     }
 
-    /// Takes over what happened to a pod; says whether the inventory may have changed.
+    /// Applies an event of a pod. Returns whether the inventory may have changed.
     pub(super) fn pod(&mut self, event: Event<DynamicObject>) -> bool {
         let listed = matches!(event, Event::InitApply(_));
         let changes = !listed && !matches!(event, Event::Init);
@@ -110,7 +110,7 @@ impl State {
             Event::InitApply(object) | Event::Apply(object) => {
                 let name = name(&object.metadata);
                 let pod = Known::read(object, self.pods.known.get(&name));
-                // The server was asked for this node's only; a proxy before it may know better.
+                // The server was asked for this node's pods only, but a proxy in front of it may ignore that.
                 if pod.pod.as_ref().is_none_or(|p| p.node_name.as_ref() == Some(&self.node)) {
                     self.pods.target(listed).insert(name, pod);
                 }
@@ -126,8 +126,8 @@ impl State {
         changes
     }
 
-    /// Takes over what happened to a namespace; of its labels only those that decide are kept, and
-    /// of one that has none of them nothing. Says whether the inventory may have changed.
+    /// Applies an event of a namespace. Only labels that matter for the decision are kept, and nothing of a
+    /// namespace without any. Returns whether the inventory may have changed.
     pub(super) fn namespace(&mut self, event: Event<PartialObjectMeta<k8s::Namespace>>) -> bool {
         let listed = matches!(event, Event::InitApply(_));
         match event {
@@ -157,13 +157,13 @@ impl State {
         }
     }
 
-    /// What every pod that exists says of its redirection, by uid.
+    /// What the annotation of every existing pod says, by uid.
     pub(super) fn redirections(&self) -> impl Iterator<Item = (&str, Option<&str>)> {
         let known = self.pods.known.values();
         known.map(|known| (known.uid.as_str(), known.redirection.as_deref()))
     }
 
-    /// What stands in the way: that the API server is away is said once, whatever is followed.
+    /// The current problems. That the API server is unreachable is reported once, whatever is watched.
     fn problems(&self) -> Vec<Problem> {
         let stays = if self.is_complete() { "what is known stays in force" } else { "retrying" };
         let unreachable = |why: &&String| why.starts_with(UNREACHABLE);
@@ -184,7 +184,7 @@ impl State {
         problems
     }
 
-    /// The whole, as readers get it.
+    /// The inventory for readers.
     pub(super) fn inventory(&mut self) -> Inventory {
         let mut problems = self.problems();
         let mut pods = BTreeMap::new();
@@ -206,8 +206,8 @@ impl State {
     }
 }
 
-/// A pod that is being deleted keeps its address in its status after the network has given it to
-/// another one: then the other one has it.
+/// The status of a terminating pod still names its address after the network has given it to another pod. The
+/// address then belongs to the other pod.
 fn give_up_reused_addresses(pods: &mut BTreeMap<PodKey, Pod>) {
     let has_network = |pod: &&Pod| !pod.host_network && !pod.phase.is_finished();
     let staying: BTreeSet<IpAddr> = pods
@@ -230,8 +230,8 @@ fn name(metadata: &kube::api::ObjectMeta) -> String {
 }
 
 impl Known {
-    /// Reads a pod; where that fails, its last good version stays, which has to be of the same pod
-    /// and not of a former one of that name.
+    /// Reads a pod. If that fails, its last good version stays, unless that is of an earlier pod of the same
+    /// name.
     fn read(object: DynamicObject, last: Option<&Known>) -> Known {
         let uid = object.metadata.uid.clone().unwrap_or_default();
         let annotations = object.metadata.annotations.as_ref();

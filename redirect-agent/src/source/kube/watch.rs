@@ -1,4 +1,4 @@
-//! Following one kind of object: kube's watcher, without the ways in which it can get stuck.
+//! Watches one kind of object: kube's watcher, without the ways in which it can get stuck.
 
 use std::{fmt::Debug, time::Duration};
 
@@ -13,11 +13,11 @@ use kube::{
 use serde::de::DeserializeOwned;
 use tokio::{sync::mpsc, time::sleep};
 
-/// The longest pause between attempts: a server that is back is noticed soon.
+/// The longest pause between attempts, so that a server that is back is noticed soon.
 const LONGEST_PAUSE: Duration = Duration::from_secs(10);
 
-/// Sends every event of `api`'s objects to `events`, and every failure with its reason, until
-/// nobody listens. Between failures it pauses, longer and longer.
+/// Sends every event of `api`'s objects to `events`, and every failure with its reason, until nobody listens.
+/// Pauses after failures, for longer and longer.
 pub(super) async fn follow<K, T>(
     api: Api<K>,
     config: watcher::Config,
@@ -47,7 +47,7 @@ pub(super) async fn follow<K, T>(
             };
             let why = explain(&failed);
             if why != last {
-                // The server is in another state now: it may come back soon.
+                // The server's state has changed, so it may come back soon.
                 backoff.reset();
                 last.clone_from(&why);
             }
@@ -62,15 +62,15 @@ pub(super) async fn follow<K, T>(
     }
 }
 
-/// Whether to list anew, where kube's watcher would go on from where it was.
+/// Whether to list again, where kube's watcher would continue from where it was.
 ///
-/// It lists anew by itself when 410 comes as an event of the watch, but asks for the same version for
-/// ever when 410 is the answer to the request; and an event that it cannot read is lost.
+/// It lists again by itself if 410 comes as an event of the watch, but asks for the same version forever if
+/// 410 is the response. An event that it cannot parse is lost.
 fn needs_a_new_list(failed: &watcher::Error) -> bool {
     match failed {
         watcher::Error::WatchStartFailed(Error::Api(status)) => match status.code {
             400 | 410 => true,
-            // The server has been put back to an older state.
+            // The server has been restored to an older state.
             504 => status.message.contains("resource version"),
             _ => false,
         },
