@@ -1,4 +1,4 @@
-//! What a change of the overrides does to the pods of this node, in words: for whoever made it.
+//! Says what a change of the overrides does to the pods of this node, for the operator who made it.
 
 use std::{
     collections::BTreeMap,
@@ -10,25 +10,25 @@ use crate::{
     overrides::{Change, Mode, Moment, Overrides, Target},
 };
 
-/// A change that was made, and what there was before it.
+/// A change, and the state before it.
 #[derive(Debug)]
 pub struct Effect<'a> {
     /// What was asked for.
     pub change: &'a Change,
-    /// What held before.
+    /// The overrides before.
     pub before: &'a Overrides,
-    /// What holds now.
+    /// The overrides now.
     pub after: &'a Overrides,
-    /// The pods of this node, with what the labels decide.
+    /// The pods of this node, with the decision by their labels.
     pub decided: Vec<(PodKey, Decision)>,
-    /// For how long connections of a pod that leaves may go on.
+    /// How long connections of a leaving pod may continue.
     pub drain: Duration,
     /// Now.
     pub now: SystemTime,
 }
 
 impl Effect<'_> {
-    /// The pods that the change is about, and whether each is to be in the mesh now.
+    /// The pods that the change is about, and whether each should be in the mesh now.
     pub fn wanted(&self) -> BTreeMap<PodKey, bool> {
         self.pods().map(|(key, _, after)| (key.clone(), after)).collect()
     }
@@ -43,7 +43,7 @@ impl Effect<'_> {
         (moving(false), moving(true))
     }
 
-    /// Each pod, with whether it was, and is, to be in the mesh.
+    /// Each pod, with whether it should have been, and should be, in the mesh.
     fn pods(&self) -> impl Iterator<Item = (&PodKey, bool, bool)> {
         let is_meant = |key: &PodKey| self.target().is_none_or(|target| target.is_of(key));
         self.decided.iter().filter(move |(key, _)| is_meant(key)).map(|(key, decision)| {

@@ -1,5 +1,5 @@
-//! The cgroups (version 2) of processes: kubelet's, whose connections are probes, and the proxies', whose
-//! sockets are let out of pods.
+//! The cgroups (v2) of processes: kubelet's, whose connections are probes, and the proxies', whose sockets
+//! may leave pods.
 
 use std::{
     collections::BTreeSet,
@@ -35,7 +35,7 @@ pub struct Cgroup {
 }
 
 impl Cgroup {
-    /// The cgroup of `process`, as `viewer` sees it: the agent's own container may show cgroups otherwise,
+    /// The cgroup of `process`, as `viewer` sees it: the agent's own container may show cgroups differently,
     /// or not at all.
     ///
     /// # Errors
@@ -54,7 +54,7 @@ impl Cgroup {
             .filter(|mount| mount.fs_type == "cgroup2")
             .find_map(|mount| {
                 let inside = Path::new(&path).strip_prefix(&mount.root).ok()?;
-                // Of another namespace's cgroup, which this one does not show.
+                // A cgroup of another cgroup namespace, which this one does not show.
                 if inside.components().any(|part| part == Component::ParentDir) {
                     return None;
                 }
@@ -65,7 +65,7 @@ impl Cgroup {
         Ok(Self { path, dir })
     }
 
-    /// Its directory, open, and its number: the directory's inode, which the kernel uses for no other cgroup.
+    /// Its directory, open, and its id: the directory's inode number, which the kernel never reuses.
     ///
     /// # Errors
     ///
@@ -83,18 +83,18 @@ impl Cgroup {
     }
 }
 
-/// The path in version 2.
+/// The path of the v2 cgroup.
 fn path_in(cgroups: ProcessCGroups) -> Result<String> {
     let unified = cgroups.0.into_iter().find(|cgroup| cgroup.hierarchy == 0);
     Ok(unified.context("it has no cgroup of version 2")?.pathname)
 }
 
-/// Those of the process's threads.
+/// The cgroups of the process's threads.
 fn paths_of_threads(process: &Process) -> Result<BTreeSet<String>> {
     let mut paths = BTreeSet::new();
     for thread in process.tasks().context("list its threads")?.flatten() {
         let file = format!("/proc/{}/task/{}/cgroup", process.pid, thread.tid);
-        // One that has ended has none.
+        // A thread that has exited has none.
         if let Ok(cgroups) = ProcessCGroups::from_file(file) {
             paths.insert(path_in(cgroups)?);
         }
@@ -103,7 +103,7 @@ fn paths_of_threads(process: &Process) -> Result<BTreeSet<String>> {
     Ok(paths)
 }
 
-/// That of its parent, if it has one that can be seen.
+/// The cgroup of its parent, if that is visible.
 fn path_of_parent(process: &Process) -> Option<String> {
     let parent = Process::new(process.stat().ok()?.ppid).ok()?;
     path_in(parent.cgroups().ok()?).ok()
@@ -124,13 +124,13 @@ fn as_seen_by<T: Send>(
     thread::scope(|scope| scope.spawn(entered).join()).map_err(|_| anyhow!("a thread panicked"))?
 }
 
-/// The numbers of the cgroups that a proxy makes its sockets in: those of its threads, which nearly always
-/// are one.
+/// The ids of the cgroups in which a proxy creates its sockets: those of its threads, which are nearly always
+/// in the same one.
 ///
 /// # Errors
 ///
-/// When they cannot be found out, or one is its parent's, too: where containers have no cgroups of their own
-/// they tell nobody from anybody.
+/// When they are unknown, or one is its parent's, too: if containers have no cgroups of their own, cgroups
+/// identify nobody.
 pub fn of_proxy(proxy: &ProcessRef) -> Result<BTreeSet<u64>> {
     let pid = proxy.pid();
     let find = || {
@@ -139,7 +139,7 @@ pub fn of_proxy(proxy: &ProcessRef) -> Result<BTreeSet<u64>> {
             let init = Process::new(1).context("find process 1")?;
             numbers_of_proxy(&process, &init).map_err(|_| first)
         })?;
-        // Else it may have been another process of that number.
+        // Otherwise it may have been another process with that id.
         ensure!(proxy.is_alive()?, "it has ended");
         ensure!(
             !numbers.contains(&ROOT),

@@ -1,9 +1,9 @@
-//! Enablement selectors: which labels of a pod and of its namespace put it into the mesh, when the
-//! operator says it otherwise than `istio.io/dataplane-mode`.
+//! Enablement selectors: which labels of a pod and its namespace put it into the mesh, instead of
+//! `istio.io/dataplane-mode`.
 //!
-//! The text is that of istio-cni's chart value `ambient.enablementSelectors`, which istio-cni reads
-//! as `AMBIENT_ENABLEMENT_SELECTOR`: a list, of which one entry must match; of an entry, both
-//! selectors must, and one that is left out matches everything.
+//! The text is that of istio-cni's chart value `ambient.enablementSelectors`, which istio-cni reads as
+//! `AMBIENT_ENABLEMENT_SELECTOR`: a list, of which one entry must match. Both selectors of an entry must
+//! match; an omitted one matches everything.
 //!
 //! Source: Istio `cni/pkg/util/enablement_selector.go`, `CompiledEnablementSelectors.Matches`.
 
@@ -17,8 +17,8 @@ use anyhow::{Context as _, Result, bail, ensure};
 use kube::core::{Expression, Selector, SelectorExt as _};
 use serde::Deserialize;
 
-/// What istio-cni has when nothing else is said, which is what the label
-/// `istio.io/dataplane-mode` means. Source: Istio `manifests/charts/istio-cni/values.yaml`.
+/// istio-cni's default, which is equivalent to the label `istio.io/dataplane-mode`. Source: Istio
+/// `manifests/charts/istio-cni/values.yaml`.
 pub const DEFAULT: &str = "\
 - podSelector:
     matchLabels: {istio.io/dataplane-mode: ambient}
@@ -52,8 +52,8 @@ impl Selectors {
     ///
     /// # Errors
     ///
-    /// When the file cannot be read, or the text is no list of selectors. What Kubernetes or we do
-    /// not know is an error, too: a selector with a slip in it would match everything.
+    /// When the file cannot be read, or the text is not a list of selectors. Unknown fields are an error,
+    /// too: a selector with a typing error would match everything.
     pub fn read(text: &str) -> Result<Self> {
         match text.strip_prefix('@') {
             Some(path) => fs::read_to_string(path)
@@ -63,7 +63,7 @@ impl Selectors {
         }
     }
 
-    /// Whether a pod with these labels, in the namespace `namespace` with those, is to be in the
+    /// Whether a pod with these labels, in the namespace `namespace` with those labels, should be in the
     /// mesh.
     pub fn matches(&self, pod: &Labels, namespace: &str, namespace_labels: &Labels) -> bool {
         let mut namespace_labels = namespace_labels.clone();
@@ -73,7 +73,7 @@ impl Selectors {
             .any(|pair| pair.pod.matches(pod) && pair.namespace.matches(&namespace_labels))
     }
 
-    /// The labels of namespaces that are looked at, but for the one that is known without looking.
+    /// The namespace labels that the selectors use, except the one that follows from the name.
     pub fn namespace_keys(&self) -> &BTreeSet<String> {
         &self.namespace_keys
     }
@@ -117,7 +117,7 @@ struct WrittenPair {
     namespace: WrittenSelector,
 }
 
-/// Kubernetes' LabelSelector, which its own type reads without minding unknown fields.
+/// Kubernetes' LabelSelector. Its own type would ignore unknown fields.
 #[derive(Debug, Default, Deserialize)]
 #[serde(default, deny_unknown_fields, rename_all = "camelCase")]
 struct WrittenSelector {

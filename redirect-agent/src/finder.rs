@@ -1,9 +1,9 @@
-//! Finding the network namespace of a running pod.
+//! Finds the network namespace of a running pod.
 //!
-//! It is where CNI has told the agent that it is, or where somebody has put it under the pod's name,
-//! and else it is looked for by the pod's processes: kubelet keeps those in a cgroup that is named
-//! after the pod. Either way it is the pod's only if it carries an address of the pod, or is set up by us
-//! already, and never if it is the node's own.
+//! It is at the path that CNI reported, or where somebody has put it under the pod's name. Otherwise it is
+//! found by the pod's processes, which kubelet keeps in a cgroup that is named after the pod. In any case, it
+//! is the pod's only if it has an address of the pod or is set up by us already, and never if it is the
+//! node's own.
 
 use std::{
     collections::{BTreeMap, BTreeSet},
@@ -24,12 +24,12 @@ use crate::{
     netns::{Netns, in_dir, is_gone},
 };
 
-/// One look at all processes serves every pod that asks within this time.
+/// One scan of all processes serves every request within this time.
 const FRESH: Duration = Duration::from_millis(500);
-/// Where the processes are.
+/// Where processes are listed.
 const PROC: &str = "/proc";
 
-/// Looks for the network namespaces of pods.
+/// Finds the network namespaces of pods.
 #[derive(Debug)]
 pub struct Finder {
     records: Arc<Records>,
@@ -37,18 +37,17 @@ pub struct Finder {
     seen: Mutex<Option<(Instant, Arc<Processes>)>>,
 }
 
-/// The processes of each pod, by the uid that their cgroup is named after; the oldest first.
+/// The processes of each pod, oldest first, by the uid in their cgroup's name.
 #[derive(Debug, Default, PartialEq, Eq)]
 struct Processes(BTreeMap<String, Vec<u32>>);
 
 impl Finder {
-    /// Looks into `records`, and in `netns_dir` for `<namespace>_<name>`, before it looks at
-    /// processes.
+    /// Checks `records`, and `netns_dir` for `<namespace>_<name>`, before it looks at processes.
     pub fn new(records: Arc<Records>, netns_dir: PathBuf) -> Self {
         Self { records, netns_dir, seen: Mutex::default() }
     }
 
-    /// What CNI has told.
+    /// What CNI reported.
     pub fn records(&self) -> &Arc<Records> {
         &self.records
     }
@@ -58,12 +57,12 @@ impl Finder {
         &self.netns_dir
     }
 
-    /// The pod's network namespace. One that `is_ours`, by its inode number, is set up already: it is the
-    /// pod's whatever addresses it has by now.
+    /// The pod's network namespace. `is_ours` says whether an inode number is that of a namespace that is set
+    /// up already: it is the pod's, whatever addresses it has.
     ///
     /// # Errors
     ///
-    /// When none is found, or none of those that are found carries an address of the pod.
+    /// When none is found, or none of those found has an address of the pod.
     pub fn find(&self, pod: &Pod, is_ours: impl Fn(u32) -> bool) -> Result<PodNetns> {
         let mut refused = None;
         match self.records.of(pod.kubelet_uid()).map(|sandbox| sandbox.open(&is_ours)) {
@@ -100,12 +99,12 @@ impl Finder {
         }
     }
 
-    /// The namespaces of the pod's processes, but for the node's: that of the oldest process first, which a
-    /// process of the application that has made one of its own is not.
+    /// The namespaces of the pod's processes, except the node's. The oldest process comes first: it is not
+    /// one for which the application has created a namespace of its own.
     fn of_processes(&self, pod: &Pod) -> Result<Vec<Netns>> {
         let hosts = hosts()?;
         let mut seen = BTreeSet::new();
-        // A process may have ended, or be about to.
+        // A process may have exited, or may be exiting.
         let opened =
             self.namespaces_of(pod)?.into_iter().filter_map(|path| Netns::open(&path).ok());
         let of_pod = |netns: &Netns| !hosts.contains(&netns.inode()) && seen.insert(netns.inode());
@@ -117,7 +116,7 @@ impl Finder {
     ///
     /// # Errors
     ///
-    /// When it cannot be told whether there is one.
+    /// When it is unknown whether there is one.
     pub fn inode(&self, pod: &Pod, is_ours: impl Fn(u32) -> bool) -> Result<Option<u32>> {
         let told = self.records.of(pod.kubelet_uid()).map(|told| told.netns.clone());
         for path in told.into_iter().chain([self.named(&pod.key)]) {
@@ -132,7 +131,7 @@ impl Finder {
     ///
     /// # Errors
     ///
-    /// When that cannot be told.
+    /// When that is unknown.
     pub fn stands(&self, pod: &Pod, netns: &Netns) -> Result<bool> {
         let told = self.records.of(pod.kubelet_uid()).map(|told| told.netns.clone());
         for path in told.into_iter().chain([self.named(&pod.key)]) {
@@ -140,7 +139,7 @@ impl Finder {
                 return netns.is_at(&path);
             }
         }
-        // By the process that it was found by, or else by another one of the pod.
+        // By the process by which it was found, or else by another process of the pod.
         if netns.path().starts_with(PROC) && netns.is_at(netns.path())? {
             return Ok(true);
         }
@@ -203,7 +202,7 @@ fn is_there(path: &Path) -> Result<bool> {
     path.try_exists().with_context(|| format!("look for {}", path.display()))
 }
 
-/// `None` for an error that means that nothing was found, and not that it cannot be told.
+/// `None` for an error that means that nothing was found, rather than that it is unknown.
 fn unless_gone<T>(found: Result<T>) -> Result<Option<T>> {
     match found {
         Ok(found) => Ok(Some(found)),
@@ -212,15 +211,14 @@ fn unless_gone<T>(found: Result<T>) -> Result<Option<T>> {
     }
 }
 
-/// When a process started, in ticks since boot; one that has ended counts as the youngest. Numbers of
-/// processes start over, so they do not tell.
+/// When a process started, in ticks since boot; a process that has exited counts as the youngest. Process ids
+/// say nothing about age, because they are reused.
 fn started(process: &Path) -> u64 {
     let stat = fs::read(process.join("stat")).ok().and_then(|stat| Stat::from_read(&*stat).ok());
     stat.map_or(u64::MAX, |stat| stat.starttime)
 }
 
-/// The network namespaces of `inodes` that are in `netns_dir` or in `records`, or that a process is
-/// in.
+/// Those network namespaces of `inodes` that are in `netns_dir` or in `records`, or in which a process runs.
 ///
 /// # Errors
 ///
@@ -233,7 +231,7 @@ pub fn alive(netns_dir: &Path, records: &Records, inodes: &BTreeSet<u32>) -> Res
     found.retain(|netns| inodes.contains(&netns.inode()) && seen.insert(netns.inode()));
     for pid in pids(Path::new(PROC))? {
         let path = PathBuf::from(format!("{PROC}/{pid}/ns/net"));
-        // Reading where it leads is cheaper than opening it.
+        // Reading the link is cheaper than opening it.
         let Some(inode) = fs::read_link(&path).ok().and_then(|link| inode_of(&link)) else {
             continue;
         };
@@ -244,7 +242,7 @@ pub fn alive(netns_dir: &Path, records: &Records, inodes: &BTreeSet<u32>) -> Res
     Ok(found)
 }
 
-/// In ascending order: as far as the numbers have not started over, by age.
+/// In ascending order: by age, unless process ids have wrapped around.
 fn pids(proc: &Path) -> Result<BTreeSet<u32>> {
     let entries = fs::read_dir(proc).with_context(|| format!("list {}", proc.display()))?;
     let names = entries.map(|entry| Ok(entry?.file_name().to_str().and_then(|n| n.parse().ok())));
@@ -257,17 +255,17 @@ pub fn inode_of(link: &Path) -> Option<u32> {
     link.to_str()?.strip_prefix("net:[")?.strip_suffix(']')?.parse().ok()
 }
 
-/// The network namespaces of the agent and of the node's first process. Not everyone with the
-/// agent's rights may look at the latter; its addresses then tell it from a pod's, as always.
+/// The network namespaces of the agent and of the node's first process. If the agent may not read the latter,
+/// its addresses distinguish it from a pod's, as usual.
 pub fn hosts() -> Result<BTreeSet<u32>> {
     let own = Netns::open(Path::new("/proc/self/ns/net"))?.inode();
     let first = Netns::open(Path::new("/proc/1/ns/net")).map(|netns| netns.inode());
     Ok([own].into_iter().chain(first.ok()).collect())
 }
 
-/// The uid of the pod that a process belongs to, from its `/proc/PID/cgroup`: one line for each
-/// hierarchy of cgroup v1, and `0::` for v2. The outermost name counts: a container may be allowed
-/// to make cgroups below its own.
+/// The uid of the pod that a process belongs to, from its `/proc/PID/cgroup`: one line for each hierarchy of
+/// cgroup v1, and `0::` for v2. The outermost name counts: a container may be allowed to create cgroups below
+/// its own.
 pub fn pod_of(cgroups: &str) -> Option<String> {
     let paths = cgroups.lines().filter_map(|line| line.splitn(3, ':').nth(2));
     paths.flat_map(|path| path.split('/')).find_map(uid_of)
@@ -278,7 +276,7 @@ pub fn pod_of(cgroups: &str) -> Option<String> {
 /// `pkg/kubelet/cm/pod_container_manager_linux.go`, `GetPodContainerName`, and
 /// `cgroup_manager_linux.go`, `ToSystemd`.
 fn uid_of(name: &str) -> Option<String> {
-    // containerd, when it is told another driver than kubelet, puts `:cri-containerd:ID` behind it.
+    // If containerd is configured with another driver than kubelet, it appends `:cri-containerd:ID`.
     let name = name.split(':').next().unwrap_or_default();
     let uid = match name.strip_suffix(".slice") {
         Some(slice) => {

@@ -6,8 +6,8 @@
 //! | `GET /readyz` | 200 when all conditions hold, else 503; each condition on a line |
 //! | `GET /metrics` | [`crate::metrics`], in OpenMetrics' text format |
 //!
-//! Everybody can connect, so nobody gets much: a request is answered on a connection of its own, its header
-//! has to be short and come soon, and nobody has more than a few connections.
+//! Everybody can connect, so every client is limited: each request has a connection of its own, its header
+//! has to be short and arrive soon, and nobody has more than a few connections.
 
 use std::{
     collections::HashMap,
@@ -40,15 +40,15 @@ use tracing::debug;
 
 use crate::metrics::CONTENT_TYPE;
 
-/// How long a request may take to come, and its answer to be taken.
+/// How long a request may take to arrive, and its answer to be read.
 const HEADER_WITHIN: Duration = Duration::from_secs(2);
 const WITHIN: Duration = Duration::from_secs(10);
-/// How long a header may be.
+/// The maximum length of a header.
 const HEADER_BYTES: usize = 16 * 1024;
-/// How many connections one address may have at once, and all together but for this node's own.
+/// How many connections one address may have at once, and all addresses together, except this node's own.
 const OF_ONE: usize = 16;
 const OF_ALL: usize = 256;
-/// After the system refused a connection, for want of file descriptors say.
+/// The pause after accepting a connection failed, for example for lack of file descriptors.
 const PAUSE: Duration = Duration::from_millis(100);
 
 /// Where to serve, or `off`.
@@ -83,7 +83,7 @@ impl fmt::Display for Address {
     }
 }
 
-/// Something that has to hold before the agent is ready.
+/// A condition for the agent to be ready.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Condition {
     /// In a word or two: `pods`, `cni plugin`.
@@ -92,7 +92,7 @@ pub struct Condition {
     pub missing: Option<String>,
 }
 
-/// What is asked of the agent.
+/// What the server asks the agent.
 pub trait Agent: Send + Sync + 'static {
     /// What has to hold before the agent is ready.
     fn conditions(&self) -> Vec<Condition>;
@@ -156,7 +156,7 @@ async fn answer(stream: TcpStream, router: Router, _guest: Guest) {
         .max_buf_size(HEADER_BYTES)
         .keep_alive(false)
         .serve_connection(TokioIo::new(stream), TowerToHyperService::new(router));
-    // Whatever went wrong, it was the other end's.
+    // Whatever went wrong is the client's problem.
     let _ended = timeout(WITHIN, serving).await;
 }
 
@@ -164,14 +164,14 @@ async fn answer(stream: TcpStream, router: Router, _guest: Guest) {
 #[derive(Debug, Default)]
 struct Guests(Mutex<HashMap<IpAddr, usize>>);
 
-/// A connection of somebody's.
+/// A client's connection.
 struct Guest {
     guests: Arc<Guests>,
     ip: IpAddr,
 }
 
 impl Guests {
-    /// `None` when there are enough; those of an address that is this node's `own` count for themselves.
+    /// `None` if there are too many. Connections from this node's `own` addresses are counted separately.
     fn admit(guests: &Arc<Self>, ip: IpAddr, own: bool) -> Option<Guest> {
         let mut counts = guests.0.lock().unwrap_or_else(PoisonError::into_inner);
         let all: usize = counts.values().sum();

@@ -1,5 +1,5 @@
-//! What happened to the pods of this node lately, for whoever asks why: the same as the Events on the pods,
-//! which only the cluster has, and which others may have deleted.
+//! What happened recently to the pods of this node, for `explain`. It is the same as the Events on the pods,
+//! but those exist only in a cluster, and others may have deleted them.
 
 use std::{
     collections::VecDeque,
@@ -16,10 +16,10 @@ use crate::{
     source::{Event, EventKind},
 };
 
-/// How many entries are kept, of all pods.
+/// How many entries are kept, for all pods together.
 const ENTRIES: usize = 1024;
 
-/// What happened lately, oldest first.
+/// What happened recently, oldest first.
 #[derive(Debug, Default)]
 pub struct Journal(Mutex<VecDeque<(PodKey, Entry)>>);
 
@@ -37,13 +37,13 @@ pub struct Entry {
     pub kind: EventKind,
     /// The particulars.
     pub message: String,
-    /// What was put back.
+    /// What was put back, if anything.
     #[serde(skip)]
     pub repaired: Vec<PartKind>,
 }
 
 impl Journal {
-    /// Notes what happened to a pod just now.
+    /// Records what just happened to a pod.
     pub fn note(&self, pod: &PodKey, event: &Event) {
         let now = Moment::of(SystemTime::now());
         let mut entries = self.0.lock().unwrap_or_else(PoisonError::into_inner);

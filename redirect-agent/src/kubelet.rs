@@ -1,4 +1,4 @@
-//! Finding kubelet: by its own cgroup, the probes that it sends are told from all other traffic.
+//! Finds kubelet, whose own cgroup distinguishes its probes from all other traffic.
 
 use std::{
     fmt,
@@ -12,22 +12,22 @@ use serde::{Deserialize, Serialize};
 
 use crate::{cgroup::Cgroup, finder};
 
-/// What the processes are called in which kubelet runs: its own, MicroK8s', k3s'.
+/// Names of the processes in which kubelet runs: its own, MicroK8s', k3s'.
 const NAMES: [&str; 5] = ["kubelet", "kubelite", "k3s-server", "k3s-agent", "k3s"];
-/// The part of a cgroup's name that kubelet gives to those of all pods.
+/// What kubelet puts into the names of all pods' cgroups.
 const PODS: &str = "kubepods";
 
-/// A kubelet of this node, and the cgroup that it is in.
+/// A kubelet of this node, and its cgroup.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Kubelet {
     /// Its process id.
     pub pid: u32,
-    /// Its cgroup of version 2, as it sees it: `/system.slice/kubelet.service`.
+    /// Its cgroup (v2), as it sees it: `/system.slice/kubelet.service`.
     pub cgroup: String,
     /// The directory of that cgroup.
     #[serde(skip)]
     dir: PathBuf,
-    /// When it was started, in ticks since the node was: process ids are used again.
+    /// When it was started, in ticks since boot, because process ids are reused.
     #[serde(skip)]
     started: u64,
 }
@@ -39,7 +39,7 @@ impl fmt::Display for Kubelet {
 }
 
 impl Kubelet {
-    /// Looks for it among the processes of the node; the youngest, if there are several.
+    /// Looks for it among the node's processes. If there are several, takes the youngest.
     ///
     /// # Errors
     ///
@@ -48,7 +48,7 @@ impl Kubelet {
         let hosts = finder::hosts()?;
         let mut found: Option<(Process, u64)> = None;
         for process in procfs::process::all_processes().context("list the processes")? {
-            // One that has just ended is none.
+            // A process that has just exited is skipped.
             let Ok(process) = process else { continue };
             let Ok(started) = started(&process, &hosts) else { continue };
             if found.as_ref().is_none_or(|(_, youngest)| *youngest <= started) {
@@ -67,7 +67,7 @@ impl Kubelet {
 
     fn of(process: &Process, started: u64) -> Result<Self> {
         let pid = u32::try_from(process.pid).context("convert a process id")?;
-        // By its own root, because the agent's container may show cgroups otherwise.
+        // Through its own root, because the agent's container may show cgroups differently.
         let Cgroup { path: cgroup, dir } = Cgroup::of(process, process)?;
         if cgroup == "/" {
             bail!(
@@ -84,7 +84,7 @@ impl Kubelet {
         Ok(Self { pid, cgroup, dir, started })
     }
 
-    /// Its cgroup, open, and that one's id.
+    /// Its cgroup, open, and the cgroup's id.
     ///
     /// # Errors
     ///
@@ -93,7 +93,7 @@ impl Kubelet {
         Cgroup { path: self.cgroup.clone(), dir: self.dir.clone() }.open()
     }
 
-    /// Whether it still runs, and in that cgroup.
+    /// Whether it still runs in that cgroup.
     pub fn stands(&self) -> bool {
         let look = || {
             let process = Process::new(i32::try_from(self.pid)?)?;
@@ -104,8 +104,8 @@ impl Kubelet {
     }
 }
 
-/// When the process was started, if it may be a kubelet. Anybody can take that name: it has to run
-/// as root, on the node's own network, and in no pod.
+/// When the process was started, if it may be a kubelet. Anybody can take that name, so it has to run as
+/// root, on the node's own network, and outside any pod.
 fn started(process: &Process, hosts: &std::collections::BTreeSet<u32>) -> Result<u64> {
     let stat = process.stat()?;
     if !NAMES.contains(&stat.comm.as_str()) || process.uid()? != 0 {
@@ -121,7 +121,7 @@ fn started(process: &Process, hosts: &std::collections::BTreeSet<u32>) -> Result
     Ok(stat.starttime)
 }
 
-/// A cgroup within `dir` that has pods in it.
+/// A cgroup in `dir` that contains pods.
 fn cgroup_of_pods(dir: &Path) -> Result<Option<PathBuf>> {
     let entries = fs::read_dir(dir).with_context(|| format!("list {}", dir.display()))?;
     for entry in entries {

@@ -1,11 +1,11 @@
-//! What takes long to find out is found out once for all who ask at the same time.
+//! Shares the result of a slow look among all who ask at the same time.
 
 use std::{sync::Arc, time::Duration};
 
 use anyhow::{Context as _, Result};
 use tokio::{spawn, sync::Mutex, time::Instant};
 
-/// What was found last.
+/// The last result.
 #[derive(Debug)]
 pub struct Latest<T>(Arc<Mutex<Option<Look<T>>>>);
 
@@ -22,12 +22,12 @@ impl<T> Default for Latest<T> {
 }
 
 impl<T: Send + Sync + 'static> Latest<T> {
-    /// What `look` finds, unless a look has found it that began at most `max_age` before this call.
-    /// There is never more than one look at a time.
+    /// The result of `look`, or that of an earlier look that began at most `max_age` before this call. There
+    /// is never more than one look at a time.
     ///
     /// # Errors
     ///
-    /// When `look` fails; whoever asks next looks again.
+    /// When `look` fails. The next caller looks again.
     pub async fn get<F>(&self, max_age: Duration, look: impl FnOnce() -> F) -> Result<Arc<T>>
     where
         F: Future<Output = Result<T>> + Send + 'static,
@@ -41,8 +41,8 @@ impl<T: Send + Sync + 'static> Latest<T> {
         }
         let began = Instant::now();
         let looking = look();
-        // In a task of its own: a look cannot be interrupted, and the next one has to wait for its end
-        // even when nobody waits for its result.
+        // In a task of its own: a look cannot be interrupted, and the next one has to wait for its end even
+        // if nobody waits for its result.
         let looked = spawn(async move {
             let found = Arc::new(looking.await?);
             *latest = Some(Look { began, found: Arc::clone(&found) });

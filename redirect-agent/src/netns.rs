@@ -1,4 +1,4 @@
-//! Network namespaces: opening one, telling it from other files, and running code inside it.
+//! Network namespaces: opening one, distinguishing it from other files, and running code inside it.
 
 use std::{
     fs::{self, File},
@@ -21,7 +21,7 @@ use nix::{
     },
 };
 
-/// An open network namespace. It stays alive, and its inode number unique, while this is held.
+/// An open network namespace. While this is held, the namespace stays alive and its inode number unique.
 #[derive(Debug)]
 pub struct Netns {
     fd: Arc<OwnedFd>,
@@ -35,18 +35,18 @@ impl Netns {
     ///
     /// # Errors
     ///
-    /// When the file is missing, or is no network namespace.
+    /// When the file is missing, or is not a network namespace.
     pub fn open(path: &Path) -> Result<Self> {
         let file = File::open(path)
             .with_context(|| format!("open network namespace {}", path.display()))?;
         Self::from_fd(file.into(), path)
     }
 
-    /// Takes over an open network namespace; `path` names it in messages.
+    /// Takes ownership of an open network namespace. `path` names it in messages.
     ///
     /// # Errors
     ///
-    /// When the descriptor is of no network namespace.
+    /// When the descriptor is not that of a network namespace.
     pub fn from_fd(fd: OwnedFd, path: &Path) -> Result<Self> {
         let fs = fstatfs(&fd).with_context(|| format!("stat {}", path.display()))?;
         // Other kinds of namespaces live on the same filesystem.
@@ -66,45 +66,45 @@ impl Netns {
     ///
     /// # Errors
     ///
-    /// When that cannot be told. Where nothing is, is not this one.
+    /// When that is unknown. If nothing is at the path, it is not this one.
     pub fn is_at(&self, path: &Path) -> Result<bool> {
         let there = match fs::metadata(path) {
             Err(e) if is_gone(&e) => return Ok(false),
             there => there.with_context(|| format!("look at {}", path.display()))?,
         };
         let here = fstat(&self.fd).with_context(|| format!("stat {}", self.path.display()))?;
-        // All namespaces are on one filesystem, which has no other files of that number.
+        // All namespaces are on one filesystem, on which inode numbers are unique.
         Ok((there.ino(), there.dev()) == (here.st_ino, here.st_dev))
     }
 
-    /// The inode number, which is unique among the namespaces that are alive.
+    /// The inode number, which is unique among living namespaces.
     pub fn inode(&self) -> u32 {
         self.inode
     }
 
-    /// The path that it was opened by.
+    /// The path by which it was opened.
     pub fn path(&self) -> &Path {
         &self.path
     }
 
-    /// Its descriptor, for whoever else needs it.
+    /// Its descriptor.
     pub fn fd(&self) -> Arc<OwnedFd> {
         Arc::clone(&self.fd)
     }
 
-    /// Whether it is the node's own: the kernel's first, or that of the node's first process. A process that
-    /// is the first of a container of its own, and in this namespace with us, tells nothing.
+    /// Whether it is the node's own: the kernel's initial one, or that of the node's first process. If
+    /// process 1 is the first of a container, and shares our namespace, it says nothing.
     ///
     /// # Errors
     ///
     /// When the namespace cannot be entered.
     pub fn is_nodes(&self) -> Result<bool> {
-        // Only the first one has it. Source: Linux `net/core/sysctl_net_core.c`, `net_core_table`.
+        // Only the initial one has this file. Source: Linux `net/core/sysctl_net_core.c`, `net_core_table`.
         const OF_FIRST: &str = "/proc/sys/net/core/dev_weight";
         let is_first = self.run(|| Path::new(OF_FIRST).try_exists())?;
         let is_first = is_first.with_context(|| format!("look for {OF_FIRST}"))?;
         let with_us = self.is_at(Path::new("/proc/self/ns/net"))?;
-        // Not everyone with the agent's rights may look at that process.
+        // The agent may lack the rights to read that process.
         let with_its_first = || self.is_at(Path::new("/proc/1/ns/net")).unwrap_or(false);
         Ok(is_first || (!with_us && with_its_first()))
     }
@@ -132,8 +132,8 @@ impl Netns {
     }
 }
 
-/// Whether an error says that nothing is there; any other says nothing of that. A process that has ended is
-/// gone from `/proc`, too.
+/// Whether an error says that nothing is there. Any other error leaves that open. A process that has exited
+/// is gone from `/proc`, too.
 pub fn is_gone(error: &io::Error) -> bool {
     error.kind() == io::ErrorKind::NotFound || error.raw_os_error() == Some(libc::ESRCH)
 }

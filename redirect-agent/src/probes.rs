@@ -1,4 +1,4 @@
-//! Which connections are taken for kubelet's probes, and so reach a pod past its proxy.
+//! Which connections count as kubelet's probes, and so reach a pod past its proxy.
 
 use std::{
     fmt,
@@ -16,36 +16,36 @@ use tracing::{info, warn};
 
 use crate::{dataplane::Dataplane, kubelet::Kubelet};
 
-/// How often it is looked whether kubelet is still where it was.
+/// How often to check whether kubelet is still in its cgroup.
 const LOOK: Duration = Duration::from_millis(250);
-/// How often kubelet is looked for while it is not found: at first, and at most.
+/// How long to wait between searches while kubelet is not found: at first, and at most.
 const SEARCH: (Duration, Duration) = (Duration::from_millis(250), Duration::from_secs(5));
 
-/// Where istio-cni lets probes appear to come from. Source: Istio `cni/pkg/util/podutil.go`,
+/// The addresses from which probes appear to come with istio-cni. Source: Istio `cni/pkg/util/podutil.go`,
 /// `HostProbeSNATIP` and `HostProbeSNATIPV6`, their defaults.
 const ISTIO_V4: Ipv4Addr = Ipv4Addr::new(169, 254, 7, 127);
 const ISTIO_V6: Ipv6Addr =
     Ipv6Addr::new(0xfd16, 0x9254, 0x7127, 0x1337, 0xffff, 0xffff, 0xffff, 0xffff);
 
-/// What is taken for a probe.
+/// What counts as a probe.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Settings {
-    /// What kubelet sends, told by its cgroup.
+    /// Connections from kubelet's cgroup.
     pub kubelet: bool,
-    /// What comes from these ranges, for as long as kubelet is not found.
+    /// Connections from these ranges, as long as kubelet is not found.
     pub sources: Vec<IpNet>,
-    /// What comes from the addresses that istio-cni gives to probes.
+    /// Connections from the addresses that istio-cni gives to probes.
     pub istio: bool,
 }
 
-/// What is in force.
+/// The settings in effect.
 #[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
 pub struct InForce {
     /// The kubelet whose connections are let through.
     pub kubelet: Option<Kubelet>,
     /// The ranges from which connections are let through.
     pub sources: Vec<IpNet>,
-    /// Why it is not kubelet's, when it should be.
+    /// Why kubelet is not recognized, if it should be.
     pub problem: Option<String>,
 }
 
@@ -70,7 +70,7 @@ impl fmt::Display for InForce {
     }
 }
 
-/// Keeps the kernel's idea of a probe current; clones share it.
+/// Keeps the kernel's settings for probes current. Clones share it.
 #[derive(Clone)]
 pub struct Probes {
     dataplane: Arc<Dataplane>,
@@ -79,7 +79,7 @@ pub struct Probes {
 }
 
 impl Probes {
-    /// Puts the settings into force, as far as that is possible now.
+    /// Applies the settings, as far as that is possible now.
     ///
     /// # Errors
     ///
@@ -118,7 +118,7 @@ impl Probes {
         Ok(())
     }
 
-    /// Whom to follow, which is done when this returns.
+    /// Finds the kubelet to follow, and follows it from then on.
     async fn look(&self) -> Result<InForce> {
         let (dataplane, settings) = (Arc::clone(&self.dataplane), self.settings.clone());
         let followed = self.in_force().kubelet;

@@ -20,19 +20,19 @@ use tokio_util::sync::CancellationToken;
 
 use crate::socket_file::{Obstacle, SocketFile, remove_stale};
 
-/// What a socket is called, for messages.
+/// The name of a socket, for messages.
 #[derive(Clone, Copy, Debug)]
 pub struct Name {
-    /// In words: `control socket`.
+    /// As text: `control socket`.
     pub what: &'static str,
-    /// The flag that names another place.
+    /// The flag that sets another path.
     pub flag: &'static str,
 }
 
-/// A socket that is open, for root alone.
+/// An open socket, for root only.
 #[derive(Debug)]
 pub struct RootSocket {
-    // Dropped first: an agent that starts meanwhile finds no file, rather than a stale one.
+    // Dropped first, so that an agent that starts in the meantime finds no file, rather than a stale one.
     file: SocketFile,
     listener: UnixListener,
     name: Name,
@@ -53,8 +53,8 @@ impl Name {
 }
 
 impl RootSocket {
-    /// Listens at `path`. A directory that is not there is made, for root alone; a socket that a
-    /// former agent left behind is taken over.
+    /// Listens at `path`. A missing directory is created, for root only; a socket that an earlier agent left
+    /// behind is replaced.
     ///
     /// # Errors
     ///
@@ -70,8 +70,8 @@ impl RootSocket {
         Ok(Self { file, listener, name })
     }
 
-    /// Serves `router` until `shutdown`; requests that are under way are answered. Who is not root
-    /// gets what `refuse` makes.
+    /// Serves `router` until `shutdown`; requests in progress are answered. Clients other than root get the
+    /// response of `refuse`.
     ///
     /// # Errors
     ///
@@ -116,9 +116,9 @@ fn make_directory(socket: &Path, name: Name) -> Result<()> {
 pub struct Peer {
     /// The user; `None`: the kernel did not say.
     pub uid: Option<u32>,
-    /// The process, where the agent's pid namespace has it.
+    /// The process, if the agent's pid namespace has it.
     pub pid: Option<i32>,
-    /// What it was called when it connected.
+    /// The name of the process when it connected.
     pub process: Option<String>,
 }
 
@@ -146,7 +146,7 @@ impl fmt::Display for Peer {
     }
 }
 
-/// The socket's mode lets only root connect; this holds even where somebody changed it.
+/// The socket's mode lets only root connect. This check holds even if somebody has changed the mode.
 async fn root_only(
     State(refuse): State<fn() -> Response>,
     ConnectInfo(peer): ConnectInfo<Peer>,

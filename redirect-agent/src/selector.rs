@@ -1,11 +1,11 @@
-//! Label selectors as `kubectl -l` takes them: `app=cart,tier!=db,env in (a, b),!canary`.
+//! Label selectors as in `kubectl -l`: `app=cart,tier!=db,env in (a, b),!canary`.
 
 use std::{collections::BTreeMap, str::FromStr};
 
 use kube::core::{Expression, Selector, SelectorExt as _};
 use serde::{Deserialize, Serialize};
 
-/// What a pod's labels have to be: every part of it.
+/// The requirements on a pod's labels, all of which have to be met.
 ///
 /// Source: Kubernetes `staging/src/k8s.io/apimachinery/pkg/labels/selector.go`, `Parse`.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
@@ -46,7 +46,7 @@ impl From<LabelSelector> for String {
     }
 }
 
-/// At the commas that are not between parentheses.
+/// Splits at commas outside parentheses.
 fn split(text: &str) -> Vec<&str> {
     let mut depth = 0_i32;
     text.split(|c| {

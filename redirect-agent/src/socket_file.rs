@@ -1,4 +1,4 @@
-//! The file of a listening Unix socket: whose it is, and when it goes.
+//! The file of a listening Unix socket: who owns it, and when it is removed.
 
 use std::{
     fs, io,
@@ -21,7 +21,7 @@ pub struct SocketFile {
     id: (u64, u64),
 }
 
-/// Why a path cannot be listened at.
+/// Why it is impossible to listen at a path.
 #[derive(Debug)]
 pub enum Obstacle {
     /// Something that is not ours to delete is in the way.
@@ -39,11 +39,11 @@ impl From<io::Error> for Obstacle {
 }
 
 impl SocketFile {
-    /// Takes over the file of a socket that was bound just now.
+    /// Takes ownership of the file of a socket that was just bound.
     ///
     /// # Errors
     ///
-    /// When it cannot be looked at.
+    /// When its metadata cannot be read.
     pub fn of(path: &Path) -> io::Result<Self> {
         Ok(Self { path: path.to_owned(), id: file_id(path)? })
     }
@@ -68,11 +68,11 @@ fn file_id(path: &Path) -> io::Result<(u64, u64)> {
     Ok((meta.dev(), meta.ino()))
 }
 
-/// Removes a socket that nobody listens on, of whatever type.
+/// Removes a socket that nobody listens on, whatever its type.
 ///
 /// # Errors
 ///
-/// What is in the way of another one.
+/// Why no other socket can be created there.
 pub fn remove_stale(path: &Path) -> Result<(), Obstacle> {
     match fs::symlink_metadata(path) {
         Err(e) if e.kind() == io::ErrorKind::NotFound => return Ok(()),

@@ -1,4 +1,4 @@
-//! What is known of a pod by its objects alone: the decision rule by rule, its settings, its waypoint.
+//! What is known about a pod from its objects alone: the decision rule by rule, its settings, its waypoint.
 
 use std::time::SystemTime;
 
@@ -17,7 +17,7 @@ use crate::{
 /// Opts out of a waypoint that the namespace names.
 const NO_WAYPOINT: &str = "none";
 
-/// What decides on this node.
+/// What this node's decisions depend on.
 #[derive(Clone, Copy)]
 pub struct Rules<'a> {
     pub membership: &'a Config,
@@ -26,7 +26,7 @@ pub struct Rules<'a> {
 }
 
 impl Rules<'_> {
-    /// What the objects say of a pod.
+    /// What the objects say about a pod.
     pub fn describe(self, namespace: Option<&Namespace>, pod: &Pod, now: SystemTime) -> PodPart {
         let (traffic, settings) = self.traffic.trace(&pod.annotations, None);
         let reading = Reading::new(self.membership, self.traffic.sidecar_annotations);
@@ -101,7 +101,7 @@ fn rule(pod: &Pod, line: Line<'_>) -> Rule {
     Rule { object, asks, found, decides: line.decides.map(side) }
 }
 
-/// The waypoint for calls to the pod: by its label, else by its namespace's. Source: Istio
+/// The waypoint for calls to the pod: by its label, otherwise by its namespace's. Source: Istio
 /// `pilot/pkg/serviceregistry/kube/controller/ambient/waypoints.go`, `getWaypointForTarget`.
 fn waypoint(namespace: Option<&Namespace>, pod: &Pod) -> Option<Waypoint> {
     let of_pod = (format!("pod {}", pod.key), &pod.labels);

@@ -1,4 +1,4 @@
-//! The same by manifests alone, without an agent: what will be decided for a pod.
+//! Explains a pod from manifests alone, without an agent: what will be decided.
 
 use std::{path::Path, time::SystemTime};
 
@@ -11,8 +11,8 @@ use crate::{
     traffic::Settings,
 };
 
-/// Explains what is decided for a pod by the manifests at `path`: a file, or a directory of them. A workload
-/// (a Deployment, say) stands for its pods, by its own name.
+/// Explains the decision about a pod from the manifests at `path`, a file or a directory. A workload, such as
+/// a Deployment, stands for its pods, under its own name.
 ///
 /// # Errors
 ///

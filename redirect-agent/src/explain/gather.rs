@@ -1,4 +1,4 @@
-//! What the running agent knows, and finds, of what is asked.
+//! What the running agent knows and finds about what is asked.
 
 use std::time::SystemTime;
 
@@ -20,13 +20,13 @@ use crate::{
 pub struct Answerer<'a, S> {
     /// The node's name.
     pub node: &'a str,
-    /// What looks at the pods.
+    /// Looks at the pods.
     pub observer: &'a Observer<S>,
-    /// What decides who is in the mesh.
+    /// Decides which pods are in the mesh.
     pub membership: &'a Config,
     /// How annotations are read.
     pub traffic: &'a Settings,
-    /// What operators have said.
+    /// The operators' overrides.
     pub overrides: &'a Overrides,
 }
 
@@ -110,7 +110,7 @@ impl<S: Source> Answerer<'_, S> {
 
     fn on_another_node(&self, pod: &Pod, inventory: &Inventory, now: SystemTime) -> PodPart {
         let namespace = inventory.namespaces.get(&pod.key.namespace);
-        // Overrides hold on the node where they were given.
+        // Overrides apply only on the node on which they were set.
         let rules = Rules { overrides: None, ..self.rules() };
         PodPart { place: Place::OtherNode, ..rules.describe(namespace, pod, now) }
     }
@@ -160,7 +160,7 @@ impl<S: Source> Answerer<'_, S> {
     }
 }
 
-/// What a pod has that another pod has, too.
+/// What a pod shares with another pod.
 fn conflicts(key: &PodKey, inventory: &Inventory) -> Vec<String> {
     let conflicts = inventory.problems.iter().filter_map(|problem| problem.conflict.as_deref());
     conflicts

@@ -13,8 +13,8 @@ const TABLES: [&str; 2] = ["/proc/thread-self/net/tcp", "/proc/thread-self/net/t
 /// `TCP_LISTEN`, as the tables have it. Source: Linux `include/net/tcp_states.h`.
 const LISTEN: &str = "0A";
 
-/// Reads both tables, each as `open` opens it, as far as the listeners go: they come before all connections.
-/// A kernel without IPv6 lacks one of the tables. Source: Linux `net/ipv4/tcp_ipv4.c`, `tcp_get_idx`.
+/// Reads both tables, opened by `open`, up to the last listener: listeners come before all connections. On a
+/// kernel without IPv6, one of the tables does not exist. Source: Linux `net/ipv4/tcp_ipv4.c`, `tcp_get_idx`.
 ///
 /// # Errors
 ///
@@ -41,8 +41,8 @@ pub fn read<R: BufRead>(open: impl Fn(&str) -> io::Result<R>) -> Result<Vec<Sock
     Ok(listeners)
 }
 
-/// An address and port, as the tables have them: words of the host's byte order in hexadecimal.
-/// Source: Linux `net/ipv4/tcp_ipv4.c`, `get_tcp4_sock`; `net/ipv6/tcp_ipv6.c`, `get_tcp6_sock`.
+/// An address and port as in the tables: words in host byte order, in hexadecimal. Source: Linux
+/// `net/ipv4/tcp_ipv4.c`, `get_tcp4_sock`; `net/ipv6/tcp_ipv6.c`, `get_tcp6_sock`.
 fn address(text: &str) -> Option<SocketAddr> {
     let (address, port) = text.split_once(':')?;
     let word = |n: usize| {
@@ -61,8 +61,8 @@ fn address(text: &str) -> Option<SocketAddr> {
     Some(SocketAddr::new(ip, u16::from_str_radix(port, 16).ok()?))
 }
 
-/// Whether a socket that listens at `at` is called at this address of its namespace: by that, or by any of
-/// the family. One at `::` takes IPv4, too, unless it was told not to, which the tables do not say.
+/// Whether a socket that listens at `at` accepts calls to this address: it listens at that address, or at any
+/// of the family. One at `::` also accepts IPv4, unless it is IPV6_V6ONLY, which the tables do not show.
 pub fn is_called(at: SocketAddr, ip: IpAddr, port: u16) -> bool {
     let any = match at.ip() {
         IpAddr::V4(any) => any.is_unspecified() && ip.is_ipv4(),

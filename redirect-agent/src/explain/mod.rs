@@ -1,7 +1,7 @@
-//! Why a pod is in the mesh or not, what becomes of a call, and who is to blame when it fails.
+//! Why a pod is in the mesh or not, which way a call takes, and what is at fault when it fails.
 //!
-//! What is known is gathered ([`gather`], from the running agent; [`file`], from manifests alone) into one
-//! document, [`Explanation`]; [`verdict`] judges it, by pure functions.
+//! Everything that is known is gathered ([`gather`], from the running agent; [`file`], from manifests alone)
+//! into one document, [`Explanation`]. [`verdict`] judges it, with pure functions.
 
 mod decision;
 pub mod file;

@@ -5,7 +5,7 @@ use std::fmt::{self, Write as _};
 use super::{Explanation, Finding, NodePart, Place, PodPart, Rule, verdict::application_listens};
 use crate::{output::printable, traffic::Traffic, zds::Answer};
 
-/// Where what belongs to a word begins.
+/// The column after the headings.
 const COLUMN: usize = 15;
 
 /// The explanation as text for people.
@@ -53,7 +53,7 @@ fn write_finding(finding: &Finding, word: &str, out: &mut String) -> fmt::Result
     Ok(())
 }
 
-/// A word, and what belongs to it; text from objects must not move the cursor.
+/// A heading and its text. Text from objects must not contain control characters.
 fn line(out: &mut String, word: &str, text: &str) -> fmt::Result {
     writeln!(out, "{word:<COLUMN$}{}", printable(text))
 }

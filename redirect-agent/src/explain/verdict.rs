@@ -1,4 +1,4 @@
-//! What is wrong, and who has to act: by what was gathered, and nothing else.
+//! What is wrong, and who has to act, judged only from what was gathered.
 
 use std::{
     net::{IpAddr, SocketAddr},
@@ -21,21 +21,21 @@ use crate::{
     zds::Answer,
 };
 
-/// For how long what was put back may be the cause of what failed.
+/// How long something that was put back may be the cause of a failure.
 const LATELY: Duration = Duration::from_secs(10 * 60);
 /// The proxy's own ports in a pod.
 const PROXY_PORTS: [u16; 4] = [PORT_OUTBOUND, PORT_INBOUND, PORT_HBONE, PORT_PROXY_DNS];
 const HBONE: &str = "HBONE";
 const PLAINTEXT: &str = "plaintext";
 
-/// What a pod has to do with what is asked.
+/// A pod's role in the question.
 #[derive(Clone, Copy, PartialEq, Eq)]
 enum Role {
-    /// The question is about it.
+    /// The question is about this pod.
     Alone,
     /// It calls.
     Caller,
-    /// It is called, at this address and port where those are known.
+    /// It is called, at this address and port if they are known.
     Called(Option<IpAddr>, Option<u16>),
 }
 
@@ -60,7 +60,7 @@ pub fn judge(
         (None, None) => findings.push(nothing(pod)),
         _ => {}
     }
-    // Of what is equally sure, what comes first among the causes.
+    // Of equally certain causes, the first one in the list.
     findings.sort_by_key(|finding| (finding.weight, finding.cause));
     let mut seen = Vec::new();
     findings.retain(|finding| {
@@ -138,7 +138,7 @@ fn unknown(pod: &PodPart) -> Finding {
     finding(Area::Configuration, Cause::WrongNamespace, pod, message, &next)
 }
 
-/// Labels and annotations that do not say what they seem to.
+/// Labels and annotations that do not mean what they seem to.
 fn words(pod: &PodPart, out: &mut Vec<Finding>) {
     let enrolled = pod.decision.as_ref().is_some_and(|decision| decision.enrolled);
     for word in &pod.unknown_words {
@@ -162,7 +162,7 @@ fn words(pod: &PodPart, out: &mut Vec<Finding>) {
             (_, None) => vec![format!("kubectl annotate {kubectl} {}-", word.key)],
         };
         let found = finding(Area::Configuration, cause, pod, word.to_string(), &next);
-        // A pod that is in the mesh all the same is so by another word.
+        // If the pod is in the mesh anyway, another label put it there.
         let harmless = enrolled && cause != Cause::UnknownAnnotation || word.what == Slip::Sidecar;
         out.push(if harmless { hint(found) } else { found });
     }
@@ -189,7 +189,7 @@ fn on_object(object: &str) -> String {
     }
 }
 
-/// Why a pod is not in the mesh: perhaps it is meant so.
+/// Why a pod is not in the mesh, which may be intentional.
 fn out_of_the_mesh(node: &NodePart, pod: &PodPart) -> Option<Finding> {
     let reason = pod.decision.as_ref()?.reason;
     let (namespace, name) = pod.name.split_once('/').unwrap_or_default();
@@ -399,7 +399,7 @@ pub(super) fn application_listens(pod: &PodPart) -> Option<Vec<SocketAddr>> {
     Some(pod.listens.as_ref()?.iter().filter(|at| !proxys(at)).copied().collect())
 }
 
-/// How a call goes. `None` where that cannot be told.
+/// Which way a call takes; `None` if unknown.
 fn path(from: &PodPart, to: &Destination) -> Option<Path> {
     if from.place == Place::Unknown || from.place == Place::LeftOut {
         return None;
@@ -471,7 +471,7 @@ fn path(from: &PodPart, to: &Destination) -> Option<Path> {
     Some(Path { protocol, by_callers_proxy, to_proxy_port, why })
 }
 
-/// Whether the new connections of a pod are redirected. On another node, that is what its agent says.
+/// Whether a pod's new connections are redirected. On another node, this is what the pod's annotation says.
 fn is_captured(pod: &PodPart) -> bool {
     match (pod.place, &pod.kernel) {
         (Place::Here, Some(kernel)) => kernel.captured,
@@ -480,7 +480,7 @@ fn is_captured(pod: &PodPart) -> bool {
     }
 }
 
-/// What may be meant so, and where to look when nothing is wrong here.
+/// What may be intentional, and where to look if nothing is wrong here.
 fn of_path(from: &PodPart, to: &Destination, path: &Path, out: &mut Vec<Finding>) {
     let called = to.pod.as_ref().unwrap_or(from);
     let (namespace, _) = called.name.split_once('/').unwrap_or_default();

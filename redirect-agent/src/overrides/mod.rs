@@ -1,4 +1,4 @@
-//! What an operator says on this node over what the labels say, and where it is kept.
+//! An operator's overrides of the labels on this node, and where they are stored.
 
 mod store;
 
@@ -15,10 +15,10 @@ use serde::{Deserialize, Serialize};
 pub use self::store::{Store, remove_state};
 use crate::membership::{Decision, NameError, PodKey, Reason, check_namespace_name};
 
-/// Longer than anybody means it, and short enough for every date to be written with four digits.
+/// Longer than anybody needs, and short enough that every year has four digits.
 const LONGEST: Duration = Duration::from_secs(10 * 365 * 24 * 60 * 60);
 
-/// Which way an override goes.
+/// The direction of an override.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "lowercase")]
 pub enum Mode {
@@ -37,7 +37,7 @@ impl fmt::Display for Mode {
     }
 }
 
-/// What an override is for: `NAMESPACE/POD`, or `NAMESPACE` for all its pods.
+/// The target of an override: `NAMESPACE/POD`, or `NAMESPACE` for all its pods.
 #[derive(Clone, Debug, PartialEq, Eq, PartialOrd, Ord, Serialize, Deserialize)]
 #[serde(into = "String", try_from = "String")]
 pub enum Target {
@@ -48,7 +48,7 @@ pub enum Target {
 }
 
 impl Target {
-    /// The namespace that it is, or is in.
+    /// The namespace of the target.
     pub fn namespace(&self) -> &str {
         match self {
             Target::Namespace(namespace) => namespace,
@@ -56,7 +56,7 @@ impl Target {
         }
     }
 
-    /// Whether it is for this pod, too.
+    /// Whether it applies to this pod.
     pub fn is_of(&self, pod: &PodKey) -> bool {
         match self {
             Target::Namespace(namespace) => pod.namespace == *namespace,
@@ -100,17 +100,17 @@ impl From<Target> for String {
     }
 }
 
-/// A moment by the wall clock, in whole seconds; RFC 3339 in UTC as text.
+/// A wall-clock time, in whole seconds; RFC 3339 in UTC as text.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Serialize, Deserialize)]
 #[serde(into = "String", try_from = "String")]
 pub struct Moment(SystemTime);
 
 impl Moment {
-    /// The moment `after` from `now`; a part of a second is left out.
+    /// The time `after` from `now`; fractions of a second are dropped.
     ///
     /// # Errors
     ///
-    /// When that is more than ten years off.
+    /// When that is more than ten years away.
     pub fn after(now: SystemTime, after: Duration) -> anyhow::Result<Moment> {
         let until = now.checked_add(after).filter(|_| after <= LONGEST).with_context(|| {
             format!("wait {}: that is more than ten years", humantime::format_duration(after))
@@ -118,7 +118,7 @@ impl Moment {
         Ok(Moment::of(until))
     }
 
-    /// The time of the day, where that tells it from `now` on; else the whole date.
+    /// The time of day if that is unambiguous from `now` on, otherwise the full date.
     pub fn clock(self, now: SystemTime) -> String {
         const DAY: Duration = Duration::from_secs(24 * 60 * 60);
         let whole = self.to_string();
@@ -128,18 +128,18 @@ impl Moment {
         }
     }
 
-    /// That moment; a part of a second is left out.
+    /// That time; fractions of a second are dropped.
     pub fn of(time: SystemTime) -> Moment {
         let seconds = time.duration_since(SystemTime::UNIX_EPOCH).unwrap_or_default().as_secs();
         Moment(SystemTime::UNIX_EPOCH + Duration::from_secs(seconds))
     }
 
-    /// How long it is from then until `now`; nothing when that is still to come.
+    /// How long ago that was at `now`; zero if it is in the future.
     pub fn until(self, now: SystemTime) -> Duration {
         now.duration_since(self.0).unwrap_or_default()
     }
 
-    /// How long it is from `now` until then; nothing when it is over.
+    /// How long it is from `now` until then; zero if it has passed.
     pub fn from(self, now: SystemTime) -> Duration {
         self.0.duration_since(now).unwrap_or_default()
     }
@@ -183,7 +183,7 @@ pub struct Pause {
     pub until: Option<Moment>,
 }
 
-/// Everything an operator has said, as it is at one moment.
+/// All overrides, at one moment.
 #[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Overrides {
     /// The overrides; some may have ended.
@@ -194,7 +194,7 @@ pub struct Overrides {
     pause: Option<Pause>,
 }
 
-/// What an operator asks for.
+/// What an operator requests.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub enum Change {
     /// `enroll` and `unenroll`.
@@ -216,7 +216,7 @@ pub enum Change {
 }
 
 impl Change {
-    /// The command that asks for it.
+    /// The command that requests it.
     pub fn verb(&self) -> &'static str {
         match self {
             Change::Set { value: Override { mode: Mode::Enroll, .. }, .. } => "enroll",
@@ -233,7 +233,7 @@ fn in_force(until: Option<Moment>, now: SystemTime) -> bool {
 }
 
 impl Overrides {
-    /// The override that counts for `pod`: its own, else its namespace's.
+    /// The override that applies to `pod`: its own, otherwise its namespace's.
     pub fn find(&self, pod: &PodKey, now: SystemTime) -> Option<(Target, Override)> {
         [Target::Pod(pod.clone()), Target::Namespace(pod.namespace.clone())].into_iter().find_map(
             |target| {
@@ -248,10 +248,10 @@ impl Overrides {
         self.pause.filter(|pause| in_force(pause.until, now))
     }
 
-    /// What becomes of `decision` for `pod`.
+    /// Applies the overrides to `decision` for `pod`.
     ///
-    /// A hard reason ([`Reason::is_hard`]) stands: no override enrols such a pod. Where the node is
-    /// paused, nobody is enrolled, and who bypasses for another reason keeps that reason.
+    /// A hard reason ([`Reason::is_hard`]) stands: no override enrolls such a pod. While the node is paused,
+    /// no pod is enrolled, and a pod that bypasses for another reason keeps that reason.
     pub fn apply(&self, decision: Decision, pod: &PodKey, now: SystemTime) -> Decision {
         if decision.reason.is_hard() {
             return decision;
@@ -267,7 +267,7 @@ impl Overrides {
         }
     }
 
-    /// When the next override or the pause ends by itself: decisions have to be made anew then.
+    /// When the next override or the pause expires, so that decisions have to be made again.
     pub fn next_end(&self, now: SystemTime) -> Option<Moment> {
         let ends = self.targets.values().map(|found| found.until);
         ends.chain([self.pause.and_then(|pause| pause.until)])
@@ -276,7 +276,7 @@ impl Overrides {
             .min()
     }
 
-    /// What there is after `change`; what has ended by `now` is forgotten.
+    /// The overrides after `change`, without those that have expired by `now`.
     fn with(&self, change: Change, now: SystemTime) -> Overrides {
         let mut next = self.clone();
         next.targets.retain(|_, found| in_force(found.until, now));
@@ -290,8 +290,8 @@ impl Overrides {
         next
     }
 
-    /// What an operator should know when `change` does not do, or not yet, what it seems to:
-    /// `decided` are the pods of this node with what the labels say of each.
+    /// What an operator should know if `change` does not do, or not yet do, what it seems to. `decided` are
+    /// the pods of this node, with the decision by their labels.
     pub fn notes<'a>(
         &self,
         change: &Change,

@@ -1,4 +1,4 @@
-//! Where what an operator says is kept.
+//! Stores the overrides.
 
 use std::{
     fs,
@@ -16,12 +16,12 @@ use tracing::error;
 
 use super::{Change, Overrides};
 
-/// Layout of the state file; another one is not read.
+/// Version of the state file's layout. No other version is read.
 const FORMAT: u32 = 1;
 /// The state file's name in the state directory.
 pub(super) const FILE: &str = "overrides.json";
 
-/// Keeps the overrides in the state directory, over a restart of the agent.
+/// Keeps the overrides in the state directory, across restarts of the agent.
 #[derive(Debug)]
 pub struct Store {
     file: PathBuf,
@@ -39,10 +39,10 @@ struct Saved {
 }
 
 impl Store {
-    /// Reads what is kept in `state_dir`, which is made when it is not there.
+    /// Reads what is stored in `state_dir`, which is created if it is missing.
     ///
-    /// A file that cannot be understood is moved aside, and the labels decide alone: an agent that
-    /// does not start helps nobody.
+    /// A file that cannot be parsed is renamed, and only the labels decide: an agent that does not start
+    /// helps nobody.
     ///
     /// # Errors
     ///
@@ -80,21 +80,21 @@ impl Store {
         })
     }
 
-    /// What is said now.
+    /// The current overrides.
     pub fn current(&self) -> Arc<Overrides> {
         Arc::clone(&self.current.borrow())
     }
 
-    /// Follows what is said; what ends by itself ([`Overrides::next_end`]) is no change.
+    /// Watches the overrides. An override that expires ([`Overrides::next_end`]) is not reported as a change.
     pub fn subscribe(&self) -> watch::Receiver<Arc<Overrides>> {
         self.current.subscribe()
     }
 
-    /// Makes `change` and keeps it; says whether it changed anything.
+    /// Applies `change` and stores it. Returns whether it changed anything.
     ///
     /// # Errors
     ///
-    /// When it cannot be kept; then nothing has changed.
+    /// When it cannot be stored; then nothing has changed.
     pub fn change(&self, change: Change, now: SystemTime) -> anyhow::Result<bool> {
         let _writing = self.writing.lock().unwrap_or_else(PoisonError::into_inner);
         let before = self.current();
@@ -108,8 +108,8 @@ impl Store {
     }
 }
 
-/// Removes what is kept in `state_dir`, and the directory when nothing else is in it and it is not
-/// mounted into a container.
+/// Removes what is stored in `state_dir`, and the directory if it is otherwise empty and not a container's
+/// mount.
 ///
 /// # Errors
 ///
@@ -138,12 +138,12 @@ pub fn remove_state(state_dir: &Path) -> anyhow::Result<()> {
     }
 }
 
-/// Where the state file is written before it takes its place.
+/// The temporary file that is renamed to the state file.
 fn new(file: &Path) -> PathBuf {
     file.with_extension("json.new")
 }
 
-/// Where a state file goes that cannot be understood.
+/// The new name of a state file that cannot be parsed.
 fn aside(file: &Path) -> PathBuf {
     file.with_extension("json.unreadable")
 }
@@ -163,7 +163,7 @@ fn move_aside(file: &Path) -> anyhow::Result<PathBuf> {
     Ok(aside)
 }
 
-/// Either the old content or the new one is there, also after a power failure.
+/// Even after a power failure, the file has either the old or the new content.
 fn write(file: &Path, overrides: &Overrides) -> anyhow::Result<()> {
     let mut content =
         serde_json::to_vec_pretty(&Saved { version: FORMAT, overrides: overrides.clone() })?;

@@ -1,5 +1,5 @@
-//! What of a pod's traffic is redirected: the pod's annotations over the node's defaults, read by one
-//! pure function, [`Settings::read`].
+//! Which of a pod's traffic is redirected: the pod's annotations, which take precedence over the node's
+//! defaults, read by one pure function, [`Settings::read`].
 
 mod reader;
 
@@ -11,21 +11,21 @@ use serde::{Deserialize, Serialize};
 
 pub use self::reader::{Origin, Settings};
 
-/// What comes to the pod is not redirected; what it sends is.
-/// Source: Istio `annotation.AmbientBypassInboundCapture`.
+/// Inbound connections are not redirected; outbound ones are. Source: Istio
+/// `annotation.AmbientBypassInboundCapture`.
 pub const ANNOTATION_BYPASS_INBOUND: &str = "ambient.istio.io/bypass-inbound-capture";
 /// Whether the pod's DNS goes to the proxy. Source: Istio `annotation.AmbientDnsCapture`.
 pub const ANNOTATION_DNS_CAPTURE: &str = "ambient.istio.io/dns-capture";
-/// Interfaces whose traffic counts as the pod's own: a VM's, or a nested container's.
-/// Source: Istio `annotation.IoIstioRerouteVirtualInterfaces`.
+/// Interfaces of a VM or a nested container, whose traffic counts as the pod's own. Source: Istio
+/// `annotation.IoIstioRerouteVirtualInterfaces`.
 pub const ANNOTATION_VIRTUAL_INTERFACES: &str = "istio.io/reroute-virtual-interfaces";
 /// The prefix of this agent's own annotations: this, and [`Selections`]'s names.
 pub const PREFIX: &str = "traffic.redirect-agent/";
 /// The prefix of the sidecar's annotations of the same meaning.
 /// Source: Istio `pkg/config/annotations`, `traffic.sidecar.istio.io`.
 pub const SIDECAR_PREFIX: &str = "traffic.sidecar.istio.io/";
-/// Of the sidecar's annotations, those that mean what ours of that name do. `includeOutboundPorts` is
-/// not one of them: it adds ports to those that are captured by their ranges.
+/// The sidecar's annotations that mean the same as ours of that name. `includeOutboundPorts` does not: it
+/// adds ports to what is captured by ranges.
 pub const SIDECAR_NAMES: [&str; 5] = [
     "includeOutboundIPRanges",
     "excludeOutboundIPRanges",
@@ -46,16 +46,17 @@ pub const SELECTIONS: [&str; 8] = [
 ];
 /// Entries of one list: each is a rule or a route of the pod.
 const ENTRIES: usize = 64;
-/// Prefixes that the entries of one list become. Two lists, and what stands for all others, share a map.
+/// How many prefixes the entries of one list may become. Two lists, and the entry for everything else, share
+/// a map.
 const PREFIXES: usize = POD_PREFIXES / 2 - 1;
 
-/// What of a pod's traffic is redirected.
+/// Which of a pod's traffic is redirected.
 #[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(default)]
 pub struct Traffic {
-    /// Nothing that comes to the pod is redirected, HBONE excepted.
+    /// Inbound connections are not redirected, except HBONE.
     pub bypass_inbound: bool,
-    /// The pod's DNS goes to the proxy's.
+    /// The pod's DNS goes to the proxy's DNS.
     pub dns_capture: bool,
     /// Interfaces in the pod whose traffic counts as the pod's own.
     pub virtual_interfaces: Vec<String>,
@@ -65,22 +66,21 @@ pub struct Traffic {
 }
 
 impl Traffic {
-    /// Whether queries to port 53 are redirected, UDP and TCP: what else is selected makes no
-    /// difference, but who excludes that port has excluded it.
+    /// Whether queries to port 53 are redirected, UDP and TCP. Other selections make no difference, except
+    /// that excluding port 53 excludes them.
     pub fn captures_dns(&self) -> bool {
         let except = &self.selections.outbound_ports.except;
         self.dns_capture && !except.iter().any(|ports| ports.contains(PORT_DNS))
     }
 
-    /// Whether a call of the pod to this address, and port where that is known, is redirected.
+    /// Whether a call of the pod to this address, and this port if it is known, is redirected.
     pub fn redirects_call_to(&self, ip: IpAddr, port: Option<u16>) -> bool {
         let Selections { outbound_ranges, outbound_ports, .. } = &self.selections;
         outbound_ranges.selects(|range| range.contains(&ip))
             && port.is_none_or(|port| outbound_ports.selects(|ports| ports.contains(port)))
     }
 
-    /// Whether a plaintext call to this port of the pod, where that is known, from this address is
-    /// redirected.
+    /// Whether a plaintext call from this address, to this port of the pod if it is known, is redirected.
     pub fn redirects_call_from(&self, ip: Option<IpAddr>, port: Option<u16>) -> bool {
         let Selections { inbound_ports, inbound_sources, .. } = &self.selections;
         !self.bypass_inbound
@@ -120,22 +120,22 @@ impl fmt::Display for Traffic {
 #[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(default)]
 pub struct Selections {
-    /// Where the pod calls: `includeOutboundIPRanges`, `excludeOutboundIPRanges`.
+    /// The addresses that the pod calls: `includeOutboundIPRanges`, `excludeOutboundIPRanges`.
     pub outbound_ranges: Selection<IpNet>,
     /// The port that the pod calls: `includeOutboundPorts`, `excludeOutboundPorts`.
     pub outbound_ports: Selection<Ports>,
     /// The pod's port that is called: `includeInboundPorts`, `excludeInboundPorts`.
     pub inbound_ports: Selection<Ports>,
-    /// Who calls the pod: `includeInboundSourceIPRanges`, `excludeInboundSourceIPRanges`.
+    /// The addresses that call the pod: `includeInboundSourceIPRanges`, `excludeInboundSourceIPRanges`.
     pub inbound_sources: Selection<IpNet>,
 }
 
-/// Which of something is redirected.
+/// A selection of what is redirected.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Selection<T> {
     /// Only these; `None`: all.
     pub only: Option<Vec<T>>,
-    /// And of those, not these.
+    /// Of those, all except these.
     pub except: Vec<T>,
 }
 
@@ -197,11 +197,11 @@ impl Ports {
         (self.first..=self.last).contains(&port)
     }
 
-    /// The range as prefixes: the first port of each, and its number of bits that are not fixed.
+    /// The range as prefixes: the first port of each, and the number of bits that vary.
     pub fn prefixes(self) -> impl Iterator<Item = (u16, u32)> {
         let (mut first, end) = (u32::from(self.first), u32::from(self.last) + 1);
         std::iter::from_fn(move || {
-            // As many as begin here and end in time.
+            // As large a block as starts here and fits.
             let fits = |bits: &u32| first + (1 << bits) <= end;
             let bits = (0..=first.trailing_zeros().min(16)).rev().find(fits)?;
             let prefix = (u16::try_from(first).ok()?, bits);
@@ -211,7 +211,7 @@ impl Ports {
     }
 }
 
-/// What a list has.
+/// An entry of a list.
 trait Entry: Ord {
     /// How many entries of a map it becomes.
     fn weight(&self) -> usize {

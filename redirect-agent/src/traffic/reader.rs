@@ -12,26 +12,26 @@ use super::{
 /// The longest name of an interface. Source: Linux `include/uapi/linux/if.h`, `IFNAMSIZ`.
 const INTERFACE_NAME: usize = 15;
 
-/// What every pod has, and what arrives there is none of the pod's own. Source: CNI, `CNI_IFNAME`,
-/// which is always `eth0` in Kubernetes.
+/// Every pod has it, and what arrives there is not the pod's own traffic. Source: CNI, `CNI_IFNAME`, which is
+/// always `eth0` in Kubernetes.
 const OWN_INTERFACES: [&str; 2] = ["lo", "eth0"];
 
-/// How the node wants pods' annotations to be read.
+/// The node's settings for reading pods' annotations.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub struct Settings {
-    /// What holds where a pod says nothing.
+    /// The defaults for pods without annotations.
     pub defaults: Selections,
-    /// Whether the sidecar's annotations of the same meaning count, where ours is absent.
+    /// Whether the sidecar's annotations with the same meaning apply if ours is absent.
     pub sidecar_annotations: bool,
-    /// Whether the DNS of a pod that says nothing goes to the proxy's.
+    /// Whether the DNS of a pod without an annotation goes to the proxy's DNS.
     pub dns_capture: bool,
 }
 
 impl Settings {
     /// What the annotations of a pod ask for, and what is wrong with them.
     ///
-    /// What cannot be read counts as it did in `last`, the pod's former settings, and as if it were
-    /// absent where there are none.
+    /// An annotation that cannot be parsed keeps its value from `last`, the pod's previous settings. If there
+    /// are none, it counts as absent.
     pub fn read(
         &self,
         annotations: &BTreeMap<String, String>,
@@ -91,7 +91,7 @@ pub struct Origin {
     pub annotation: String,
     /// Its value.
     pub value: String,
-    /// Why that cannot be used; what the pod said before holds.
+    /// Why the value cannot be used, so that the previous one stays.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub problem: Option<String>,
 }
@@ -137,7 +137,7 @@ impl Reader<'_> {
         }
     }
 
-    /// The annotation that counts: ours, or the sidecar's where ours is absent.
+    /// The annotation that applies: ours, or the sidecar's if ours is absent.
     fn name(&self, how: &str, what: &str) -> String {
         let name = format!("{how}{what}");
         let (ours, sidecars) = (format!("{PREFIX}{name}"), format!("{SIDECAR_PREFIX}{name}"));
@@ -149,7 +149,7 @@ impl Reader<'_> {
     }
 }
 
-/// A list separated by commas, in order, each thing once; what is empty is no entry.
+/// A comma-separated list: sorted, without duplicates and empty entries.
 pub(super) fn list<T: Entry>(
     s: &str,
     parse: impl Fn(&str) -> Result<T, String>,

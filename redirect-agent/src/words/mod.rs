@@ -1,5 +1,5 @@
-//! Labels and annotations that look as if they were ours and are not: misspelt keys and values, which decide
-//! nothing and which nobody complains of otherwise.
+//! Labels and annotations that look like ours but are not: misspelled keys and values, which have no effect
+//! and which nothing else reports.
 
 mod told;
 
@@ -19,10 +19,10 @@ use crate::{
     },
 };
 
-/// How many letters may be wrong in a word for it to be meant.
+/// How many letters of a word may be wrong for it to count as misspelled.
 const SLIPS: usize = 2;
 
-/// A label or an annotation that does not say what it seems to.
+/// A label or an annotation that does not mean what it seems to.
 #[derive(Clone, Debug, PartialEq, Eq, PartialOrd, Ord, Serialize, Deserialize)]
 #[serde(rename_all = "camelCase")]
 pub struct UnknownWord {
@@ -34,7 +34,7 @@ pub struct UnknownWord {
     pub key: String,
     /// The value.
     pub value: String,
-    /// What was meant, as far as that can be told: another key, or another value.
+    /// What was probably meant: another key, or another value.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub meant: Option<String>,
 }
@@ -43,15 +43,15 @@ pub struct UnknownWord {
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Serialize, Deserialize)]
 #[serde(rename_all = "kebab-case")]
 pub enum Slip {
-    /// The key of a label is almost that of the data plane mode.
+    /// The key of a label is almost `istio.io/dataplane-mode`.
     LabelKey,
-    /// The value of the data plane mode is none.
+    /// The value of `istio.io/dataplane-mode` does not exist.
     LabelValue,
-    /// The data plane mode is asked for by an annotation, and is a label.
+    /// `istio.io/dataplane-mode` is an annotation, but has to be a label.
     NotALabel,
-    /// The key of an annotation is none of ours, and looks like it.
+    /// The key of an annotation is not one of ours, but looks like one.
     AnnotationKey,
-    /// An annotation of the sidecar that does not count here.
+    /// An annotation of the sidecar that has no effect here.
     Sidecar,
 }
 
@@ -82,10 +82,10 @@ impl fmt::Display for UnknownWord {
     }
 }
 
-/// How the words are read on this node.
+/// Which labels and annotations this node reads.
 #[derive(Clone, Copy, Debug)]
 pub struct Reading {
-    /// Whether the label `istio.io/dataplane-mode` decides, and not enablement selectors.
+    /// Whether the label `istio.io/dataplane-mode` decides, rather than enablement selectors.
     pub by_label: bool,
     /// Whether the sidecar's annotations count.
     pub sidecar_annotations: bool,
@@ -97,7 +97,7 @@ impl Reading {
         Self { by_label: membership.selectors.is_none(), sidecar_annotations }
     }
 
-    /// The words of a pod and of its namespace that say nothing.
+    /// The labels and annotations of a pod and its namespace that have no effect.
     pub fn unknown(self, namespace: Option<&Namespace>, pod: &Pod) -> Vec<UnknownWord> {
         let on_pod = format!("pod {}", pod.key);
         let mut found = Vec::new();
@@ -120,7 +120,7 @@ impl Reading {
         found
     }
 
-    /// What is wrong with the key of an annotation, and what is meant.
+    /// What is wrong with the key of an annotation, and what was probably meant.
     fn annotation(self, key: &str) -> Option<(Slip, Option<String>)> {
         if self.by_label && (key == LABEL_DATAPLANE_MODE || is_almost_the_label(key)) {
             return Some((
@@ -179,15 +179,15 @@ fn labels(object: &str, labels: &BTreeMap<String, String>) -> Vec<UnknownWord> {
     labels.iter().filter_map(check).collect()
 }
 
-/// Whether a key that is not that of the data plane mode is meant for it: a letter or two are wrong, in the
-/// name or in the whole.
+/// Whether a key is a misspelled `istio.io/dataplane-mode`: one or two letters are wrong, in the name or in
+/// the whole key.
 pub fn is_almost_the_label(key: &str) -> bool {
     const NAME: &str = "dataplane-mode";
     if key == LABEL_DATAPLANE_MODE {
         return false;
     }
     let name = key.rsplit('/').next().unwrap_or(key);
-    // Longer or shorter words are nowhere near: most labels are not even compared.
+    // Much longer or shorter words cannot be similar, so most labels are not even compared.
     let near = |a: &str, b: &str| {
         a.len().abs_diff(b.len()) <= SLIPS
             && damerau_levenshtein(&a.to_ascii_lowercase(), b) <= SLIPS
@@ -195,7 +195,7 @@ pub fn is_almost_the_label(key: &str) -> bool {
     near(name, NAME) || near(key, LABEL_DATAPLANE_MODE)
 }
 
-/// The nearest of `known`, if any is near.
+/// The most similar word in `known`, if any is similar enough.
 fn nearest<'a>(word: &str, known: impl Iterator<Item = &'a str>) -> Option<String> {
     let lower = word.to_ascii_lowercase();
     known

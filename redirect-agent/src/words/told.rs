@@ -1,4 +1,4 @@
-//! Says once of each word that nobody knows, and keeps what there is for `status`.
+//! Reports each unknown word once, and keeps all of them for `status`.
 
 use std::{
     collections::{BTreeMap, BTreeSet},
@@ -16,17 +16,17 @@ use crate::{
     source::{Event, EventKind, Inventory, Source},
 };
 
-/// The words of each pod that nobody knows.
+/// The unknown words of each pod.
 #[derive(Debug, Default)]
 pub struct Told(Mutex<BTreeMap<PodKey, Vec<UnknownWord>>>);
 
 impl Told {
-    /// Adds to what `status` says of pods.
+    /// Adds them to what `status` says about pods.
     pub fn note(&self, pods: &mut [PodStatus]) {
         let words = self.0.lock().unwrap_or_else(PoisonError::into_inner);
         for pod in pods {
             let key = PodKey { namespace: pod.namespace.clone(), name: pod.name.clone() };
-            // Those of the sidecar are none's business where it is not to be in the mesh.
+            // The sidecar's annotations do not matter if the pod should not be in the mesh.
             let counts = |word: &&UnknownWord| word.what != Slip::Sidecar || pod.reason.enrolls();
             let notes = words.get(&key).into_iter().flatten().filter(counts).map(|w| w.to_string());
             let notes: Vec<String> = pod.message.take().into_iter().chain(notes).collect();
@@ -34,7 +34,7 @@ impl Told {
         }
     }
 
-    /// Takes over what the source knows; what is new of it, with the pod that it is about.
+    /// Applies what the source knows. Returns what is new, with its pod.
     fn take(&self, reading: Reading, inventory: &Inventory) -> Vec<(Pod, UnknownWord)> {
         let mut words = BTreeMap::new();
         let mut new = Vec::new();
@@ -52,7 +52,7 @@ impl Told {
         new
     }
 
-    /// Follows what the source knows until `shutdown`: the log has each word once, each pod an Event.
+    /// Follows the source until `shutdown`. Each word is logged once, and each pod gets an Event.
     pub async fn follow<S: Source>(
         &self,
         reading: Reading,

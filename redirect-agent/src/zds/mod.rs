@@ -1,10 +1,10 @@
 //! ZDS, the protocol by which the agent tells ztunnel which workloads of the node to serve, and
 //! hands it their network namespaces. The agent is the server; proxies connect.
 //!
-//! The [`Server`] owns the set of known workloads and is level-triggered: a proxy that connects
-//! gets all of them as its snapshot, one request at a time, and then every change. Several proxies
-//! may be connected at once while ztunnel is upgraded: an Add goes to the newest (the one that said
-//! hello last), a Del to all, and when the newest goes away the one before it is told what it lacks.
+//! The [`Server`] owns the set of known workloads and is level-triggered: a proxy that connects gets all of
+//! them as its snapshot, one request at a time, and then every change. Several proxies may be connected at
+//! once while ztunnel is upgraded: an Add goes to the newest (the one that said hello last), a Del to all,
+//! and when the newest goes away the one before it is told what it lacks.
 //!
 //! A stock ztunnel *exits* on an Add without workload info, on a second SnapshotSent and on a Keep
 //! after SnapshotSent (`src/inpod/statemanager.rs`, `ProtocolError`), and every pod of the node loses

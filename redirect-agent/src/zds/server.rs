@@ -1,4 +1,4 @@
-//! The ZDS server: one task per proxy, and the handle by which the agent says what is known.
+//! The ZDS server: one task per proxy, and the handle through which the agent changes what is known.
 
 use std::{
     any::Any,
@@ -47,11 +47,11 @@ struct Shared {
 
 impl Shared {
     fn state(&self) -> MutexGuard<'_, State> {
-        // Nothing in here panics half-way through a change.
+        // Nothing in here panics halfway through a change.
         self.state.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    /// Changes the state, and lets everybody know.
+    /// Changes the state, and notifies everybody.
     fn change<T>(&self, change: impl FnOnce(&mut State) -> (T, Option<Event>)) -> T {
         let mut state = self.state();
         let (result, event) = change(&mut state);
@@ -234,7 +234,7 @@ impl Drop for Session<'_> {
     }
 }
 
-/// Sends the proxy what it lacks, one request at a time, until it fails.
+/// Sends the proxy what it lacks, one request at a time, until sending fails.
 async fn converse(
     connection: &Connection,
     shared: &Shared,
@@ -279,19 +279,19 @@ async fn converse(
     }
 }
 
-/// Says which workloads the node's proxies have to serve, and sees how they take it.
+/// Says which workloads the node's proxies have to serve, and learns how they answer.
 #[derive(Clone, Debug)]
 pub struct Handle {
     shared: Arc<Shared>,
 }
 
 impl Handle {
-    /// Makes a workload known with its netns, or with another one, and waits until the newest proxy
-    /// has answered. A proxy's snapshot comes first. Already done is success, and sends nothing.
+    /// Makes a workload known with its netns, or with another one, and waits until the newest proxy has
+    /// answered. A proxy's snapshot comes first. If that is done already, it succeeds and sends nothing.
     ///
-    /// The workload stays known when the proxy refuses it or goes away, and when this future is
-    /// dropped: a proxy that connects later gets it. A refused workload is not tried again until it
-    /// is added again (or the proxy reconnects): call this anew.
+    /// The workload stays known when the proxy refuses it or goes away, and when this future is dropped: a
+    /// proxy that connects later gets it. A refused workload is not tried again until it is added again (or
+    /// the proxy reconnects): call this again.
     ///
     /// # Errors
     /// [`AddError`] says of each error whether the workload is known.
@@ -337,8 +337,8 @@ impl Handle {
         }
     }
 
-    /// Makes a workload known that we have no netns fd of: a proxy that connects and already serves
-    /// it will go on. A workload that is known with its netns keeps it.
+    /// Makes a workload known without a netns fd: a proxy that connects and already serves it will continue.
+    /// A workload that is known with its netns keeps it.
     ///
     /// # Errors
     /// [`AddError::NoUid`] and [`AddError::TooLong`].

@@ -33,7 +33,7 @@ use super::messages::{DecodeError, MAX_RESPONSE_BYTES};
 use crate::process_ref::ProcessRef;
 use crate::socket_file::{Obstacle, SocketFile, remove_stale};
 
-/// Why the ZDS socket cannot be had.
+/// Why the ZDS socket cannot be opened.
 #[derive(Debug, thiserror::Error)]
 pub enum BindError {
     /// Something that is not ours to delete is in the way.
@@ -113,7 +113,7 @@ pub enum Fault {
 /// The listening socket and its file, which goes away with it.
 #[derive(Debug)]
 pub(super) struct Listener {
-    // Dropped first: an agent that starts meanwhile finds no file, rather than a stale one.
+    // Dropped first, so that an agent that starts in the meantime finds no file, rather than a stale one.
     file: SocketFile,
     listener: UnixListener,
 }

@@ -1,15 +1,15 @@
 //! What the proxies have to be told, as a state machine without I/O.
 //!
-//! The state holds what is *known* (the workloads that the node's newest proxy has to serve) and,
-//! per connection, what that proxy has been *told*. [`State::next`] is the difference of the two:
-//! each connection asks for its next request, sends it, awaits the ack, records it, and asks again.
-//! Whatever happens meanwhile is therefore coalesced, and a proxy that becomes the newest, because
-//! it connects or because the one after it goes away, is told what it lacks.
+//! The state holds what is *known* (the workloads that the node's newest proxy has to serve) and, per
+//! connection, what that proxy has been *told*. [`State::next`] is the difference of the two: each connection
+//! asks for its next request, sends it, awaits the ack, records it, and asks again. Whatever happens in the
+//! meantime is therefore coalesced. A proxy that becomes the newest, because it connects or because the one
+//! after it disconnects, is told what it lacks.
 //!
-//! A netns is never given to a second uid while the proxy may still serve the first one in it: a Del
-//! goes before any Add; where only coalescing makes an Add meet the former netns of a workload that
-//! has moved on, that one is deleted first (and added later); and within a snapshot, which has no
-//! Del, such an Add waits until after it.
+//! A netns is never given to a second uid while the proxy may still serve the first one in it. A Del precedes
+//! any Add. If coalescing makes an Add collide with the earlier netns of a workload that has moved, that
+//! workload is deleted first (and added again later). In a snapshot, which has no Del, such an Add waits
+//! until after it.
 
 use std::{
     collections::{BTreeMap, VecDeque},
@@ -54,7 +54,7 @@ impl Netns {
 #[derive(Debug)]
 pub(super) struct Known {
     pub(super) workload: Workload,
-    /// None: a proxy that already serves it shall go on, but none can be told to start.
+    /// `None`: a proxy that already serves it may continue, but no proxy can be told to start.
     pub(super) netns: Option<Netns>,
     /// Grows with every change of any workload; what a proxy was told is out of date below it.
     pub(super) seq: u64,
@@ -87,7 +87,7 @@ impl Proxy {
         self.snapshot.is_none()
     }
 
-    /// What the proxy answered about a workload as it is now known; None if it was not told yet.
+    /// What the proxy answered about the current version of a workload; `None` if it was not told yet.
     pub(super) fn answer(&self, known: &Known) -> Option<&Answer> {
         let told = self.told.get(&known.workload.uid)?;
         (told.seq >= known.seq).then_some(&told.answer)
@@ -282,7 +282,7 @@ impl State {
         self.proxies.iter().filter(move |proxy| proxy.deletes(uid)).map(|proxy| proxy.id)
     }
 
-    /// How the newest proxy stands to the workload that [`State::put`] numbered `seq`.
+    /// What the newest proxy says about the workload that [`State::put`] numbered `seq`.
     pub(super) fn standing(&self, uid: &str, netns: &Netns, seq: u64) -> Standing {
         let Some(known) = self.known.get(uid) else {
             return Standing::Superseded;
@@ -348,7 +348,7 @@ impl State {
             let Some(known) = known.get(&uid) else {
                 continue;
             };
-            // Deleted and known again meanwhile: the Del has to come first.
+            // Deleted and known again in the meantime: the Del has to come first.
             if !proxy.deletes(&uid) && proxy.holder_of_netns_of(known).is_none() {
                 return Some(Step::of(known));
             }
@@ -372,7 +372,7 @@ impl State {
         })
     }
 
-    /// The proxy answered `step`. An error is a refusal that leaves no way to go on with it.
+    /// The proxy answered `step`. An error is a refusal after which it has to be disconnected.
     pub(super) fn record(
         &mut self,
         id: ProxyId,
@@ -391,7 +391,7 @@ impl State {
                 let (answer, event) = match answer {
                     Ok(()) => (Answer::Added, Event::WorkloadAdded { id, uid: uid.clone() }),
                     Err(error) => {
-                        // Else the proxy goes on trying, and is not ready as long as it fails.
+                        // Otherwise the proxy keeps trying, and is not ready as long as it fails.
                         proxy.delete(&uid);
                         let event =
                             Event::WorkloadRefused { id, uid: uid.clone(), error: error.clone() };
@@ -415,7 +415,7 @@ impl State {
             Step::Del { uid } => {
                 proxy.dels.retain(|del| *del != uid);
                 let last = proxy.told.remove(&uid);
-                // A refusal is remembered, or the Add would be sent again at once.
+                // A refusal is remembered; otherwise the Add would be sent again at once.
                 if let Some(told) = last
                     && matches!(told.answer, Answer::Refused(_))
                     && known.get(&uid).is_some_and(|known| known.seq == told.seq)
