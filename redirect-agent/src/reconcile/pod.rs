@@ -80,6 +80,8 @@ pub(super) struct PodTask<S> {
     pub(super) enrolling: Option<Instant>,
     /// Until when a leaving pod may have redirected connections.
     pub(super) leaves_by: Option<Instant>,
+    /// When a leaving pod's peers should know that it leaves.
+    pub(super) heard_by: Option<Instant>,
     /// Whether the agent has tried to bring the pod to its desired state.
     tried: bool,
 }
@@ -130,6 +132,7 @@ impl<S: Source> PodTask<S> {
             told: None,
             enrolling: None,
             leaves_by: None,
+            heard_by: None,
             tried: false,
         }
     }
@@ -240,7 +243,7 @@ impl<S: Source> PodTask<S> {
                 return Ok(false);
             }
             if self.wish() == Wish::Enrolled {
-                self.leaves_by = None;
+                (self.leaves_by, self.heard_by) = (None, None);
             }
             let mut steps = steps(self.wish(), &self.standing);
             if self.gone {

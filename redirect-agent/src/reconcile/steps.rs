@@ -21,6 +21,9 @@ use crate::{
 
 /// How often to check whether a leaving pod has redirected connections left.
 const DRAIN_POLL: Duration = Duration::from_millis(100);
+/// How long the proxy keeps a leaving pod after its annotation was cleared. Until istiod has told the peers'
+/// proxies, they call port 15008.
+const PEER_UPDATE: Duration = Duration::from_secs(2);
 
 impl<S: Source> PodTask<S> {
     /// Takes one step. `false`: it has to wait for somebody else.
@@ -106,7 +109,12 @@ impl<S: Source> PodTask<S> {
                 warn!(pod = %self.key, "{e:#}");
                 Ok(())
             }
-            retracted => retracted,
+            retracted => {
+                if self.standing.published {
+                    self.heard_by = Some(Instant::now() + PEER_UPDATE);
+                }
+                retracted
+            }
         }
     }
 
@@ -120,7 +128,8 @@ impl<S: Source> PodTask<S> {
         Ok(())
     }
 
-    /// Waits until no connection is redirected anymore, their time is up, or the desired state has changed.
+    /// Waits until no connection is redirected anymore and peers should know that the pod leaves, their time is
+    /// up, or the desired state has changed.
     async fn drain(&mut self) -> Result<()> {
         let drain = self.shared.settings.drain;
         let by = *self.leaves_by.get_or_insert_with(|| Instant::now() + drain);
@@ -130,7 +139,8 @@ impl<S: Source> PodTask<S> {
             if left > 0 && by <= Instant::now() {
                 info!(pod = %self.key, "{left} redirected connections outlast the drain and are closed");
             }
-            if left == 0 || by <= Instant::now() || self.is_interrupted() {
+            let peers_know = self.heard_by.is_none_or(|heard_by| heard_by <= Instant::now());
+            if (left == 0 && peers_know) || by <= Instant::now() || self.is_interrupted() {
                 return Ok(());
             }
             sleep(DRAIN_POLL).await;

@@ -3,7 +3,7 @@
 use std::io::{Read as _, Write as _};
 use std::net::{Shutdown, TcpListener, TcpStream};
 use std::thread;
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use anyhow::{Context as _, Result, ensure};
 use redirect_agent::membership::Reason;
@@ -11,8 +11,9 @@ use redirect_agent::output::PodState;
 use redirect_tests::app::Call;
 use redirect_tests::both_families;
 use redirect_tests::footprint::{Footprint, assert_unchanged, footprint};
-use redirect_tests::hbone::Direction;
+use redirect_tests::hbone::{Direction, HboneClient, Identity};
 use redirect_tests::netns::Family;
+use redirect_tests::process::wait_for;
 use redirect_tests::topology::Pod;
 use serde_json::json;
 
@@ -25,6 +26,7 @@ both_families! {
     pods_that_cannot_be_in_the_mesh_are_left_alone,
     connection_with_a_port_that_the_proxy_has_just_used_goes_on,
     half_closed_connection_is_waited_for,
+    peers_that_hear_late_that_a_pod_leaves_still_reach_it,
 }
 
 /// How often the label goes on and off.
@@ -213,4 +215,24 @@ fn half_closed_connection_is_waited_for(family: Family) -> Result<()> {
     asking.read_to_end(&mut answer).context("read the answer")?;
     ensure!(answer.len() == 100_000, "{} bytes of the answer", answer.len());
     node.wait_for_state(server, PodState::Bypassing).map(drop)
+}
+
+/// istiod tells them, and until it has, they speak HBONE to the pod.
+fn peers_that_hear_late_that_a_pod_leaves_still_reach_it(family: Family) -> Result<()> {
+    let Cluster { node, server, client, topology } = &Cluster::enrolled(&[])?;
+    let _app = echo(server)?;
+    let identity = Identity::new(&client.namespace, &client.name);
+    let peer = HboneClient::new(&topology.dir().path().join("ca"), &identity)?;
+    let target = server.addr(family, PORT);
+
+    node.write(&Manifest::of(server))?;
+    wait_for("the peers to be told", SOON, || Ok((!node.is_published(server)).then_some(())))?;
+    let told = Instant::now();
+    while told.elapsed() < Duration::from_secs(1) {
+        client
+            .netns
+            .block_on(|| async { peer.connect(target).await.map(drop).context("call by HBONE") })?;
+    }
+    node.wait_for_state(server, PodState::Bypassing)?;
+    node.assert_direct(client, server, family)
 }
