@@ -378,7 +378,8 @@ impl<S: Source> health::Agent for Agent<S> {
         };
         let follows_kubelet = self.probes.in_force().kubelet.is_some();
         let left_alone = self.observer.get().map_or(0, |observer| observer.left_alone());
-        let proxys_cgroup = self.observer.get().is_none_or(|o| o.mark_alone().is_none());
+        let mark_alone = self.observer.get().map(|observer| observer.mark_alone()).transpose()?;
+        let proxys_cgroup = mark_alone.flatten().is_none();
         let now = Now { pods: &pods, proxies, proxys_cgroup, follows_kubelet, left_alone };
         self.metrics.report(&now).context("write the metrics")
     }
@@ -415,7 +416,7 @@ impl<S: Source> control::Agent for Agent<S> {
             source: observer.source(),
             proxies: u32::try_from(proxies).unwrap_or(u32::MAX),
             no_proxy_since: observer.proxies_away().map(|away| Moment::of(away.since)),
-            mark_alone: observer.mark_alone(),
+            mark_alone: observer.mark_alone()?,
             problems: observer.inventory().problems.clone(),
             pods,
             ..unknown

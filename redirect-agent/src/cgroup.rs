@@ -155,7 +155,7 @@ fn numbers_of_proxy(process: &Process, viewer: &Process) -> Result<BTreeSet<u64>
         as_seen_by(viewer, || Ok((paths_of_threads(process)?, path_of_parent(process))))?;
     ensure!(
         parents.is_none_or(|parents| !paths.contains(&parents)),
-        "it shares its cgroup with its parent, as on nodes with cgroup v1"
+        "it shares its cgroup with its parent, as on nodes with cgroup v1, or behind a wrapper that does not exec"
     );
     let number = |path| Ok(Cgroup::at(path, viewer, &mounts)?.open()?.1);
     paths.into_iter().map(number).collect()

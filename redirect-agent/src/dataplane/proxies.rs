@@ -111,11 +111,23 @@ impl Dataplane {
         self.write_proxies(&connected)
     }
 
-    /// Why the mark alone identifies the proxy's sockets, if that is so and a proxy is connected.
-    pub fn mark_alone(&self) -> Option<String> {
+    /// Why the mark alone identifies the proxy's sockets, if that is so.
+    ///
+    /// # Errors
+    ///
+    /// When the map cannot be read.
+    pub fn mark_alone(&self) -> Result<Option<String>> {
         let connected = self.proxies.connected();
+        let mut kernel = self.kernel();
+        if !ProxyCgroups::open(&mut kernel)?.has(ANY_CGROUP)? {
+            return Ok(None);
+        }
         let unknown = connected.values().find_map(|proxy| proxy.cgroups.as_ref().err());
-        unknown.map(|why| format!("{MARK_ALONE}: {why:#}"))
+        let why = match unknown {
+            Some(why) => format!("{why:#}"),
+            None => "no proxy whose cgroup is known has connected yet".to_owned(),
+        };
+        Ok(Some(format!("{MARK_ALONE}: {why}")))
     }
 
     fn write_proxies(&self, connected: &BTreeMap<u64, Proxy>) -> Result<()> {
@@ -141,6 +153,10 @@ pub(super) struct ProxyCgroups<'a>(HashMap<&'a mut MapData, u64, u64>);
 impl<'a> ProxyCgroups<'a> {
     pub(super) fn open(kernel: &'a mut Kernel) -> Result<Self> {
         kernel.map("proxy_cgroups").map(Self)
+    }
+
+    fn has(&self, id: u64) -> Result<bool> {
+        Ok(absent(self.0.get(&id, 0)).context("read map proxy_cgroups")?.is_some())
     }
 
     /// As long as no proxy is known, the mark is enough.

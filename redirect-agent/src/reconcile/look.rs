@@ -138,7 +138,11 @@ impl<S: Source> Observer<S> {
     }
 
     /// Why the proxy's sockets are told by their mark alone, if they are: see [`Dataplane::mark_alone`].
-    pub fn mark_alone(&self) -> Option<String> {
+    ///
+    /// # Errors
+    ///
+    /// When the map cannot be read.
+    pub fn mark_alone(&self) -> Result<Option<String>> {
         self.shared.dataplane.mark_alone()
     }
 

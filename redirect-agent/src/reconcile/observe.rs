@@ -161,10 +161,15 @@ impl<S: Source> PodTask<S> {
         let ports: Vec<String> = deaf.iter().map(Deaf::to_string).collect();
         let deaf = (!ports.is_empty() && self.standing.captured)
             .then(|| format!("the proxy does not listen in this pod on port {}", ports.join(", ")));
-        if let Some(deaf) = deaf.as_ref().filter(|_| self.deaf != deaf) {
-            warn!(pod = %self.key, "{deaf}");
+        self.deaf.clone_from(&deaf);
+        // While no proxy is connected, that is true of every pod, and is logged once for all.
+        if self.told_deaf != deaf && self.shared.zds.away().is_none() {
+            match &deaf {
+                Some(deaf) => warn!(pod = %self.key, "{deaf}"),
+                None => info!(pod = %self.key, "the proxy listens in this pod again"),
+            }
+            self.told_deaf = deaf;
         }
-        self.deaf = deaf;
     }
 
     /// Reports that something was changed behind the agent's back.

@@ -69,6 +69,8 @@ pub(super) struct PodTask<S> {
     pub(super) noted: Option<u32>,
     /// The proxy's ports on which it does not listen in the pod, as text.
     pub(super) deaf: Option<String>,
+    /// That, as it was last logged.
+    pub(super) told_deaf: Option<String>,
     pub(super) problem: Option<String>,
     /// Whether the problem is a failure, rather than something that the agent waits for.
     failing: bool,
@@ -126,6 +128,7 @@ impl<S: Source> PodTask<S> {
             beside: false,
             noted: None,
             deaf: None,
+            told_deaf: None,
             problem: None,
             failing: false,
             failures: 0,

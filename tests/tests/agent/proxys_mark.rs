@@ -216,12 +216,15 @@ fn proxy_without_a_cgroup_of_its_own_is_warned_of() -> Result<()> {
             metrics.lines().find_map(|line| line.strip_prefix("redirect_proxy_cgroup_known "));
         Ok((node.status()?.mark_alone.is_none(), gauge == Some("1")))
     };
+    let before = cluster.node.status()?.mark_alone;
+    let before = before.context("no warning before a proxy has connected")?;
+    ensure!(before.contains("CAP_NET_RAW") && before.contains("no proxy"), "{before}");
     cluster.node.start_proxy()?;
     wait_for("the warning", PATIENCE, || {
-        Ok((known(&cluster.node)? == (false, false)).then_some(()))
+        let why = cluster.node.status()?.mark_alone;
+        Ok(why.filter(|why| why.contains("cgroup v1")).map(drop))
     })?;
-    let why = cluster.node.status()?.mark_alone.context("no warning")?;
-    ensure!(why.contains("CAP_NET_RAW") && why.contains("cgroup v1"), "{why}");
+    ensure!(known(&cluster.node)? == (false, false));
     cluster.node.start_proxy_in(&cgroup)?;
     cluster.node.kill_proxy()?;
     wait_for("the end of the warning", PATIENCE, || {
