@@ -440,7 +440,7 @@ impl<S: Source> control::Agent for Agent<S> {
     fn observe(
         self: Arc<Self>,
         request: verdicts::Request,
-    ) -> impl Stream<Item = Vec<verdicts::Line>> + Send + 'static {
+    ) -> Result<impl Stream<Item = Vec<verdicts::Line>> + Send + 'static> {
         let (hub, node) = (Arc::clone(&self.verdicts), self.options.node.clone());
         let names = move || self.observer.get().map(|o| o.names()).unwrap_or_default();
         hub.observe(request, node, names)

@@ -32,13 +32,13 @@ use axum::{
     response::{IntoResponse, Response},
     routing::{get, post},
 };
-use futures_util::{Stream, StreamExt as _, TryStreamExt as _};
+use futures_util::{FutureExt as _, Stream, StreamExt as _, TryStreamExt as _};
 use http_body_util::{BodyExt as _, Full};
-use hyper::body::Bytes;
+use hyper::body::{Bytes, Incoming};
 use hyper_util::rt::TokioIo;
 use serde::{Deserialize, Serialize, de::DeserializeOwned};
 use tokio::{io::AsyncBufReadExt as _, net::UnixStream};
-use tokio_util::{io::StreamReader, sync::CancellationToken};
+use tokio_util::{io::StreamReader, sync::CancellationToken, task::AbortOnDropHandle};
 
 use crate::{
     explain::{self, Explanation},
@@ -74,7 +74,7 @@ pub trait Agent: Send + Sync + 'static {
     fn observe(
         self: Arc<Self>,
         request: verdicts::Request,
-    ) -> impl Stream<Item = Vec<verdicts::Line>> + Send + 'static;
+    ) -> anyhow::Result<impl Stream<Item = Vec<verdicts::Line>> + Send + 'static>;
 
     /// Which pods do not bypass, as far as their tasks know: that costs nothing.
     fn remaining(&self) -> anyhow::Result<Remaining>;
@@ -293,11 +293,14 @@ async fn observe<A: Agent>(
     request: Result<Json<verdicts::Request>, JsonRejection>,
 ) -> Response {
     match request {
-        Ok(Json(request)) => {
-            let lines = agent.observe(request).map(|lines| verdicts::to_json(&lines));
-            ([(header::CONTENT_TYPE, "application/x-ndjson")], Body::from_stream(lines))
-                .into_response()
-        }
+        Ok(Json(request)) => match agent.observe(request) {
+            Ok(lines) => {
+                let lines = lines.map(|lines| verdicts::to_json(&lines));
+                ([(header::CONTENT_TYPE, "application/x-ndjson")], Body::from_stream(lines))
+                    .into_response()
+            }
+            Err(error) => failure(StatusCode::SERVICE_UNAVAILABLE, format!("{error:#}")),
+        },
         Err(error) => failure(StatusCode::BAD_REQUEST, error.body_text()),
     }
 }
@@ -411,43 +414,33 @@ impl Client {
         self.call(Method::POST, "/explain", Some(request)).await
     }
 
-    /// Calls `each` for every verdict that the agent tells, until that says to stop.
+    /// The datapath's verdicts from now on.
     ///
     /// # Errors
     ///
-    /// As for [`Client::status`]; when the agent ends; and when `each` fails.
-    pub async fn observe(
-        &self,
-        request: &verdicts::Request,
-        mut each: impl FnMut(verdicts::Line) -> anyhow::Result<ControlFlow<()>>,
-    ) -> anyhow::Result<()> {
+    /// As for [`Client::status`].
+    pub async fn observe(&self, request: &verdicts::Request) -> anyhow::Result<Observing> {
         let path = self.path.display();
         let stream = self.connect().await?;
-        let (mut sender, connection) =
-            hyper::client::conn::http1::handshake(TokioIo::new(stream)).await?;
-        let read = async {
-            let response = sender
-                .send_request(self::request(Method::POST, "/observe", Some(request))?)
-                .await?;
-            let status = response.status();
-            if !status.is_success() {
-                return Err(self.refusal(status, &response.into_body().collect().await?.to_bytes()));
-            }
-            let body = response.into_body().into_data_stream().map_err(io::Error::other);
-            let mut lines = StreamReader::new(body).lines();
-            while let Some(line) = lines.next_line().await? {
-                if each(serde_json::from_str(&line)?)?.is_break() {
-                    return Ok(());
-                }
-            }
-            bail!("the agent at {path} has ended")
+        let begin = async {
+            let (mut sender, connection) =
+                hyper::client::conn::http1::handshake(TokioIo::new(stream)).await?;
+            // It ends with the answer; its errors are those of the answer.
+            let connection = AbortOnDropHandle::new(tokio::spawn(connection.map(drop)));
+            let request = self::request(Method::POST, "/observe", Some(request))?;
+            anyhow::Ok((sender.send_request(request).await?, connection))
         };
-        tokio::pin!(read);
-        // What it has sent before it ended is read to the end.
-        tokio::select! {
-            done = &mut read => done,
-            _ended = connection => read.await,
+        let (response, connection) = tokio::time::timeout(DEADLINE, begin)
+            .await
+            .map_err(|_| anyhow::anyhow!("it did not answer within {DEADLINE:?}"))
+            .flatten()
+            .with_context(|| format!("ask the agent at {path}"))?;
+        let status = response.status();
+        let body = response.into_body();
+        if !status.is_success() {
+            return Err(self.refusal(status, &body.collect().await?.to_bytes()));
         }
+        Ok(Observing { body, path: self.path.clone(), _connection: connection })
     }
 
     /// Which pods do not bypass yet.
@@ -537,6 +530,37 @@ impl Client {
             Err(_) => status.to_string(),
         };
         anyhow::anyhow!("the agent at {} says: {error}", self.path.display())
+    }
+}
+
+/// The answer to [`Client::observe`].
+#[derive(Debug)]
+pub struct Observing {
+    body: Incoming,
+    path: PathBuf,
+    _connection: AbortOnDropHandle<()>,
+}
+
+impl Observing {
+    /// Calls `each` for every line, until that says to stop.
+    ///
+    /// # Errors
+    ///
+    /// When the agent ends, or `each` fails.
+    pub async fn each(
+        self,
+        mut each: impl FnMut(verdicts::Line) -> anyhow::Result<ControlFlow<()>>,
+    ) -> anyhow::Result<()> {
+        let body = self.body.into_data_stream().map_err(io::Error::other);
+        let mut lines = StreamReader::new(body).lines();
+        let path = self.path.display();
+        let read = || format!("read what the agent at {path} says");
+        while let Some(line) = lines.next_line().await.with_context(read)? {
+            if each(serde_json::from_str(&line).with_context(read)?)?.is_break() {
+                return Ok(());
+            }
+        }
+        bail!("the agent at {path} has ended")
     }
 }
 

@@ -2,8 +2,10 @@
 
 use std::{
     fmt, fs,
+    future::IntoFuture as _,
     os::unix::fs::{DirBuilderExt as _, PermissionsExt as _},
     path::Path,
+    time::Duration,
 };
 
 use anyhow::{Context as _, Result, anyhow, bail};
@@ -15,10 +17,13 @@ use axum::{
     serve::IncomingStream,
 };
 use nix::unistd::geteuid;
-use tokio::net::UnixListener;
+use tokio::{net::UnixListener, time::sleep};
 use tokio_util::sync::CancellationToken;
 
 use crate::socket_file::{Obstacle, SocketFile, remove_stale};
+
+/// How long requests that are in progress may take at shutdown.
+const PATIENCE: Duration = Duration::from_secs(2);
 
 /// The name of a socket, for messages.
 #[derive(Clone, Copy, Debug)]
@@ -84,10 +89,19 @@ impl RootSocket {
     ) -> Result<()> {
         let Self { file, listener, name } = self;
         let router = router.layer(middleware::from_fn_with_state(refuse, root_only));
-        axum::serve(listener, router.into_make_service_with_connect_info::<Peer>())
-            .with_graceful_shutdown(shutdown.cancelled_owned())
-            .await
-            .with_context(|| format!("serve the {} {}", name.what, file.path().display()))
+        let serving = axum::serve(listener, router.into_make_service_with_connect_info::<Peer>())
+            .with_graceful_shutdown(shutdown.clone().cancelled_owned());
+        let out_of_patience = async {
+            shutdown.cancelled().await;
+            sleep(PATIENCE).await;
+        };
+        tokio::select! {
+            served = serving.into_future() => {
+                served.with_context(|| format!("serve the {} {}", name.what, file.path().display()))
+            }
+            // A client that does not read must not keep the agent.
+            () = out_of_patience => Ok(()),
+        }
     }
 }
 

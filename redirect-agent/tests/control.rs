@@ -65,10 +65,10 @@ impl Agent for Overridden {
     fn observe(
         self: Arc<Self>,
         request: verdicts::Request,
-    ) -> impl Stream<Item = Vec<verdicts::Line>> + Send + 'static {
+    ) -> anyhow::Result<impl Stream<Item = Vec<verdicts::Line>> + Send + 'static> {
         let lines = request.port.into_iter().flat_map(|port| 0..u64::from(port));
         let lines = lines.map(|left_out| vec![verdicts::Line::LeftOut { left_out }]);
-        stream::iter(lines.collect::<Vec<_>>())
+        Ok(stream::iter(lines.collect::<Vec<_>>()))
     }
 
     fn remaining(&self) -> anyhow::Result<Remaining> {
@@ -137,7 +137,7 @@ async fn verdicts_come_line_by_line_until_one_of_both_ends() {
     let client = fixture.client();
     let mut told = Vec::new();
     let three = verdicts::Request { port: Some(3), ..verdicts::Request::default() };
-    let observe = client.observe(&three, |line| {
+    let observe = client.observe(&three).await.unwrap().each(|line| {
         told.push(line);
         Ok(ControlFlow::Continue(()))
     });
@@ -148,7 +148,7 @@ async fn verdicts_come_line_by_line_until_one_of_both_ends() {
 
     let many = verdicts::Request { port: Some(60_000), ..verdicts::Request::default() };
     let mut count = 0;
-    let observe = client.observe(&many, |_| {
+    let observe = client.observe(&many).await.unwrap().each(|_| {
         count += 1;
         Ok(if count == 5 { ControlFlow::Break(()) } else { ControlFlow::Continue(()) })
     });

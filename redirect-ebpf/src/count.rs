@@ -53,8 +53,11 @@ fn add(pod_id: PodId, counter: u32) {
 
 #[inline(always)]
 fn is_on() -> bool {
+    let Some(until) = VERDICTS_WANTED.get_ptr(0) else { return false };
     // SAFETY: the pointer is to a live map value; it is one word.
-    VERDICTS_WANTED.get_ptr(0).is_some_and(|on| unsafe { core::ptr::read_volatile(on) } != 0)
+    let until = unsafe { core::ptr::read_volatile(until) };
+    // SAFETY: a helper without arguments.
+    until != 0 && unsafe { bpf_ktime_get_ns() } < until
 }
 
 #[inline(never)]

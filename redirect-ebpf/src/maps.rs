@@ -142,9 +142,9 @@ pub static SWITCHING: Array<u32, 1> = Array::new();
 #[btf_map(name = "saved_sysctls")]
 pub static SAVED_SYSCTLS: HashMap<PodId, SavedSysctls, PODS> = HashMap::new();
 
-/// Whether anybody observes: 1 or 0. Only the agent writes it.
+/// Until when somebody observes, ns of CLOCK_MONOTONIC; 0: nobody does. Only the agent writes it.
 #[btf_map(name = "verdicts_wanted")]
-pub static VERDICTS_WANTED: Array<u32, 1> = Array::new();
+pub static VERDICTS_WANTED: Array<u64, 1> = Array::new();
 
 /// Verdicts, as they are counted, while somebody observes.
 #[btf_map(name = "verdicts")]

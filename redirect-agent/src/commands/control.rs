@@ -7,9 +7,9 @@ use std::{
 };
 
 use anyhow::{Result, bail};
-use tokio::time::{Instant, sleep, timeout};
+use tokio::time::{Instant, sleep};
 
-use super::print;
+use super::{print, print_to_reader, reader_leaves};
 use crate::{
     cli::{
         AutoArgs, Doing, ExplainArgs, ObserveArgs, OverrideArgs, PauseArgs, ResumeArgs, StatusArgs,
@@ -257,16 +257,27 @@ pub(super) async fn observe(args: ObserveArgs) -> Result<()> {
     let each = |line: Line| {
         let text = match output {
             TextFormat::Text => format!("{line}\n").into_bytes(),
-            TextFormat::Json => verdicts::to_json(&[line])?,
+            TextFormat::Json => verdicts::to_json(std::slice::from_ref(&line))?,
         };
-        print(&text)?;
-        left = left.map(|left| left - 1);
-        Ok(if left == Some(0) { ControlFlow::Break(()) } else { ControlFlow::Continue(()) })
+        let is_read = print_to_reader(&text)?;
+        if matches!(line, Line::Verdict(_)) {
+            left = left.map(|left| left - 1);
+        }
+        let done = left == Some(0) || !is_read;
+        Ok(if done { ControlFlow::Break(()) } else { ControlFlow::Continue(()) })
     };
-    let observing = client.observe(&request, each);
-    match duration.duration {
-        // It is over, and that is what was asked for.
-        Some(duration) => timeout(duration, observing).await.unwrap_or(Ok(())),
-        None => observing.await,
+    let over = async {
+        match duration.duration {
+            Some(duration) => sleep(duration).await,
+            None => std::future::pending().await,
+        }
+    };
+    let observing = client.observe(&request).await?;
+    eprintln!("observing; Ctrl-C ends it");
+    tokio::select! {
+        ended = observing.each(each) => ended,
+        // That is what was asked for.
+        () = over => Ok(()),
+        () = reader_leaves() => Ok(()),
     }
 }

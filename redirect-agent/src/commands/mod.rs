@@ -5,6 +5,7 @@ mod control;
 use std::{
     collections::BTreeSet,
     io::{self, Write as _},
+    os::fd::AsFd as _,
     panic::resume_unwind,
     path::{Path, PathBuf},
     sync::{
@@ -16,7 +17,10 @@ use std::{
 };
 
 use anyhow::{Context as _, Result, bail, ensure};
-use nix::unistd::{geteuid, gethostname};
+use nix::{
+    poll::{PollFd, PollFlags, PollTimeout, poll},
+    unistd::{geteuid, gethostname},
+};
 use serde_json::json;
 use tokio::{
     signal::unix::{SignalKind, signal},
@@ -55,6 +59,8 @@ const LEAVING_LOOK: Duration = Duration::from_millis(100);
 /// After how long without a pod that can still leave in order nobody waits any more: when the API server
 /// answers 401, the agent's rights are gone for good.
 const STUCK: Duration = Duration::from_secs(1);
+/// How often a command that may have nothing to print checks whether anybody reads.
+const LOOK_FOR_READER: Duration = Duration::from_millis(500);
 
 /// Carries out a command.
 ///
@@ -476,10 +482,26 @@ fn taken_over(lines: &[(&PodStatus, takeover::Answer)], format: Format) -> Resul
 
 /// Writes to standard output; a reader that has gone away is no error.
 fn print(text: &[u8]) -> Result<()> {
+    print_to_reader(text).map(drop)
+}
+
+/// The same. Returns whether somebody still reads.
+fn print_to_reader(text: &[u8]) -> Result<bool> {
     match io::stdout().write_all(text).and_then(|()| io::stdout().flush()) {
-        Err(e) if e.kind() != io::ErrorKind::BrokenPipe => {
-            Err(e).context("write to standard output")
+        Err(e) if e.kind() == io::ErrorKind::BrokenPipe => Ok(false),
+        written => written.map(|()| true).context("write to standard output"),
+    }
+}
+
+/// Waits until nobody reads standard output anymore, if it is a pipe or a socket.
+async fn reader_leaves() {
+    let stdout = io::stdout();
+    loop {
+        // POLLERR and POLLHUP are always reported.
+        let mut fds = [PollFd::new(stdout.as_fd(), PollFlags::empty())];
+        if poll(&mut fds, PollTimeout::ZERO).is_ok_and(|ready| ready > 0) {
+            return;
         }
-        _ => Ok(()),
+        sleep(LOOK_FOR_READER).await;
     }
 }

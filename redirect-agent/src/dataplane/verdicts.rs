@@ -1,5 +1,7 @@
 //! The ring buffer of verdicts.
 
+use std::time::Duration;
+
 use anyhow::{Context as _, Result};
 use aya::maps::{Array, MapData, PerCpuArray, RingBuf};
 use redirect_ebpf::abi::VerdictEvent;
@@ -8,6 +10,7 @@ use tokio::io::{Interest, unix::AsyncFd};
 use super::{
     Dataplane,
     kernel::{VERDICTS, VERDICTS_LOST, VERDICTS_WANTED},
+    monotonic_ns,
 };
 
 /// The verdicts, as the programs make them while they are [wanted](Dataplane::want_verdicts).
@@ -24,11 +27,13 @@ impl Verdicts {
         Ok(())
     }
 
-    /// Those that are there, in their order on each CPU.
-    pub fn take(&mut self) -> Vec<VerdictEvent> {
+    /// Those that are there, but not more than `most` of them, in their order.
+    pub fn take(&mut self, most: usize) -> Vec<VerdictEvent> {
         let ring = self.0.get_mut();
         let mut events = Vec::new();
-        while let Some(entry) = ring.next() {
+        while events.len() < most
+            && let Some(entry) = ring.next()
+        {
             // Of another length only if another build's programs wrote it.
             events.extend(bytemuck::try_pod_read_unaligned::<VerdictEvent>(&entry).ok());
         }
@@ -51,15 +56,19 @@ impl Dataplane {
         Ok(Verdicts(ring.context("watch the ring buffer verdicts")?))
     }
 
-    /// Lets the programs tell every verdict, or not any more.
+    /// Makes the programs report every verdict for so long; not any more, if that is zero.
     ///
     /// # Errors
     ///
     /// When the map cannot be written.
-    pub fn want_verdicts(&self, wanted: bool) -> Result<()> {
+    pub fn want_verdicts(&self, wanted: Duration) -> Result<()> {
+        let until = match u64::try_from(wanted.as_nanos())? {
+            0 => 0,
+            ns => monotonic_ns()? + ns,
+        };
         let mut kernel = self.kernel();
-        let mut map: Array<&mut MapData, u32> = kernel.map(VERDICTS_WANTED)?;
-        map.set(0, u32::from(wanted), 0).context("write map verdicts_wanted")
+        let mut map: Array<&mut MapData, u64> = kernel.map(VERDICTS_WANTED)?;
+        map.set(0, until, 0).context("write map verdicts_wanted")
     }
 
     /// How many verdicts have found no room in the ring buffer so far.

@@ -132,7 +132,10 @@ impl<S: Source> Observer<S> {
         for (key, view) in self.shared.views().iter() {
             let inode = view.netns.as_ref().map(|netns| netns.netns.inode()).or(view.noted);
             names.pods.extend(inode.map(|inode| (inode, key.clone())));
-            names.addresses.extend(view.pod.ips.iter().map(|ip| (*ip, key.clone())));
+            // Others may have the same addresses.
+            if !view.pod.host_network && !view.pod.phase.is_finished() {
+                names.addresses.extend(view.pod.ips.iter().map(|ip| (*ip, key.clone())));
+            }
         }
         names
     }

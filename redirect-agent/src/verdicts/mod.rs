@@ -12,7 +12,7 @@ use std::{
     time::{Duration, SystemTime},
 };
 
-use anyhow::{Context as _, Result};
+use anyhow::{Context as _, Result, ensure};
 use futures_util::{Stream, StreamExt as _, stream};
 use redirect_ebpf::abi::VerdictEvent;
 use tokio::{
@@ -34,8 +34,16 @@ use crate::{
 const GATHER: Duration = Duration::from_millis(20);
 /// How often it is looked whether anybody still observes, while there are no verdicts.
 const LOOK: Duration = Duration::from_millis(500);
+/// How many verdicts are passed on at once. With [`GATHER`] it bounds what a flood costs; the rest is left
+/// out.
+const BATCH: usize = 512;
 /// How many batches an observer may lag behind.
-const BATCHES: usize = 64;
+const BATCHES: usize = 16;
+/// How many may observe at the same time.
+const OBSERVERS: usize = 8;
+/// How long the programs report verdicts after they were last told to: an agent that is killed cannot
+/// tell them to stop.
+const LEASE: Duration = Duration::from_secs(5);
 
 /// The pods of this node, as verdicts name them.
 #[derive(Clone, Debug, Default)]
@@ -77,16 +85,14 @@ impl Hub {
     /// When a map cannot be read or written.
     pub async fn run(self: Arc<Self>) -> Result<()> {
         // A former agent may have been killed while somebody observed.
-        self.dataplane.want_verdicts(false)?;
+        self.dataplane.want_verdicts(Duration::ZERO)?;
         let mut verdicts = self.dataplane.verdicts()?;
         while self.ended.run_until_cancelled(self.came.notified()).await.is_some() {
             if self.batches.receiver_count() == 0 {
                 continue;
             }
-            drop(verdicts.take());
-            self.dataplane.want_verdicts(true)?;
             let followed = self.ended.run_until_cancelled(self.follow(&mut verdicts)).await;
-            self.dataplane.want_verdicts(false)?;
+            self.dataplane.want_verdicts(Duration::ZERO)?;
             followed.transpose()?;
         }
         Ok(())
@@ -94,12 +100,19 @@ impl Hub {
 
     /// Passes verdicts on as long as anybody observes.
     async fn follow(&self, verdicts: &mut Verdicts) -> Result<()> {
+        // Left over from the last observer.
+        drop(verdicts.take(usize::MAX));
         let mut lost = self.dataplane.verdicts_lost()?;
-        let mut number = 0;
+        let (mut number, mut more) = (0, false);
         while self.batches.receiver_count() > 0 {
-            let Ok(waited) = timeout(LOOK, verdicts.wait()).await else { continue };
-            waited?;
-            let events = verdicts.take();
+            self.dataplane.want_verdicts(LEASE)?;
+            if !more {
+                let Ok(waited) = timeout(LOOK, verdicts.wait()).await else { continue };
+                waited?;
+            }
+            let events = verdicts.take(BATCH);
+            // The kernel announces nothing new before the ring buffer was empty.
+            more = events.len() == BATCH;
             let now = (SystemTime::now(), monotonic_ns()?);
             let lost_now = self.dataplane.verdicts_lost()?;
             let first = number + lost_now.saturating_sub(lost);
@@ -113,12 +126,20 @@ impl Hub {
     }
 
     /// What the request asks for, from now on until shutdown.
+    ///
+    /// # Errors
+    ///
+    /// When too many observe already.
     pub fn observe<N: Fn() -> Names + Send + 'static>(
         &self,
         request: Request,
         node: String,
         names: N,
-    ) -> impl Stream<Item = Vec<Line>> + Send + use<N> {
+    ) -> Result<impl Stream<Item = Vec<Line>> + Send + use<N>> {
+        ensure!(
+            self.batches.receiver_count() < OBSERVERS,
+            "{OBSERVERS} others observe already; end one of them"
+        );
         let observer =
             Observer { batches: self.batches.subscribe(), next: None, request, node, names };
         self.came.notify_one();
@@ -126,7 +147,7 @@ impl Hub {
             let lines = observer.lines().await?;
             Some((lines, observer))
         });
-        lines.take_until(self.ended.clone().cancelled_owned())
+        Ok(lines.take_until(self.ended.clone().cancelled_owned()))
     }
 }
 

@@ -309,7 +309,7 @@ pub struct Maps {
     kubelet_flows: HashMap<MapData, Flow, u64>,
     any_strays: Array<MapData, u32>,
     strays: HashMap<MapData, PodId, u32>,
-    verdicts_wanted: Array<MapData, u32>,
+    verdicts_wanted: Array<MapData, u64>,
     verdicts: RingBuf<MapData>,
     /// Those of what was counted last.
     told: Vec<VerdictEvent>,
@@ -507,7 +507,7 @@ impl Maps {
 
     /// Whether somebody observes.
     pub fn want_verdicts(&mut self, wanted: bool) -> Result<()> {
-        Ok(self.verdicts_wanted.set(0, u32::from(wanted), 0)?)
+        Ok(self.verdicts_wanted.set(0, if wanted { u64::MAX } else { 0 }, 0)?)
     }
 
     /// What has been counted is told while somebody observes, and nothing else is.

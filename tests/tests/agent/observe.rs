@@ -1,10 +1,15 @@
 //! `observe`: verdicts as they are made.
 
-use std::process::Stdio;
-use std::time::Duration;
+use std::io::Read as _;
+use std::net::{SocketAddr, TcpStream};
+use std::process::{Child, Stdio};
+use std::thread::sleep;
+use std::time::{Duration, Instant};
 
 use anyhow::{Context as _, Result, ensure};
 use aya::maps::{Array, Map, MapData};
+use nix::sys::signal::{Signal, kill};
+use nix::unistd::Pid;
 use redirect_agent::verdicts::{Endpoint, Line, Verdict};
 use redirect_tests::app::Call;
 use redirect_tests::both_families;
@@ -23,7 +28,14 @@ const PATIENCE: Duration = Duration::from_secs(10);
 
 /// `observe` in the background.
 struct Observer {
-    child: std::process::Child,
+    child: Child,
+}
+
+impl Drop for Observer {
+    fn drop(&mut self) {
+        // It may have ended.
+        let _ended = self.child.kill().and_then(|()| self.child.wait());
+    }
 }
 
 impl Observer {
@@ -38,10 +50,11 @@ impl Observer {
     }
 
     /// What it has printed by its own end.
-    fn verdicts(self) -> Result<Vec<Verdict>> {
-        let output = self.child.wait_with_output().context("wait for observe")?;
-        ensure!(output.status.success(), "observe: {}", output.status);
-        let text = String::from_utf8(output.stdout)?;
+    fn verdicts(mut self) -> Result<Vec<Verdict>> {
+        let mut text = String::new();
+        self.child.stdout.take().context("no output")?.read_to_string(&mut text)?;
+        let status = self.child.wait().context("wait for observe")?;
+        ensure!(status.success(), "observe: {status}");
         let verdict = |line: &str| match serde_json::from_str(line)? {
             Line::Verdict(verdict) => Ok(*verdict),
             Line::LeftOut { left_out } => anyhow::bail!("{left_out} left out"),
@@ -53,7 +66,7 @@ impl Observer {
 /// Whether the programs tell their verdicts.
 fn is_told(cluster: &Cluster) -> Result<bool> {
     let map = MapData::from_pin(cluster.node.bpffs().join("verdicts_wanted"))?;
-    let wanted: Array<_, u32> = Map::Array(map).try_into()?;
+    let wanted: Array<_, u64> = Map::Array(map).try_into()?;
     Ok(wanted.get(&0, 0)? != 0)
 }
 
@@ -101,7 +114,7 @@ fn observer_of_one_pod_sees_nothing_of_another(family: Family) -> Result<()> {
     let _apps = (echo(server)?, echo(&second)?);
     node.enrol(server)?;
     node.enrol(&second)?;
-    let observer = Observer::start(&cluster, &[&key(&second), "--for", "3s"])?;
+    let observer = Observer::start(&cluster, &[&key(&second), "--for", "10s"])?;
     let to_second = Call::to(second.addr(family, PORT)).within(PATIENCE);
     to_second.make(&server.netns)?.answer()?;
     let verdicts = observer.verdicts()?;
@@ -115,13 +128,43 @@ fn observer_of_one_pod_sees_nothing_of_another(family: Family) -> Result<()> {
     Ok(())
 }
 
-/// Whoever observes is sent away when the agent ends, and does not keep it.
+/// Whoever observes is sent away when the agent ends, and does not keep it, not even when it reads nothing.
 #[test]
 fn agent_that_stops_sends_observers_away() -> Result<()> {
     let mut cluster = Cluster::start()?;
-    let observer = Observer::start(&cluster, &[])?;
+    let Cluster { node, server, client, .. } = &cluster;
+    let _app = echo(client)?;
+    node.enrol(server)?;
+    let mut observer = Observer::start(&cluster, &["--port", "1"])?;
+    let mut stuck = node.command("observe")?;
+    let stuck = stuck.args(["-o", "json"]).stdout(Stdio::piped()).spawn();
+    let stuck = Observer { child: stuck.context("start observe")? };
+    sleep(Duration::from_millis(500));
+    let pid = Pid::from_raw(i32::try_from(stuck.child.id())?);
+    kill(pid, Signal::SIGSTOP).context("stop observe")?;
+    // More than the buffers in between take.
+    let nobody = SocketAddr::new(server.ip(Family::V4), 9);
+    client.netns.run(|| {
+        for _ in 0..10_000 {
+            let refused = TcpStream::connect_timeout(&nobody, PATIENCE);
+            ensure!(refused.is_err(), "somebody listens at {nobody}");
+        }
+        Ok(())
+    })?;
+    let began = Instant::now();
     cluster.node.stop_agent()?;
-    let output = observer.child.wait_with_output()?;
-    ensure!(output.status.code() == Some(1), "{}", output.status);
+    ensure!(began.elapsed() < Duration::from_secs(5), "it took {:?}", began.elapsed());
+    let status = observer.child.wait()?;
+    ensure!(status.code() == Some(1), "{status}");
+    drop(stuck);
     Ok(())
+}
+
+#[test]
+fn observer_ends_when_nobody_reads_what_it_says() -> Result<()> {
+    let cluster = Cluster::start()?;
+    let mut observer = Observer::start(&cluster, &[])?;
+    drop(observer.child.stdout.take());
+    wait_for("observe to end", PATIENCE, || Ok(observer.child.try_wait()?.map(drop)))?;
+    wait_for("the datapath to be silent", PATIENCE, || Ok((!is_told(&cluster)?).then_some(())))
 }

@@ -227,7 +227,8 @@ fn proxy_without_a_cgroup_of_its_own_is_warned_of() -> Result<()> {
     ensure!(known(&cluster.node)? == (false, false));
     cluster.node.start_proxy_in(&cgroup)?;
     cluster.node.kill_proxy()?;
-    wait_for("the end of the warning", PATIENCE, || {
+    // It looks every 10 s.
+    wait_for("the end of the warning", 3 * PATIENCE, || {
         Ok((known(&cluster.node)? == (true, true)).then_some(()))
     })
 }
