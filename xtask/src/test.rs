@@ -82,16 +82,16 @@ fn run_tests(packages: &[String], harness: &[OsString]) -> Result<(bool, Summary
 
 /// The sums over all test programs.
 #[derive(Debug, Default, PartialEq, Eq)]
-struct Summary {
+pub(crate) struct Summary {
     passed: usize,
     failed: usize,
     ignored: usize,
-    failures: Vec<String>,
+    pub(crate) failures: Vec<String>,
 }
 
 impl Summary {
     /// Takes in one line of a test program's output.
-    fn add(&mut self, line: &str) {
+    pub(crate) fn add(&mut self, line: &str) {
         if let Some(name) =
             line.strip_prefix("test ").and_then(|rest| rest.strip_suffix(" ... FAILED"))
         {
