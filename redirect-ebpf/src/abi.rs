@@ -188,10 +188,47 @@ pub const LISTENER_INBOUND: u32 = 1;
 /// [`ListenerKey::kind`]: [`PORT_HBONE`].
 pub const LISTENER_HBONE: u32 = 2;
 
-/// How many bits `find_proxy` shifts the bits of listeners for IPv4.
+/// Where in its packet the program `find_proxy` finds its question, in host byte order: behind the link
+/// header.
+pub const QUESTION_AT: usize = 14;
+/// The bits of a question that say which kind is looked for, one of `LISTENER_*`.
+pub const QUESTION_KIND: u32 = 0xf;
+/// The bit of a question about IPv4 connections.
+pub const QUESTION_V4: u32 = 1 << 4;
+/// The bit of a question whose listener is to be entered into `listeners`.
+pub const QUESTION_ENTER: u32 = 1 << 5;
+/// What `find_proxy` returns where the proxy does not listen.
+pub const FOUND_NOTHING: i32 = 0;
+/// The same of a listener that `listeners` had, or that was not to be entered.
+pub const FOUND_KNOWN: i32 = 1;
+/// The same of another one.
+pub const FOUND_NEW: i32 = 2;
+
+/// By how much [`find_proxy`] shifts the bits of listeners that IPv4 connections find.
 pub const LISTENERS_V4: u32 = 4;
-/// How many bits `find_proxy` shifts the bits of new listeners.
+/// By how many bits what [`find_proxy`] returns of new listeners is shifted.
 pub const NEW_LISTENERS: u32 = 8;
+
+/// Asks the program `find_proxy` for the proxy's listeners, one by one, by `ask`, which runs it. Returns a bit
+/// for each of `LISTENER_*` that IPv6 connections find, the same, shifted by [`LISTENERS_V4`], for IPv4,
+/// and, shifted by [`NEW_LISTENERS`], for each that was not known.
+///
+/// # Errors
+///
+/// Those of `ask`.
+pub fn find_proxy<E>(mut ask: impl FnMut(u32) -> Result<i32, E>) -> Result<u32, E> {
+    let mut all = 0;
+    for kind in [LISTENER_OUTBOUND, LISTENER_INBOUND, LISTENER_HBONE] {
+        let v6 = ask(kind | QUESTION_ENTER)?;
+        // One socket serves both families.
+        let enter = if v6 == FOUND_NOTHING { QUESTION_ENTER } else { 0 };
+        let v4 = ask(kind | QUESTION_V4 | enter)?;
+        all |= u32::from(v6 != FOUND_NOTHING) << kind
+            | u32::from(v4 != FOUND_NOTHING) << (kind + LISTENERS_V4)
+            | u32::from(v6 == FOUND_NEW || v4 == FOUND_NEW) << (kind + NEW_LISTENERS);
+    }
+    Ok(all)
+}
 
 /// Key of `listeners` (the proxy's listening sockets) and of `proxy_missing`.
 #[repr(C)]

@@ -29,11 +29,11 @@ use aya_ebpf::{
 };
 use redirect_ebpf::{
     abi::{
-        Addr, Counter, DECISION_ENROLLED, DnsFlow, DnsKey, EVERY_POD, Flow, HALF_OPEN_NS,
-        HINT_NONE, HINT_QUESTION, Hint, INBOUND_BYPASS, LISTENER_HBONE, LISTENER_INBOUND,
-        LISTENER_OUTBOUND, LISTENERS_V4, LOOPBACK_IFINDEX, ListenerKey, MARK_PROXY,
-        MARK_REDIRECTED, NEW_LISTENERS, OwnAddress, POD_ENROLLED, PORT_PROXY_DNS, PodId, PodPeer,
-        PodPort, VirtualInterface,
+        Addr, Counter, DECISION_ENROLLED, DnsFlow, DnsKey, EVERY_POD, FOUND_KNOWN, FOUND_NEW,
+        FOUND_NOTHING, Flow, HALF_OPEN_NS, HINT_NONE, HINT_QUESTION, Hint, INBOUND_BYPASS,
+        LOOPBACK_IFINDEX, ListenerKey, MARK_PROXY, MARK_REDIRECTED, OwnAddress, POD_ENROLLED,
+        PORT_PROXY_DNS, PodId, PodPeer, PodPort, QUESTION_AT, QUESTION_ENTER, QUESTION_KIND,
+        QUESTION_V4, VirtualInterface,
     },
     dns::{self, Dns, DnsEnv, Message},
     verdict::{
@@ -334,44 +334,32 @@ fn on_egress(ctx: &TcContext, readable: bool, parsed: &Parsed, sender: Sender) -
     }
 }
 
-/// Run by the agent in a pod's namespace, on a packet that does not matter: enters the proxy's
-/// listeners. Returns a bit for each of `LISTENER_*` that IPv6 connections find, the same, shifted by
-/// [`LISTENERS_V4`], for IPv4, and, shifted by [`NEW_LISTENERS`], for each that it had not known.
+/// Run by the agent in a pod's namespace, on a packet that is a question ([`abi::find_proxy`]): enters the
+/// proxy's listener of one kind. Returns one of `FOUND_*`. All questions in one would be too many paths for
+/// the verifier of Linux 6.1.
 #[classifier]
 pub fn find_proxy(ctx: TcContext) -> i32 {
-    let mut found = 0;
-    for kind in [LISTENER_OUTBOUND, LISTENER_INBOUND, LISTENER_HBONE] {
-        found |= find_listener(&ctx, kind) << kind;
-    }
+    let Ok(question) = ctx.load::<u32>(QUESTION_AT) else { return FOUND_NOTHING };
+    let found = find_listener(&ctx, question);
     clear_hint();
     found
 }
 
 #[inline(never)]
-fn find_listener(ctx: &TcContext, kind: u32) -> i32 {
-    let Some(pod_id) = packet::netns_inode(ctx) else { return 0 };
-    let key = ListenerKey { pod_id, kind };
-    let v6 = find_in_group(ctx, &key, false, true);
-    // One socket serves both families.
-    let v4 = find_in_group(ctx, &key, true, v6 == Found::Nothing);
-    if v6 == Found::Nothing && v4 == Found::Nothing {
-        return 0;
-    }
-    let _absent = PROXY_MISSING.remove(&key);
-    i32::from(v6 != Found::Nothing)
-        | i32::from(v4 != Found::Nothing) << LISTENERS_V4
-        | i32::from(v6 == Found::New || v4 == Found::New) << NEW_LISTENERS
-}
-
-#[inline(never)]
-fn find_in_group(ctx: &TcContext, key: &ListenerKey, v4: bool, enter: bool) -> Found {
+fn find_listener(ctx: &TcContext, question: u32) -> i32 {
+    let Some(pod_id) = packet::netns_inode(ctx) else { return FOUND_NOTHING };
+    let key = ListenerKey { pod_id, kind: question & QUESTION_KIND };
+    let (v4, enter) = (question & QUESTION_V4 != 0, question & QUESTION_ENTER != 0);
     for client_port in 1..=GROUP_TRIES {
-        match sockets::find_listener(ctx, key, v4, client_port, enter) {
-            Found::Nothing => {}
-            found => return found,
-        }
+        let found = match sockets::find_listener(ctx, &key, v4, client_port, enter) {
+            Found::Nothing => continue,
+            Found::Known => FOUND_KNOWN,
+            Found::New => FOUND_NEW,
+        };
+        let _absent = PROXY_MISSING.remove(&key);
+        return found;
     }
-    Found::Nothing
+    FOUND_NOTHING
 }
 
 /// How many clients are tried where others share the proxy's port.

@@ -10,7 +10,9 @@ use std::{
 use anyhow::{Context as _, Result, anyhow};
 use aya::programs::{Iter, SchedClassifier, TestRun as _, TestRunOptions};
 use btfparse::{Offset, Readable, TypeInformation};
-use redirect_ebpf::abi::{LISTENERS_V4, NEW_LISTENERS, PORT_PROXY_DNS, SockOffsets};
+use redirect_ebpf::abi::{
+    self, LISTENERS_V4, NEW_LISTENERS, PORT_PROXY_DNS, QUESTION_AT, SockOffsets,
+};
 
 const VMLINUX_BTF: &str = "/sys/kernel/btf/vmlinux";
 
@@ -145,11 +147,14 @@ impl Listeners {
 
 /// Runs the program that enters the proxy's listeners into the map.
 pub(super) fn find_proxy(program: &SchedClassifier) -> Result<Listeners> {
-    // The shortest packet that the kernel accepts. It arrives on `lo` of the thread's namespace.
-    let packet = [0; 64];
-    let options = TestRunOptions { data_in: Some(&packet), ..TestRunOptions::default() };
-    let found = program.test_run(options).context("look for the proxy's listeners")?.return_value;
-    Ok(Listeners(found))
+    // The shortest that the kernel takes; it comes in on `lo` of the thread's namespace.
+    let mut packet = [0; 64];
+    let found = abi::find_proxy(|question| {
+        packet[QUESTION_AT..QUESTION_AT + 4].copy_from_slice(&question.to_ne_bytes());
+        let options = TestRunOptions { data_in: Some(&packet), ..TestRunOptions::default() };
+        program.test_run(options).map(|ran| ran.return_value.cast_signed())
+    });
+    found.map(Listeners).context("look for the proxy's listeners")
 }
 
 /// Opens an iterator over all TCP sockets of the thread's namespace.

@@ -5,6 +5,7 @@ use std::{
     fs::File,
     io,
     os::fd::{AsFd as _, AsRawFd as _, BorrowedFd, OwnedFd},
+    time::Instant,
 };
 
 use anyhow::{Context as _, Result, ensure};
@@ -15,14 +16,14 @@ use aya::{
         ProgramArray, RingBuf, SockHash,
         lpm_trie::{Key, LpmTrie},
     },
-    programs::{ProgramFd, SchedClassifier, SkLookup, TcAttachType},
+    programs::{ProgramFd, SchedClassifier, SkLookup, TcAttachType, tc::qdisc_add_clsact},
     util::nr_cpus,
 };
 use redirect_agent::dataplane::{OBJECT, sock_offsets, stub};
 use redirect_ebpf::abi::{
-    Addr, Counter, CounterKey, DnsFlow, DnsKey, EVERY_POD, Flow, HINT_NONE, Hint, INBOUND_BYPASS,
-    INBOUND_REDIRECT, ListenerKey, OwnAddress, PodEntry, PodId, PodPeer, PodPort, ThisPod,
-    VerdictEvent, VirtualInterface,
+    self, Addr, Counter, CounterKey, DnsFlow, DnsKey, EVERY_POD, Flow, HINT_NONE, Hint,
+    INBOUND_BYPASS, INBOUND_REDIRECT, ListenerKey, OwnAddress, PodEntry, PodId, PodPeer, PodPort,
+    QUESTION_AT, ThisPod, VerdictEvent, VirtualInterface,
 };
 
 use crate::{
@@ -139,15 +140,21 @@ impl Kernel {
     pub fn attach_guard(&mut self, interface: &str) -> Result<()> {
         let program: &mut SchedClassifier =
             self.ebpf.program_mut("redirect_out").context("find redirect_out")?.try_into()?;
+        // Where there is no tcx, aya makes a filter of it, which needs this.
+        qdisc_add_clsact(interface).context("make a clsact qdisc")?;
         program.attach(interface, TcAttachType::Egress).context("attach redirect_out")?;
         Ok(())
     }
 
     /// Runs `find_proxy`; gives a bit for each listener that it has found.
     pub fn find_proxy(&self) -> Result<u32> {
-        let packet = [0; LINK_HEADER + 40];
-        let ran = sys::run(self.find_proxy.as_fd(), &packet, &[0; SK_BUFF], 1);
-        Ok(ran.context("run find_proxy")?.ret)
+        let mut packet = [0; LINK_HEADER + 40];
+        let found = abi::find_proxy(|question| {
+            packet[QUESTION_AT..QUESTION_AT + 4].copy_from_slice(&question.to_ne_bytes());
+            let ran = sys::run(self.find_proxy.as_fd(), &packet, &[0; SK_BUFF], 1)?;
+            io::Result::Ok(ran.ret.cast_signed())
+        });
+        found.context("run find_proxy")
     }
 
     /// Runs a tcx program; `None` when the kernel does not take so short a packet.
@@ -221,6 +228,23 @@ fn load() -> Result<Ebpf> {
         .override_global("SOCK_OFFSETS", &offsets, true)
         .load(OBJECT)
         .context("load the eBPF object")
+}
+
+/// How many instructions the kernel's verifier looks at for each program of an interface: those of every
+/// path that it cannot prune.
+pub fn verified() -> Result<Vec<(&'static str, u32)>> {
+    let mut ebpf = load()?;
+    let names = ["redirect_lo", "redirect_ext", "redirect_virt", "redirect_out", "find_proxy"];
+    let verified = names.into_iter().map(|name| {
+        let begun = Instant::now();
+        classifier(&mut ebpf, name)?;
+        let program: &SchedClassifier =
+            ebpf.program(name).with_context(|| format!("find {name}"))?.try_into()?;
+        let count = program.info()?.verified_instruction_count().context("Linux before 5.16")?;
+        println!("{name}: {count} instructions, {:?}", begun.elapsed());
+        Ok((name, count))
+    });
+    verified.collect()
 }
 
 fn classifier(ebpf: &mut Ebpf, name: &str) -> Result<ProgramFd> {
