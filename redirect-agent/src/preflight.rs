@@ -22,13 +22,19 @@ use serde::Serialize;
 
 use crate::{
     cni::install,
-    dataplane::probe::{self, Probes},
+    dataplane::{
+        Hooks,
+        probe::{self, Probes},
+    },
     kubelet::Kubelet,
     output::{self, Format},
 };
 
-/// The oldest kernel with everything that the datapath needs: tcx.
-const OLDEST_KERNEL: (u32, u32) = (6, 6);
+/// The oldest kernel with everything that the datapath needs: its socket iterators set `SO_REUSEADDR`.
+const OLDEST_KERNEL: (u32, u32) = (6, 1);
+
+/// The check that says by what programs run on interfaces.
+const HOOKS: &str = "programs on interfaces, by tcx or clsact";
 
 /// What to look at.
 #[derive(Clone, Debug)]
@@ -60,6 +66,13 @@ impl Answer {
             Answer::CannotTell => "cannot tell",
         }
     }
+}
+
+/// What was seen of something that was tried, or why it failed, and a hint.
+type Attempt<'a> = Result<&'static str, (&'a anyhow::Error, &'static str)>;
+
+fn tried<'a>(attempt: &'a Result<()>, hint: &'static str) -> Attempt<'a> {
+    attempt.as_ref().map(|()| "").map_err(|error| (error, hint))
 }
 
 /// One question and its answer.
@@ -153,13 +166,13 @@ impl Check {
     }
 
     /// The answer of an attempt.
-    fn tried(name: &str, attempt: &Result<()>, hint: &str) -> Check {
+    fn tried(name: &str, attempt: Attempt<'_>) -> Check {
         match attempt {
-            Ok(()) => Check::yes(name, ""),
-            Err(error) if probe::is_denied(error) => {
+            Ok(detail) => Check::yes(name, detail),
+            Err((error, _)) if probe::is_denied(error) => {
                 Check::cannot_tell(name, format!("{error:#}: run this as root"))
             }
-            Err(error) => Check::no(name, format!("{error:#}{hint}")),
+            Err((error, hint)) => Check::no(name, format!("{error:#}{hint}")),
         }
     }
 
@@ -226,8 +239,9 @@ fn version(release: &str) -> Option<(u32, u32)> {
 fn kernel_release(release: &str, probes: &Result<Probes>) -> Check {
     let name = "kernel release";
     let (major, minor) = OLDEST_KERNEL;
-    let all_there =
-        probes.as_ref().is_ok_and(|p| p.tcx.is_ok() && p.sk_lookup.is_ok() && p.iterators.is_ok());
+    let all_there = probes
+        .as_ref()
+        .is_ok_and(|p| p.hooks.is_ok() && p.sk_lookup.is_ok() && p.iterators.is_ok());
     let check = match version(release) {
         Some(running) if running >= OLDEST_KERNEL => Check::yes(name, release),
         Some(_) if all_there => {
@@ -236,13 +250,13 @@ fn kernel_release(release: &str, probes: &Result<Probes>) -> Check {
         Some(_) => Check::no(
             name,
             format!(
-                "{release} is too old: boot {major}.{minor} or later, the first with tcx; 6.1 was \
-                 the first whose socket iterators set SO_REUSEADDR, 5.9 the first with sk_lookup"
+                "{release} is too old: boot {major}.{minor} or later, or a distribution's kernel that has \
+                 what is missing below: 6.1 was the first whose socket iterators set SO_REUSEADDR"
             ),
         ),
         None => Check::cannot_tell(name, format!("{release:?} does not begin with a version")),
     };
-    check.since("6.6")
+    check.since("6.1")
 }
 
 fn btf() -> Check {
@@ -285,7 +299,7 @@ fn maps() -> Vec<Check> {
 fn programs(probes: &Result<Probes>) -> Vec<Check> {
     let names = [
         ("sk_lookup on a network namespace", "5.9"),
-        ("tcx ingress", "6.6"),
+        (HOOKS, "4.5"),
         ("TCP socket iterators that set options", "6.1"),
         ("rules by mark and protocol, IPv4", "4.17"),
         ("rules by mark and protocol, IPv6", "4.17"),
@@ -303,19 +317,25 @@ fn programs(probes: &Result<Probes>) -> Vec<Check> {
     };
     let no_tables = ": the kernel needs CONFIG_IP_MULTIPLE_TABLES and CONFIG_IPV6_MULTIPLE_TABLES";
     let attempts = [
-        (&probes.sk_lookup, ""),
-        (&probes.tcx, ""),
-        (&probes.iterators, ""),
-        (&probes.rule_ipv4, no_tables),
-        (&probes.rule_ipv6, no_tables),
-        (&probes.sysctls, ""),
+        tried(&probes.sk_lookup, ""),
+        match &probes.hooks {
+            Ok(Hooks::Tcx) => Ok("tcx"),
+            Ok(Hooks::Clsact) => {
+                Ok("clsact filters, which a pod with NET_ADMIN can delete; 6.6 has tcx")
+            }
+            Err(error) => Err((error, "")),
+        },
+        tried(&probes.iterators, ""),
+        tried(&probes.rule_ipv4, no_tables),
+        tried(&probes.rule_ipv6, no_tables),
+        tried(&probes.sysctls, ""),
     ];
     let ipv6 = Path::new("/proc/sys/net/ipv6").exists();
     names
         .into_iter()
         .zip(attempts)
-        .map(|((name, since), (attempt, hint))| {
-            let check = Check::tried(name, attempt, hint).since(since);
+        .map(|((name, since), attempt)| {
+            let check = Check::tried(name, attempt).since(since);
             // A node without IPv6 has no pods with IPv6.
             if name.ends_with("IPv6") && !ipv6 { check.optional() } else { check }
         })
@@ -533,11 +553,11 @@ mod tests {
 
     use super::*;
 
-    fn probes(tcx: Result<()>) -> Result<Probes> {
+    fn probes(hooks: Result<Hooks>, iterators: Result<()>) -> Result<Probes> {
         Ok(Probes {
             sk_lookup: Ok(()),
-            tcx,
-            iterators: Ok(()),
+            hooks,
+            iterators,
             rule_ipv4: Ok(()),
             rule_ipv6: Ok(()),
             sysctls: Ok(()),
@@ -550,33 +570,49 @@ mod tests {
 
     #[test]
     fn a_kernel_that_is_too_old_is_named_with_what_it_lacks() {
-        let old = probes(Err(anyhow!("attach to tcx: invalid argument")));
-        let check = kernel_release("6.1.0-28-cloud-amd64", &old);
+        let old =
+            probes(Ok(Hooks::Clsact), Err(anyhow!("load program mark_all: invalid argument")));
+        let check = kernel_release("5.10.0-28-cloud-amd64", &old);
         assert_eq!(check.answer, Answer::No);
-        assert!(check.detail.contains("boot 6.6 or later"), "{check:?}");
-        let report = Report::new("6.1.0".into(), [vec![check], programs(&old)].concat());
+        assert!(check.detail.contains("boot 6.1 or later"), "{check:?}");
+        let report = Report::new("5.10.0".into(), [vec![check], programs(&old)].concat());
         assert!(!report.ok);
         assert_eq!(
             report.verdict(),
-            "this node cannot run redirect-agent: it lacks kernel release, tcx ingress"
+            "this node cannot run redirect-agent: it lacks kernel release, TCP socket iterators that \
+             set options"
         );
     }
 
     #[test]
+    fn a_kernel_without_tcx_will_do_and_is_told_what_that_means() {
+        for (hooks, detail) in [(Hooks::Tcx, "tcx"), (Hooks::Clsact, "clsact filters")] {
+            let probes = probes(Ok(hooks), Ok(()));
+            let checks = [vec![kernel_release("6.1.0-48", &probes)], programs(&probes)].concat();
+            let check = checks.iter().find(|check| check.name == HOOKS).unwrap();
+            assert!(check.detail.starts_with(detail), "{check:?}");
+            assert!(Report::new(String::new(), checks).ok);
+        }
+    }
+
+    #[test]
     fn an_old_kernel_with_everything_brought_to_it_will_do() {
-        assert_eq!(kernel_release("5.14.0-503.el9", &probes(Ok(()))).answer, Answer::Yes);
-        assert_eq!(kernel_release("6.6.0", &Err(denied())).answer, Answer::Yes);
+        let all = |hooks| probes(Ok(hooks), Ok(()));
+        for hooks in [Hooks::Tcx, Hooks::Clsact] {
+            assert_eq!(kernel_release("5.14.0-503.el9", &all(hooks)).answer, Answer::Yes);
+        }
+        assert_eq!(kernel_release("6.1.0", &Err(denied())).answer, Answer::Yes);
         assert_eq!(kernel_release("7.0-rc1", &Err(denied())).answer, Answer::Yes);
-        assert_eq!(kernel_release("strange", &probes(Ok(()))).answer, Answer::CannotTell);
+        assert_eq!(kernel_release("strange", &all(Hooks::Tcx)).answer, Answer::CannotTell);
     }
 
     #[test]
     fn what_could_not_be_asked_is_never_a_no() {
-        for probes in [Err(denied()), probes(Err(denied()))] {
+        for probes in [Err(denied()), probes(Err(denied()), Ok(()))] {
             let checks = programs(&probes);
-            let tcx = checks.iter().find(|check| check.name == "tcx ingress").unwrap();
-            assert_eq!(tcx.answer, Answer::CannotTell, "{tcx:?}");
-            assert!(tcx.detail.contains("run this as root"), "{tcx:?}");
+            let hooks = checks.iter().find(|check| check.name == HOOKS).unwrap();
+            assert_eq!(hooks.answer, Answer::CannotTell, "{hooks:?}");
+            assert!(hooks.detail.contains("run this as root"), "{hooks:?}");
             assert!(Report::new(String::new(), checks).ok);
         }
     }

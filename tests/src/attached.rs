@@ -4,9 +4,10 @@ use std::fs;
 use std::process::Command;
 
 use anyhow::{Context as _, Result};
-use aya::programs::{SchedClassifier, TcAttachType};
+use aya::programs::TcAttachType;
 use serde_json::Value;
 
+use crate::footprint::tcx;
 use crate::netns::Netns;
 use crate::process::succeed;
 
@@ -30,8 +31,7 @@ pub fn attached(netns: &Netns) -> Result<Vec<Attached>> {
         for interface in interfaces()? {
             let hooks = [(TcAttachType::Ingress, "ingress"), (TcAttachType::Egress, "egress")];
             for (hook, name) in hooks {
-                let (_, programs) = SchedClassifier::query_tcx(&interface, hook)
-                    .with_context(|| format!("ask for the tcx programs of {interface}"))?;
+                let programs = tcx(&interface, hook)?;
                 all.extend(programs.iter().map(|program| Attached {
                     place: format!(
                         "tcx {name} {interface}: {}",

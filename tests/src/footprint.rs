@@ -3,15 +3,16 @@
 
 use std::collections::BTreeMap;
 use std::fs;
+use std::io::ErrorKind;
 use std::process::Command;
 use std::time::Duration;
 
 use anyhow::{Context as _, Result, ensure};
-use aya::programs::{SchedClassifier, TcAttachType};
+use aya::programs::{ProgramError, ProgramInfo, SchedClassifier, TcAttachType};
 use serde_json::Value;
 
 use crate::netns::Netns;
-use crate::process::wait_for;
+use crate::process::{succeed, wait_for};
 
 /// The sysctls that redirections of one kind or another are known to change.
 const SYSCTLS: [&str; 14] = [
@@ -31,8 +32,8 @@ const SYSCTLS: [&str; 14] = [
     "net/ipv4/ip_forward",
 ];
 
-/// All that enrolment may leave in a pod's network namespace: rules, routes, interfaces, sysctls and
-/// programs, in lines, and how often each is there.
+/// All that enrolment may leave in a pod's network namespace: rules, routes, interfaces, sysctls,
+/// qdiscs and programs, in lines, and how often each is there.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Footprint(BTreeMap<String, usize>);
 
@@ -50,6 +51,8 @@ pub fn footprint(netns: &Netns) -> Result<Footprint> {
     for sysctl in SYSCTLS {
         lines.push(format!("{sysctl} = {}", netns.sysctl(sysctl)?));
     }
+    let qdiscs = netns.output("tc", &["qdisc", "show"])?;
+    lines.extend(qdiscs.lines().map(str::to_owned));
     lines.extend(programs(netns)?);
     let mut footprint = BTreeMap::new();
     for line in lines {
@@ -93,10 +96,12 @@ pub fn programs(netns: &Netns) -> Result<Vec<String>> {
     netns.run(|| {
         for interface in interfaces()? {
             for hook in [TcAttachType::Ingress, TcAttachType::Egress] {
-                let (_, attached) = SchedClassifier::query_tcx(interface.as_str(), hook)
-                    .with_context(|| format!("ask for the programs on {interface}"))?;
+                let attached = tcx(&interface, hook)?;
                 let names = attached.iter().map(|program| program.name_as_str().unwrap_or("?"));
                 programs.extend(names.map(|name| format!("{name} at {hook:?} of {interface}")));
+                let names = filters(&interface, hook)?;
+                programs
+                    .extend(names.iter().map(|name| format!("{name} at {hook:?} of {interface}")));
             }
         }
         Ok(())
@@ -109,6 +114,36 @@ pub fn programs(netns: &Netns) -> Result<Vec<String>> {
         }
     }
     Ok(programs)
+}
+
+/// The tcx programs of an interface of this thread's namespace; none where the kernel has no tcx.
+///
+/// # Errors
+///
+/// When the kernel cannot be asked.
+pub fn tcx(interface: &str, hook: TcAttachType) -> Result<Vec<ProgramInfo>> {
+    match SchedClassifier::query_tcx(interface, hook) {
+        Ok((_, programs)) => Ok(programs),
+        Err(ProgramError::SyscallError(e)) if e.io_error.kind() == ErrorKind::InvalidInput => {
+            Ok(Vec::new())
+        }
+        Err(e) => Err(e).with_context(|| format!("ask for the tcx programs of {interface}")),
+    }
+}
+
+/// The names of the BPF filters of an interface of this thread's namespace, in the order in which they run.
+///
+/// # Errors
+///
+/// When `tc` cannot list them.
+pub fn filters(interface: &str, hook: TcAttachType) -> Result<Vec<String>> {
+    let direction = if hook == TcAttachType::Egress { "egress" } else { "ingress" };
+    let listed = succeed(Command::new("tc").args(["filter", "show", "dev", interface, direction]))?;
+    let listed = String::from_utf8(listed.stdout).context("read tc's output")?;
+    // "filter protocol all pref 1 bpf chain 0 handle 0x1 redirect_lo direct-action … id 7 …"
+    let names =
+        listed.lines().filter_map(|line| line.split_once(" handle 0x")?.1.split(' ').nth(1));
+    Ok(names.map(str::to_owned).collect())
 }
 
 /// All links of the machine, as bpftool lists them.

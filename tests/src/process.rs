@@ -140,6 +140,8 @@ pub struct Attached<'a> {
     agent: PathBuf,
     pod: &'a Pod,
     bpffs: PathBuf,
+    /// Whether it is to be by clsact filters, whatever the kernel has.
+    clsact: bool,
     attached: bool,
 }
 
@@ -147,6 +149,14 @@ impl<'a> Attached<'a> {
     /// Enrols a pod. The pins are in the test's own bpffs.
     pub fn new(topology: &Topology, pod: &'a Pod) -> Result<Self> {
         Self::by(binary("redirect-agent")?, topology, pod)
+    }
+
+    /// The same, as on a kernel without tcx.
+    pub fn by_clsact(topology: &Topology, pod: &'a Pod) -> Result<Self> {
+        let mut attached = Self::prepare(binary("redirect-agent")?, topology, pod);
+        attached.clsact = true;
+        attached.again()?;
+        Ok(attached)
     }
 
     /// The same, by this build of the agent.
@@ -169,6 +179,7 @@ impl<'a> Attached<'a> {
             agent,
             pod,
             bpffs: topology.bpffs().join(format!("node{}", pod.node)),
+            clsact: false,
             attached: true,
         }
     }
@@ -194,6 +205,9 @@ impl<'a> Attached<'a> {
         let mut command = Command::new(&self.agent);
         command.arg(verb).arg("--netns").arg(self.pod.netns_path());
         command.arg("--bpffs-dir").arg(&self.bpffs);
+        if self.clsact {
+            command.arg("--test-clsact");
+        }
         Ok(command)
     }
 }

@@ -134,6 +134,16 @@ pub struct BpffsDir {
     /// Directory on a bpffs for the agent's maps and links; one for each agent on this kernel.
     #[arg(long, value_name = "DIR", default_value_os_t = dataplane::Options::default_bpffs_dir())]
     pub bpffs_dir: PathBuf,
+    /// Attaches by clsact filters where the kernel has tcx, too: for tests.
+    #[arg(long, env = "REDIRECT_TEST_CLSACT", hide = true)]
+    pub test_clsact: bool,
+}
+
+impl BpffsDir {
+    /// By what programs run on interfaces, if that is said.
+    pub fn hooks(&self) -> Option<dataplane::Hooks> {
+        self.test_clsact.then_some(dataplane::Hooks::Clsact)
+    }
 }
 
 /// Where the node has its CNI.

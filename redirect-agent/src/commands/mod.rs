@@ -32,7 +32,9 @@ use tracing::{info, warn};
 use self::control::{auto, explain, observe, pause, put_override, resume, status};
 use crate::{
     agent,
-    cli::{AttachArgs, CheckArgs, CleanupArgs, Command, DetachArgs, RunArgs, TakeoverArgs},
+    cli::{
+        AttachArgs, BpffsDir, CheckArgs, CleanupArgs, Command, DetachArgs, RunArgs, TakeoverArgs,
+    },
     cni::{
         entry::Entry,
         install,
@@ -130,7 +132,7 @@ async fn run(args: RunArgs) -> Result<()> {
     let state = NodeState {
         netns_dir: args.netns_dir.clone(),
         state_dir: args.state_dir.clone(),
-        bpffs_dir: args.bpffs.bpffs_dir.clone(),
+        bpffs: args.bpffs.clone(),
         cni: dirs.clone(),
         // This process owns it all along.
         force: true,
@@ -156,6 +158,7 @@ async fn run(args: RunArgs) -> Result<()> {
             beside_istio_cni: args.beside_istio_cni,
         },
         dataplane: dataplane::Options {
+            hooks: args.bpffs.hooks(),
             bpffs_dir: args.bpffs.bpffs_dir,
             proxy_grace: args.proxy_grace,
             // It is owned.
@@ -241,19 +244,20 @@ async fn leave(agent: &Client) {
 struct NodeState {
     netns_dir: PathBuf,
     state_dir: PathBuf,
-    bpffs_dir: PathBuf,
+    bpffs: BpffsDir,
     cni: install::Dirs,
-    /// Whether to go ahead although `bpffs_dir` has an owner: another one, or this process.
+    /// Whether to go ahead although `bpffs` has an owner: another one, or this process.
     force: bool,
 }
 
 impl NodeState {
     /// Puts the node back to how it was before the agent, which must not run any more.
     fn put_back(&self) -> Result<()> {
-        let there = self.bpffs_dir.try_exists().with_context(|| {
-            format!("look for {}; run the command as root", self.bpffs_dir.display())
+        let bpffs_dir = &self.bpffs.bpffs_dir;
+        let there = bpffs_dir.try_exists().with_context(|| {
+            format!("look for {}; run the command as root", bpffs_dir.display())
         })?;
-        let dataplane = if there { Some(open(&self.bpffs_dir, self.force)?) } else { None };
+        let dataplane = if there { Some(open(&self.bpffs, self.force)?) } else { None };
         // First of all: with the entry there, and nobody to ask, no pod can start.
         for done in install::remove(&self.cni)? {
             print(format!("{done}\n").as_bytes())?;
@@ -287,7 +291,7 @@ impl NodeState {
 
 fn attach(args: &AttachArgs) -> Result<()> {
     let pod = PodNetns::new(open_pod(&args.netns)?, &args.address)?;
-    let dataplane = open(&args.bpffs.bpffs_dir, args.force.force)?;
+    let dataplane = open(&args.bpffs, args.force.force)?;
     let traffic = Traffic {
         dns_capture: args.traffic.dns_capture,
         selections: args.traffic.selections()?,
@@ -310,7 +314,7 @@ fn attach(args: &AttachArgs) -> Result<()> {
 
 fn detach(args: &DetachArgs) -> Result<()> {
     let netns = open_pod(&args.netns)?;
-    let dataplane = open(&args.bpffs.bpffs_dir, args.force.force)?;
+    let dataplane = open(&args.bpffs, args.force.force)?;
     if dataplane.is_linked(netns.inode()) {
         restore(&dataplane, netns)?;
     } else {
@@ -399,11 +403,12 @@ fn let_pass(dataplane: &Dataplane, pod: &PodNetns) -> Result<()> {
     takeover::forget(&pod.netns)
 }
 
-fn open(bpffs_dir: &Path, force: bool) -> Result<Dataplane> {
+fn open(bpffs: &BpffsDir, force: bool) -> Result<Dataplane> {
     Dataplane::open(&dataplane::Options {
-        bpffs_dir: bpffs_dir.to_owned(),
+        bpffs_dir: bpffs.bpffs_dir.clone(),
         proxy_grace: DEFAULT_PROXY_GRACE,
         force,
+        hooks: bpffs.hooks(),
     })
 }
 
@@ -420,7 +425,7 @@ fn cleanup(args: &CleanupArgs) -> Result<()> {
     let state = NodeState {
         netns_dir: args.netns_dir.clone(),
         state_dir: args.state_dir.clone(),
-        bpffs_dir: args.bpffs.bpffs_dir.clone(),
+        bpffs: args.bpffs.clone(),
         cni: args.cni.clone().into(),
         force: args.force.force,
     };

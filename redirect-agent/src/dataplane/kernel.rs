@@ -84,7 +84,7 @@ const VIRTUAL_INTERFACES: &str = "virtual_ifs";
 pub(super) const VERDICTS: &str = "verdicts";
 pub(super) const VERDICTS_WANTED: &str = "verdicts_wanted";
 pub(super) const VERDICTS_LOST: &str = "verdicts_lost";
-pub(super) const TCX_PROGRAMS: [&str; 5] =
+pub(super) const TC_PROGRAMS: [&str; 5] =
     ["redirect_lo", "redirect_ext", "redirect_virt", "redirect_out", FIND_PROXY];
 pub(super) const FIND_PROXY: &str = "find_proxy";
 const LOOKUP_PROGRAM: &str = "redirect_lookup";
@@ -101,8 +101,9 @@ pub(super) struct Globals {
     pub(super) offsets: SockOffsets,
 }
 
-/// A loaded tcx program.
-pub(super) struct TcxProgram {
+/// A loaded program for interfaces.
+pub(super) struct TcProgram {
+    pub(super) name: &'static str,
     pub(super) fd: ProgramFd,
     /// The kernel's id of the program.
     pub(super) id: u32,
@@ -156,7 +157,7 @@ impl Kernel {
             loader.map_pin_path(map, dir.join(map));
         }
         let mut kernel = Self(loader.load(OBJECT).context("load the eBPF object")?);
-        for name in TCX_PROGRAMS {
+        for name in TC_PROGRAMS {
             kernel.classifier(name)?.load().with_context(|| format!("load program {name}"))?;
         }
         kernel.lookup()?.load().context("load program redirect_lookup")?;
@@ -171,16 +172,21 @@ impl Kernel {
         Ok(kernel)
     }
 
-    /// The tcx programs, by name.
-    pub(super) fn tcx_programs(&mut self) -> Result<BTreeMap<&'static str, TcxProgram>> {
+    /// The programs for interfaces, by name.
+    pub(super) fn tc_programs(&mut self) -> Result<BTreeMap<&'static str, TcProgram>> {
         let mut programs = BTreeMap::new();
-        for name in TCX_PROGRAMS {
-            let program = self.classifier(name)?;
-            let id = program.info().with_context(|| format!("inspect program {name}"))?.id();
-            let fd = program.fd()?.try_clone().with_context(|| format!("take program {name}"))?;
-            programs.insert(name, TcxProgram { fd, id });
+        for name in TC_PROGRAMS {
+            programs.insert(name, self.tc_program(name)?);
         }
         Ok(programs)
+    }
+
+    /// One of them, loaded.
+    pub(super) fn tc_program(&mut self, name: &'static str) -> Result<TcProgram> {
+        let program = self.classifier(name)?;
+        let id = program.info().with_context(|| format!("inspect program {name}"))?.id();
+        let fd = program.fd()?.try_clone().with_context(|| format!("take program {name}"))?;
+        Ok(TcProgram { name, fd, id })
     }
 
     pub(super) fn classifier(&mut self, name: &str) -> Result<&mut SchedClassifier> {

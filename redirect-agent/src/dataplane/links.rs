@@ -10,9 +10,8 @@ use std::{
 use anyhow::{Context as _, Result};
 use aya::programs::{CgroupAttachMode, ProgramFd, SockOps, TcAttachType, links::FdLink};
 use aya_obj::generated::bpf_attach_type;
-use redirect_ebpf::abi::LOOPBACK_IFINDEX;
 
-use super::{kernel::TcxProgram, remove_if_there, sys};
+use super::{kernel::TcProgram, remove_if_there, sys};
 use crate::netns::Netns;
 
 /// The pins of one pod, `<bpffs>/links/<netns inode>/…`.
@@ -59,7 +58,7 @@ impl PodLinks {
     /// node, because the kernel waits for an RCU grace period.
     pub(super) fn ensure_tcx(
         &self,
-        program: &TcxProgram,
+        program: &TcProgram,
         (index, name): (u32, &str),
         at: TcAttachType,
     ) -> Result<()> {
@@ -122,27 +121,54 @@ impl PodLinks {
         Ok(())
     }
 
+    /// Remembers that the clsact qdisc of an interface is ours.
+    pub(super) fn note_qdisc(&self, index: u32) -> Result<()> {
+        let note = self.qdisc_note(index);
+        fs::create_dir_all(&note).with_context(|| format!("create {}", note.display()))
+    }
+
+    /// Whether the clsact qdisc of an interface is ours.
+    pub(super) fn has_made_qdisc(&self, index: u32) -> bool {
+        self.qdisc_note(index).is_dir()
+    }
+
     /// Detaches everything.
     pub(super) fn detach(&self) -> Result<()> {
         self.pins()?.iter().try_for_each(|pin| detach(pin))
     }
 
-    /// Removes the directory, which is empty by now.
+    /// Removes the directory, which has no pin by now.
     pub(super) fn remove_dir(&self) -> Result<()> {
-        match fs::remove_dir(&self.dir) {
-            Err(e) if e.kind() != io::ErrorKind::NotFound => {
-                Err(e).with_context(|| format!("remove {}", self.dir.display()))
-            }
-            _ => Ok(()),
+        for note in self.entries(fs::FileType::is_dir)? {
+            remove_dir_if_there(&note)?;
         }
+        remove_dir_if_there(&self.dir)
     }
 
     fn pins(&self) -> Result<Vec<PathBuf>> {
-        match fs::read_dir(&self.dir) {
+        self.entries(fs::FileType::is_file)
+    }
+
+    fn entries(&self, is_right: impl Fn(&fs::FileType) -> bool) -> Result<Vec<PathBuf>> {
+        let list = || -> io::Result<Vec<PathBuf>> {
+            let mut paths = Vec::new();
+            for entry in fs::read_dir(&self.dir)? {
+                let entry = entry?;
+                if is_right(&entry.file_type()?) {
+                    paths.push(entry.path());
+                }
+            }
+            Ok(paths)
+        };
+        match list() {
             Err(e) if e.kind() == io::ErrorKind::NotFound => Ok(Vec::new()),
-            Err(e) => Err(e).with_context(|| format!("list {}", self.dir.display())),
-            Ok(pins) => pins.map(|pin| Ok(pin?.path())).collect(),
+            paths => paths.with_context(|| format!("list {}", self.dir.display())),
         }
+    }
+
+    /// A directory, because bpffs has no plain files.
+    fn qdisc_note(&self, index: u32) -> PathBuf {
+        self.dir.join(format!("clsact_{index}"))
     }
 
     fn lookup_pin(&self) -> PathBuf {
@@ -152,15 +178,6 @@ impl PodLinks {
     fn tcx_pin(&self, index: u32, at: TcAttachType) -> PathBuf {
         let direction = if at == TcAttachType::Egress { "out" } else { "in" };
         self.dir.join(format!("{direction}_{index}"))
-    }
-}
-
-/// The directions in which an interface has a program.
-pub(super) fn tcx_directions(index: u32) -> &'static [TcAttachType] {
-    match index {
-        LOOPBACK_IFINDEX => &[TcAttachType::Ingress],
-        // The guard comes first: nothing may come in before its answers are guarded.
-        _ => &[TcAttachType::Egress, TcAttachType::Ingress],
     }
 }
 
@@ -202,7 +219,8 @@ pub(super) fn attach_tcx(program: &ProgramFd, index: u32, at: TcAttachType) -> i
     sys::link_tcx(program.as_fd(), index, kernels(at))
 }
 
-fn tcx_links(index: u32, at: TcAttachType) -> io::Result<Vec<u32>> {
+/// The tcx links of an interface. Runs inside the pod's namespace.
+pub(super) fn tcx_links(index: u32, at: TcAttachType) -> io::Result<Vec<u32>> {
     sys::tcx_links(index, kernels(at))
 }
 
@@ -210,6 +228,15 @@ fn kernels(at: TcAttachType) -> bpf_attach_type {
     match at {
         TcAttachType::Egress => bpf_attach_type::BPF_TCX_EGRESS,
         _ => bpf_attach_type::BPF_TCX_INGRESS,
+    }
+}
+
+fn remove_dir_if_there(dir: &Path) -> Result<()> {
+    match fs::remove_dir(dir) {
+        Err(e) if e.kind() != io::ErrorKind::NotFound => {
+            Err(e).with_context(|| format!("remove {}", dir.display()))
+        }
+        _ => Ok(()),
     }
 }
 

@@ -9,6 +9,8 @@
 //! 3. [`Dataplane::release`]: new connections go direct; redirected ones stay redirected.
 //! 4. [`Dataplane::remove`]: the pod is as it was found.
 
+mod clsact;
+mod hook;
 mod inbound;
 pub mod istio_cni;
 mod kernel;
@@ -59,6 +61,7 @@ use redirect_ebpf::abi::{
 use tracing::debug;
 
 pub use self::{
+    hook::Hooks,
     kernel::OBJECT,
     observe::Observation,
     owner::{Owned, Owner},
@@ -69,8 +72,9 @@ pub use self::{
     watch::Watch,
 };
 use self::{
-    kernel::{FIND_PROXY, Globals, INBOUND_RANGES, Kernel, TcxProgram},
-    links::{KubeletLink, PodLinks, tcx_directions},
+    hook::directions,
+    kernel::{FIND_PROXY, Globals, INBOUND_RANGES, Kernel, TcProgram},
+    links::{KubeletLink, PodLinks},
     observe::is_partly_captured,
     pod_locks::{PodLock, PodLocks},
     proxies::{Proxies, ProxyCgroups},
@@ -102,6 +106,8 @@ pub struct Options {
     pub proxy_grace: Duration,
     /// Whether to ignore that the directory has an owner: another process, or this one by [`own`].
     pub force: bool,
+    /// By what programs run on interfaces; by the best that the kernel has where it is not said.
+    pub hooks: Option<Hooks>,
 }
 
 impl Options {
@@ -117,7 +123,8 @@ pub struct Dataplane {
     dir: PathBuf,
     /// Held for single calls of bpf(2): never during netlink, a wait, or a whole step.
     kernel: Mutex<Kernel>,
-    tcx: BTreeMap<&'static str, TcxProgram>,
+    hooks: Hooks,
+    tc: BTreeMap<&'static str, TcProgram>,
     /// One step at a time per pod. Pods with the same remainder share a lock.
     pods: PodLocks,
     proxies: Arc<Proxies>,
@@ -179,7 +186,8 @@ impl Dataplane {
         sys::release_freed_memory();
         Ok(Self {
             dir: options.bpffs_dir.clone(),
-            tcx: kernel.tcx_programs()?,
+            hooks: options.hooks.map_or_else(Hooks::of_kernel, Ok)?,
+            tc: kernel.tc_programs()?,
             kernel: Mutex::new(kernel),
             pods: PodLocks::default(),
             proxies: Arc::default(),
@@ -231,19 +239,25 @@ impl Dataplane {
 
     /// Attaches the programs of an interface. Runs inside the pod's namespace.
     fn attach(&self, pod: &PodNetns, links: &PodLinks, index: u32, name: &str) -> Result<()> {
-        for &at in tcx_directions(index) {
-            let program = &self.tcx[self.program_for(pod.id(), index, at)?];
-            links.ensure_tcx(program, (index, name), at)?;
+        for &at in directions(index) {
+            let program = &self.tc[self.program_for(pod.id(), index, at)?];
+            self.hooks.at(links, (index, name), at).ensure(program)?;
         }
         Ok(())
     }
 
     /// Whether the programs of an interface are attached, as this process has loaded them. Runs inside the
     /// pod's namespace.
-    fn is_attached(&self, pod: &PodNetns, links: &PodLinks, index: u32) -> Result<bool> {
-        for &at in tcx_directions(index) {
-            let program = &self.tcx[self.program_for(pod.id(), index, at)?];
-            if !links.has_tcx(program.id, index, at)? {
+    fn is_attached(
+        &self,
+        pod: &PodNetns,
+        links: &PodLinks,
+        index: u32,
+        name: &str,
+    ) -> Result<bool> {
+        for &at in directions(index) {
+            let program = &self.tc[self.program_for(pod.id(), index, at)?];
+            if !self.hooks.at(links, (index, name), at).runs(program.id)? {
                 return Ok(false);
             }
         }
@@ -419,12 +433,13 @@ impl Dataplane {
         })?;
         let saved = absent(self.kernel().saved_sysctls()?.get(&pod.id(), 0))
             .context("read map saved_sysctls")?;
+        let links = PodLinks::new(&self.dir, pod.id());
         pod.netns.run(|| {
             Routing::open()?.delete_all()?;
-            match saved {
-                Some(saved) => sysctl::restore(&saved),
-                None => Ok(()),
+            if let Some(saved) = saved {
+                sysctl::restore(&saved)?;
             }
+            self.hooks.clear(&links)
         })?
     }
 

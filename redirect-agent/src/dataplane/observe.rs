@@ -104,7 +104,10 @@ impl Dataplane {
         found.add(links.has_lookup(pod.id())?, PartKind::Lookup, None);
         let interfaces = seen.interfaces()?;
         let attached = pod.netns.run(|| {
-            interfaces.keys().map(|&index| self.is_attached(pod, &links, index)).collect()
+            interfaces
+                .iter()
+                .map(|(&index, name)| self.is_attached(pod, &links, index, name))
+                .collect()
         })?;
         for ((index, name), attached) in interfaces.into_iter().zip::<Vec<_>>(attached) {
             if traffic.reroutes(&name) {
@@ -113,7 +116,7 @@ impl Dataplane {
                     self.kernel().virtual_interfaces()?.is_set(pod.id(), index, traffic, capture);
                 found.add(set?, PartKind::Reroute, name.clone());
             }
-            found.add(attached?, PartKind::Tcx, name);
+            found.add(attached?, self.hooks.part(), name);
         }
         for source in pod.sources() {
             let family = || if source.is_ipv4() { "ipv4" } else { "ipv6" }.to_owned();

@@ -19,6 +19,8 @@ pub enum PartKind {
     Lookup,
     /// A tcx link.
     Tcx,
+    /// A clsact filter, or that it is the first.
+    Clsact,
     /// The settings of a virtual interface, in the map `virtual_ifs`.
     Reroute,
     /// The redirection routes of a family.
@@ -51,6 +53,7 @@ impl PartKind {
             PartKind::Outbound => "outbound",
             PartKind::Lookup => "sk_lookup",
             PartKind::Tcx => "tcx",
+            PartKind::Clsact => "clsact",
             PartKind::Reroute => "reroute",
             PartKind::Route => "route",
             PartKind::Rule => "rule",

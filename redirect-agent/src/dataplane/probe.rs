@@ -9,13 +9,12 @@ use std::{
 };
 
 use anyhow::{Context as _, Result, anyhow};
-use aya::{Btf, EbpfLoader, programs::TcAttachType};
+use aya::{Btf, EbpfLoader};
 use nix::sched::{CloneFlags, unshare};
-use redirect_ebpf::abi::LOOPBACK_IFINDEX;
 
 use super::{
-    kernel::{ITERATORS, Kernel, OBJECT, TCX_PROGRAMS},
-    links::attach_tcx,
+    hook::Hooks,
+    kernel::{ITERATORS, Kernel, OBJECT, TC_PROGRAMS},
     routes::Routing,
     sockets, sys, sysctl,
 };
@@ -26,8 +25,8 @@ use crate::netns::Netns;
 pub struct Probes {
     /// `sk_lookup` on a network namespace.
     pub sk_lookup: Result<()>,
-    /// A program at tcx ingress.
-    pub tcx: Result<()>,
+    /// Programs on interfaces, and by what.
+    pub hooks: Result<Hooks>,
     /// An iterator over TCP sockets that sets socket options.
     pub iterators: Result<()>,
     /// A rule by mark and protocol, for IPv4.
@@ -50,7 +49,7 @@ pub fn probe() -> Result<Probes> {
             unshare(CloneFlags::CLONE_NEWNET).context("create a network namespace")?;
             Ok(Probes {
                 sk_lookup: sk_lookup(),
-                tcx: tcx(),
+                hooks: hooks(),
                 iterators: iterators(),
                 rule_ipv4: rule(Ipv4Addr::LOCALHOST.into()),
                 rule_ipv6: rule(Ipv6Addr::LOCALHOST.into()),
@@ -88,15 +87,14 @@ fn sk_lookup() -> Result<()> {
     Ok(())
 }
 
-fn tcx() -> Result<()> {
+fn hooks() -> Result<Hooks> {
     let mut kernel = kernel()?;
-    for name in TCX_PROGRAMS {
-        let program = kernel.classifier(name)?;
-        program.load().with_context(|| format!("load program {name}"))?;
-        attach_tcx(program.fd()?, LOOPBACK_IFINDEX, TcAttachType::Ingress)
-            .context("attach to lo")?;
+    let hooks = Hooks::of_kernel()?;
+    for name in TC_PROGRAMS {
+        kernel.classifier(name)?.load().with_context(|| format!("load program {name}"))?;
+        hooks.try_on_lo(&kernel.tc_program(name)?)?;
     }
-    Ok(())
+    Ok(hooks)
 }
 
 fn iterators() -> Result<()> {

@@ -1,4 +1,4 @@
-//! Reports changes to a pod's interfaces, addresses, routes and rules as they happen.
+//! Reports changes to a pod's interfaces, addresses, routes, rules and filters as they happen.
 
 use std::{io, time::Duration};
 
@@ -15,7 +15,9 @@ const TOGETHER: Duration = Duration::from_millis(50);
 /// Minimum time between two reports: routes may change without end.
 const PAUSE: Duration = Duration::from_millis(500);
 
-const GROUPS: [u32; 7] = [
+const GROUPS: [u32; 8] = [
+    // Filters of ours that somebody deletes, where the kernel has no tcx.
+    libc::RTNLGRP_TC,
     libc::RTNLGRP_LINK,
     libc::RTNLGRP_IPV4_IFADDR,
     libc::RTNLGRP_IPV6_IFADDR,

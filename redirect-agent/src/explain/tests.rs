@@ -171,6 +171,7 @@ fn each_kind_of_what_is_missing_has_its_cause() {
         (PartKind::RuleOrder, Cause::RuleDeleted),
         (PartKind::Lookup, Cause::LinkDetached),
         (PartKind::Tcx, Cause::LinkDetached),
+        (PartKind::Clsact, Cause::LinkDetached),
         (PartKind::Sysctl, Cause::SysctlChanged),
         (PartKind::Address, Cause::MapChanged),
     ] {

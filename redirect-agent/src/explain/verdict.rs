@@ -351,7 +351,7 @@ fn cause_of(kind: PartKind) -> Cause {
         | PartKind::RuleOrder
         | PartKind::Route
         | PartKind::DrainRoute => Cause::RuleDeleted,
-        PartKind::Lookup | PartKind::Tcx => Cause::LinkDetached,
+        PartKind::Lookup | PartKind::Tcx | PartKind::Clsact => Cause::LinkDetached,
         PartKind::Sysctl => Cause::SysctlChanged,
         _ => Cause::MapChanged,
     }

@@ -5,6 +5,7 @@
 mod api_server;
 mod bad_input;
 mod cgroup;
+mod clsact;
 mod cluster;
 mod cmdadd;
 mod cni;

@@ -4,6 +4,7 @@
 
 mod addresses;
 mod bad_input;
+mod clsact;
 mod enrolment;
 mod first_packets;
 mod held_attacks;

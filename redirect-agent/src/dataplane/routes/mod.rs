@@ -52,15 +52,7 @@ pub(super) struct Routing {
 impl Routing {
     /// Connects in the namespace of the calling thread.
     pub(super) fn open() -> Result<Self> {
-        let runtime = tokio::runtime::Builder::new_current_thread()
-            .enable_io()
-            .build()
-            .context("start a runtime for netlink")?;
-        let _context = runtime.enter();
-        // The kernel filters out the routes of other tables.
-        let (connection, handle, _) =
-            rtnetlink::new_connection_with_strict_check().context("open netlink")?;
-        runtime.spawn(connection);
+        let (runtime, handle) = connect()?;
         Ok(Self { runtime, handle })
     }
 
@@ -325,6 +317,21 @@ impl Routing {
         let what = format!("routes in table {table}");
         collect(&what, routes, |route| Some(route).filter(within)).await
     }
+}
+
+/// Connects to netlink in the namespace of the calling thread.
+pub(super) fn connect() -> Result<(tokio::runtime::Runtime, Handle)> {
+    let runtime = tokio::runtime::Builder::new_current_thread()
+        .enable_io()
+        .build()
+        .context("start a runtime for netlink")?;
+    let context = runtime.enter();
+    // The kernel filters out the routes of other tables.
+    let (connection, handle, _) =
+        rtnetlink::new_connection_with_strict_check().context("open netlink")?;
+    runtime.spawn(connection);
+    drop(context);
+    Ok((runtime, handle))
 }
 
 /// Collects the parts of a kernel's dump that `keep` selects.
