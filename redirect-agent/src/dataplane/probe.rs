@@ -9,7 +9,7 @@ use std::{
 };
 
 use anyhow::{Context as _, Result, anyhow};
-use aya::{Btf, EbpfLoader};
+use aya::{Btf, EbpfLoader, programs::ProgramError};
 use nix::sched::{CloneFlags, unshare};
 
 use super::{
@@ -60,8 +60,37 @@ pub fn probe() -> Result<Probes> {
     inside.join().map_err(|_| anyhow!("a probe of the kernel panicked"))?
 }
 
+/// What an attempt says on one line: of a program that the verifier refuses, its last words.
+pub fn words(error: &anyhow::Error) -> String {
+    match verifier_log(error) {
+        Some(log) => format!("{error}: the kernel's verifier says: {}", last_words(&log)),
+        None => format!("{error:#}"),
+    }
+}
+
+/// What the verifier says of a program that it refuses; without privileges it says nothing.
+fn verifier_log(error: &anyhow::Error) -> Option<String> {
+    let log = error.chain().find_map(|cause| match cause.downcast_ref() {
+        Some(ProgramError::LoadError { verifier_log, .. }) => Some(verifier_log.to_string()),
+        _ => None,
+    });
+    log.filter(|log| !log.trim().is_empty())
+}
+
+/// Behind the reason there are statistics.
+fn last_words(log: &str) -> &str {
+    let is_reason = |line: &&str| {
+        !["verification time", "stack depth", "processed"].iter().any(|s| line.starts_with(s))
+    };
+    log.lines().map(str::trim).filter(|line| !line.is_empty()).rfind(is_reason).unwrap_or_default()
+}
+
 /// Whether the attempt failed because of missing privileges, so that it says nothing about the kernel.
 pub fn is_denied(error: &anyhow::Error) -> bool {
+    // The verifier may call it so, too.
+    if verifier_log(error).is_some() {
+        return false;
+    }
     error.chain().any(|cause| {
         if let Some(rtnetlink::Error::NetlinkError(error)) = cause.downcast_ref() {
             return matches!(-error.raw_code(), libc::EPERM | libc::EACCES);
@@ -110,4 +139,18 @@ fn iterators() -> Result<()> {
 
 fn rule(family: IpAddr) -> Result<()> {
     Routing::open()?.add_keep_rule(family)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::last_words;
+
+    #[test]
+    fn the_verifiers_reason_comes_before_its_statistics() {
+        let log = "0: (85) call bpf_getsockopt#57\nunknown func bpf_getsockopt#57\n\
+                   verification time 874482 usec\nstack depth 336+48\n\
+                   processed 5555 insns (limit 1000000)\n\0";
+        assert_eq!(last_words(log.trim_end_matches('\0')), "unknown func bpf_getsockopt#57");
+        assert_eq!(last_words(""), "");
+    }
 }

@@ -173,7 +173,7 @@ impl Check {
             Err((error, _)) if probe::is_denied(error) => {
                 Check::cannot_tell(name, format!("{error:#}: run this as root"))
             }
-            Err((error, hint)) => Check::no(name, format!("{error:#}{hint}")),
+            Err((error, hint)) => Check::no(name, format!("{}{hint}", probe::words(error))),
         }
     }
 
@@ -299,8 +299,10 @@ fn maps() -> Vec<Check> {
 
 fn programs(probes: &Result<Probes>) -> Vec<Check> {
     let names = [
-        ("sk_lookup on a network namespace", "5.9"),
-        (HOOKS, "4.5"),
+        // Which tells the interface that a packet came by.
+        ("sk_lookup on a network namespace", "5.17"),
+        // Which compare and exchange.
+        (HOOKS, "5.12"),
         ("TCP socket iterators that set options", "6.1"),
         ("rules by mark and protocol, IPv4", "4.17"),
         ("rules by mark and protocol, IPv6", "4.17"),
