@@ -40,6 +40,7 @@ const VM_PACKAGES: &[(&str, &str)] = &[
     ("ip", "iproute2"),
     ("bpftool", "bpftool"),
     ("xz", "xz-utils"),
+    ("zstd", "zstd"),
     ("strip", "binutils"),
 ];
 

@@ -194,8 +194,9 @@ fn api_server_is_away_for_a_while_and_traffic_is_not_affected(family: Family) ->
     managed.wait_for_redirection(&other, None)?;
 
     // An agent that starts has nothing to say.
-    let before = managed.patches();
     managed.cluster.node.stop_agent()?;
+    // Now its last one is recorded, too: that happens after its effect can be seen.
+    let before = managed.patches();
     managed.cluster.node.start_agent()?;
     let Cluster { node, server, client, .. } = &managed.cluster;
     node.wait_for_state(server, PodState::Enrolled)?;

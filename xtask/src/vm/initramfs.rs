@@ -173,15 +173,14 @@ fn init_script(commands: &[String]) -> String {
          ip link set lo up\n\
          ulimit -n 65536\n",
     );
-    for command in commands {
-        script += &format!("echo; echo '{BEGIN}{command}'\n{command}\necho; echo \"{STATUS}$?\"\n");
-    }
-    script += &format!(
-        "dmesg | grep -E 'BUG:|WARNING:|Oops'\n\
-         echo; echo {END}\n\
-         poweroff -f\n"
-    );
+    script.extend(commands.iter().map(|command| step(command)));
+    script += &format!("echo; echo {END}\npoweroff -f\n");
     script
+}
+
+/// Runs a command, and says how it ended.
+fn step(command: &str) -> String {
+    format!("echo; echo '{BEGIN}{command}'\n{command}\nstatus=$?; echo; echo \"{STATUS}$status\"\n")
 }
 
 #[cfg(test)]
@@ -202,7 +201,11 @@ mod tests {
 
     #[test]
     fn each_command_says_how_it_ended() {
-        let script = init_script(&["/a check".to_owned()]);
-        assert!(script.contains("/a check\necho; echo \"vm-status: $?\"\n"), "{script}");
+        for (command, status) in [("true", 0), ("false", 1), ("echo BUG: | ( ! grep BUG: )", 1)] {
+            let ran = Command::new("sh").args(["-c", &step(command)]).output().unwrap();
+            let told = String::from_utf8(ran.stdout).unwrap();
+            assert!(told.starts_with(&format!("\n{BEGIN}{command}\n")), "{told}");
+            assert!(told.ends_with(&format!("\n{STATUS}{status}\n")), "{told}");
+        }
     }
 }

@@ -44,6 +44,9 @@ const SCENARIOS: [&str; 9] = [
     "clsact::ipv4",
 ];
 
+/// Fails if the kernel has complained.
+const KERNEL_IS_SOUND: &str = "dmesg | ( ! grep -e BUG: -e WARNING: -e Oops )";
+
 /// How long one kernel may take: several times what it took on two cores of 2024.
 const LIMIT: Duration = Duration::from_secs(30 * 60);
 
@@ -56,14 +59,15 @@ pub(crate) fn run_all(versions: &[String], harness: &[OsString]) -> Result<()> {
     setup::for_building(setup::Report::Changes)?;
     setup::for_vm(setup::Report::Changes)?;
     let tests = build()?;
-    let dir = {
-        let (tools, _lock) = setup::lock_tools()?;
-        tools.join("kernels")
-    };
-    fs::create_dir_all(&dir).with_context(|| format!("create {}", dir.display()))?;
     let commands = commands(&tests, harness)?;
+    let kernels = {
+        let (tools, _lock) = setup::lock_tools()?;
+        let dir = tools.join("kernels");
+        fs::create_dir_all(&dir).with_context(|| format!("create {}", dir.display()))?;
+        kernels::fetch(versions, &dir)?
+    };
     let mut failed = Vec::new();
-    for kernel in kernels::fetch(versions, &dir)? {
+    for kernel in kernels {
         let started = Instant::now();
         let outcome = boot(&kernel, &tests, &commands);
         let took = started.elapsed().as_secs();
@@ -119,20 +123,25 @@ fn build() -> Result<BTreeMap<String, PathBuf>> {
 /// scenarios that those choose.
 fn commands(tests: &BTreeMap<String, PathBuf>, harness: &[OsString]) -> Result<Vec<String>> {
     let mut commands = vec![format!("{} check", tests["redirect-agent"].display())];
+    // One at a time: the emulated machine is slow enough for the deadlines of the scenarios.
+    let run = |name: &str, selection: &str| {
+        format!("{} --test-threads=1 {selection}", tests[name].display())
+    };
     if !harness.is_empty() {
         let words: Option<Vec<&str>> = harness.iter().map(|word| word.to_str()).collect();
         let words = words.context("pass on arguments that are not UTF-8")?;
         let quote = words.iter().all(|word| !word.contains(['\'', '"', '$', '\\', ' ']));
         ensure!(quote, "pass on {words:?}: no quotes, spaces, $ or \\ can be in them");
-        let chosen = TESTS.map(|name| format!("{} {}", tests[name].display(), words.join(" ")));
-        commands.extend(chosen);
-        return Ok(commands);
+        commands.extend(TESTS.map(|name| run(name, &words.join(" "))));
+    } else {
+        let all = read(Command::new(&tests["datapath"]).arg("--list"))?;
+        for scenario in SCENARIOS {
+            ensure!(all.contains(scenario), "select {scenario}: there is no such scenario");
+        }
+        let selection = |name| if name == "datapath" { SCENARIOS.join(" ") } else { String::new() };
+        commands.extend(TESTS.map(|name| run(name, &selection(name))));
     }
-    for name in TESTS {
-        let selection = if name == "datapath" { SCENARIOS.join(" ") } else { String::new() };
-        // One at a time: the emulated machine is slow enough for the deadlines of the scenarios.
-        commands.push(format!("{} --test-threads=1 {selection}", tests[name].display()));
-    }
+    commands.push(KERNEL_IS_SOUND.to_owned());
     Ok(commands)
 }
 
