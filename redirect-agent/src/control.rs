@@ -420,21 +420,9 @@ impl Client {
     ///
     /// As for [`Client::status`].
     pub async fn observe(&self, request: &verdicts::Request) -> anyhow::Result<Observing> {
-        let path = self.path.display();
         let stream = self.connect().await?;
-        let begin = async {
-            let (mut sender, connection) =
-                hyper::client::conn::http1::handshake(TokioIo::new(stream)).await?;
-            // It ends with the answer; its errors are those of the answer.
-            let connection = AbortOnDropHandle::new(tokio::spawn(connection.map(drop)));
-            let request = self::request(Method::POST, "/observe", Some(request))?;
-            anyhow::Ok((sender.send_request(request).await?, connection))
-        };
-        let (response, connection) = tokio::time::timeout(DEADLINE, begin)
-            .await
-            .map_err(|_| anyhow::anyhow!("it did not answer within {DEADLINE:?}"))
-            .flatten()
-            .with_context(|| format!("ask the agent at {path}"))?;
+        let sending = send(stream, Method::POST, "/observe", Some(request));
+        let (response, connection) = self.in_time(sending).await?;
         let status = response.status();
         let body = response.into_body();
         if !status.is_success() {
@@ -496,18 +484,25 @@ impl Client {
     ) -> anyhow::Result<T> {
         let path = self.path.display();
         let stream = self.connect().await?;
-        let exchange = exchange(stream, method, uri, body);
-        let (status, content) = tokio::time::timeout(DEADLINE, exchange)
-            .await
-            .map_err(|_| anyhow::anyhow!("it did not answer within {DEADLINE:?}"))
-            .flatten()
-            .with_context(|| format!("ask the agent at {path}"))?;
+        let (status, content) = self.in_time(exchange(stream, method, uri, body)).await?;
         if !status.is_success() {
             return Err(self.refusal(status, &content));
         }
         serde_json::from_slice(&content).with_context(|| {
             format!("read the answer of the agent at {path}: is it of another version?")
         })
+    }
+
+    /// What the agent answers before [`DEADLINE`].
+    async fn in_time<T>(
+        &self,
+        answer: impl Future<Output = anyhow::Result<T>>,
+    ) -> anyhow::Result<T> {
+        tokio::time::timeout(DEADLINE, answer)
+            .await
+            .map_err(|_| anyhow::anyhow!("it did not answer within {DEADLINE:?}"))
+            .flatten()
+            .with_context(|| format!("ask the agent at {}", self.path.display()))
     }
 
     async fn connect(&self) -> anyhow::Result<UnixStream> {
@@ -564,20 +559,6 @@ impl Observing {
     }
 }
 
-fn request(
-    method: Method,
-    uri: &str,
-    body: Option<&impl Serialize>,
-) -> anyhow::Result<hyper::Request<Full<Bytes>>> {
-    let request = hyper::Request::builder().method(method).uri(uri).header(header::HOST, "agent");
-    Ok(match body {
-        Some(body) => request
-            .header(header::CONTENT_TYPE, "application/json")
-            .body(Full::from(serde_json::to_vec(body)?))?,
-        None => request.body(Full::default())?,
-    })
-}
-
 /// One request on a connection, and the answer to it.
 pub(crate) async fn exchange(
     stream: UnixStream,
@@ -585,21 +566,28 @@ pub(crate) async fn exchange(
     uri: &str,
     body: Option<&impl Serialize>,
 ) -> anyhow::Result<(StatusCode, Bytes)> {
+    let (response, _connection) = send(stream, method, uri, body).await?;
+    let status = response.status();
+    Ok((status, response.into_body().collect().await?.to_bytes()))
+}
+
+/// One request on a connection, and the head of the answer; the rest comes while the connection is held.
+async fn send(
+    stream: UnixStream,
+    method: Method,
+    uri: &str,
+    body: Option<&impl Serialize>,
+) -> anyhow::Result<(hyper::Response<Incoming>, AbortOnDropHandle<()>)> {
+    let request = hyper::Request::builder().method(method).uri(uri).header(header::HOST, "agent");
+    let request = match body {
+        Some(body) => request
+            .header(header::CONTENT_TYPE, "application/json")
+            .body(Full::<Bytes>::from(serde_json::to_vec(body)?))?,
+        None => request.body(Full::default())?,
+    };
     let (mut sender, connection) =
         hyper::client::conn::http1::handshake(TokioIo::new(stream)).await?;
-    let request = request(method, uri, body)?;
-    let answer = async {
-        let response = sender.send_request(request).await?;
-        let status = response.status();
-        anyhow::Ok((status, response.into_body().collect().await?.to_bytes()))
-    };
-    tokio::pin!(answer);
-    // The connection ends before the answer has been read only when it fails.
-    tokio::select! {
-        answer = &mut answer => answer,
-        connection = connection => {
-            connection?;
-            answer.await
-        }
-    }
+    // Its errors are those of the answer.
+    let connection = AbortOnDropHandle::new(tokio::spawn(connection.map(drop)));
+    Ok((sender.send_request(request).await?, connection))
 }

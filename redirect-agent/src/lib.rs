@@ -29,6 +29,7 @@ pub mod selector;
 pub mod socket_file;
 pub mod source;
 pub mod takeover;
+mod text;
 pub mod traffic;
 pub mod verdicts;
 pub mod words;

@@ -113,19 +113,7 @@ impl FromStr for DaemonSet {
     }
 }
 
-impl TryFrom<String> for DaemonSet {
-    type Error = String;
-
-    fn try_from(s: String) -> Result<Self, String> {
-        s.parse()
-    }
-}
-
-impl From<DaemonSet> for String {
-    fn from(daemon_set: DaemonSet) -> String {
-        daemon_set.to_string()
-    }
-}
+crate::text::by_text!(DaemonSet);
 
 #[cfg(test)]
 mod tests {

@@ -94,19 +94,7 @@ impl fmt::Display for To {
     }
 }
 
-impl TryFrom<String> for To {
-    type Error = String;
-
-    fn try_from(s: String) -> Result<Self, String> {
-        s.parse()
-    }
-}
-
-impl From<To> for String {
-    fn from(to: To) -> Self {
-        to.to_string()
-    }
-}
+crate::text::by_text!(To);
 
 /// The answer.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]

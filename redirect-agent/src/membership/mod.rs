@@ -129,19 +129,7 @@ impl FromStr for PodKey {
     }
 }
 
-impl TryFrom<String> for PodKey {
-    type Error = NameError;
-
-    fn try_from(s: String) -> Result<PodKey, NameError> {
-        s.parse()
-    }
-}
-
-impl From<PodKey> for String {
-    fn from(key: PodKey) -> String {
-        key.to_string()
-    }
-}
+crate::text::by_text!(PodKey);
 
 /// `status.phase` of a pod.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]

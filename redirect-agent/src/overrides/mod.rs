@@ -86,19 +86,7 @@ impl FromStr for Target {
     }
 }
 
-impl TryFrom<String> for Target {
-    type Error = NameError;
-
-    fn try_from(s: String) -> Result<Target, NameError> {
-        s.parse()
-    }
-}
-
-impl From<Target> for String {
-    fn from(target: Target) -> String {
-        target.to_string()
-    }
-}
+crate::text::by_text!(Target);
 
 /// A wall-clock time, in whole seconds; RFC 3339 in UTC as text.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Serialize, Deserialize)]

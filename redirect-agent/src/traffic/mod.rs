@@ -256,19 +256,7 @@ impl FromStr for Ports {
     }
 }
 
-impl TryFrom<String> for Ports {
-    type Error = String;
-
-    fn try_from(s: String) -> Result<Ports, String> {
-        s.parse()
-    }
-}
-
-impl From<Ports> for String {
-    fn from(ports: Ports) -> String {
-        ports.to_string()
-    }
-}
+crate::text::by_text!(Ports);
 
 impl Selections {
     /// Whether the programs have room for them.

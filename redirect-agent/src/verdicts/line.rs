@@ -95,19 +95,7 @@ impl fmt::Display for To {
     }
 }
 
-impl TryFrom<String> for To {
-    type Error = NameError;
-
-    fn try_from(s: String) -> Result<To, NameError> {
-        s.parse()
-    }
-}
-
-impl From<To> for String {
-    fn from(to: To) -> String {
-        to.to_string()
-    }
-}
+crate::text::by_text!(To);
 
 /// A line of the answer to `POST /observe`.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]

@@ -1,0 +1,22 @@
+//! Types that serde reads and writes as their text.
+
+/// For a type with `#[serde(try_from = "String", into = "String")]`: its text is what `FromStr` reads and
+/// `Display` writes.
+macro_rules! by_text {
+    ($type:ty) => {
+        impl TryFrom<String> for $type {
+            type Error = <$type as std::str::FromStr>::Err;
+
+            fn try_from(text: String) -> Result<Self, Self::Error> {
+                text.parse()
+            }
+        }
+
+        impl From<$type> for String {
+            fn from(value: $type) -> String {
+                value.to_string()
+            }
+        }
+    };
+}
+pub(crate) use by_text;
