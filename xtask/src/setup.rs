@@ -300,6 +300,7 @@ pub(crate) fn path_with_tools() -> Result<OsString> {
 }
 
 fn packages(report: Report, thing: &str, programs: &[(&str, &'static str)]) -> Result<()> {
+    let _lock = lock_tools()?;
     let all: Vec<_> = programs.iter().map(|(_, package)| *package).collect();
     let missing = missing_packages(programs);
     if missing.is_empty() {

@@ -26,13 +26,20 @@ pub(crate) fn run_all(packages: &[String], harness: &[OsString]) -> Result<()> {
     let started = Instant::now();
     leftovers::isolate()?;
     let before = Snapshot::take()?;
-    let (passed, summary) = run_tests(packages, harness)?;
+    let (mut passed, summary) = run_tests(packages, harness)?;
+    let failed: Vec<_> = summary.failures.iter().map(String::as_str).collect();
+    let flaky = !passed && pass_alone(packages, &failed)?;
     let left = leftovers::since(&before)?;
 
     eprintln!("\ntest: {summary} in {} s", started.elapsed().as_secs());
-    for name in &summary.failures {
-        eprintln!("test: failed: {name}");
+    for name in &failed {
+        let how = if flaky { "flaky: failed once, then passed alone" } else { "failed" };
+        eprintln!("test: {how}: {name}");
+        for line in summary.said(name) {
+            eprintln!("test:     {line}");
+        }
     }
+    passed |= flaky;
     for thing in &left {
         eprintln!("test: left behind: {thing}");
     }
@@ -44,6 +51,29 @@ pub(crate) fn run_all(packages: &[String], harness: &[OsString]) -> Result<()> {
     }
     eprintln!("test: nothing left behind");
     Ok(())
+}
+
+/// More failures than these have a common cause.
+const MOST_FLAKY: usize = 3;
+/// How often in a row a test has to pass alone, after it has failed among all the others.
+const TIMES_ALONE: usize = 3;
+
+/// Whether all tests that failed pass when nothing else runs. The scenarios have deadlines, and a machine
+/// that stands still for a second misses some. Each is reported all the same.
+fn pass_alone(packages: &[String], failed: &[&str]) -> Result<bool> {
+    if failed.is_empty() || failed.len() > MOST_FLAKY {
+        return Ok(false);
+    }
+    let mut harness = vec![OsString::from("--exact")];
+    harness.extend(failed.iter().map(OsString::from));
+    for time in 1..=TIMES_ALONE {
+        eprintln!("\ntest: what failed runs again, alone ({time} of {TIMES_ALONE}) …");
+        let (passed, summary) = run_tests(packages, &harness)?;
+        if !passed || summary.passed < failed.len() {
+            return Ok(false);
+        }
+    }
+    Ok(true)
 }
 
 fn cargo_test(packages: &[String]) -> Command {
@@ -81,23 +111,41 @@ fn run_tests(packages: &[String], harness: &[OsString]) -> Result<(bool, Summary
 }
 
 /// The sums over all test programs.
-#[derive(Debug, Default, PartialEq, Eq)]
+#[derive(Debug, Default)]
 pub(crate) struct Summary {
     passed: usize,
     failed: usize,
     ignored: usize,
     pub(crate) failures: Vec<String>,
+    /// What each test that failed printed: its name, and the lines.
+    said: Vec<(String, Vec<String>)>,
+    /// The line belongs to the last of them.
+    saying: bool,
 }
 
 impl Summary {
     /// Takes in one line of a test program's output.
     pub(crate) fn add(&mut self, line: &str) {
+        // "---- a::b stdout ----", what it printed, and so on, then "failures:" and the names.
+        if let Some(name) =
+            line.strip_prefix("---- ").and_then(|rest| rest.strip_suffix(" stdout ----"))
+        {
+            self.said.push((name.to_owned(), Vec::new()));
+            self.saying = true;
+        } else if line == "failures:" {
+            self.saying = false;
+        } else if self.saying
+            && let Some((_, lines)) = self.said.last_mut()
+        {
+            lines.push(line.to_owned());
+        }
         if let Some(name) =
             line.strip_prefix("test ").and_then(|rest| rest.strip_suffix(" ... FAILED"))
         {
             self.failures.push(name.to_owned());
         }
         let Some(result) = line.strip_prefix("test result: ") else { return };
+        self.saying = false;
         // "ok. 12 passed; 0 failed; 1 ignored; 0 measured; …"
         for part in result.split(['.', ';']) {
             let mut words = part.split_whitespace();
@@ -113,6 +161,17 @@ impl Summary {
     }
 }
 
+impl Summary {
+    /// The last lines that a test which failed printed, without empty ones.
+    fn said(&self, name: &str) -> impl Iterator<Item = &str> {
+        const LINES: usize = 20;
+        let of_it = self.said.iter().filter(move |(test, _)| test == name);
+        let lines: Vec<_> =
+            of_it.flat_map(|(_, lines)| lines).filter(|line| !line.is_empty()).collect();
+        lines[lines.len().saturating_sub(LINES)..].to_vec().into_iter().map(String::as_str)
+    }
+}
+
 impl std::fmt::Display for Summary {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
         write!(f, "{} passed, {} failed, {} ignored", self.passed, self.failed, self.ignored)
@@ -124,19 +183,33 @@ mod tests {
     use super::Summary;
 
     #[test]
-    fn sums_go_over_all_test_programs() {
+    fn sums_and_what_failed_go_over_all_test_programs() {
         let mut summary = Summary::default();
         for line in [
             "running 2 tests",
             "test a::b ... ok",
             "test a::c ... FAILED",
+            "",
+            "failures:",
+            "",
+            "---- a::c stdout ----",
+            "Error: find it",
+            "",
+            "Caused by:",
+            "    it is away",
+            "",
+            "failures:",
+            "    a::c",
             "test result: FAILED. 1 passed; 1 failed; 0 ignored; 0 measured; 0 filtered out; finished in 0.02s",
             "test result: ok. 12 passed; 0 failed; 3 ignored; 0 measured; 7 filtered out; finished in 1.50s",
         ] {
             summary.add(line);
         }
-        let failures = vec!["a::c".to_owned()];
-        assert_eq!(summary, Summary { passed: 13, failed: 1, ignored: 3, failures });
+        assert_eq!((summary.passed, summary.failed, summary.ignored), (13, 1, 3));
+        assert_eq!(summary.failures, ["a::c"]);
+        let said: Vec<_> = summary.said("a::c").collect();
+        assert_eq!(said, ["Error: find it", "Caused by:", "    it is away"]);
+        assert_eq!(summary.said("a::b").count(), 0);
         assert_eq!(summary.to_string(), "13 passed, 1 failed, 3 ignored");
     }
 }
