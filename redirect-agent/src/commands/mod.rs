@@ -57,6 +57,10 @@ use crate::{
 /// How long an agent that is uninstalled lets pods leave the mesh in order. kubelet kills it 60 s after it has
 /// told it to end (`terminationGracePeriodSeconds`).
 const LEAVING: Duration = Duration::from_secs(10);
+/// How long the kernel may take to remove the network namespaces of pods that have ended: it does so one
+/// after another, later.
+const DYING: Duration = Duration::from_secs(10);
+const DYING_LOOK: Duration = Duration::from_millis(100);
 const LEAVING_LOOK: Duration = Duration::from_millis(100);
 /// After how long without a pod that can still leave in order nobody waits any more: when the API server
 /// answers 401, the agent's rights are gone for good.
@@ -267,9 +271,16 @@ impl NodeState {
             let linked = dataplane.linked_pods()?;
             restore_all(dataplane, finder::alive(&self.netns_dir, &records, &linked)?)?;
             let nobody = BTreeSet::new();
-            let unknown = dataplane.sweep(&nobody, &nobody, &nobody)?;
-            dataplane.sweep(&nobody, &nobody, &unknown)?;
-            let left = dataplane.linked_pods()?;
+            let mut unknown = dataplane.sweep(&nobody, &nobody, &nobody)?;
+            let started = Instant::now();
+            let left = loop {
+                unknown = dataplane.sweep(&nobody, &nobody, &unknown)?;
+                let left = dataplane.linked_pods()?;
+                if left.is_empty() || started.elapsed() > DYING {
+                    break left;
+                }
+                thread::sleep(DYING_LOOK);
+            };
             if !left.is_empty() {
                 let inodes: Vec<String> = left.iter().map(ToString::to_string).collect();
                 bail!(

@@ -131,7 +131,7 @@ impl Clsact {
             match self.qdisc(index).await? {
                 Some(kind) if kind == CLSACT => {}
                 // It would take what is for egress, too.
-                Some(kind) => bail!("the interface has a qdisc of kind {kind}; make it clsact"),
+                Some(kind) => bail!("it has a qdisc of kind {kind}; make it clsact"),
                 None => {
                     made()?;
                     self.make_qdisc(index).await?;

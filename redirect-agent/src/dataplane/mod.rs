@@ -67,7 +67,7 @@ pub use self::{
     owner::{Owned, Owner},
     parts::{Inspection, Part, PartKind},
     pod_netns::PodNetns,
-    sockets::offsets as sock_offsets,
+    sockets::{VMLINUX_BTF, offsets as sock_offsets},
     verdicts::Verdicts,
     watch::Watch,
 };
@@ -230,10 +230,13 @@ impl Dataplane {
             for source in pod.sources() {
                 routing.add_keep(&seen, source, traffic)?;
             }
+            // One interface keeps no other from being repaired.
+            let mut attached = Ok(());
             for (index, name) in interfaces {
-                self.attach(pod, &links, index, &name)?;
+                attached = attached.and(self.attach(pod, &links, index, &name));
             }
-            routing.precede_foreign_rules()
+            routing.precede_foreign_rules()?;
+            attached
         })?
     }
 

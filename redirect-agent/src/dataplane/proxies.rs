@@ -10,7 +10,7 @@ use std::{
 use anyhow::{Context as _, Result, ensure};
 use aya::maps::{HashMap, MapData};
 use redirect_ebpf::abi::ANY_CGROUP;
-use tracing::{debug, warn};
+use tracing::{debug, info, warn};
 
 use super::{Dataplane, absent, kernel::Kernel, monotonic_ns};
 use crate::{cgroup, process_ref::ProcessRef};
@@ -142,6 +142,9 @@ impl Dataplane {
             // No proxy is connected. Those that were still serve their connections.
             Ok(())
         } else {
+            if cgroups.has(ANY_CGROUP)? {
+                info!("the proxy's sockets are told by their mark and cgroup");
+            }
             cgroups.remove(ANY_CGROUP)
         }
     }

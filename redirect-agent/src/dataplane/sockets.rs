@@ -7,14 +7,15 @@ use std::{
     net::IpAddr,
 };
 
-use anyhow::{Context as _, Result, anyhow};
+use anyhow::{Context as _, Result, anyhow, bail};
 use aya::programs::{Iter, SchedClassifier, TestRun as _, TestRunOptions};
 use btfparse::{Offset, Readable, TypeInformation};
 use redirect_ebpf::abi::{
     self, LISTENERS_V4, NEW_LISTENERS, PORT_PROXY_DNS, QUESTION_AT, SockOffsets,
 };
 
-const VMLINUX_BTF: &str = "/sys/kernel/btf/vmlinux";
+/// Where the running kernel describes its types.
+pub const VMLINUX_BTF: &str = "/sys/kernel/btf/vmlinux";
 
 /// Offsets, in the running kernel, of what the programs read from a socket or a packet.
 ///
@@ -32,7 +33,7 @@ pub fn offsets() -> Result<SockOffsets> {
             btf.id_of(structure).with_context(|| format!("find {structure} in {VMLINUX_BTF}"))?;
         match btf.offset_of(id, field) {
             Ok((_, Offset::ByteOffset(offset))) => Ok(offset),
-            _ => anyhow::bail!("cannot find {structure}.{field} in {VMLINUX_BTF}"),
+            _ => bail!("cannot find {structure}.{field} in {VMLINUX_BTF}{}", option_of(field)),
         }
     };
     let offset = |field| offset_in("sock_common", field);
@@ -53,6 +54,16 @@ pub fn offsets() -> Result<SockOffsets> {
         cgroup_node: offset_in("cgroup", "kn")?,
         node_id: offset_in("kernfs_node", "id")?,
     })
+}
+
+/// Without which option of the kernel a field is not there.
+fn option_of(field: &str) -> &'static str {
+    match field {
+        "sk_cgrp_data.cgroup" => ": the kernel must have CONFIG_CGROUP_BPF",
+        "skc_v6_rcv_saddr" | "skc_v6_daddr" => ": the kernel must have CONFIG_IPV6",
+        "skc_net" | "nd_net.net" => ": the kernel must have CONFIG_NET_NS",
+        _ => "",
+    }
 }
 
 struct BtfBytes(Vec<u8>);

@@ -24,8 +24,9 @@ use serde::Serialize;
 use crate::{
     cni::install,
     dataplane::{
-        Hooks,
+        Hooks, VMLINUX_BTF,
         probe::{self, Probes},
+        sock_offsets,
     },
     kubelet::Kubelet,
     output::{self, Format},
@@ -262,9 +263,12 @@ fn kernel_release(release: &str, probes: &Result<Probes>) -> Check {
 
 fn btf() -> Check {
     let name = "the kernel's BTF";
-    let file = "/sys/kernel/btf/vmlinux";
+    let file = VMLINUX_BTF;
     let check = match fs::File::open(file) {
-        Ok(_) => Check::yes(name, file),
+        Ok(_) => match sock_offsets() {
+            Ok(_) => Check::yes(name, file),
+            Err(error) => Check::no(name, format!("{error:#}")),
+        },
         Err(error) if error.kind() == io::ErrorKind::NotFound => Check::no(
             name,
             format!("there is no {file}: the kernel needs CONFIG_DEBUG_INFO_BTF, and /sys mounted"),
@@ -277,10 +281,13 @@ fn btf() -> Check {
 fn maps() -> Vec<Check> {
     [
         (MapType::Hash, "map type hash", "3.19", true),
+        (MapType::ProgramArray, "map type program array", "4.2", true),
         (MapType::PerCpuHash, "map type per-CPU hash", "4.6", true),
         (MapType::PerCpuArray, "map type per-CPU array", "4.6", true),
         (MapType::LruHash, "map type LRU hash", "4.10", true),
+        (MapType::LpmTrie, "map type LPM trie", "4.11", true),
         (MapType::SockHash, "map type sockhash", "4.18", true),
+        (MapType::SkStorage, "map type socket storage", "5.2", true),
         (MapType::RingBuf, "map type ring buffer", "5.8", true),
     ]
     .into_iter()

@@ -264,8 +264,15 @@ impl<S: Source> PodTask<S> {
             }
             self.show();
             before.clone_from(&steps);
-            for step in steps {
-                if !self.take(step).await? {
+            for step in &steps {
+                let taken = self.take(*step).await;
+                if *step == Step::Prepare && taken.is_err() && self.standing.captured {
+                    // What of a captured pod cannot be repaired keeps nothing else from being repaired.
+                    if steps.contains(&Step::Capture) {
+                        self.take(Step::Capture).await?;
+                    }
+                }
+                if !taken? {
                     return Ok(false);
                 }
                 if self.is_interrupted() {

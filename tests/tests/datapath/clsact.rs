@@ -138,7 +138,7 @@ fn other_qdisc_in_the_place_of_clsact_is_named(_: Family) -> Result<()> {
     let Pair { server, topology, .. } = &Pair::new()?;
     tc(server, "qdisc add dev eth0 ingress")?;
     let before = footprint(&server.netns)?;
-    refused(topology, server, "interface eth0: the interface has a qdisc of kind ingress")?;
+    refused(topology, server, "interface eth0: it has a qdisc of kind ingress")?;
     assert_unchanged(&server.netns, &before)
 }
 
