@@ -50,7 +50,7 @@ pub const PORT_PROXY_DNS: u16 = 15053;
 pub const PORT_DNS: u16 = 53;
 
 /// An IP address: 16 bytes in network byte order, IPv4 as `::ffff:a.b.c.d`.
-#[repr(C)]
+#[repr(C, align(4))]
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord, Pod, Zeroable)]
 pub struct Addr {
     /// The bytes.
@@ -60,28 +60,45 @@ pub struct Addr {
 impl Addr {
     /// The IPv4 address with these octets.
     #[inline(always)]
-    pub const fn v4(o: [u8; 4]) -> Self {
-        Self { octets: [0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0xff, 0xff, o[0], o[1], o[2], o[3]] }
+    pub fn v4(octets: [u8; 4]) -> Self {
+        Self::from_words([0, 0, 0xffff_u32.to_be(), u32::from_ne_bytes(octets)])
+    }
+
+    /// The address of these words, as the kernel's structs have them: in network byte order.
+    // Programs go by words: by octets, the compiler would take an address apart and put it together again.
+    #[inline(always)]
+    pub fn from_words(words: [u32; 4]) -> Self {
+        Self { octets: bytemuck::cast(words) }
+    }
+
+    /// The address as four words in network byte order. The last one is an IPv4 address.
+    #[inline(always)]
+    pub fn words(&self) -> [u32; 4] {
+        bytemuck::cast(self.octets)
     }
 
     /// Whether this is an IPv4 address.
     #[inline(always)]
     pub fn is_v4(&self) -> bool {
-        let [hi, lo] = self.halves();
-        hi == 0 && lo >> 32 == 0xffff
+        let [w0, w1, w2, _] = self.words();
+        w0 | w1 == 0 && u32::from_be(w2) == 0xffff
     }
 
     /// Whether this is in 127.0.0.0/8 or is ::1.
     #[inline(always)]
     pub fn is_loopback(&self) -> bool {
-        let [hi, lo] = self.halves();
-        hi == 0 && (lo == 1 || lo >> 24 == 0x00ff_ff7f)
+        let [w0, w1, w2, w3] = self.words();
+        match u32::from_be(w2) {
+            0xffff => w0 | w1 == 0 && u32::from_be(w3) >> 24 == 127,
+            0 => w0 | w1 == 0 && u32::from_be(w3) == 1,
+            _ => false,
+        }
     }
 
     /// Whether this is in fe80::/10.
     #[inline(always)]
     pub fn is_link_local(&self) -> bool {
-        self.halves()[0] >> 54 == 0xfe80 >> 6
+        u32::from_be(self.words()[0]) >> 22 == 0xfe80 >> 6
     }
 
     /// The address as a standard library type.
@@ -91,28 +108,8 @@ impl Addr {
 
     /// 127.0.0.1 or ::1.
     #[inline(always)]
-    pub const fn loopback(v4: bool) -> Self {
-        if v4 {
-            Self::v4([127, 0, 0, 1])
-        } else {
-            Self { octets: [0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 1] }
-        }
-    }
-
-    /// The address as two words, for comparing.
-    #[inline(always)]
-    pub fn words(&self) -> [u64; 2] {
-        bytemuck::cast(self.octets)
-    }
-
-    /// The upper and the lower 64 bits.
-    #[inline(always)]
-    const fn halves(&self) -> [u64; 2] {
-        let b = self.octets;
-        [
-            u64::from_be_bytes([b[0], b[1], b[2], b[3], b[4], b[5], b[6], b[7]]),
-            u64::from_be_bytes([b[8], b[9], b[10], b[11], b[12], b[13], b[14], b[15]]),
-        ]
+    pub fn loopback(v4: bool) -> Self {
+        if v4 { Self::v4([127, 0, 0, 1]) } else { Self::from_words([0, 0, 0, 1_u32.to_be()]) }
     }
 }
 
@@ -531,11 +528,14 @@ pub enum Counter {
     /// Connections of sockets that have the proxy's mark but do not belong to a proxy that the agent knows,
     /// and connections of the proxy to its own ports in the pod; refused with RST.
     RefusedProxysMark = 26,
+    /// SYNs of the pod that its own marks, rules or routes would have taken past the proxy, dropped because
+    /// the kernel had no memory to record the connection's path. The client sends them again.
+    DroppedNoMemory = 27,
 }
 
 impl Counter {
     /// Every counter, with its name in `status` and the metrics.
-    pub const ALL: [(Counter, &'static str); 27] = [
+    pub const ALL: [(Counter, &'static str); 28] = [
         (Counter::RedirectedOutbound, "redirected_outbound"),
         (Counter::RedirectedInbound, "redirected_inbound"),
         (Counter::Hbone, "hbone"),
@@ -563,6 +563,7 @@ impl Counter {
         (Counter::RefusedForgedAddress, "refused_forged_address"),
         (Counter::Forwarded, "forwarded"),
         (Counter::RefusedProxysMark, "refused_proxys_mark"),
+        (Counter::DroppedNoMemory, "dropped_no_memory"),
     ];
 }
 

@@ -96,9 +96,20 @@ pub trait DnsEnv: Env {
     /// Records a packet of the client, or of the proxy, in an entry of `dns_flows`: see [`touched`].
     fn touch(&self, key: &DnsKey, message: &Message, from_client: bool);
     /// Enters a flow: into its own place if `own`, otherwise into a place that is empty or whose flow is no
-    /// longer needed. If several CPUs want a place at the same moment, one gets it. Returns whether it was
-    /// entered.
-    fn enter(&self, key: &DnsKey, flow: &DnsFlow, own: bool) -> bool;
+    /// longer needed. If several CPUs want a place at the same moment, one gets it.
+    fn enter(&self, key: &DnsKey, flow: &DnsFlow, own: bool) -> Entry;
+}
+
+/// What becomes of a flow that is to be entered in a place.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[repr(u32)]
+pub enum Entry {
+    /// It has the place.
+    Entered,
+    /// Another flow has it.
+    Taken,
+    /// The kernel has no memory.
+    Failed,
 }
 
 /// Whether a packet can be DNS at all, by its ports.
@@ -161,7 +172,7 @@ pub fn on_lo(mark: u32, message: &Message, env: &impl DnsEnv) -> Dns {
     let entered = if found == NO_ALIAS {
         claim(pod_id, message, &mut flow, env)
     } else {
-        env.enter(&key, &flow, true)
+        env.enter(&key, &flow, true) == Entry::Entered
     };
     if entered {
         Dns::Ask { pod_id, from_port: flow.alias, count }
@@ -223,7 +234,8 @@ pub fn drops_unread(mark: u32, src: &Addr, dst: &Addr, env: &impl Env) -> Option
 /// than an enum.
 const NO_ALIAS: u32 = u32::MAX;
 
-/// The alias of the message's flow, if it has a place. A place that is no longer needed may be given to
+/// The alias of the message's flow, if it has a place: not behind one that was never used, because [`claim`]
+/// takes the first. A place that is no longer needed may be given to
 /// another flow by another CPU at any moment: only an open connection still uses it, and whoever opens a
 /// connection claims a place again.
 // A function of its own, for the verifier: it has its own stack, one return, and few paths.
@@ -232,8 +244,8 @@ fn find(pod_id: PodId, message: &Message, env: &impl DnsEnv) -> u32 {
     let now = env.now();
     let mut alias = message.segment.src_port;
     for _ in 0..PLACES {
-        if let Some(flow) = env.flow(&message.key(pod_id, alias))
-            && flow.alias == alias
+        let Some(flow) = env.flow(&message.key(pod_id, alias)) else { return NO_ALIAS };
+        if flow.alias == alias
             && is_of(&flow, message)
             && flow.needed_until_ns != CLAIMED
             && !(message.segment.opens && is_free(&flow, now))
@@ -253,8 +265,11 @@ fn claim(pod_id: PodId, message: &Message, flow: &mut DnsFlow, env: &impl DnsEnv
     let mut alias = message.segment.src_port;
     for _ in 0..PLACES {
         flow.alias = alias;
-        if env.enter(&message.key(pod_id, alias), flow, false) {
-            return true;
+        match env.enter(&message.key(pod_id, alias), flow, false) {
+            Entry::Entered => return true,
+            Entry::Taken => {}
+            // No place behind this one, which may still be empty.
+            Entry::Failed => return false,
         }
         alias = next_alias(alias);
     }
@@ -272,11 +287,11 @@ pub fn is_free(flow: &DnsFlow, now: u64) -> bool {
 fn is_of(flow: &DnsFlow, message: &Message) -> bool {
     let Segment { src, dst, src_port, dst_port, .. } = &message.segment;
     let differ = |a: &Addr, b: &Addr| {
-        let ([a, b], [c, d]): ([u64; 2], [u64; 2]) = (a.words(), b.words());
-        (a ^ c) | (b ^ d)
+        let ([a0, a1, a2, a3], [b0, b1, b2, b3]) = (a.words(), b.words());
+        (a0 ^ b0) | (a1 ^ b1) | (a2 ^ b2) | (a3 ^ b3)
     };
     let ports = (flow.client_port ^ *src_port) | (flow.resolver_port ^ *dst_port);
-    differ(&flow.client, src) | differ(&flow.resolver, dst) | u64::from(ports) == 0
+    differ(&flow.client, src) | differ(&flow.resolver, dst) | u32::from(ports) == 0
 }
 
 /// Updates a flow for a packet of the client, or of the proxy.
@@ -559,7 +574,7 @@ mod tests {
             }
         }
 
-        fn enter(&self, key: &DnsKey, flow: &DnsFlow, own: bool) -> bool {
+        fn enter(&self, key: &DnsKey, flow: &DnsFlow, own: bool) -> Entry {
             assert_eq!(key.place, flow.alias % DNS_PLACES);
             let free = match self.flow(key) {
                 Some(known) if own => {
@@ -575,11 +590,14 @@ mod tests {
             if lost {
                 self.rivals.set(self.rivals.get() - 1);
             }
-            let entered = free && !lost && !self.full;
-            if entered {
-                self.flows.borrow_mut().insert(*key, *flow);
+            if !free || lost {
+                return Entry::Taken;
             }
-            entered
+            if self.full {
+                return Entry::Failed;
+            }
+            self.flows.borrow_mut().insert(*key, *flow);
+            Entry::Entered
         }
     }
 

@@ -23,7 +23,7 @@ use crate::{
     AF_INET,
     config::offset,
     dns_flow, is_own,
-    sockets::{TCP_LISTEN, TCP_NEW_SYN_RECV, from_words},
+    sockets::{TCP_LISTEN, TCP_NEW_SYN_RECV},
     switch::{note, noted},
 };
 
@@ -250,13 +250,15 @@ impl Common {
 
     #[inline(always)]
     fn flow(&self) -> Flow {
-        let (local, remote): (Addr, Addr) = if u32::from(self.read::<u16>(offset!(family)))
-            == AF_INET
-        {
-            (Addr::v4(self.read(offset!(local_v4))), Addr::v4(self.read(offset!(remote_v4))))
-        } else {
-            (from_words(self.read(offset!(local_v6))), from_words(self.read(offset!(remote_v6))))
-        };
+        let (local, remote): (Addr, Addr) =
+            if u32::from(self.read::<u16>(offset!(family))) == AF_INET {
+                (Addr::v4(self.read(offset!(local_v4))), Addr::v4(self.read(offset!(remote_v4))))
+            } else {
+                (
+                    Addr::from_words(self.read(offset!(local_v6))),
+                    Addr::from_words(self.read(offset!(remote_v6))),
+                )
+            };
         Flow {
             local,
             remote,

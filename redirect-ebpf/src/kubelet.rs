@@ -14,7 +14,7 @@ use aya_ebpf::{
 };
 use redirect_ebpf::abi::{Addr, Flow};
 
-use crate::{AF_INET, maps::KUBELET_FLOWS, sockets::from_words};
+use crate::{AF_INET, maps::KUBELET_FLOWS};
 
 /// By then, a connection is established or has failed. This limits how long an entry counts whose end was
 /// missed because the program was detached.
@@ -56,8 +56,8 @@ fn flow(ctx: &SockOpsContext) -> Flow {
         // SAFETY: the context is valid while the program runs.
         unsafe {
             (
-                from_words(read_words(&raw const (*ctx.ops).remote_ip6)),
-                from_words(read_words(&raw const (*ctx.ops).local_ip6)),
+                Addr::from_words(read_words(&raw const (*ctx.ops).remote_ip6)),
+                Addr::from_words(read_words(&raw const (*ctx.ops).local_ip6)),
             )
         }
     };
@@ -69,14 +69,14 @@ fn flow(ctx: &SockOpsContext) -> Flow {
     }
 }
 
-/// Reads whole words: the verifier does not allow smaller reads of the context, which the compiler would
-/// generate for a copy.
+/// Reads these words of a context, and nothing else: the verifier allows no smaller reads, which the compiler
+/// would generate for a copy, and no address that depends on the family.
 ///
 /// # Safety
 ///
 /// As of a read.
 #[inline(always)]
-unsafe fn read_words(words: *const [u32; 4]) -> [u32; 4] {
+pub unsafe fn read_words(words: *const [u32; 4]) -> [u32; 4] {
     let words = words.cast::<u32>();
     // SAFETY: the caller's promise.
     unsafe {

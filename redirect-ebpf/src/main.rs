@@ -35,7 +35,7 @@ use redirect_ebpf::{
         PORT_PROXY_DNS, PodId, PodPeer, PodPort, QUESTION_AT, QUESTION_ENTER, QUESTION_KIND,
         QUESTION_V4, VirtualInterface,
     },
-    dns::{self, Dns, DnsEnv, Message},
+    dns::{self, Dns, DnsEnv, Entry, Message},
     verdict::{
         self, Env, Fate, Hidden, Lookup, Pods, Proxy, Segment, Sender, Steer, Verdict, Virtual,
         mesh_mark, with_mesh_mark,
@@ -54,6 +54,8 @@ use crate::{
 
 const AF_INET: u32 = 2;
 const IPPROTO_TCP: u32 = 6;
+/// What an update of a map with `BPF_NOEXIST` returns where the key is there.
+const EEXIST: i32 = -17;
 const SK_DROP: u32 = 0;
 const SK_PASS: u32 = 1;
 
@@ -322,11 +324,13 @@ fn on_egress(ctx: &TcContext, readable: bool, parsed: &Parsed, sender: Sender) -
         Some(way) => sockets::settle(ctx, &parsed.segment().sender_flow(), way.get()),
         None => true,
     };
-    let next = apply(ctx, &verdict, None, packet_of(readable));
-    if !noted && parsed.segment().opens {
-        // Later packets would be taken for those of a connection that is older than the capture.
+    if !noted && parsed.segment().opens && matches!(verdict.fate, Fate::ToLo) {
+        // Later packets could be taken for those of a connection that is older than the capture. All others
+        // are decided anew each time.
+        count::packet(verdict.pod_id, Counter::DroppedNoMemory as u32, Packet::Parsed);
         return TC_ACT_SHOT;
     }
+    let next = apply(ctx, &verdict, None, packet_of(readable));
     match verdict.fate {
         Fate::ToLo => packet::to_lo(ctx),
         Fate::Abort if packet::abort(ctx, parsed).is_none() => TC_ACT_SHOT,
@@ -419,7 +423,10 @@ pub fn redirect_lookup(ctx: SkLookupContext) -> u32 {
         let (local, remote) = if l.family == AF_INET {
             (Addr::v4(l.local_ip4.to_ne_bytes()), Addr::v4(l.remote_ip4.to_ne_bytes()))
         } else {
-            (sockets::from_words(l.local_ip6), sockets::from_words(l.remote_ip6))
+            (
+                Addr::from_words(kubelet::read_words(&raw const l.local_ip6)),
+                Addr::from_words(kubelet::read_words(&raw const l.remote_ip6)),
+            )
         };
         Lookup {
             pod_id,
@@ -581,9 +588,12 @@ fn ask(
     question: impl FnOnce(*mut core::ffi::c_void, &Segment) -> bool,
 ) -> bool {
     let pod_id = packet::netns_inode(ctx).unwrap_or(0);
+    // At egress it may be a copy of a packet that is on its way up (TEE in PREROUTING), whose hint must not
+    // get lost: the proxy would be handed its own call.
+    let kept = hint();
     set_hint(pod_id, &segment.receiver_flow(), HINT_QUESTION);
     let answer = question(ctx.as_ptr(), segment);
-    clear_hint();
+    set_hint(kept.pod_id, &kept.flow, kept.kind);
     answer
 }
 
@@ -756,27 +766,35 @@ impl DnsEnv for Tc<'_> {
     }
 
     #[inline(always)]
-    fn enter(&self, key: &DnsKey, flow: &DnsFlow, own: bool) -> bool {
+    fn enter(&self, key: &DnsKey, flow: &DnsFlow, own: bool) -> Entry {
         let known = if own { None } else { DNS_FLOWS.get_ptr_mut(key) };
         let Some(known) = known else {
             let flags = if own { BPF_ANY } else { BPF_NOEXIST };
-            return DNS_FLOWS.insert(key, flow, u64::from(flags)).is_ok();
+            return match DNS_FLOWS.insert(key, flow, u64::from(flags)) {
+                Ok(()) => Entry::Entered,
+                Err(EEXIST) => Entry::Taken,
+                Err(_) => Entry::Failed,
+            };
         };
-        // SAFETY: the pointer is to a map value that is live, or has been until a moment ago. Then its time
-        // is another one: that only grows, also when another flow gets the memory.
+        // SAFETY: the pointer is to a map value that is live, or has been until a moment ago.
         unsafe {
             let needed_until = &raw mut (*known).needed_until_ns;
             let seen = needed_until.read_volatile();
             if seen > self.now() || !compare_exchange(needed_until, seen, dns::CLAIMED) {
-                return false;
+                return Entry::Taken;
+            }
+            if DNS_FLOWS.get_ptr_mut(key) != Some(known) {
+                // Another flow has had the memory since, in a place of its own.
+                compare_exchange(needed_until, dns::CLAIMED, seen);
+                return Entry::Taken;
             }
             // As a whole, for who reads it meanwhile.
-            let entered = DNS_FLOWS.insert(key, flow, u64::from(BPF_ANY)).is_ok();
-            if !entered {
-                // No memory. The place is not to be lost for good.
+            if DNS_FLOWS.insert(key, flow, u64::from(BPF_ANY)).is_err() {
+                // The place is not to be lost for good.
                 compare_exchange(needed_until, dns::CLAIMED, seen);
+                return Entry::Failed;
             }
-            entered
+            Entry::Entered
         }
     }
 }

@@ -75,8 +75,9 @@ pub struct Parsed {
     pub network: Network,
     /// Offset of the transport header from the network header.
     offset: u32,
-    /// Bytes 4..14 of the TCP header: sequence, acknowledgement, data offset and flags.
-    tcp: [u8; 10],
+    /// Bytes 4 to 15 of the TCP header, in network byte order: sequence, acknowledgement; data offset, flags
+    /// and window.
+    tcp: [u32; 3],
 }
 
 impl Parsed {
@@ -100,22 +101,21 @@ pub fn network(ctx: &TcContext) -> Network {
 pub fn parse(ctx: &TcContext, network: Network, udp: bool) -> Option<Parsed> {
     let (src, dst, protocol, offset) = match network {
         Network::V4 => {
-            let ip: [u8; 20] = load(ctx, 0)?;
-            if u16::from_be_bytes([ip[6], ip[7]]) & IPV4_FRAGMENT != 0 {
+            let ip: [u32; 5] = load(ctx, 0)?;
+            if u32::from_be(ip[1]) & u32::from(IPV4_FRAGMENT) != 0 {
                 return None;
             }
-            let src = Addr::v4([ip[12], ip[13], ip[14], ip[15]]);
-            let dst = Addr::v4([ip[16], ip[17], ip[18], ip[19]]);
-            (src, dst, ip[9], u32::from(ip[0] & 0xf) * 4)
+            let protocol = (u32::from_be(ip[2]) >> 16) as u8;
+            (v4(ip[3]), v4(ip[4]), protocol, (u32::from_be(ip[0]) >> 24 & 0xf) * 4)
         }
         Network::V6 => {
-            let ip: [[u8; 8]; 5] = load(ctx, 0)?;
-            let (src, dst) = (addr(ip[1], ip[2]), addr(ip[3], ip[4]));
+            let [_, lengths, src @ .., d0, d1, d2, d3]: [u32; 10] = load(ctx, 0)?;
+            let (src, dst) = (Addr::from_words(src), Addr::from_words([d0, d1, d2, d3]));
             // In an IPv6 packet, the form that IPv4 addresses have in our maps is nobody's address.
             if src.is_v4() || dst.is_v4() {
                 return None;
             }
-            (src, dst, ip[0][6], 40)
+            (src, dst, (u32::from_be(lengths) >> 8) as u8, 40)
         }
         Network::Other => return None,
     };
@@ -123,17 +123,17 @@ pub fn parse(ctx: &TcContext, network: Network, udp: bool) -> Option<Parsed> {
     if !is_tcp && !(udp && protocol == IPPROTO_UDP) {
         return None;
     }
-    let (ports, tcp): ([u8; 4], [u8; 10]);
+    let (ports, tcp): (u32, [u32; 3]);
     let mut is_query = true;
     if is_tcp {
-        let [p0, p1, p2, p3, rest @ ..]: [u8; 14] = load(ctx, offset)?;
-        (ports, tcp) = ([p0, p1, p2, p3], rest);
+        let [first, rest @ ..]: [u32; 4] = load(ctx, offset)?;
+        (ports, tcp) = (u32::from_be(first), rest);
     } else {
         // The header has to be complete.
-        let [p0, p1, p2, p3, ..]: [u8; 8] = load(ctx, offset)?;
-        (ports, tcp) = ([p0, p1, p2, p3], [0; 10]);
+        let [first, _]: [u32; 2] = load(ctx, offset)?;
+        (ports, tcp) = (u32::from_be(first), [0; 3]);
     }
-    let dst_port = u16::from_be_bytes([ports[2], ports[3]]);
+    let dst_port = ports as u16;
     if !is_tcp {
         if dst_port == PORT_DNS {
             // If several datagrams are merged into one packet, any of them may be a query. SAFETY: the
@@ -142,16 +142,17 @@ pub fn parse(ctx: &TcContext, network: Network, udp: bool) -> Option<Parsed> {
             is_query = several || is_dns_query(ctx, offset + 8);
         }
     }
-    let opening = tcp[9] & (TCP_SYN | TCP_ACK | TCP_RST);
+    let flags = (u32::from_be(tcp[2]) >> 16) as u8;
+    let opening = flags & (TCP_SYN | TCP_ACK | TCP_RST);
     let segment = Segment {
         src,
         dst,
-        src_port: u16::from_be_bytes([ports[0], ports[1]]),
+        src_port: (ports >> 16) as u16,
         dst_port,
         opens: !is_tcp || opening == TCP_SYN,
         accepts: opening == TCP_SYN | TCP_ACK,
     };
-    let ends = tcp[9] & (TCP_FIN | TCP_RST) != 0;
+    let ends = flags & (TCP_FIN | TCP_RST) != 0;
     let message = Message { segment, tcp: is_tcp, is_query, ends };
     Some(Parsed { message, network, offset, tcp })
 }
@@ -168,12 +169,12 @@ fn is_dns_query(ctx: &TcContext, offset: u32) -> bool {
 pub fn addresses(ctx: &TcContext, network: Network) -> Option<(Addr, Addr)> {
     match network {
         Network::V4 => {
-            let [s, d]: [[u8; 4]; 2] = load(ctx, 12)?;
-            Some((Addr::v4(s), Addr::v4(d)))
+            let [src, dst]: [u32; 2] = load(ctx, 12)?;
+            Some((v4(src), v4(dst)))
         }
         Network::V6 => {
-            let [src, dst]: [[u8; 16]; 2] = load(ctx, 8)?;
-            Some((Addr { octets: src }, Addr { octets: dst }))
+            let [src, dst]: [[u32; 4]; 2] = load(ctx, 8)?;
+            Some((Addr::from_words(src), Addr::from_words(dst)))
         }
         Network::Other => None,
     }
@@ -221,7 +222,7 @@ fn replace_v4(
     old: &Addr,
     new: &Addr,
 ) -> Option<()> {
-    let (from, to) = (u32::from_ne_bytes(tail(old)), u32::from_ne_bytes(tail(new)));
+    let (from, to) = (old.words()[3], new.words()[3]);
     if from != to {
         ip_csum_replace(ctx, LO_HEADER + IPV4_CHECKSUM, from, to)?;
         csum_replace(ctx, checksum, from, to, flags)?;
@@ -239,8 +240,7 @@ fn replace_v6(
     old: &Addr,
     new: &Addr,
 ) -> Option<()> {
-    let from: [u32; 4] = bytemuck::cast(old.octets);
-    let to: [u32; 4] = bytemuck::cast(new.octets);
+    let (from, to) = (old.words(), new.words());
     if from != to {
         csum_replace(ctx, checksum, from[0], to[0], flags)?;
         csum_replace(ctx, checksum, from[1], to[1], flags)?;
@@ -267,9 +267,9 @@ pub fn refuse_query(ctx: &TcContext, parsed: &Parsed) -> Option<()> {
     let Segment { src, dst, src_port, dst_port, .. } = parsed.segment();
     // Swapping addresses and ports leaves the checksums as they are.
     if parsed.network == Network::V4 {
-        store(ctx, LO_HEADER + 12, &[tail(dst), tail(src)])?;
+        store(ctx, LO_HEADER + 12, &[dst.words()[3], src.words()[3]])?;
     } else {
-        store(ctx, LO_HEADER + 8, &[dst.octets, src.octets])?;
+        store(ctx, LO_HEADER + 8, &[dst.words(), src.words()])?;
     }
     let udp = LO_HEADER + parsed.offset;
     store(ctx, udp, &[dst_port.to_be_bytes(), src_port.to_be_bytes()])?;
@@ -298,30 +298,28 @@ fn reset_at(ctx: &TcContext, parsed: &Parsed, link: u32) -> Option<()> {
     let Segment { src, dst, src_port, dst_port, .. } = parsed.segment();
     // Swapping addresses and ports leaves the checksums as they are.
     if parsed.network == Network::V4 {
-        let [s, d] = [tail(src), tail(dst)];
-        store(ctx, link + 12, &[d, s])?;
+        store(ctx, link + 12, &[dst.words()[3], src.words()[3]])?;
     } else {
-        store(ctx, link + 8, &[dst.octets, src.octets])?;
+        store(ctx, link + 8, &[dst.words(), src.words()])?;
     }
     let tcp = link + parsed.offset;
     store(ctx, tcp, &[dst_port.to_be_bytes(), src_port.to_be_bytes()])?;
 
-    let old = &parsed.tcp;
-    let old_seq = u32::from_ne_bytes([old[0], old[1], old[2], old[3]]);
-    let old_ack = u32::from_ne_bytes([old[4], old[5], old[6], old[7]]);
+    let [old_seq, old_ack, _] = parsed.tcp;
     let ack = u32::from_be(old_seq).wrapping_add(1).to_be();
     let checksum = tcp + 16;
     csum_replace(ctx, checksum, old_seq, 0, 4)?;
     csum_replace(ctx, checksum, old_ack, ack, 4)?;
     store(ctx, tcp + 4, &[0u32, ack])?;
-    make_reset(ctx, tcp, old)
+    make_reset(ctx, tcp, parsed)
 }
 
 /// Sets the flags of the TCP header at `tcp` to RST and ACK.
 #[inline(always)]
-fn make_reset(ctx: &TcContext, tcp: u32, old: &[u8; 10]) -> Option<()> {
-    let old_flags = u16::from_ne_bytes([old[8], old[9]]);
-    let flags = u16::from_ne_bytes([old[8], TCP_RST | TCP_ACK]);
+fn make_reset(ctx: &TcContext, tcp: u32, parsed: &Parsed) -> Option<()> {
+    let [offset, old, ..] = parsed.tcp[2].to_ne_bytes();
+    let old_flags = u16::from_ne_bytes([offset, old]);
+    let flags = u16::from_ne_bytes([offset, TCP_RST | TCP_ACK]);
     csum_replace(ctx, tcp + 16, u32::from(old_flags), u32::from(flags), 2)?;
     store(ctx, tcp + 12, &flags)
 }
@@ -351,12 +349,10 @@ fn send_reset_back(ctx: &TcContext, parsed: &Parsed) -> Option<i32> {
 #[inline(always)]
 pub fn abort(ctx: &TcContext, parsed: &Parsed) -> Option<()> {
     let tcp = link_header(ctx, parsed.network)? + parsed.offset;
-    let old = &parsed.tcp;
     // The RST hides the sequence number with which the receiver could continue the connection.
-    let sequence = u32::from_ne_bytes([old[0], old[1], old[2], old[3]]);
-    csum_replace(ctx, tcp + 16, sequence, 0, 4)?;
+    csum_replace(ctx, tcp + 16, parsed.tcp[0], 0, 4)?;
     store(ctx, tcp + 4, &0u32)?;
-    make_reset(ctx, tcp, old)
+    make_reset(ctx, tcp, parsed)
 }
 
 /// Moves a packet that is about to leave by an interface to `lo`, as if it came in there. Returns what the
@@ -407,7 +403,7 @@ fn link_header(ctx: &TcContext, network: Network) -> Option<u32> {
     }
 }
 
-/// What kind of IP packet it is that [`parse_any`] could not parse.
+/// What kind of IP packet it is that [`parse`] could not parse.
 #[inline(always)]
 pub fn hidden(ctx: &TcContext, network: Network) -> Hidden {
     match network {
@@ -519,25 +515,16 @@ pub fn netns_inode(ctx: &TcContext) -> Option<PodId> {
     unsafe { bpf_probe_read_kernel(inode) }.ok()
 }
 
-/// The IPv4 address's octets.
+/// The IPv4 address in this word of a header.
 #[inline(always)]
-pub fn tail(addr: &Addr) -> [u8; 4] {
-    let a = &addr.octets;
-    [a[12], a[13], a[14], a[15]]
-}
-
-#[inline(always)]
-fn addr(hi: [u8; 8], lo: [u8; 8]) -> Addr {
-    let mut octets = [0; 16];
-    octets[..8].copy_from_slice(&hi);
-    octets[8..].copy_from_slice(&lo);
-    Addr { octets }
+fn v4(word: u32) -> Addr {
+    Addr::v4(word.to_ne_bytes())
 }
 
 #[inline(always)]
 fn load<T: Copy>(ctx: &TcContext, offset: u32) -> Option<T> {
     let mut value = core::mem::MaybeUninit::<T>::uninit();
-    // SAFETY: the helper fills all of `value` or fails; T is an array of bytes.
+    // SAFETY: the helper fills all of `value` or fails; T is an array of numbers.
     unsafe {
         let ret = bpf_skb_load_bytes_relative(
             ctx.as_ptr().cast(),

@@ -30,8 +30,7 @@ use redirect_ebpf::{
 use crate::{
     config,
     maps::{LISTENERS, PROXY_CGROUPS, PROXY_MISSING, SETTLED},
-    packet::{self, tail},
-    set_hint,
+    packet, set_hint,
 };
 
 /// No socket's state.
@@ -367,6 +366,10 @@ pub fn settled(ctx: &TcContext, flow: &Flow) -> Option<u32> {
 pub fn settle(ctx: &TcContext, flow: &Flow, way: u32) -> bool {
     let mut new = Settled { flow: *flow, way };
     let Some(sk) = sender(ctx) else { return true };
+    // A listener's RST. SAFETY: the socket is a live one.
+    if unsafe { (*sk).state } == TCP_LISTEN {
+        return true;
+    }
     let Some(settled) = storage(sk, &raw mut new, u64::from(BPF_SK_STORAGE_GET_F_CREATE)) else {
         return false;
     };
@@ -380,12 +383,8 @@ fn storage(sk: *mut bpf_sock, new: *mut Settled, flags: u64) -> Option<*mut Sett
     if sk.is_null() {
         return None;
     }
-    // SAFETY: the helpers check what they are given.
+    // SAFETY: the helper checks what it is given, and gives nothing for half-open sockets.
     unsafe {
-        let sk = bpf_sk_fullsock(sk);
-        if sk.is_null() {
-            return None;
-        }
         let map = ptr::from_ref(&SETTLED).cast_mut().cast();
         let settled: *mut Settled = bpf_sk_storage_get(map, sk.cast(), new.cast(), flags).cast();
         if settled.is_null() { None } else { Some(settled) }
@@ -452,8 +451,8 @@ fn tuple(src: &Addr, src_port: u16, dst: &Addr, dst_port: u16) -> (bpf_sock_tupl
     let (sport, dport) = (src_port.to_be(), dst_port.to_be());
     if dst.is_v4() {
         let ipv4 = bpf_sock_tuple__bindgen_ty_1__bindgen_ty_1 {
-            saddr: u32::from_ne_bytes(tail(src)),
-            daddr: u32::from_ne_bytes(tail(dst)),
+            saddr: src.words()[3],
+            daddr: dst.words()[3],
             sport,
             dport,
         };
@@ -465,24 +464,12 @@ fn tuple(src: &Addr, src_port: u16, dst: &Addr, dst_port: u16) -> (bpf_sock_tupl
         (tuple, len)
     } else {
         let ipv6 = bpf_sock_tuple__bindgen_ty_1__bindgen_ty_2 {
-            saddr: words(src),
-            daddr: words(dst),
+            saddr: src.words(),
+            daddr: dst.words(),
             sport,
             dport,
         };
         let len = size_of_val(&ipv6) as u32;
         (bpf_sock_tuple { __bindgen_anon_1: bpf_sock_tuple__bindgen_ty_1 { ipv6 } }, len)
     }
-}
-
-/// The address as the kernel's structs hold it: four words in network byte order.
-#[inline(always)]
-pub fn words(addr: &Addr) -> [u32; 4] {
-    bytemuck::cast(addr.octets)
-}
-
-/// The address from the kernel's structs, which hold four words in network byte order.
-#[inline(always)]
-pub fn from_words(words: [u32; 4]) -> Addr {
-    Addr { octets: bytemuck::cast(words) }
 }

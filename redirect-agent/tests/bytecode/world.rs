@@ -25,7 +25,7 @@ use redirect_ebpf::{
         PORT_OUTBOUND, PORT_PROXY_DNS, PROTOCOL_TCP, PROTOCOL_UDP, PodEntry, PodId,
         VIRTUAL_CAPTURE, VIRTUAL_RULES,
     },
-    dns::{self, DnsEnv, Message},
+    dns::{self, DnsEnv, Entry, Message},
     verdict::{self, Env, Pods, Proxy, Segment, Sender, Steer},
 };
 use socket2::{Domain, Socket, Type};
@@ -441,7 +441,6 @@ impl Env for World {
     }
 
     fn has_connection(&self, segment: &Segment) -> bool {
-        self.state.borrow_mut().hint = None;
         self.open.as_ref().is_some_and(|open| open.flow == segment.receiver_flow())
     }
 
@@ -507,7 +506,6 @@ impl Env for World {
     }
 
     fn has_proxy_sent(&self, segment: &Segment) -> bool {
-        self.state.borrow_mut().hint = None;
         let flow = segment.sender_flow();
         self.open.as_ref().is_some_and(|open| open.flow == flow && self.trusts(open.marked))
     }
@@ -518,9 +516,7 @@ impl Env for World {
 
     fn sender_listens(&self, segment: &Segment) -> bool {
         let listens = self.listener(&segment.src, segment.src_port).is_some();
-        let mut state = self.state.borrow_mut();
-        state.hint = None;
-        state.deaf = !listens;
+        self.state.borrow_mut().deaf = !listens;
         listens
     }
 }
@@ -547,12 +543,12 @@ impl DnsEnv for World {
         }
     }
 
-    fn enter(&self, key: &DnsKey, flow: &DnsFlow, own: bool) -> bool {
-        let free = own || self.flow(key).is_none_or(|known| dns::is_free(&known, NOW));
-        if free {
-            self.state.borrow_mut().flows.insert(*key, *flow);
+    fn enter(&self, key: &DnsKey, flow: &DnsFlow, own: bool) -> Entry {
+        if !own && self.flow(key).is_some_and(|known| !dns::is_free(&known, NOW)) {
+            return Entry::Taken;
         }
-        free
+        self.state.borrow_mut().flows.insert(*key, *flow);
+        Entry::Entered
     }
 }
 

@@ -24,6 +24,7 @@ use crate::dns::{SERVICE, ask_tcp, service, service_ip};
 use crate::probes::{Kubelet, wait_until_followed};
 
 both_families! {
+    nothing_gets_past_when_the_kernel_cannot_record_paths,
     socket_that_went_past_the_proxy_does_not_take_its_next_connection_there,
     translated_calls_are_refused_under_permissive,
     translated_calls_are_refused_under_strict,
@@ -40,6 +41,28 @@ const STRICT: &str = "apiVersion: security.istio.io/v1\n\
                       kind: PeerAuthentication\n\
                       metadata: {name: default, namespace: shop}\n\
                       spec: {mtls: {mode: STRICT}}\n";
+
+/// What the kernel stores with a socket for us counts as the socket's option memory. An application can use
+/// that up, and here there is none.
+fn nothing_gets_past_when_the_kernel_cannot_record_paths(family: Family) -> Result<()> {
+    let cluster = Cluster::enrolled(&[])?;
+    let Cluster { node, server, client, .. } = &cluster;
+    let apps = (echo(server)?, echo(client)?);
+    // Of each namespace since Linux 6.8.
+    server.netns.set_sysctl("net/core/optmem_max", "0")?;
+
+    cluster.assert_redirected(family)?;
+    let reached = apps.1.accepted().len();
+
+    // The capture rules do not see it.
+    let call = Call::to(client.addr(family, PORT)).bound_to("eth0").within(AT_ONCE);
+    let outcome = call.make(&server.netns)?;
+    ensure!(!matches!(outcome, Outcome::Answered(_)), "{outcome}");
+    ensure!(apps.1.accepted().len() == reached, "{:?}", apps.1.accepted());
+    let counters = node.pod(server)?.context("no status")?.counters;
+    ensure!(counters.get("dropped_no_memory").is_some_and(|n| *n > 0), "{counters:?}");
+    Ok(())
+}
 
 /// Accepts the one connection that `open` makes to a port of the pod.
 fn accept<T: Send>(
