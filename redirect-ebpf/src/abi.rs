@@ -432,10 +432,10 @@ pub const VIRTUAL_RULES: u32 = 1 << 1;
 #[repr(C)]
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Pod, Zeroable)]
 pub struct Hint {
+    /// The address of the kernel's `struct net_device` that the packet is on: it tells the pod.
+    pub device: u64,
     /// The flow.
     pub flow: Flow,
-    /// The pod whose namespace the packet is in.
-    pub pod_id: PodId,
     /// One of `HINT_*`.
     pub kind: u32,
 }
@@ -446,8 +446,8 @@ pub const HINT_NONE: u32 = 0;
 pub const HINT_FROM_PROXY: u32 = 1;
 /// [`Hint::kind`]: tcx itself is asking the kernel for a socket; no packet is delivered to what it finds.
 pub const HINT_QUESTION: u32 = 2;
-/// [`Hint::kind`]: the packet came in on `lo`, so the pod sent it. The interface says the same, unless the
-/// pod's socket is bound to another one.
+/// [`Hint::kind`]: the packet came in on `lo`, so the pod sent it. To `sk_lookup`, what goes to an address of
+/// the pod seems to have come in on the interface that has the address.
 pub const HINT_FROM_POD: u32 = 3;
 /// [`Hint::kind`]: a guest behind a virtual interface of the pod opens a connection to somebody else.
 pub const HINT_FROM_VIRTUAL: u32 = 4;
@@ -654,7 +654,7 @@ const _: () = {
     assert!(size_of::<PodFlow>() == 40);
     assert!(size_of::<Settled>() == 40);
     assert!(size_of::<ThisPod>() == 16);
-    assert!(size_of::<Hint>() == 44);
+    assert!(size_of::<Hint>() == 48);
     assert!(size_of::<VirtualInterface>() == 8);
     assert!(size_of::<CounterKey>() == 8);
     assert!(size_of::<SavedSysctls>() == 28);

@@ -469,6 +469,10 @@ mod tests {
             self.pod
         }
 
+        fn pod_on(&self, _: u64) -> PodId {
+            panic!("DNS leaves no hint")
+        }
+
         fn is_own(&self, pod_id: PodId, addr: &Addr) -> bool {
             assert_eq!(pod_id, self.pod_id);
             self.own.contains(addr)
@@ -519,6 +523,10 @@ mod tests {
         fn proxy(&self, pod_id: PodId, kind: u32, _: &Segment) -> Proxy {
             assert_eq!((pod_id, kind), (self.pod_id, LISTENER_OUTBOUND));
             self.without_dns.unwrap_or(Proxy::Listens)
+        }
+
+        fn have_strays(&self) -> bool {
+            panic!("DNS does not stray")
         }
 
         fn strays(&self, _: PodId) -> bool {

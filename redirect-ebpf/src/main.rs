@@ -93,7 +93,9 @@ fn parsed() -> Option<&'static mut Parsed> {
 #[inline(never)]
 fn drops_unread(ctx: &TcContext) -> bool {
     let Some((src, dst)) = packet::addresses(ctx, packet::network(ctx)) else { return false };
-    let Some(pod_id) = dns::drops_unread(mark(ctx), &src, &dst, &Tc { ctx }) else { return false };
+    let Some(pod_id) = dns::drops_unread(mark(ctx), &src, &dst, &Tc::at_ingress(ctx)) else {
+        return false;
+    };
     count::packet(pod_id, Counter::DroppedDnsUnreadable as u32, Packet::Unread);
     true
 }
@@ -101,18 +103,12 @@ fn drops_unread(ctx: &TcContext) -> bool {
 /// What has a function of its own here has a stack of its own: all in one would be too large.
 #[inline(never)]
 fn parse(ctx: &TcContext, udp: bool, parsed: &mut Parsed) -> bool {
-    match packet::parse(ctx, packet::network(ctx), udp) {
-        Some(found) => {
-            *parsed = found;
-            true
-        }
-        None => false,
-    }
+    packet::parse(ctx, packet::network(ctx), udp, parsed).is_some()
 }
 
 #[inline(never)]
 fn on_lo(ctx: &TcContext, parsed: Option<&Parsed>) -> i32 {
-    let verdict = verdict::on_lo(mark(ctx), parsed.map(Parsed::segment), &Tc { ctx });
+    let verdict = verdict::on_lo(mark(ctx), parsed.map(Parsed::segment), &Tc::at_ingress(ctx));
     if verdict.strays {
         note_strays(verdict.pod_id);
     }
@@ -164,7 +160,7 @@ fn decide_dns(ctx: &TcContext, parsed: &Parsed, decided: &mut Decided) {
         decided.pod_id = pod_id;
         decided.counter = counter as u32;
     };
-    decided.kind = match dns::on_lo(mark(ctx), &parsed.message, &Tc { ctx }) {
+    decided.kind = match dns::on_lo(mark(ctx), &parsed.message, &Tc::at_ingress(ctx)) {
         Dns::Other => DNS_OTHER,
         Dns::Ask { pod_id, from_port, count: counted } => {
             if let Some(counter) = counted {
@@ -237,7 +233,7 @@ fn on_interface(ctx: &TcContext, is_tcp: bool, parsed: &Parsed) -> i32 {
     }
     let ip = packet::network(ctx) != Network::Other;
     let parsed = if is_tcp { Some(parsed) } else { None };
-    let verdict = verdict::on_interface(ip, parsed.map(Parsed::segment), &Tc { ctx });
+    let verdict = verdict::on_interface(ip, parsed.map(Parsed::segment), &Tc::at_ingress(ctx));
     carry_out(ctx, &verdict, parsed)
 }
 
@@ -260,7 +256,9 @@ pub fn redirect_virt(ctx: TcContext) -> i32 {
     let is_tcp = parse(&ctx, false, parsed);
     let segment = if is_tcp { Some(parsed.segment()) } else { None };
     match virtual_interface(&ctx) {
-        Some(interface) if !verdict::is_inbound(segment, interface.pod_id, &Tc { ctx: &ctx }) => {
+        Some(interface)
+            if !verdict::is_inbound(segment, interface.pod_id, &Tc::at_ingress(&ctx)) =>
+        {
             on_virtual(&ctx, is_tcp, parsed, &interface)
         }
         // It is for the pod itself; or the interface is being set up, or removed.
@@ -285,7 +283,7 @@ fn on_virtual(ctx: &TcContext, is_tcp: bool, parsed: &Parsed, interface: &Virtua
     let parsed = if is_tcp { Some(parsed) } else { None };
     let ip = network != Network::Other;
     let segment = parsed.map(Parsed::segment);
-    let verdict = verdict::on_virtual(ip, segment, hides_tcp, interface, &Tc { ctx });
+    let verdict = verdict::on_virtual(ip, segment, hides_tcp, interface, &Tc::at_ingress(ctx));
     carry_out(ctx, &verdict, parsed)
 }
 
@@ -304,25 +302,26 @@ pub fn redirect_out(ctx: TcContext) -> i32 {
     if readable && parsed.message.tcp && switch::holds_sent(&ctx, parsed) {
         return TC_ACT_SHOT;
     }
-    let sender = sender(&ctx, readable, parsed);
-    on_egress(&ctx, readable, parsed, sender)
+    let sends = sockets::sends(&ctx);
+    let sender = sender(&ctx, readable, parsed, sends);
+    on_egress(&ctx, readable, parsed, sender, sends)
 }
 
 /// Apart from what follows, because both need much of the stack.
 #[inline(never)]
-fn sender(ctx: &TcContext, readable: bool, parsed: &Parsed) -> Sender {
+fn sender(ctx: &TcContext, readable: bool, parsed: &Parsed, sends: bool) -> Sender {
     let message = if readable { Ok(&parsed.message) } else { Err(Hidden::Nothing) };
-    verdict::sender(mark(ctx), message, &Tc { ctx })
+    verdict::sender(mark(ctx), message, &Tc { ctx, sends })
 }
 
 #[inline(never)]
-fn on_egress(ctx: &TcContext, readable: bool, parsed: &Parsed, sender: Sender) -> i32 {
+fn on_egress(ctx: &TcContext, readable: bool, parsed: &Parsed, sender: Sender, sends: bool) -> i32 {
     let message =
         if readable { Ok(&parsed.message) } else { Err(packet::hidden(ctx, packet::network(ctx))) };
-    let verdict = verdict::on_egress_of(sender, mark(ctx), message, &Tc { ctx });
+    let verdict = verdict::on_egress_of(sender, mark(ctx), message, &Tc { ctx, sends });
     let noted = match verdict.settle {
-        Some(way) => sockets::settle(ctx, &parsed.segment().sender_flow(), way.get()),
-        None => true,
+        Some(way) if sends => sockets::settle(ctx, &parsed.segment().sender_flow(), way.get()),
+        _ => true,
     };
     if !noted && parsed.segment().opens && matches!(verdict.fate, Fate::ToLo) {
         // Later packets could be taken for those of a connection that is older than the capture. All others
@@ -399,7 +398,7 @@ fn apply(ctx: &TcContext, verdict: &Verdict, parsed: Option<&Parsed>, packet: Pa
         set_mesh_mark(ctx, new.get());
     }
     if let (Some(kind), Some(parsed)) = (verdict.hint, parsed) {
-        set_hint(verdict.pod_id, &parsed.segment().receiver_flow(), kind.get());
+        set_hint(ctx, &parsed.segment().receiver_flow(), kind.get());
     }
     if let Some(counter) = verdict.count {
         count::packet(verdict.pod_id, counter as u32, packet);
@@ -479,11 +478,16 @@ fn clear_hint() {
 }
 
 #[inline(never)]
-fn set_hint(pod_id: PodId, flow: &Flow, kind: u32) {
+fn set_hint(ctx: &TcContext, flow: &Flow, kind: u32) {
+    put_hint(&Hint { device: packet::device(ctx), flow: *flow, kind });
+}
+
+#[inline(always)]
+fn put_hint(hint: &Hint) {
     if let Some(slot) = HINT.get_ptr_mut(0) {
         // SAFETY: the pointer is to this CPU's own value, and nothing interrupts the program
         // that would write it too: tcx runs in softirq.
-        unsafe { *slot = Hint { flow: *flow, pod_id, kind } }
+        unsafe { *slot = *hint }
     }
 }
 
@@ -587,13 +591,12 @@ fn ask(
     segment: &Segment,
     question: impl FnOnce(*mut core::ffi::c_void, &Segment) -> bool,
 ) -> bool {
-    let pod_id = packet::netns_inode(ctx).unwrap_or(0);
     // At egress it may be a copy of a packet that is on its way up (TEE in PREROUTING), whose hint must not
     // get lost: the proxy would be handed its own call.
     let kept = hint();
-    set_hint(pod_id, &segment.receiver_flow(), HINT_QUESTION);
+    set_hint(ctx, &segment.receiver_flow(), HINT_QUESTION);
     let answer = question(ctx.as_ptr(), segment);
-    set_hint(kept.pod_id, &kept.flow, kept.kind);
+    put_hint(&kept);
     answer
 }
 
@@ -618,6 +621,11 @@ macro_rules! pods {
             #[inline(always)]
             fn pod(&self, pod_id: PodId) -> Option<u32> {
                 pod(pod_id)
+            }
+
+            #[inline(always)]
+            fn pod_on(&self, device: u64) -> PodId {
+                packet::pod_on(device)
             }
 
             #[inline(always)]
@@ -650,6 +658,15 @@ pods!(LookupEnv);
 
 struct Tc<'a> {
     ctx: &'a TcContext,
+    /// Whether a socket of this namespace [`sockets::sends`] the packet. At ingress nobody asks.
+    sends: bool,
+}
+
+impl<'a> Tc<'a> {
+    #[inline(always)]
+    fn at_ingress(ctx: &'a TcContext) -> Self {
+        Self { ctx, sends: false }
+    }
 }
 
 pods!(Tc<'_>);
@@ -696,15 +713,19 @@ impl Env for Tc<'_> {
     }
 
     #[inline(always)]
-    fn strays(&self, pod_id: PodId) -> bool {
+    fn have_strays(&self) -> bool {
         // SAFETY: the pointer is to a live map value; it is one word.
         ANY_STRAYS.get_ptr(0).is_some_and(|any| unsafe { *any } != 0)
-            && STRAYS.get_ptr(&pod_id).is_some()
+    }
+
+    #[inline(always)]
+    fn strays(&self, pod_id: PodId) -> bool {
+        self.have_strays() && STRAYS.get_ptr(&pod_id).is_some()
     }
 
     #[inline(always)]
     fn is_forwarded(&self) -> bool {
-        sockets::is_forwarded(self.ctx)
+        sockets::came_in(self.ctx) && !self.sends
     }
 
     #[inline(always)]
@@ -715,7 +736,7 @@ impl Env for Tc<'_> {
 
     #[inline(always)]
     fn sender(&self) -> Sender {
-        sockets::sender_kind(self.ctx)
+        if self.sends { sockets::sender(self.ctx) } else { Sender::Nobody }
     }
 
     #[inline(always)]
@@ -735,7 +756,7 @@ impl Env for Tc<'_> {
 
     #[inline(always)]
     fn settled(&self, segment: &Segment) -> Option<u32> {
-        sockets::settled(self.ctx, &segment.sender_flow())
+        if self.sends { sockets::settled(self.ctx, &segment.sender_flow()) } else { None }
     }
 }
 

@@ -75,14 +75,45 @@ pub struct Parsed {
     pub network: Network,
     /// Offset of the transport header from the network header.
     offset: u32,
-    /// Bytes 4 to 15 of the TCP header, in network byte order: sequence, acknowledgement; data offset, flags
-    /// and window.
-    tcp: [u32; 3],
+    /// The network header without options, ending at [`TRANSPORT`], and the beginning of the transport header,
+    /// in network byte order. Here, the verifier knows nothing of what was read, whether or not it was.
+    headers: [u32; HEADERS],
 }
+
+const IPV4_WORDS: usize = 5;
+const IPV6_WORDS: usize = 10;
+/// The place of the transport header in [`Parsed::headers`].
+const TRANSPORT: usize = IPV6_WORDS;
+const HEADERS: usize = TRANSPORT + 4;
 
 impl Parsed {
     pub fn segment(&self) -> &Segment {
         &self.message.segment
+    }
+
+    /// The beginning of the transport header. Of TCP: ports, sequence, acknowledgement; data offset, flags and
+    /// window.
+    #[inline(always)]
+    fn transport(&self) -> [u32; 4] {
+        let [.., t0, t1, t2, t3] = self.headers;
+        [t0, t1, t2, t3]
+    }
+
+    /// Reads `count` words at `offset` from the network header, into the place `to`.
+    #[inline(always)]
+    fn read(&mut self, ctx: &TcContext, offset: u32, to: usize, count: usize) -> Option<()> {
+        let words = self.headers.get_mut(to..to + count)?;
+        // SAFETY: `words` are as many bytes as is said.
+        let ret = unsafe {
+            bpf_skb_load_bytes_relative(
+                ctx.as_ptr().cast(),
+                offset,
+                words.as_mut_ptr().cast(),
+                size_of_val(words) as u32,
+                BPF_HDR_START_NET,
+            )
+        };
+        (ret == 0).then_some(())
     }
 }
 
@@ -94,55 +125,58 @@ pub fn network(ctx: &TcContext) -> Network {
     }
 }
 
-/// The TCP segment in the packet, or the UDP datagram if `udp` is set. `None` for anything else, for
+/// Reads the TCP segment in the packet, or the UDP datagram if `udp` is set. `None` for anything else, for
 /// fragments, and for IPv6 packets with extension headers or mapped IPv4 addresses: those are left to
 /// `sk_lookup`, which sees them reassembled.
 #[inline(always)]
-pub fn parse(ctx: &TcContext, network: Network, udp: bool) -> Option<Parsed> {
+pub fn parse(ctx: &TcContext, network: Network, udp: bool, parsed: &mut Parsed) -> Option<()> {
+    let begin = match network {
+        Network::V4 => TRANSPORT - IPV4_WORDS,
+        Network::V6 => TRANSPORT - IPV6_WORDS,
+        Network::Other => return None,
+    };
+    // Nearly every packet has no options, and is long enough to be read at once.
+    let at_once = parsed.read(ctx, 0, begin, HEADERS - begin).is_some();
+    if !at_once {
+        parsed.read(ctx, 0, begin, TRANSPORT - begin)?;
+    }
+    let [_, h1, h2, h3, h4, h5, h6, h7, h8, h9, ..] = parsed.headers;
     let (src, dst, protocol, offset) = match network {
         Network::V4 => {
-            let ip: [u32; 5] = load(ctx, 0)?;
-            if u32::from_be(ip[1]) & u32::from(IPV4_FRAGMENT) != 0 {
+            if u32::from_be(h6) & u32::from(IPV4_FRAGMENT) != 0 {
                 return None;
             }
-            let protocol = (u32::from_be(ip[2]) >> 16) as u8;
-            (v4(ip[3]), v4(ip[4]), protocol, (u32::from_be(ip[0]) >> 24 & 0xf) * 4)
+            let protocol = (u32::from_be(h7) >> 16) as u8;
+            (v4(h8), v4(h9), protocol, (u32::from_be(h5) >> 24 & 0xf) * 4)
         }
-        Network::V6 => {
-            let [_, lengths, src @ .., d0, d1, d2, d3]: [u32; 10] = load(ctx, 0)?;
-            let (src, dst) = (Addr::from_words(src), Addr::from_words([d0, d1, d2, d3]));
+        _ => {
+            let (src, dst) =
+                (Addr::from_words([h2, h3, h4, h5]), Addr::from_words([h6, h7, h8, h9]));
             // In an IPv6 packet, the form that IPv4 addresses have in our maps is nobody's address.
             if src.is_v4() || dst.is_v4() {
                 return None;
             }
-            (src, dst, (u32::from_be(lengths) >> 8) as u8, 40)
+            (src, dst, (u32::from_be(h1) >> 8) as u8, 40)
         }
-        Network::Other => return None,
     };
     let is_tcp = protocol == IPPROTO_TCP;
     if !is_tcp && !(udp && protocol == IPPROTO_UDP) {
         return None;
     }
-    let (ports, tcp): (u32, [u32; 3]);
-    let mut is_query = true;
-    if is_tcp {
-        let [first, rest @ ..]: [u32; 4] = load(ctx, offset)?;
-        (ports, tcp) = (u32::from_be(first), rest);
-    } else {
-        // The header has to be complete.
-        let [first, _]: [u32; 2] = load(ctx, offset)?;
-        (ports, tcp) = (u32::from_be(first), [0; 3]);
+    if !at_once || (network == Network::V4 && offset != 20) {
+        // The header of a datagram has to be complete.
+        parsed.read(ctx, offset, TRANSPORT, if is_tcp { HEADERS - TRANSPORT } else { 2 })?;
     }
+    let [ports, tcp @ ..] = parsed.transport();
+    let ports = u32::from_be(ports);
     let dst_port = ports as u16;
-    if !is_tcp {
-        if dst_port == PORT_DNS {
-            // If several datagrams are merged into one packet, any of them may be a query. SAFETY: the
-            // context is valid while the program runs.
-            let several = unsafe { (*ctx.skb.skb).gso_size } != 0;
-            is_query = several || is_dns_query(ctx, offset + 8);
-        }
-    }
-    let flags = (u32::from_be(tcp[2]) >> 16) as u8;
+    // If several datagrams are merged into one packet, any of them may be a query. SAFETY: the context is
+    // valid while the program runs.
+    let is_query = is_tcp
+        || dst_port != PORT_DNS
+        || unsafe { (*ctx.skb.skb).gso_size } != 0
+        || is_dns_query(ctx, offset + 8);
+    let flags = if is_tcp { (u32::from_be(tcp[2]) >> 16) as u8 } else { 0 };
     let opening = flags & (TCP_SYN | TCP_ACK | TCP_RST);
     let segment = Segment {
         src,
@@ -153,8 +187,10 @@ pub fn parse(ctx: &TcContext, network: Network, udp: bool) -> Option<Parsed> {
         accepts: opening == TCP_SYN | TCP_ACK,
     };
     let ends = flags & (TCP_FIN | TCP_RST) != 0;
-    let message = Message { segment, tcp: is_tcp, is_query, ends };
-    Some(Parsed { message, network, offset, tcp })
+    parsed.message = Message { segment, tcp: is_tcp, is_query, ends };
+    parsed.network = network;
+    parsed.offset = offset;
+    Some(())
 }
 
 /// Whether what is at `offset` looks like a DNS query: not an answer, and exactly one question.
@@ -305,7 +341,7 @@ fn reset_at(ctx: &TcContext, parsed: &Parsed, link: u32) -> Option<()> {
     let tcp = link + parsed.offset;
     store(ctx, tcp, &[dst_port.to_be_bytes(), src_port.to_be_bytes()])?;
 
-    let [old_seq, old_ack, _] = parsed.tcp;
+    let [_, old_seq, old_ack, _] = parsed.transport();
     let ack = u32::from_be(old_seq).wrapping_add(1).to_be();
     let checksum = tcp + 16;
     csum_replace(ctx, checksum, old_seq, 0, 4)?;
@@ -317,7 +353,7 @@ fn reset_at(ctx: &TcContext, parsed: &Parsed, link: u32) -> Option<()> {
 /// Sets the flags of the TCP header at `tcp` to RST and ACK.
 #[inline(always)]
 fn make_reset(ctx: &TcContext, tcp: u32, parsed: &Parsed) -> Option<()> {
-    let [offset, old, ..] = parsed.tcp[2].to_ne_bytes();
+    let [offset, old, ..] = parsed.transport()[3].to_ne_bytes();
     let old_flags = u16::from_ne_bytes([offset, old]);
     let flags = u16::from_ne_bytes([offset, TCP_RST | TCP_ACK]);
     csum_replace(ctx, tcp + 16, u32::from(old_flags), u32::from(flags), 2)?;
@@ -350,7 +386,7 @@ fn send_reset_back(ctx: &TcContext, parsed: &Parsed) -> Option<i32> {
 pub fn abort(ctx: &TcContext, parsed: &Parsed) -> Option<()> {
     let tcp = link_header(ctx, parsed.network)? + parsed.offset;
     // The RST hides the sequence number with which the receiver could continue the connection.
-    csum_replace(ctx, tcp + 16, parsed.tcp[0], 0, 4)?;
+    csum_replace(ctx, tcp + 16, parsed.transport()[1], 0, 4)?;
     store(ctx, tcp + 4, &0u32)?;
     make_reset(ctx, tcp, parsed)
 }
@@ -489,30 +525,48 @@ pub fn headers(ctx: &TcContext) -> Option<([u8; 40], u32, [u8; 20])> {
     }
 }
 
-/// The address of the packet's `struct net`; 0 if it cannot be read.
+/// The address of the `struct net_device` that the packet is on; 0 if it cannot be read.
 #[inline(always)]
-pub fn netns(ctx: &TcContext) -> u64 {
+pub fn device(ctx: &TcContext) -> u64 {
     // The verifier forbids arithmetic on the context's address, but a value read from a map is a plain
     // number.
     let Some(slot) = ADDRESS.get_ptr_mut(0) else { return 0 };
-    let packet_device = u64::from(offset!(packet_device));
-    let device_net = u64::from(offset!(device_net));
-    // SAFETY: the pointer is to this CPU's own value; the helper copes with any address.
-    unsafe {
+    // SAFETY: the pointer is to this CPU's own value.
+    let skb = unsafe {
         slot.write_volatile(ctx.skb.skb as u64);
-        let skb = slot.read_volatile();
-        let device = (skb + packet_device) as *const u64;
-        let device = bpf_probe_read_kernel(device).unwrap_or(0);
-        bpf_probe_read_kernel((device + device_net) as *const u64).unwrap_or(0)
-    }
+        slot.read_volatile()
+    };
+    kernel(skb + u64::from(offset!(packet_device))).unwrap_or(0)
+}
+
+/// The address of the packet's `struct net`; 0 if it cannot be read.
+#[inline(always)]
+pub fn netns(ctx: &TcContext) -> u64 {
+    netns_on(device(ctx))
 }
 
 /// The inode number of the packet's network namespace.
 #[inline(always)]
 pub fn netns_inode(ctx: &TcContext) -> Option<PodId> {
-    let inode = (netns(ctx) + u64::from(offset!(net_inode))) as *const PodId;
+    kernel(netns(ctx) + u64::from(offset!(net_inode)))
+}
+
+/// The pod that has this `struct net_device`; 0 if it cannot be read.
+#[inline(always)]
+pub fn pod_on(device: u64) -> PodId {
+    kernel(netns_on(device) + u64::from(offset!(net_inode))).unwrap_or(0)
+}
+
+#[inline(always)]
+fn netns_on(device: u64) -> u64 {
+    kernel(device + u64::from(offset!(device_net))).unwrap_or(0)
+}
+
+/// A number in the kernel's memory.
+#[inline(always)]
+fn kernel<T: bytemuck::Pod>(address: u64) -> Option<T> {
     // SAFETY: the helper copes with any address.
-    unsafe { bpf_probe_read_kernel(inode) }.ok()
+    unsafe { bpf_probe_read_kernel(address as *const T) }.ok()
 }
 
 /// The IPv4 address in this word of a header.

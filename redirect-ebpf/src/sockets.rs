@@ -12,8 +12,8 @@ use aya_ebpf::{
     helpers::{
         bpf_get_listener_sock, bpf_ktime_get_ns, bpf_map_lookup_elem, bpf_map_update_elem,
         bpf_probe_read_kernel, bpf_sk_assign, bpf_sk_fullsock, bpf_sk_lookup_tcp,
-        bpf_sk_lookup_udp, bpf_sk_release, bpf_sk_storage_get, bpf_skc_lookup_tcp,
-        bpf_tcp_check_syncookie,
+        bpf_sk_lookup_udp, bpf_sk_release, bpf_sk_storage_get, bpf_skb_cgroup_id,
+        bpf_skc_lookup_tcp, bpf_tcp_check_syncookie,
     },
     programs::TcContext,
 };
@@ -182,7 +182,7 @@ pub fn find_listener(
     // Otherwise `sk_lookup` would refuse: packets from other interfaces are never for loopback.
     let flow =
         Flow { local: loopback, remote: loopback, local_port: port, remote_port: client_port };
-    set_hint(key.pod_id, &flow, HINT_QUESTION);
+    set_hint(ctx, &flow, HINT_QUESTION);
     let (mut tuple, len) = tuple(&loopback, client_port, &loopback, port);
     // SAFETY: the tuple is initialized for `len` bytes; the reference is released.
     unsafe {
@@ -230,21 +230,26 @@ unsafe fn is_known(key: &ListenerKey, sk: *mut bpf_sock) -> bool {
     }
 }
 
-/// Whether the packet came in on an interface, and was not sent by a socket of this namespace.
-#[inline(never)]
-pub fn is_forwarded(ctx: &TcContext) -> bool {
+/// Whether the packet came in on an interface.
+#[inline(always)]
+pub fn came_in(ctx: &TcContext) -> bool {
     // SAFETY: the context is valid while the program runs.
-    let came_in = unsafe { (*ctx.skb.skb).ingress_ifindex } != 0;
-    came_in && sender(ctx).is_none()
+    unsafe { (*ctx.skb.skb).ingress_ifindex != 0 }
 }
 
-/// The socket of this namespace that sent the packet. A packet may still carry the socket of another
+/// Whether a socket of this namespace sends the packet. A packet may still carry the socket of another
 /// namespace, until a stack has received it; such a socket does not count.
+#[inline(never)]
+pub fn sends(ctx: &TcContext) -> bool {
+    let sk = packets_socket(ctx);
+    !sk.is_null() && netns(sk) == packet::netns(ctx)
+}
+
+/// The packet's socket, of whatever namespace.
 #[inline(always)]
-fn sender(ctx: &TcContext) -> Option<*mut bpf_sock> {
+fn packets_socket(ctx: &TcContext) -> *mut bpf_sock {
     // SAFETY: the context is valid while the program runs.
-    let sk = unsafe { (*ctx.skb.skb).__bindgen_anon_2.sk };
-    if sk.is_null() || netns(sk) != packet::netns(ctx) { None } else { Some(sk) }
+    unsafe { (*ctx.skb.skb).__bindgen_anon_2.sk }
 }
 
 /// The address of the socket's network namespace.
@@ -279,18 +284,21 @@ fn kernel_u64(address: u64) -> u64 {
     unsafe { bpf_probe_read_kernel(address as *const u64) }.unwrap_or(0)
 }
 
-/// Who owns the socket that sent the packet, or the listener for which it answers.
+/// Who owns the socket that [`sends`] the packet, or the listener for which it answers.
 #[inline(always)]
-pub fn sender_kind(ctx: &TcContext) -> Sender {
-    let Some(sk) = sender(ctx) else { return Sender::Nobody };
-    // SAFETY: the helpers check what they are given.
+pub fn sender(ctx: &TcContext) -> Sender {
+    let sk = packets_socket(ctx);
+    if sk.is_null() {
+        return Sender::Nobody;
+    }
+    // SAFETY: the helpers check what they are given, and go from a half-open socket to its listener.
     unsafe {
         let full = bpf_sk_fullsock(sk);
-        if !full.is_null() {
-            return kind(full);
+        let full = if full.is_null() { bpf_get_listener_sock(sk) } else { full };
+        if full.is_null() {
+            return Sender::Application;
         }
-        let listener = bpf_get_listener_sock(sk);
-        if listener.is_null() { Sender::Application } else { kind(listener) }
+        owner((*full).mark, || bpf_skb_cgroup_id(ctx.skb.skb))
     }
 }
 
@@ -302,10 +310,15 @@ pub fn sender_kind(ctx: &TcContext) -> Sender {
 #[inline(always)]
 unsafe fn kind(sk: *mut bpf_sock) -> Sender {
     // SAFETY: the caller's promise.
-    if mesh_mark(unsafe { (*sk).mark }) != MARK_PROXY {
+    owner(unsafe { (*sk).mark }, || cgroup(sk))
+}
+
+#[inline(always)]
+fn owner(mark: u32, cgroup: impl FnOnce() -> u64) -> Sender {
+    if mesh_mark(mark) != MARK_PROXY {
         return Sender::Application;
     }
-    let cgroup = cgroup(sk);
+    let cgroup = cgroup();
     if cgroup != ANY_CGROUP && PROXY_CGROUPS.get_ptr(&cgroup).is_some() {
         Sender::Proxy
     } else if is_mark_enough() {
@@ -342,9 +355,7 @@ pub fn is_proxys_connection(ctx: *mut c_void, segment: &Segment) -> bool {
 /// compared: each of the proxy's sockets has only one.
 #[inline(always)]
 pub fn is_settled_proxys(ctx: &TcContext) -> bool {
-    // SAFETY: the context is valid while the program runs.
-    let sk = unsafe { (*ctx.skb.skb).__bindgen_anon_2.sk };
-    let Some(settled) = storage(sk, ptr::null_mut(), 0) else { return false };
+    let Some(settled) = storage(packets_socket(ctx), ptr::null_mut(), 0) else { return false };
     // SAFETY: the pointer is to a live map value.
     match unsafe { (*settled).way } {
         WAY_PROXYS => true,
@@ -353,21 +364,21 @@ pub fn is_settled_proxys(ctx: &TcContext) -> bool {
     }
 }
 
-/// The path that was recorded for this connection of the socket that sent the packet.
+/// The path that was recorded for this connection of the socket that [`sends`] the packet.
 #[inline(always)]
 pub fn settled(ctx: &TcContext, flow: &Flow) -> Option<u32> {
-    let settled = storage(sender(ctx)?, ptr::null_mut(), 0)?;
+    let settled = storage(packets_socket(ctx), ptr::null_mut(), 0)?;
     // SAFETY: the pointer is to a live map value.
     unsafe { if (*settled).flow == *flow { Some((*settled).way) } else { None } }
 }
 
-/// Records it. Fails if there is such a socket, but no memory.
+/// Records it. Fails without memory.
 #[inline(always)]
 pub fn settle(ctx: &TcContext, flow: &Flow, way: u32) -> bool {
     let mut new = Settled { flow: *flow, way };
-    let Some(sk) = sender(ctx) else { return true };
+    let sk = packets_socket(ctx);
     // A listener's RST. SAFETY: the socket is a live one.
-    if unsafe { (*sk).state } == TCP_LISTEN {
+    if sk.is_null() || unsafe { (*sk).state } == TCP_LISTEN {
         return true;
     }
     let Some(settled) = storage(sk, &raw mut new, u64::from(BPF_SK_STORAGE_GET_F_CREATE)) else {

@@ -72,6 +72,8 @@ pub enum Proxy {
 pub trait Pods {
     /// The flags of the pod's entry in `pods`, bits of `POD_*`. Without `POD_ENROLLED` it bypasses.
     fn pod(&self, pod_id: PodId) -> Option<u32>;
+    /// The pod that has this `struct net_device`; 0 if there is none.
+    fn pod_on(&self, device: u64) -> PodId;
     /// Whether the pod has this address.
     fn is_own(&self, pod_id: PodId, addr: &Addr) -> bool;
     /// Whether `inbound_ports` or `inbound_ranges` exclude this connection to the pod.
@@ -102,7 +104,9 @@ pub trait Env: Pods {
     fn excludes_outbound(&self, pod_id: PodId, flow: &Flow) -> bool;
     /// Whether the proxy listens in this pod; `kind` is one of `LISTENER_*`.
     fn proxy(&self, pod_id: PodId, kind: u32, segment: &Segment) -> Proxy;
-    /// Whether packets of this pod have strayed onto `lo`: see [`Verdict::strays`].
+    /// Whether packets of any pod have strayed onto `lo`: see [`Verdict::strays`].
+    fn have_strays(&self) -> bool;
+    /// Whether packets of this pod have.
     fn strays(&self, pod_id: PodId) -> bool;
     /// At egress: whether the packet came in on an interface, and was not sent by a socket of this namespace.
     fn is_forwarded(&self) -> bool;
@@ -223,6 +227,14 @@ pub fn on_lo(mark: u32, segment: Option<&Segment>, env: &impl Env) -> Verdict {
             ..Verdict::NEXT
         };
     };
+    // The hint is for every packet, not only for the SYN: under SYN cookies the ACK looks for the listener.
+    if !segment.opens && proxys {
+        let hint = code(HINT_FROM_PROXY);
+        return Verdict { mark: code(MARK_REDIRECTED), hint, ..Verdict::NEXT };
+    }
+    if !segment.opens && !segment.accepts && !env.have_strays() {
+        return Verdict { hint: code(HINT_FROM_POD), ..Verdict::NEXT };
+    }
     let pod_id = env.pod_id();
     let next = Verdict::of(pod_id);
     if segment.opens && mesh_mark(mark) == MARK_REFUSED {
@@ -243,20 +255,20 @@ pub fn on_lo(mark: u32, segment: Option<&Segment>, env: &impl Env) -> Verdict {
         if segment.opens && env.is_open(segment) {
             return Verdict { fate: Fate::Reset, ..next.count(Counter::RefusedPortTaken) };
         }
-        // This applies to every packet, not only to the SYN: under SYN cookies the ACK looks for the
-        // listener. The accepted socket takes the mark, so its replies come back here, even while the pod
-        // leaves the mesh.
+        // The accepted socket takes the mark, so its replies come back here, even while the pod leaves the
+        // mesh.
         return Verdict { mark: code(MARK_REDIRECTED), hint: code(HINT_FROM_PROXY), ..next };
     }
-    // On every packet, for the same reason.
     let next = Verdict { hint: code(HINT_FROM_POD), ..next };
     if segment.dst.is_loopback() {
         return next;
     }
+    let pod = env.pod(pod_id);
     // What the guard moved here belongs here.
     if mesh_mark(mark) != MARK_RESCUED
         && (segment.opens || segment.accepts || env.strays(pod_id))
-        && strays(pod_id, segment, env)
+        && !(own || (!segment.opens && env.is_own(pod_id, &segment.dst)))
+        && pod.is_some_and(|pod| strays(pod_id, pod, segment, env))
     {
         let first = segment.opens || segment.accepts;
         let count = if first { Some(Counter::RescuedDirect) } else { None };
@@ -266,7 +278,7 @@ pub fn on_lo(mark: u32, segment: Option<&Segment>, env: &impl Env) -> Verdict {
     if !segment.opens
         || own
         || segment.dst.is_link_local()
-        || env.pod(pod_id).is_some_and(|pod| !is_enrolled(pod))
+        || pod.is_some_and(|pod| !is_enrolled(pod))
     {
         return next;
     }
@@ -280,14 +292,11 @@ pub fn on_lo(mark: u32, segment: Option<&Segment>, env: &impl Env) -> Verdict {
     }
 }
 
-/// Whether a packet on `lo` is a stray: the pod's own marks or rules brought it here, but its other end is
-/// elsewhere. It belongs to an excluded connection, or to the proxy itself.
+/// Whether a packet on `lo`, for an address that the pod does not have, is a stray: the pod's own marks or rules
+/// brought it here, but its other end is elsewhere. It belongs to an excluded connection, or to the proxy
+/// itself.
 #[inline(always)]
-fn strays(pod_id: PodId, segment: &Segment, env: &impl Env) -> bool {
-    let Some(pod) = env.pod(pod_id) else { return false };
-    if env.is_own(pod_id, &segment.dst) {
-        return false;
-    }
+fn strays(pod_id: PodId, pod: u32, segment: &Segment, env: &impl Env) -> bool {
     if segment.opens {
         return excludes_outbound(pod_id, pod, segment, env) || env.has_proxy_sent(segment);
     }
@@ -646,8 +655,12 @@ pub enum Steer {
 pub fn steer(lookup: &Lookup, env: &impl Pods) -> Steer {
     let Lookup { pod_id, tcp, flow, on_lo, hint } = lookup;
     let pod_id = *pod_id;
-    let hinted = if hint.pod_id == pod_id && hint.flow == *flow { hint.kind } else { HINT_NONE };
-    if hinted == HINT_QUESTION || !tcp {
+    if !tcp {
+        return Steer::Pass(None);
+    }
+    let is_its = hint.kind != HINT_NONE && hint.flow == *flow && env.pod_on(hint.device) == pod_id;
+    let hinted = if is_its { hint.kind } else { HINT_NONE };
+    if hinted == HINT_QUESTION {
         return Steer::Pass(None);
     }
     let Some(pod) = env.pod(pod_id) else { return Steer::Refuse(Counter::RefusedUnknownPod) };
@@ -892,6 +905,10 @@ mod tests {
             self.pod
         }
 
+        fn pod_on(&self, device: u64) -> PodId {
+            PodId::try_from(device).unwrap()
+        }
+
         fn is_own(&self, pod_id: PodId, addr: &Addr) -> bool {
             only_own(pod_id);
             self.own.contains(addr)
@@ -946,6 +963,10 @@ mod tests {
             only_own(pod_id);
             self.asked.borrow_mut().push(Asked::Proxy(kind));
             self.proxy
+        }
+
+        fn have_strays(&self) -> bool {
+            self.strays
         }
 
         fn strays(&self, pod_id: PodId) -> bool {
@@ -1025,6 +1046,13 @@ mod tests {
     }
 
     /// Verdicts on the pod itself.
+    /// [`super::on_lo`]; what needs no pod is said of this one.
+    fn on_lo(mark: u32, segment: Option<&Segment>, node: &Node) -> Verdict {
+        let verdict = super::on_lo(mark, segment, node);
+        let needs_none = verdict.pod_id == 0 && verdict.hint.is_some();
+        if needs_none { Verdict { pod_id: OWN, ..verdict } } else { verdict }
+    }
+
     const GOES_ON: Verdict = Verdict { pod_id: OWN, ..Verdict::NEXT };
     const MARKED: Verdict = Verdict { mark: code(MARK_DIRECT), ..GOES_ON };
     /// The proxy is to accept it.
@@ -2201,7 +2229,13 @@ mod tests {
 
     fn lookup(local: Addr, remote: Addr, on_lo: bool, kind: u32) -> Lookup {
         let flow = flow(local, remote);
-        Lookup { pod_id: OWN, tcp: true, flow, on_lo, hint: Hint { flow, pod_id: OWN, kind } }
+        Lookup {
+            pod_id: OWN,
+            tcp: true,
+            flow,
+            on_lo,
+            hint: Hint { flow, device: u64::from(OWN), kind },
+        }
     }
 
     fn to_port(lookup: Lookup, port: u16) -> Lookup {
@@ -2435,13 +2469,14 @@ mod tests {
                     ("remote", Hint { flow: Flow { remote: a.neighbour, ..flow }, ..hint }),
                     ("local port", Hint { flow: Flow { local_port: 9090, ..flow }, ..hint }),
                     ("remote port", Hint { flow: Flow { remote_port: 9090, ..flow }, ..hint }),
-                    ("pod", Hint { pod_id: NEIGHBOUR, ..hint }),
+                    ("pod", Hint { device: u64::from(NEIGHBOUR), ..hint }),
                 ]
                 .map(|(other, hint)| (other, Lookup { hint, ..good }, INBOUND, UNTOUCHED));
                 assert_steered(&a, &rows);
             }
             // The hint that a packet of the proxy leaves behind on `lo`.
-            let hint = Hint { flow: flow(a.own, a.stranger), pod_id: OWN, kind: HINT_FROM_PROXY };
+            let (flow, kind) = (flow(a.own, a.stranger), HINT_FROM_PROXY);
+            let hint = Hint { flow, device: u64::from(OWN), kind };
             let found = Lookup { hint, ..lookup(a.stranger, a.own, LO, HINT_NONE) };
             assert_steered(&a, &[("the pod's call", found, OUTBOUND, OUTBOUND)]);
         }

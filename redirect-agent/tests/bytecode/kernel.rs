@@ -29,7 +29,7 @@ use redirect_ebpf::abi::{
 use crate::{
     packet::LINK_HEADER,
     sys::{self, Insn},
-    world::{Key as PodAndKind, LEASES, Listener, NOW, Since},
+    world::{Key as PodAndKind, LEASES, Listener, NOW, Since, set_own_device},
 };
 
 /// Longer than any machine takes for one step of the test.
@@ -103,7 +103,7 @@ impl Kernel {
             let program = stub::load(*pod_id, this_pod.as_fd(), programs.as_fd());
             Ok((*pod_id, program.with_context(|| format!("load the program of pod {pod_id}"))?))
         };
-        Ok(Self {
+        let kernel = Self {
             tcx,
             find_proxy: classifier(&mut ebpf, "find_proxy")?,
             shared: lookup(&mut ebpf)?,
@@ -117,7 +117,12 @@ impl Kernel {
                 .context("load the questions")?,
             maps: Maps::take(&mut ebpf, cpu)?,
             ebpf,
-        })
+        };
+        // A question leaves a hint, which has the device.
+        kernel.find_proxy()?;
+        let hint = kernel.maps.last_hint()?;
+        set_own_device(hint.device);
+        Ok(kernel)
     }
 
     /// From here on the pods' own programs call the shared one.
@@ -493,8 +498,13 @@ impl Maps {
 
     /// The hint, if there is one.
     pub fn hint(&self) -> Result<Option<Hint>> {
-        let hint = self.hint.get(&0, 0)?[self.cpu];
+        let hint = self.last_hint()?;
         Ok((hint.kind != HINT_NONE).then_some(hint))
+    }
+
+    /// The hint, also if it is no longer one.
+    pub fn last_hint(&self) -> Result<Hint> {
+        Ok(self.hint.get(&0, 0)?[self.cpu])
     }
 
     /// What has been counted, and how often.

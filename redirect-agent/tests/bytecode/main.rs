@@ -563,8 +563,8 @@ impl Checks<'_> {
         };
         let mut state = world.state.borrow_mut();
         if let (Some(kind), Some(segment)) = (verdict.hint, segment) {
-            let (flow, pod_id) = (segment.receiver_flow(), verdict.pod_id);
-            state.hint = Some(Hint { flow, pod_id, kind: kind.get() });
+            let (flow, device) = (segment.receiver_flow(), world::own_device());
+            state.hint = Some(Hint { flow, device, kind: kind.get() });
         }
         if verdict.strays {
             state.strays.0.insert(verdict.pod_id);
@@ -773,7 +773,7 @@ impl Checks<'_> {
         let tcp = rng.u8(..8) > 0;
         // On `lo` it is the program that is attached.
         let pod_id = if on_lo || rng.bool() { own_id() } else { world::pod_id(rng) };
-        let hint = lookup_hint(rng, flow, pod_id);
+        let hint = lookup_hint(rng, flow);
         self.set_hint(hint)?;
         let lookup = Lookup { pod_id, tcp, flow, on_lo, hint };
         let steer = verdict::steer(&lookup, &self.world);
@@ -874,12 +874,12 @@ fn stale_hint(rng: &mut Rng) -> Hint {
     let v4 = rng.bool();
     let (local, remote) = world::addresses(rng, v4);
     let flow = Flow { local, remote, local_port: world::port(rng), remote_port: world::port(rng) };
-    Hint { flow, pod_id: own_id(), kind: rng.u32(..8) }
+    Hint { flow, device: world::own_device(), kind: rng.u32(..8) }
 }
 
-/// A hint for this very flow of this pod, mostly; or for one that differs in one place.
-fn lookup_hint(rng: &mut Rng, mut flow: Flow, pod_id: PodId) -> Hint {
-    let pod_id = if rng.u8(..4) > 0 { pod_id } else { world::pod_id(rng) };
+/// A hint for this very flow of our pod, mostly; or for one that differs in one place.
+fn lookup_hint(rng: &mut Rng, mut flow: Flow) -> Hint {
+    let device = if rng.u8(..4) > 0 { world::own_device() } else { rng.u64(..1 << 40) };
     let kinds = [HINT_NONE, HINT_FROM_PROXY, HINT_QUESTION, HINT_FROM_POD, HINT_FROM_VIRTUAL, 7];
     let kind = choose(rng, &kinds);
     match rng.u8(..12) {
@@ -894,5 +894,5 @@ fn lookup_hint(rng: &mut Rng, mut flow: Flow, pod_id: PodId) -> Hint {
         },
         _ => {}
     }
-    Hint { flow, pod_id, kind }
+    Hint { flow, device, kind }
 }

@@ -4,7 +4,7 @@
 //! [`verdict`]: redirect_ebpf::verdict
 
 use std::{
-    cell::RefCell,
+    cell::{Cell, RefCell},
     collections::{BTreeMap, BTreeSet},
     net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr},
     os::unix::fs::MetadataExt as _,
@@ -39,6 +39,20 @@ const OWN: [&str; 4] = ["10.0.0.2", "10.0.0.3", "fd00::2", "fd00::3"];
 pub fn own_id() -> PodId {
     let netns = std::fs::metadata("/proc/thread-self/ns/net").expect("our network namespace");
     PodId::try_from(netns.ino()).expect("its inode number")
+}
+
+thread_local! {
+    static DEVICE: Cell<u64> = const { Cell::new(0) };
+}
+
+/// The kernel's `struct net_device` of `lo` in that namespace, once it is known.
+pub fn own_device() -> u64 {
+    DEVICE.get()
+}
+
+/// Makes it known.
+pub fn set_own_device(device: u64) {
+    DEVICE.set(device);
 }
 
 /// The cgroup that the test's sockets are of.
@@ -409,6 +423,10 @@ impl Pods for World {
         Some(if *decision == DECISION_ENROLLED { flags | POD_ENROLLED } else { *flags })
     }
 
+    fn pod_on(&self, device: u64) -> PodId {
+        if device == own_device() { own_id() } else { 0 }
+    }
+
     fn is_own(&self, pod_id: PodId, addr: &Addr) -> bool {
         self.addresses.contains(&OwnAddress { pod_id, addr: *addr })
     }
@@ -466,7 +484,7 @@ impl Env for World {
         let loopback = Addr::loopback(segment.dst.is_v4());
         let (local, remote, local_port) = (loopback, loopback, port_of(kind));
         let flow = Flow { local, remote, local_port, remote_port: 1 };
-        state.hint = Some(Hint { flow, pod_id, kind: HINT_QUESTION });
+        state.hint = Some(Hint { flow, device: own_device(), kind: HINT_QUESTION });
         match self.proxys_listener(kind, &loopback) {
             Some(socket) => {
                 state.missing.remove(&key);
@@ -480,9 +498,12 @@ impl Env for World {
         }
     }
 
+    fn have_strays(&self) -> bool {
+        self.state.borrow().strays.1
+    }
+
     fn strays(&self, pod_id: PodId) -> bool {
-        let (pods, any) = &self.state.borrow().strays;
-        *any && pods.contains(&pod_id)
+        self.have_strays() && self.state.borrow().strays.0.contains(&pod_id)
     }
 
     fn is_forwarded(&self) -> bool {
