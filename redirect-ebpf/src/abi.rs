@@ -373,7 +373,7 @@ pub const POD_VIRTUAL_INTERFACES: usize = 64;
 pub const POD_WAYS: u32 = 8192;
 
 /// Value of the map `settled`, stored with a socket: the path that was determined for its connection. Another
-/// connection of the same socket is decided again.
+/// connection of the same socket is decided again, unless it is the proxy's: each of its sockets has only one.
 #[repr(C)]
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Pod, Zeroable)]
 pub struct Settled {

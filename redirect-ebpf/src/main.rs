@@ -1,7 +1,7 @@
 //! The kernel programs: each asks [`verdict`] what to do and does it.
 #![no_std]
 #![no_main]
-// For `compare_exchange`; aya-ebpf needs it, too.
+// For `compare_exchange`. The toolchain is a nightly one anyway.
 #![feature(asm_experimental_arch)]
 #![allow(missing_docs, reason = "a binary: its items are documented where the reader needs it")]
 #![expect(

@@ -191,11 +191,12 @@ impl Check {
 pub fn check(options: &Options) -> Report {
     let release = release();
     let probes = probe::probe();
-    let mut checks = vec![kernel_release(&release, &probes), btf()];
+    let mut checks = vec![kernel_release(&release, &probes), real_time(), btf()];
     checks.extend(maps());
     checks.extend(programs(&probes));
     checks.extend(capabilities());
     checks.push(bpffs(&options.bpffs_dir));
+    checks.push(multicast());
     checks.push(cgroup2());
     checks.push(kubelet());
     checks.push(memlock());
@@ -259,6 +260,18 @@ fn kernel_release(release: &str, probes: &Result<Probes>) -> Check {
         None => Check::cannot_tell(name, format!("{release:?} does not begin with a version")),
     };
     check.since("6.1")
+}
+
+/// There, another task may run the programs on the same CPU in the middle of one, and overwrite what it notes
+/// about its packet.
+fn real_time() -> Check {
+    let name = "no real-time kernel (PREEMPT_RT)";
+    match fs::read_to_string("/sys/kernel/realtime") {
+        Ok(on) if on.trim() == "1" => {
+            Check::no(name, "its softirqs interrupt each other; boot another kernel")
+        }
+        _ => Check::yes(name, ""),
+    }
 }
 
 fn btf() -> Check {
@@ -406,6 +419,23 @@ fn bpffs(dir: &Path) -> Check {
             format!("{there} is not on a bpffs: `mount -t bpf bpf DIR`, or another --bpffs-dir"),
         ),
     }
+}
+
+/// What the proxy's DNS answers is marked as multicast on the pod's `lo`, because the kernel sends no ICMP error
+/// for that.
+fn multicast() -> Check {
+    let name = "unicast packets in multicast frames";
+    let sysctl = "/proc/sys/net/ipv4/conf/all/drop_unicast_in_l2_multicast";
+    let check = match fs::read_to_string(sysctl) {
+        Ok(drops) if drops.trim() != "0" => Check::no(
+            name,
+            "pods inherit net.ipv4.conf.all.drop_unicast_in_l2_multicast=1, and with it get no answer from the \
+             proxy's DNS: set it to 0, in running pods too, or run with --dns-capture false",
+        ),
+        Ok(_) => Check::yes(name, ""),
+        Err(error) => Check::cannot_tell(name, format!("read {sysctl}: {error}")),
+    };
+    check.optional()
 }
 
 fn cgroup2() -> Check {

@@ -21,6 +21,7 @@ both_families! {
     copies_on_lo_with_the_proxys_mark_do_not_leave_past_the_proxy,
     packets_of_the_guard_that_get_another_mark_on_lo_do_not_leave_past_the_proxy,
     packets_of_the_guard_that_get_the_proxys_mark_on_lo_do_not_leave_past_the_proxy,
+    copies_of_calls_to_the_pod_change_nothing,
     pod_that_calls_itself_is_refused_at_no_moment_of_its_enrolment,
 }
 
@@ -31,7 +32,8 @@ fn iptables(pair: &Pair, family: Family, rule: &str) -> Result<()> {
     let program = if family == Family::V4 { "iptables-nft" } else { "ip6tables-nft" };
     let to = pair.client.ip(family).to_string();
     let gateway = if family == Family::V4 { "10.64.1.1" } else { "fd64:1::1" };
-    let rule = rule.replace("PEER", &to).replace("GATEWAY", gateway);
+    let own = pair.server.ip(family).to_string();
+    let rule = rule.replace("PEER", &to).replace("OWN", &own).replace("GATEWAY", gateway);
     let arguments: Vec<&str> = rule.split_whitespace().collect();
     pair.server.netns.output(program, &arguments).map(drop)
 }
@@ -112,6 +114,29 @@ fn packets_of_the_guard_that_get_another_mark_on_lo_do_not_leave_past_the_proxy(
             "-t mangle -A PREROUTING -i lo -j MARK --set-mark 1",
         ],
     )
+}
+
+/// A copy leaves while the packet is on its way up.
+fn copies_of_calls_to_the_pod_change_nothing(family: Family) -> Result<()> {
+    let pair = Pair::new()?;
+    let Pair { client, server, topology } = &pair;
+    let _app = echo(server, family)?;
+    let proxy = PlainProxy::start(&server.netns)?;
+    let _attached = Attached::new(topology, server)?;
+    iptables(
+        &pair,
+        family,
+        "-t mangle -A PREROUTING -i lo -p tcp -d OWN -j TEE --gateway GATEWAY",
+    )?;
+    let call = Call::to(server.addr(family, PORT)).within(PATIENCE);
+
+    let answer = call.make(&client.netns)?.answer()?;
+    assert_eq!(answer.saw_peer.ip(), client.ip(family));
+    assert_eq!(proxy.relayed().len(), 1, "{:?}", proxy.relayed());
+
+    call.make(&server.netns)?.answer()?;
+    assert_eq!(proxy.relayed().len(), 1, "{:?}", proxy.relayed());
+    Ok(())
 }
 
 fn pod_that_calls_itself_is_refused_at_no_moment_of_its_enrolment(family: Family) -> Result<()> {
