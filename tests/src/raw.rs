@@ -14,6 +14,7 @@ use socket2::{Domain, Protocol, SockAddr, Socket, Type};
 
 use crate::app::{Answer, read_greeting};
 use crate::netns::{Family, Netns};
+use crate::process::wait_for;
 use crate::sniff::{Direction, PacketSocket};
 use crate::topology::{Pod, Topology};
 
@@ -830,9 +831,11 @@ pub fn syn_cookie(topology: &Topology, syn: &Segment) -> Result<u32> {
     oracle.set_sysctl("net/ipv4/tcp_syncookies", "2")?;
     let _listener = oracle.run(|| std::net::TcpListener::bind(syn.dst).context("listen"))?;
     let wire = Wire::loopback(&oracle)?;
-    wire.send_segment(syn)?;
-    let deadline = Instant::now() + Duration::from_secs(5);
-    let answer = wire.receive(syn.dst, syn.src, deadline)?.context("no SYN-ACK came")?;
+    // As a client does it: a namespace that has just been made may lose the first one.
+    let answer = wait_for("a SYN-ACK", Duration::from_secs(10), || {
+        wire.send_segment(syn)?;
+        wire.receive(syn.dst, syn.src, Instant::now() + Duration::from_millis(500))
+    })?;
     ensure!(answer.flags & (SYN | ACK | RST) == SYN | ACK, "not a SYN-ACK: {answer:?}");
     Ok(answer.seq)
 }
