@@ -6,9 +6,7 @@
 use aya_ebpf::{
     bindings::{BPF_ANY, seq_file},
     cty::{c_long, c_void},
-    helpers::{
-        bpf_getsockopt, bpf_probe_read_kernel, bpf_seq_write, bpf_setsockopt, bpf_skc_to_tcp_sock,
-    },
+    helpers::{bpf_getsockopt, bpf_seq_write, bpf_setsockopt, bpf_skc_to_tcp_sock},
 };
 use redirect_ebpf::{
     abi::{
@@ -22,7 +20,7 @@ use redirect_ebpf::{
 use crate::{
     AF_INET,
     config::offset,
-    dns_flow, is_own,
+    dns_flow, is_own, packet,
     sockets::{TCP_LISTEN, TCP_NEW_SYN_RECV},
     switch::{note, noted},
 };
@@ -226,10 +224,7 @@ impl Common {
     /// The inode number of its network namespace; 0 if it cannot be read.
     #[inline(always)]
     fn pod_id(&self) -> PodId {
-        let inode =
-            (self.read::<u64>(offset!(net)) + u64::from(offset!(net_inode))) as *const PodId;
-        // SAFETY: the helper copes with any address.
-        unsafe { bpf_probe_read_kernel(inode) }.unwrap_or(0)
+        packet::kernel(self.read::<u64>(offset!(net)) + u64::from(offset!(net_inode)))
     }
 
     /// Whether it is the proxy's end of a connection from a virtual interface: all other connections of the
@@ -244,8 +239,7 @@ impl Common {
     #[inline(always)]
     fn read<T: bytemuck::Pod>(&self, offset: u32) -> T {
         let field = self.0.cast::<u8>().wrapping_add(offset as usize);
-        // SAFETY: the helper copes with any address.
-        unsafe { bpf_probe_read_kernel(field.cast()) }.unwrap_or(T::zeroed())
+        packet::kernel(field as u64)
     }
 
     #[inline(always)]

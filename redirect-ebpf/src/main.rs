@@ -268,7 +268,7 @@ pub fn redirect_virt(ctx: TcContext) -> i32 {
 
 #[inline(always)]
 fn virtual_interface(ctx: &TcContext) -> Option<Virtual> {
-    let pod_id = packet::netns_inode(ctx)?;
+    let pod_id = packet::pod_id(ctx);
     // SAFETY: the context is valid while the program runs.
     let index = unsafe { (*ctx.skb.skb).ifindex };
     let flags = VIRTUAL_INTERFACES.get_ptr(&VirtualInterface { pod_id, index })?;
@@ -350,8 +350,7 @@ pub fn find_proxy(ctx: TcContext) -> i32 {
 
 #[inline(never)]
 fn find_listener(ctx: &TcContext, question: u32) -> i32 {
-    let Some(pod_id) = packet::netns_inode(ctx) else { return FOUND_NOTHING };
-    let key = ListenerKey { pod_id, kind: question & QUESTION_KIND };
+    let key = ListenerKey { pod_id: packet::pod_id(ctx), kind: question & QUESTION_KIND };
     let (v4, enter) = (question & QUESTION_V4 != 0, question & QUESTION_ENTER != 0);
     for client_port in 1..=GROUP_TRIES {
         let found = match sockets::find_listener(ctx, &key, v4, client_port, enter) {
@@ -674,7 +673,7 @@ pods!(Tc<'_>);
 impl Env for Tc<'_> {
     #[inline(always)]
     fn pod_id(&self) -> PodId {
-        packet::netns_inode(self.ctx).unwrap_or(0)
+        packet::pod_id(self.ctx)
     }
 
     #[inline(always)]

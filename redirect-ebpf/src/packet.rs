@@ -6,10 +6,11 @@ use aya_ebpf::{
         BPF_F_INGRESS, BPF_F_MARK_MANGLED_0, BPF_F_PSEUDO_HDR, TC_ACT_SHOT,
         bpf_hdr_start_off::BPF_HDR_START_NET,
     },
+    cty::c_void,
     helpers::{
-        bpf_l3_csum_replace, bpf_l4_csum_replace, bpf_probe_read_kernel, bpf_redirect,
-        bpf_redirect_neigh, bpf_skb_change_head, bpf_skb_change_type, bpf_skb_load_bytes_relative,
-        bpf_skb_store_bytes,
+        bpf_l3_csum_replace, bpf_l4_csum_replace, bpf_redirect, bpf_redirect_neigh,
+        bpf_skb_change_head, bpf_skb_change_type, bpf_skb_load_bytes_relative, bpf_skb_store_bytes,
+        generated::bpf_probe_read_kernel,
     },
     programs::TcContext,
 };
@@ -536,7 +537,7 @@ pub fn device(ctx: &TcContext) -> u64 {
         slot.write_volatile(ctx.skb.skb as u64);
         slot.read_volatile()
     };
-    kernel(skb + u64::from(offset!(packet_device))).unwrap_or(0)
+    kernel(skb + u64::from(offset!(packet_device)))
 }
 
 /// The address of the packet's `struct net`; 0 if it cannot be read.
@@ -545,28 +546,38 @@ pub fn netns(ctx: &TcContext) -> u64 {
     netns_on(device(ctx))
 }
 
-/// The inode number of the packet's network namespace.
+/// The pod that the packet is in; 0 if it cannot be read.
 #[inline(always)]
-pub fn netns_inode(ctx: &TcContext) -> Option<PodId> {
-    kernel(netns(ctx) + u64::from(offset!(net_inode)))
+pub fn pod_id(ctx: &TcContext) -> PodId {
+    pod_on(device(ctx))
 }
 
-/// The pod that has this `struct net_device`; 0 if it cannot be read.
+/// The pod that has this `struct net_device`: the inode number of its network namespace; 0 if it cannot be
+/// read.
 #[inline(always)]
 pub fn pod_on(device: u64) -> PodId {
-    kernel(netns_on(device) + u64::from(offset!(net_inode))).unwrap_or(0)
+    kernel(netns_on(device) + u64::from(offset!(net_inode)))
 }
 
 #[inline(always)]
 fn netns_on(device: u64) -> u64 {
-    kernel(device + u64::from(offset!(device_net))).unwrap_or(0)
+    kernel(device + u64::from(offset!(device_net)))
 }
 
-/// A number in the kernel's memory.
+/// A number in the kernel's memory; 0 if it cannot be read. Nothing depends on whether it could: that would be
+/// two paths for the verifier each time.
 #[inline(always)]
-fn kernel<T: bytemuck::Pod>(address: u64) -> Option<T> {
-    // SAFETY: the helper copes with any address.
-    unsafe { bpf_probe_read_kernel(address as *const T) }.ok()
+pub fn kernel<T: bytemuck::Pod>(address: u64) -> T {
+    let mut number = T::zeroed();
+    // SAFETY: the helper copes with any address, and writes as many bytes as is said: zeros if it fails.
+    unsafe {
+        bpf_probe_read_kernel(
+            (&raw mut number).cast(),
+            size_of::<T>() as u32,
+            address as *const c_void,
+        );
+    }
+    number
 }
 
 /// The IPv4 address in this word of a header.

@@ -11,9 +11,8 @@ use aya_ebpf::{
     cty::{c_long, c_void},
     helpers::{
         bpf_get_listener_sock, bpf_ktime_get_ns, bpf_map_lookup_elem, bpf_map_update_elem,
-        bpf_probe_read_kernel, bpf_sk_assign, bpf_sk_fullsock, bpf_sk_lookup_tcp,
-        bpf_sk_lookup_udp, bpf_sk_release, bpf_sk_storage_get, bpf_skb_cgroup_id,
-        bpf_skc_lookup_tcp, bpf_tcp_check_syncookie,
+        bpf_sk_assign, bpf_sk_fullsock, bpf_sk_lookup_tcp, bpf_sk_lookup_udp, bpf_sk_release,
+        bpf_sk_storage_get, bpf_skb_cgroup_id, bpf_skc_lookup_tcp, bpf_tcp_check_syncookie,
     },
     programs::TcContext,
 };
@@ -263,8 +262,8 @@ fn netns(sk: *mut bpf_sock) -> u64 {
 #[inline(always)]
 fn cgroup(sk: *mut bpf_sock) -> u64 {
     let cgroup = field(sk, config::offset!(socket_cgroup));
-    kernel_u64(
-        kernel_u64(cgroup + u64::from(config::offset!(cgroup_node)))
+    packet::kernel::<u64>(
+        packet::kernel::<u64>(cgroup + u64::from(config::offset!(cgroup_node)))
             + u64::from(config::offset!(node_id)),
     )
 }
@@ -274,14 +273,7 @@ fn cgroup(sk: *mut bpf_sock) -> u64 {
 fn field(sk: *mut bpf_sock, offset: u32) -> u64 {
     // The verifier forbids arithmetic on a socket's address. Read back from memory, it is a plain number.
     let slot = core::hint::black_box(sk);
-    kernel_u64(kernel_u64(ptr::from_ref(&slot) as u64) + u64::from(offset))
-}
-
-/// Eight bytes of kernel memory; 0 if they cannot be read.
-#[inline(always)]
-fn kernel_u64(address: u64) -> u64 {
-    // SAFETY: the helper copes with any address.
-    unsafe { bpf_probe_read_kernel(address as *const u64) }.unwrap_or(0)
+    packet::kernel::<u64>(packet::kernel::<u64>(ptr::from_ref(&slot) as u64) + u64::from(offset))
 }
 
 /// Who owns the socket that [`sends`] the packet, or the listener for which it answers.

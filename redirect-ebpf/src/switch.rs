@@ -87,7 +87,7 @@ fn is_on() -> bool {
 /// The packet's pod, if it is in a switch.
 #[inline(always)]
 fn switching_pod(ctx: &TcContext) -> Option<PodId> {
-    let pod_id = packet::netns_inode(ctx)?;
+    let pod_id = packet::pod_id(ctx);
     let until_ns = SWITCHES.get_ptr(&pod_id)?;
     // SAFETY: the pointer is to a live map value, of one word; the helper has no arguments. If the agent dies
     // during a switch, packets must not be held back forever.

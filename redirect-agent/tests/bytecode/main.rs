@@ -83,6 +83,7 @@ fn the_bytecode_and_verdict_rs_give_the_same_verdict_for_generated_packets() -> 
         let netns = File::open("/proc/thread-self/ns/net")?;
         let _attached = kernel.attach_lookup(own_id(), &netns)?;
         let mut seen = Seen::default();
+        world::wait_for_long_ago();
         for number in 0..WORLDS {
             // Of its own, so that the seed repeats it however many packets the one before has got to.
             let mut rng = rng.fork();

@@ -9,6 +9,8 @@ use std::{
     net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr},
     os::unix::fs::MetadataExt as _,
     sync::OnceLock,
+    thread,
+    time::Duration,
 };
 
 use anyhow::{Context as _, Result};
@@ -19,11 +21,11 @@ use redirect_agent::cgroup::Cgroup;
 use redirect_ebpf::{
     abi::{
         ANY_CGROUP, Addr, Counter, DECISION_BYPASS, DECISION_ENROLLED, DNS_PLACES, DnsFlow, DnsKey,
-        Flow, HINT_QUESTION, Hint, LISTENER_HBONE, LISTENER_INBOUND, LISTENER_OUTBOUND,
-        LISTENERS_V4, MARK_PROXY, MARK_REDIRECTED, NEW_LISTENERS, OwnAddress, POD_BYPASS_INBOUND,
-        POD_CAPTURE, POD_DNS, POD_ENROLLED, POD_INBOUND_RULES, PORT_DNS, PORT_HBONE, PORT_INBOUND,
-        PORT_OUTBOUND, PORT_PROXY_DNS, PROTOCOL_TCP, PROTOCOL_UDP, PodEntry, PodId,
-        VIRTUAL_CAPTURE, VIRTUAL_RULES,
+        Flow, HALF_OPEN_NS, HINT_QUESTION, Hint, LISTENER_HBONE, LISTENER_INBOUND,
+        LISTENER_OUTBOUND, LISTENERS_V4, MARK_PROXY, MARK_REDIRECTED, NEW_LISTENERS, OwnAddress,
+        POD_BYPASS_INBOUND, POD_CAPTURE, POD_DNS, POD_ENROLLED, POD_INBOUND_RULES, PORT_DNS,
+        PORT_HBONE, PORT_INBOUND, PORT_OUTBOUND, PORT_PROXY_DNS, PROTOCOL_TCP, PROTOCOL_UDP,
+        PodEntry, PodId, VIRTUAL_CAPTURE, VIRTUAL_RULES,
     },
     dns::{self, DnsEnv, Entry, Message},
     verdict::{self, Env, Pods, Proxy, Segment, Sender, Steer},
@@ -602,6 +604,11 @@ pub fn dns_flow(rng: &mut Rng) -> (DnsKey, DnsFlow) {
 
 /// The instant, ns of CLOCK_MONOTONIC, at which a capture began whose half-open connections are gone.
 const LONG_AGO: u64 = 1;
+
+/// On a machine that has just booted, that was not long ago.
+pub fn wait_for_long_ago() {
+    thread::sleep(Duration::from_nanos((LONG_AGO + HALF_OPEN_NS).saturating_sub(sys::now())));
+}
 
 fn port_of(kind: u32) -> u16 {
     match kind {
