@@ -1,6 +1,7 @@
 //! The running agent: puts its parts together, and answers the control API.
 
 use std::{
+    collections::BTreeMap,
     fmt::Write as _,
     path::PathBuf,
     sync::{Arc, Mutex, OnceLock, PoisonError},
@@ -308,7 +309,7 @@ struct Agent<S> {
     observer: OnceLock<Arc<Observer<S>>>,
     /// What was found in the pods.
     looked: Latest<Vec<PodStatus>>,
-    /// What is misspelt on the pods.
+    /// What is misspelled on the pods.
     words: Arc<words::Told>,
     /// Held by who looks at some pods only.
     looking: tokio::sync::Mutex<()>,
@@ -380,7 +381,12 @@ impl<S: Source> health::Agent for Agent<S> {
         let left_alone = self.observer.get().map_or(0, |observer| observer.left_alone());
         let mark_alone = self.observer.get().map(|observer| observer.mark_alone()).transpose()?;
         let proxys_cgroup = mark_alone.flatten().is_none();
-        let now = Now { pods: &pods, proxies, proxys_cgroup, follows_kubelet, left_alone };
+        let totals = match self.observer.get() {
+            Some(observer) => observer.totals().await?,
+            None => BTreeMap::new(),
+        };
+        let (pods, totals) = (&pods, &totals);
+        let now = Now { pods, totals, proxies, proxys_cgroup, follows_kubelet, left_alone };
         self.metrics.report(&now).context("write the metrics")
     }
 }

@@ -162,7 +162,7 @@ mod tests {
         let store = Store::open(dir.path()).unwrap();
         let (ambient, plain, host) = (
             Decision::enrolled(Reason::PodLabelAmbient),
-            Decision::bypass(Reason::NotLabelled),
+            Decision::bypass(Reason::NotLabeled),
             Decision::bypass(Reason::HostNetwork),
         );
         let pods = [("shop/a", ambient), ("shop/b", ambient), ("bank/c", plain), ("bank/d", host)];

@@ -5,7 +5,7 @@
 //! happens.
 
 use std::{
-    collections::{BTreeMap, BTreeSet},
+    collections::BTreeMap,
     fmt,
     sync::{Arc, Mutex, PoisonError},
     time::Duration,
@@ -63,8 +63,8 @@ pub struct Metrics {
     registry: Arc<Registry>,
     pods: Family<PodLabels, Gauge>,
     connections: Family<VerdictLabels, Counter>,
-    seen: Arc<Mutex<Seen>>,
-    enrolment: Histogram,
+    reporting: Arc<Mutex<()>>,
+    enrollment: Histogram,
     drift: Family<DriftLabels, Counter>,
     failures: Counter,
     zds_connections: Gauge,
@@ -76,21 +76,15 @@ pub struct Metrics {
     watch_errors: Family<ResourceLabels, Counter>,
 }
 
-/// The kernel's counters as they were last read, by pod id. A pod's go with the pod, and a metric must not
-/// fall.
-type Seen = BTreeMap<u32, Counted>;
-
-/// The counters of one pod, by name.
-struct Counted {
-    uid: String,
-    counters: BTreeMap<String, u64>,
-}
-
 /// What is true when the metrics are asked for.
 #[derive(Clone, Copy, Debug)]
 pub struct Now<'a> {
-    /// Every pod, with its counters.
+    /// Every pod.
     pub pods: &'a [PodStatus],
+    /// What was counted for all pods, those that are gone too: see [`Dataplane::totals`].
+    ///
+    /// [`Dataplane::totals`]: crate::dataplane::Dataplane::totals
+    pub totals: &'a BTreeMap<&'static str, u64>,
     /// How many proxies are connected.
     pub proxies: usize,
     /// Whether the connected proxies are told by their cgroups, too, and not by their mark alone.
@@ -112,8 +106,8 @@ impl Default for Metrics {
         let mut registry = Registry::with_prefix("redirect");
         let pods = Family::default();
         let connections = Family::default();
-        // 10 ms to 40 s: an enrolment takes some tenths of a second.
-        let enrolment = Histogram::new(exponential_buckets(0.01, 2.0, 13));
+        // 10 ms to 40 s: an enrollment takes some tenths of a second.
+        let enrollment = Histogram::new(exponential_buckets(0.01, 2.0, 13));
         let drift = Family::default();
         let failures = Counter::default();
         let zds_connections = Gauge::default();
@@ -136,10 +130,10 @@ impl Default for Metrics {
             connections.clone(),
         );
         registry.register_with_unit(
-            "enrolment_duration",
+            "enrollment_duration",
             "Time from the decision to enroll a pod until its connections are redirected",
             Unit::Seconds,
-            enrolment.clone(),
+            enrollment.clone(),
         );
         registry.register(
             "drift",
@@ -191,8 +185,8 @@ impl Default for Metrics {
             registry: Arc::new(registry),
             pods,
             connections,
-            seen: Arc::default(),
-            enrolment,
+            reporting: Arc::default(),
+            enrollment,
             drift,
             failures,
             zds_connections,
@@ -227,7 +221,7 @@ fn start_at_zero(
 impl Metrics {
     /// A pod's connections are redirected, so long after that was decided.
     pub fn enrolled(&self, took: Duration) {
-        self.enrolment.observe(took.as_secs_f64());
+        self.enrollment.observe(took.as_secs_f64());
     }
 
     /// Something of a pod was missing in the kernel: a `dataplane::Part`'s kind.
@@ -264,28 +258,18 @@ impl Metrics {
         self.zds_connections.set(i64::try_from(now.proxies).unwrap_or(i64::MAX));
         self.istio_cni_pods.set(i64::try_from(now.left_alone).unwrap_or(i64::MAX));
         // One report at a time, to its end: the pods are counted anew.
-        let mut seen = self.seen.lock().unwrap_or_else(PoisonError::into_inner);
+        let _reporting = self.reporting.lock().unwrap_or_else(PoisonError::into_inner);
         self.pods.clear();
-        let mut before = std::mem::take(&mut *seen);
         for pod in now.pods {
             let (state, reason) = (pod.state.as_str(), pod.reason.as_str());
             self.pods.get_or_create(&PodLabels { state, reason }).inc();
-            let Some(netns) = pod.netns else { continue };
-            let last = before.remove(&netns);
-            for (verdict, &count) in &pod.counters {
-                let old = last.as_ref().and_then(|last| last.counters.get(verdict));
-                // A pod that left the mesh and came back counts from 0.
-                let new = count.checked_sub(old.copied().unwrap_or_default()).unwrap_or(count);
-                let labels = VerdictLabels { verdict: verdict.clone() };
-                self.connections.get_or_create(&labels).inc_by(new);
-            }
-            let counted = || Counted { uid: pod.uid.clone(), counters: pod.counters.clone() };
-            seen.entry(netns).or_insert_with(counted);
         }
-        // Not found at this moment: their counters go on when they are.
-        let lost = now.pods.iter().filter(|pod| pod.netns.is_none());
-        let lost: BTreeSet<&str> = lost.map(|pod| pod.uid.as_str()).collect();
-        seen.extend(before.into_iter().filter(|(_, last)| lost.contains(last.uid.as_str())));
+        for (verdict, total) in now.totals {
+            let labels = VerdictLabels { verdict: (*verdict).to_owned() };
+            let counter = self.connections.get_or_create(&labels);
+            // A metric must not fall.
+            counter.inc_by(total.saturating_sub(counter.get()));
+        }
         let mut out = String::new();
         text::encode(&mut out, &self.registry)?;
         Ok(out)
@@ -297,7 +281,7 @@ mod tests {
     use super::*;
     use crate::{membership::Reason, output::PodState};
 
-    fn pod(uid: &str, state: PodState, reason: Reason, redirected: u64) -> PodStatus {
+    fn pod(uid: &str, state: PodState, reason: Reason) -> PodStatus {
         PodStatus {
             namespace: "shop".to_owned(),
             name: uid.to_owned(),
@@ -310,13 +294,14 @@ mod tests {
             traffic: None,
             netns: uid.strip_prefix("u-").and_then(|number| number.parse().ok()),
             kernel: None,
-            counters: BTreeMap::from([("redirected_outbound".to_owned(), redirected)]),
+            counters: BTreeMap::new(),
         }
     }
 
-    fn report(metrics: &Metrics, pods: &[PodStatus]) -> String {
+    fn report(metrics: &Metrics, pods: &[PodStatus], redirected: u64) -> String {
         let now = Now {
             pods,
+            totals: &BTreeMap::from([("redirected_outbound", redirected)]),
             proxies: pods.len(),
             proxys_cgroup: true,
             follows_kubelet: true,
@@ -334,49 +319,26 @@ mod tests {
         format!(r#"redirect_connections_total{{verdict="redirected_outbound"}} {n}"#)
     }
 
-    fn enrolled(uid: &str, n: u64) -> PodStatus {
-        pod(uid, PodState::Enrolled, Reason::PodLabelAmbient, n)
-    }
-
     #[test]
-    fn counters_do_not_fall_when_a_pod_goes_or_starts_anew() {
+    fn pods_are_counted_anew_and_connections_never_fall() {
         let metrics = Metrics::default();
-        let text = report(&metrics, &[enrolled("u-1", 5), enrolled("u-2", 1)]);
+        let enrolled = |uid| pod(uid, PodState::Enrolled, Reason::PodLabelAmbient);
+        let text = report(&metrics, &[enrolled("u-1"), enrolled("u-2")], 6);
         assert_has(&text, &total(6));
         assert_has(&text, r#"redirect_pods{state="enrolled",reason="pod-label-ambient"} 2"#);
         assert_has(&text, "redirect_zds_connections 2");
         assert_has(&text, "redirect_kubelet_followed 1");
-        assert_has(&report(&metrics, &[enrolled("u-1", 7)]), &total(8));
-        assert_has(&report(&metrics, &[enrolled("u-1", 2)]), &total(10));
-        let text = report(&metrics, &[pod("u-1", PodState::Bypassing, Reason::NotLabelled, 2)]);
-        assert_has(&text, r#"redirect_pods{state="bypassing",reason="not-labelled"} 1"#);
+        assert_has(&report(&metrics, &[enrolled("u-1")], 8), &total(8));
+        let bypasses = pod("u-1", PodState::Bypassing, Reason::NotLabeled);
+        let text = report(&metrics, &[bypasses], 7);
+        assert_has(&text, &total(8));
+        assert_has(&text, r#"redirect_pods{state="bypassing",reason="not-labeled"} 1"#);
         assert!(!text.contains(r#"state="enrolled""#));
     }
 
     #[test]
-    fn nothing_is_counted_twice_or_lost_when_a_namespace_is_not_found_for_a_moment_or_is_another() {
-        let metrics = Metrics::default();
-        let lost = || PodStatus { netns: None, counters: BTreeMap::new(), ..enrolled("u-1", 0) };
-        assert_has(&report(&metrics, &[enrolled("u-1", 100)]), &total(100));
-        assert_has(&report(&metrics, &[lost()]), &total(100));
-        assert_has(&report(&metrics, &[enrolled("u-1", 103)]), &total(103));
-        // Another sandbox, whose counters begin at 0.
-        assert_has(&report(&metrics, &[lost()]), &total(103));
-        let anew = PodStatus { netns: Some(77), ..enrolled("u-1", 200) };
-        assert_has(&report(&metrics, &[anew]), &total(303));
-        // The mirror of a static pod is another one.
-        let mirror = PodStatus { netns: Some(77), ..enrolled("u-2", 200) };
-        assert_has(&report(&metrics, &[mirror]), &total(303));
-        // It has left the mesh, so its counters are gone; and is back.
-        let left = PodStatus { netns: Some(77), counters: BTreeMap::new(), ..enrolled("u-1", 0) };
-        assert_has(&report(&metrics, &[left]), &total(303));
-        let back = PodStatus { netns: Some(77), ..enrolled("u-1", 300) };
-        assert_has(&report(&metrics, &[back]), &total(603));
-    }
-
-    #[test]
     fn what_may_happen_is_there_at_zero_before_it_does() {
-        let text = report(&Metrics::default(), &[]);
+        let text = report(&Metrics::default(), &[], 0);
         for (_, verdict) in abi::Counter::ALL {
             assert_has(&text, &format!(r#"redirect_connections_total{{verdict="{verdict}"}} 0"#));
         }
@@ -393,7 +355,7 @@ mod tests {
         metrics.watch_error("pods");
         metrics.enrolled(Duration::from_millis(300));
         metrics.failed();
-        let text = report(&metrics, &[]);
+        let text = report(&metrics, &[], 0);
         assert_has(&text, r#"redirect_drift_total{kind="rule"} 1"#);
         assert_has(&text, r#"redirect_cni_requests_total{operation="add",result="success"} 1"#);
         assert_has(&text, r#"redirect_cni_requests_total{operation="add",result="failure"} 1"#);
@@ -402,7 +364,7 @@ mod tests {
             r#"redirect_cni_request_duration_seconds_count{operation="add",result="failure"} 1"#,
         );
         assert_has(&text, r#"redirect_watch_errors_total{resource="pods"} 1"#);
-        assert_has(&text, "redirect_enrolment_duration_seconds_count 1");
+        assert_has(&text, "redirect_enrollment_duration_seconds_count 1");
         assert_has(&text, "redirect_reconcile_failures_total 1");
     }
 }

@@ -163,7 +163,7 @@ async fn overrides_and_the_pause_are_set_taken_back_and_repeated_without_harm() 
     client.healthz().await.unwrap();
     assert_eq!(client.remaining().await.unwrap(), fixture.agent.remaining().unwrap());
     let cart: PodKey = "shop/cart".parse().unwrap();
-    let plain = Decision::bypass(Reason::NotLabelled);
+    let plain = Decision::bypass(Reason::NotLabeled);
     let decided = || fixture.agent.store.current().apply(plain, &cart, SystemTime::now()).reason;
 
     let enroll = request("shop/cart", Some(Mode::Enroll), None);
@@ -186,7 +186,7 @@ async fn overrides_and_the_pause_are_set_taken_back_and_repeated_without_harm() 
     let auto = request("shop/cart", None, None);
     assert!(client.set_override(&auto).await.unwrap().changed);
     assert!(!client.set_override(&auto).await.unwrap().changed);
-    assert_eq!(decided(), Reason::NotLabelled);
+    assert_eq!(decided(), Reason::NotLabeled);
 }
 
 #[tokio::test]

@@ -73,7 +73,7 @@ fn manifests_are_explained_with_their_workloads_and_without_uids() {
         let vault = explain(path, "bank/vault");
         assert_eq!(
             (vault.verdict.area, vault.verdict.cause),
-            (Area::Configuration, Cause::MisspeltLabelValue)
+            (Area::Configuration, Cause::MisspelledLabelValue)
         );
         assert_eq!(explain(path, "bank/cart").verdict.cause, Cause::WrongNamespace);
         assert_eq!(explain(path, "bank/none").verdict.cause, Cause::NoSuchPod);

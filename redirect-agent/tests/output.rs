@@ -101,7 +101,7 @@ fn everything() -> Status {
                 }),
                 ..pod("bank", "vault", PodState::Leaving, Reason::OverrideBypass)
             },
-            pod("bank", "plain", PodState::Bypassing, Reason::NotLabelled),
+            pod("bank", "plain", PodState::Bypassing, Reason::NotLabeled),
         ],
     }
 }
@@ -168,7 +168,7 @@ fn watching_prints_a_line_for_each_pod_that_is_not_as_it_was() {
         }),
         ..counted.clone()
     };
-    let gone = pod("shop", "old", PodState::Bypassing, Reason::NotLabelled);
+    let gone = pod("shop", "old", PodState::Bypassing, Reason::NotLabeled);
     let (before, same) = (by_name(vec![cart, gone.clone()]), by_name(vec![counted, gone]));
     let lines = |before, after, format| -> String {
         output::changes(before, after).map(|change| change.line(now, format).unwrap()).collect()

@@ -77,7 +77,7 @@ fn pod(name: &str, uid: &str, ip: &str) -> String {
     )
 }
 
-fn labelled(name: &str, mode: &str) -> String {
+fn labeled(name: &str, mode: &str) -> String {
     format!(
         "apiVersion: v1\nkind: Pod\nmetadata:\n  namespace: shop\n  name: {name}\n  uid: u-{name}\n  \
          labels: {{istio.io/dataplane-mode: '{mode}'}}\n"
@@ -144,14 +144,14 @@ async fn manifests_of_every_form_are_read_and_other_kinds_and_nodes_ignored() {
 
 #[tokio::test]
 async fn a_label_that_is_edited_takes_effect_within_a_second() {
-    let mut fixture = Fixture::new(&[("cart.yaml", &labelled("cart", "none"))]).await;
+    let mut fixture = Fixture::new(&[("cart.yaml", &labeled("cart", "none"))]).await;
     assert_eq!(mode(&fixture.now(), "cart"), Some("none"));
 
-    fixture.write("cart.yaml", &labelled("cart", "ambient"));
+    fixture.write("cart.yaml", &labeled("cart", "ambient"));
     fixture.within_a_second(|i| mode(i, "cart") == Some("ambient")).await;
 
     // As editors do it: a new file beside, then renamed over the old one.
-    fixture.write(".cart.yaml.swp", &labelled("cart", "none"));
+    fixture.write(".cart.yaml.swp", &labeled("cart", "none"));
     fs::rename(fixture.path(".cart.yaml.swp"), fixture.path("cart.yaml")).unwrap();
     fixture.within_a_second(|i| mode(i, "cart") == Some("none")).await;
 
@@ -162,12 +162,12 @@ async fn a_label_that_is_edited_takes_effect_within_a_second() {
 
 #[tokio::test]
 async fn an_editor_that_moves_the_file_away_first_does_not_take_the_pod_away() {
-    let mut fixture = Fixture::new(&[("cart.yaml", &labelled("cart", "none"))]).await;
+    let mut fixture = Fixture::new(&[("cart.yaml", &labeled("cart", "none"))]).await;
     let mut seen = fixture.source.inventory();
     for (number, mode_) in ["ambient", "none", "ambient"].into_iter().enumerate() {
         fs::rename(fixture.path("cart.yaml"), fixture.path(&format!("cart.yaml~{number}")))
             .unwrap();
-        fixture.write("cart.yaml", &labelled("cart", mode_));
+        fixture.write("cart.yaml", &labeled("cart", mode_));
         let wait =
             seen.wait_for(|i| !i.pods.contains_key(&key("cart")) || mode(i, "cart") == Some(mode_));
         let now =
@@ -179,11 +179,9 @@ async fn an_editor_that_moves_the_file_away_first_does_not_take_the_pod_away() {
 
 #[tokio::test]
 async fn a_file_that_does_not_parse_or_is_empty_keeps_its_last_good_content() {
-    let mut fixture = Fixture::new(&[
-        ("a.yaml", &labelled("a", "ambient")),
-        ("b.yaml", &labelled("b", "ambient")),
-    ])
-    .await;
+    let mut fixture =
+        Fixture::new(&[("a.yaml", &labeled("a", "ambient")), ("b.yaml", &labeled("b", "ambient"))])
+            .await;
     for broken in ["apiVersion: v1\nkind: [Pod\n", "", "\n# all gone\n", "\u{0}\u{1}"] {
         fixture.write("a.yaml", broken);
         let inventory = fixture.within_a_second(|i| !i.problems.is_empty()).await;
@@ -192,7 +190,7 @@ async fn a_file_that_does_not_parse_or_is_empty_keeps_its_last_good_content() {
         assert!(problem.message.contains("its last good content stays in force"), "{problem}");
         assert!(!problem.message.contains('\n'), "{problem}");
 
-        fixture.write("a.yaml", &labelled("a", "none"));
+        fixture.write("a.yaml", &labeled("a", "none"));
         let inventory = fixture.within_a_second(|i| i.problems.is_empty()).await;
         assert_eq!(mode(&inventory, "a"), Some("none"));
     }
@@ -200,10 +198,10 @@ async fn a_file_that_does_not_parse_or_is_empty_keeps_its_last_good_content() {
 
 #[tokio::test]
 async fn one_bad_document_affects_only_its_own_object() {
-    let good = format!("{}---\n{}", labelled("a", "none"), labelled("b", "none"));
+    let good = format!("{}---\n{}", labeled("a", "none"), labeled("b", "none"));
     let mut fixture = Fixture::new(&[("pods.yaml", &good)]).await;
-    let bad_label = labelled("a", "none").replace("'none'", "[none]");
-    fixture.write("pods.yaml", &format!("{bad_label}---\n{}", labelled("b", "ambient")));
+    let bad_label = labeled("a", "none").replace("'none'", "[none]");
+    fixture.write("pods.yaml", &format!("{bad_label}---\n{}", labeled("b", "ambient")));
     let inventory = fixture.within_a_second(|i| mode(i, "b") == Some("ambient")).await;
     assert_eq!(mode(&inventory, "a"), Some("none"));
     let problem = problem_with(&inventory, "pods.yaml, document 1 (pod shop/a)");
@@ -368,13 +366,13 @@ async fn until_gone(path: &Path) {
 
 #[tokio::test]
 async fn a_directory_that_is_replaced_is_followed_all_the_same() {
-    let mut fixture = Fixture::new(&[("cart.yaml", &labelled("cart", "none"))]).await;
+    let mut fixture = Fixture::new(&[("cart.yaml", &labeled("cart", "none"))]).await;
     let old = tempfile::tempdir().unwrap();
     fs::rename(fixture.dir.path(), old.path().join("old")).unwrap();
     let inventory = fixture.within_a_second(|i| !i.problems.is_empty()).await;
     assert_eq!(names(&inventory), ["cart"], "{:?}", inventory.problems);
     fs::create_dir(fixture.dir.path()).unwrap();
-    fixture.write("cart.yaml", &labelled("cart", "ambient"));
+    fixture.write("cart.yaml", &labeled("cart", "ambient"));
     fixture.within_a_second(|i| mode(i, "cart") == Some("ambient")).await;
 }
 

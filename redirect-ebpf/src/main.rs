@@ -49,7 +49,7 @@ use crate::{
         OUTBOUND_RANGES, PARSED, PODS_BY_ID, PROXY_MISSING, STRAYS, THIS_POD, VIRTUAL_INTERFACES,
     },
     packet::{Network, Parsed},
-    sockets::Found,
+    sockets::{Found, Question},
 };
 
 const AF_INET: u32 = 2;
@@ -350,10 +350,12 @@ pub fn find_proxy(ctx: TcContext) -> i32 {
 
 #[inline(never)]
 fn find_listener(ctx: &TcContext, question: u32) -> i32 {
-    let key = ListenerKey { pod_id: packet::pod_id(ctx), kind: question & QUESTION_KIND };
+    let device = packet::device(ctx);
+    let key = ListenerKey { pod_id: packet::pod_on(device), kind: question & QUESTION_KIND };
     let (v4, enter) = (question & QUESTION_V4 != 0, question & QUESTION_ENTER != 0);
+    let question = Question { device, key, v4, enter };
     for client_port in 1..=GROUP_TRIES {
-        let found = match sockets::find_listener(ctx, &key, v4, client_port, enter) {
+        let found = match sockets::find_listener(ctx, &question, client_port) {
             Found::Nothing => continue,
             Found::Known => FOUND_KNOWN,
             Found::New => FOUND_NEW,

@@ -2160,7 +2160,7 @@ mod tests {
                     syn_ack(a.guest, a.stranger),
                     aborted,
                 ),
-                ("older than enrolment", Node::new(&a, CAPTURING), later, DIRECT),
+                ("older than enrollment", Node::new(&a, CAPTURING), later, DIRECT),
                 (
                     "older, the pod's own call",
                     Node::new(&a, CAPTURING),

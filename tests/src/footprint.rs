@@ -1,4 +1,4 @@
-//! What enrolment leaves in a pod's network namespace, to show that a pod that bypasses has none of
+//! What enrollment leaves in a pod's network namespace, to show that a pod that bypasses has none of
 //! it.
 
 use std::collections::BTreeMap;
@@ -32,7 +32,7 @@ const SYSCTLS: [&str; 14] = [
     "net/ipv4/ip_forward",
 ];
 
-/// All that enrolment may leave in a pod's network namespace: rules, routes, interfaces, sysctls,
+/// All that enrollment may leave in a pod's network namespace: rules, routes, interfaces, sysctls,
 /// qdiscs and programs, in lines, and how often each is there.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Footprint(BTreeMap<String, usize>);

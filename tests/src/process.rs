@@ -146,7 +146,7 @@ pub struct Attached<'a> {
 }
 
 impl<'a> Attached<'a> {
-    /// Enrols a pod. The pins are in the test's own bpffs.
+    /// Enrolls a pod. The pins are in the test's own bpffs.
     pub fn new(topology: &Topology, pod: &'a Pod) -> Result<Self> {
         Self::by(binary("redirect-agent")?, topology, pod)
     }
@@ -166,7 +166,7 @@ impl<'a> Attached<'a> {
         Ok(attached)
     }
 
-    /// Enrols a pod whose addresses the agent is to find by itself.
+    /// Enrolls a pod whose addresses the agent is to find by itself.
     pub fn without_addresses(topology: &Topology, pod: &'a Pod) -> Result<Self> {
         let attached = Self::prepare(binary("redirect-agent")?, topology, pod);
         succeed(&mut attached.command("attach")?)?;
@@ -184,7 +184,7 @@ impl<'a> Attached<'a> {
         }
     }
 
-    /// Enrols it once more: what is there already is not an error.
+    /// Enrolls it once more: what is there already is not an error.
     pub fn again(&self) -> Result<()> {
         let (v4, v6) = (self.pod.v4.to_string(), self.pod.v6.to_string());
         succeed(self.command("attach")?.args(["--address", &v4, "--address", &v6])).map(drop)

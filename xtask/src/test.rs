@@ -168,7 +168,8 @@ impl Summary {
         let of_it = self.said.iter().filter(move |(test, _)| test == name);
         let lines: Vec<_> =
             of_it.flat_map(|(_, lines)| lines).filter(|line| !line.is_empty()).collect();
-        lines[lines.len().saturating_sub(LINES)..].to_vec().into_iter().map(String::as_str)
+        let surplus = lines.len().saturating_sub(LINES);
+        lines.into_iter().skip(surplus).map(String::as_str)
     }
 }
 

@@ -146,11 +146,14 @@ struct PreviousIp {
     address: IpNet,
 }
 
-/// Whether this program was called as the plugin.
+/// Whether this program was called as the plugin. A runtime gives no arguments; `redirect-cni cleanup` is what
+/// a person types where the agent is not installed.
 pub fn is_called() -> bool {
-    env::args_os()
+    let mut arguments = env::args_os();
+    let by_name = arguments
         .next()
-        .is_some_and(|path| Path::new(&path).file_name() == Some(OsStr::new(PLUGIN)))
+        .is_some_and(|path| Path::new(&path).file_name() == Some(OsStr::new(PLUGIN)));
+    by_name && (arguments.next().is_none() || env::var_os("CNI_COMMAND").is_some())
 }
 
 /// The whole program, when it is called as the plugin.
@@ -230,7 +233,8 @@ pub fn run(environment: &Environment, input: &[u8]) -> Result<String, Failure> {
         }
         None => Err(Failure::new(
             code::INVALID_ENVIRONMENT,
-            "CNI_COMMAND is not set: this is a CNI plugin, and a container runtime calls it",
+            "CNI_COMMAND is not set: this is a CNI plugin, and a container runtime calls it; \
+             `redirect-cni --help` shows the commands of redirect-agent, which is the same program",
         )),
     }
 }

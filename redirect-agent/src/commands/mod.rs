@@ -54,6 +54,12 @@ use crate::{
     traffic::{self, Traffic},
 };
 
+/// What only the API server can take back.
+const ANNOTATED: &str = "\
+in a cluster, the pods may still be annotated, and then their peers call port 15008, where nothing listens. To remove it:
+  kubectl annotate pods --all-namespaces --field-selector spec.nodeName=NODE ambient.istio.io/redirection-
+";
+
 /// How long an agent that is uninstalled lets pods leave the mesh in order. kubelet kills it 60 s after it has
 /// told it to end (`terminationGracePeriodSeconds`).
 const LEAVING: Duration = Duration::from_secs(10);
@@ -266,9 +272,11 @@ impl NodeState {
         for done in install::remove(&self.cni)? {
             print(format!("{done}\n").as_bytes())?;
         }
+        let mut annotated = false;
         if let Some(dataplane) = &dataplane {
             let records = Records::open(&self.state_dir)?;
             let linked = dataplane.linked_pods()?;
+            annotated = !linked.is_empty();
             restore_all(dataplane, finder::alive(&self.netns_dir, &records, &linked)?)?;
             let nobody = BTreeSet::new();
             let mut unknown = dataplane.sweep(&nobody, &nobody, &nobody)?;
@@ -295,6 +303,9 @@ impl NodeState {
         // Last: from then on the directory may be another agent's.
         if let Some(dataplane) = dataplane {
             dataplane.unpin_if_unused()?;
+        }
+        if annotated {
+            print(ANNOTATED.as_bytes())?;
         }
         print(b"nothing of redirect-agent is left on this node\n")
     }

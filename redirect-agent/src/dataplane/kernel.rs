@@ -110,7 +110,11 @@ pub(super) struct TcProgram {
 }
 
 /// The loaded programs and the open maps.
-pub(super) struct Kernel(pub(super) Ebpf);
+pub(super) struct Kernel {
+    pub(super) ebpf: Ebpf,
+    /// What was counted for pods whose counters are deleted, by name.
+    pub(super) departed: BTreeMap<&'static str, u64>,
+}
 
 /// Fails if a pinned map has another layout than the programs expect: the loader would use it anyway.
 fn check_pins(dir: &Path) -> Result<()> {
@@ -143,6 +147,10 @@ fn switch_end() -> Result<u64> {
 }
 
 impl Kernel {
+    pub(super) fn new(ebpf: Ebpf) -> Self {
+        Self { ebpf, departed: BTreeMap::new() }
+    }
+
     /// Loads the programs, and opens or creates the maps that are pinned in `dir`; nothing is attached
     /// yet.
     pub(super) fn load(dir: &Path, globals: &Globals) -> Result<Self> {
@@ -156,7 +164,8 @@ impl Kernel {
         for map in PINNED_MAPS {
             loader.map_pin_path(map, dir.join(map));
         }
-        let mut kernel = Self(loader.load(OBJECT).context("load the eBPF object")?);
+        let ebpf = loader.load(OBJECT).context("load the eBPF object")?;
+        let mut kernel = Self::new(ebpf);
         for name in TC_PROGRAMS {
             kernel.classifier(name)?.load().with_context(|| format!("load program {name}"))?;
         }
@@ -206,14 +215,16 @@ impl Kernel {
     }
 
     fn program(&mut self, name: &str) -> Result<&mut Program> {
-        self.0.program_mut(name).with_context(|| format!("find program {name} in the eBPF object"))
+        self.ebpf
+            .program_mut(name)
+            .with_context(|| format!("find program {name} in the eBPF object"))
     }
 
     pub(super) fn map<'a, M>(&'a mut self, name: &str) -> Result<M>
     where
         M: TryFrom<&'a mut Map, Error = MapError>,
     {
-        self.0
+        self.ebpf
             .map_mut(name)
             .with_context(|| format!("find map {name} in the eBPF object"))?
             .try_into()
@@ -230,7 +241,7 @@ impl Kernel {
     /// Loads the pod's own program.
     pub(super) fn load_stub(&self, netns: &Netns) -> Result<OwnedFd> {
         let fd = |name: &str| -> Result<OwnedFd> {
-            let map = self.0.map(name).with_context(|| format!("find map {name}"))?;
+            let map = self.ebpf.map(name).with_context(|| format!("find map {name}"))?;
             let (Map::PerCpuArray(map) | Map::ProgramArray(map)) = map else {
                 bail!("map {name} has another type");
             };
@@ -514,11 +525,27 @@ impl Kernel {
     }
 
     fn delete_counters(&mut self, pod_id: PodId) -> Result<()> {
-        let mut counters = self.counters()?;
-        for (counter, _) in Counter::ALL {
-            absent(counters.remove(&CounterKey { pod_id, counter: counter as u32 }))
-                .context("write map counters")?;
+        for (counter, name) in Counter::ALL {
+            let key = CounterKey { pod_id, counter: counter as u32 };
+            let mut counters = self.counters()?;
+            let last = absent(counters.get(&key, 0)).context("read map counters")?;
+            absent(counters.remove(&key)).context("write map counters")?;
+            if let Some(values) = last {
+                *self.departed.entry(name).or_default() += values.iter().sum::<u64>();
+            }
         }
         Ok(())
+    }
+
+    /// Every count, summed over the CPUs: the pod, the counter's name, how often.
+    pub(super) fn counts(&mut self) -> Result<Vec<(PodId, &'static str, u64)>> {
+        let mut counts = Vec::new();
+        for entry in self.counters()?.iter() {
+            let (key, values) = entry.context("read map counters")?;
+            if let Some((_, name)) = Counter::ALL.iter().find(|(c, _)| *c as u32 == key.counter) {
+                counts.push((key.pod_id, *name, values.iter().sum()));
+            }
+        }
+        Ok(counts)
     }
 }

@@ -55,8 +55,8 @@ use nix::{
     time::{ClockId, clock_gettime},
 };
 use redirect_ebpf::abi::{
-    ABI_VERSION, Counter, LISTENER_HBONE, LISTENER_INBOUND, LISTENER_OUTBOUND, LOOPBACK_IFINDEX,
-    PORT_HBONE, PORT_INBOUND, PORT_OUTBOUND, PodId,
+    ABI_VERSION, LISTENER_HBONE, LISTENER_INBOUND, LISTENER_OUTBOUND, LOOPBACK_IFINDEX, PORT_HBONE,
+    PORT_INBOUND, PORT_OUTBOUND, PodId,
 };
 use tracing::debug;
 
@@ -596,13 +596,25 @@ impl Dataplane {
     pub fn counters(&self) -> Result<BTreeMap<PodId, BTreeMap<&'static str, u64>>> {
         let mut kernel = self.kernel();
         let mut all: BTreeMap<PodId, BTreeMap<&'static str, u64>> = BTreeMap::new();
-        for entry in kernel.counters()?.iter() {
-            let (key, values) = entry.context("read map counters")?;
-            if let Some((_, name)) = Counter::ALL.iter().find(|(c, _)| *c as u32 == key.counter) {
-                all.entry(key.pod_id).or_default().insert(name, values.iter().sum());
-            }
+        for (pod_id, counter, count) in kernel.counts()? {
+            all.entry(pod_id).or_default().insert(counter, count);
         }
         Ok(all)
+    }
+
+    /// What has been counted for all pods together, by name: those that are there, and those that this process
+    /// has seen leave.
+    ///
+    /// # Errors
+    ///
+    /// When a system call fails.
+    pub fn totals(&self) -> Result<BTreeMap<&'static str, u64>> {
+        let mut kernel = self.kernel();
+        let mut totals = kernel.departed.clone();
+        for (_, counter, count) in kernel.counts()? {
+            *totals.entry(counter).or_default() += count;
+        }
+        Ok(totals)
     }
 
     /// Removes the pinned maps and the directory, if no pod is left in them.

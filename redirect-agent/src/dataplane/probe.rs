@@ -103,7 +103,7 @@ pub fn is_denied(error: &anyhow::Error) -> bool {
 
 /// The programs, with private maps.
 fn kernel() -> Result<Kernel> {
-    EbpfLoader::new().btf(None).load(OBJECT).map(Kernel).context("load the eBPF object")
+    EbpfLoader::new().btf(None).load(OBJECT).map(Kernel::new).context("load the eBPF object")
 }
 
 fn sk_lookup() -> Result<()> {

@@ -49,7 +49,7 @@ impl Dataplane {
     /// When the ring buffer cannot be mapped, or has been taken already.
     #[expect(unsafe_code, reason = "who registers an fd has to promise that it stays what it is")]
     pub fn verdicts(&self) -> Result<Verdicts> {
-        let map = self.kernel().0.take_map(VERDICTS).context("take map verdicts")?;
+        let map = self.kernel().ebpf.take_map(VERDICTS).context("take map verdicts")?;
         let ring = RingBuf::try_from(map).context("map the ring buffer verdicts")?;
         // SAFETY: the ring buffer owns its fd, and gives always the same one.
         let ring = unsafe { AsyncFd::register_with_interest(ring, Interest::READABLE) };

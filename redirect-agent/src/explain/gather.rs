@@ -55,7 +55,7 @@ impl<S: Source> Answerer<'_, S> {
 
     fn node(&self, inventory: &Inventory) -> NodePart {
         let away = self.observer.proxies_away();
-        let labelled = |labels: &std::collections::BTreeMap<String, String>| {
+        let labeled = |labels: &std::collections::BTreeMap<String, String>| {
             labels.get(LABEL_DATAPLANE_MODE).is_some_and(|mode| mode == DATAPLANE_MODE_AMBIENT)
         };
         NodePart {
@@ -67,7 +67,7 @@ impl<S: Source> Answerer<'_, S> {
             mesh_namespaces: inventory
                 .namespaces
                 .values()
-                .filter(|namespace| labelled(&namespace.labels))
+                .filter(|namespace| labeled(&namespace.labels))
                 .map(|namespace| namespace.name.clone())
                 .collect(),
         }

@@ -204,7 +204,7 @@ pub struct PodPart {
     pub waypoint: Option<Waypoint>,
     /// Its counters that are not 0.
     pub counters: BTreeMap<String, u64>,
-    /// What is misspelt on it, or on its namespace.
+    /// What is misspelled on it, or on its namespace.
     pub unknown_words: Vec<UnknownWord>,
     /// What it has that another pod has, too.
     pub conflicts: Vec<String>,
@@ -374,7 +374,7 @@ macro_rules! causes {
 }
 
 causes! {
-    /// No pod of that name is known, and one of another namespace is; or another namespace is labelled.
+    /// No pod of that name is known, and one of another namespace is; or another namespace is labeled.
     WrongNamespace = "wrong-namespace",
     /// No pod of that name is known.
     NoSuchPod = "no-such-pod",
@@ -404,10 +404,10 @@ causes! {
     ListensOnLoopback = "listens-on-loopback",
     /// The application does not listen on that port.
     NobodyListens = "nobody-listens",
-    /// The key of the label is misspelt.
-    MisspeltLabelKey = "misspelt-label-key",
+    /// The key of the label is misspelled.
+    MisspelledLabelKey = "misspelled-label-key",
     /// The value of the label is none.
-    MisspeltLabelValue = "misspelt-label-value",
+    MisspelledLabelValue = "misspelled-label-value",
     /// The value of an annotation cannot be read.
     AnnotationValue = "annotation-value",
     /// The key of an annotation is not known.
@@ -419,7 +419,7 @@ causes! {
     /// The redirector has no part in the call.
     OutsideTheMesh = "outside-the-mesh",
     /// Nobody has asked for the mesh.
-    NotLabelled = "not-labelled",
+    NotLabeled = "not-labeled",
     /// Something keeps the pod out of the mesh.
     KeptOut = "kept-out",
     /// The rest is to be seen on another node.

@@ -69,7 +69,7 @@ fn outside(pod: PodPart) -> PodPart {
         ..PodPart {
             decision: Some(DecisionPart {
                 enrolled: false,
-                reason: Reason::NotLabelled,
+                reason: Reason::NotLabeled,
                 rules: Vec::new(),
             }),
             state: Some(PodState::Bypassing),
@@ -139,7 +139,7 @@ fn nothing_wrong_is_said_of_what_is_as_it_should_be() {
     assert_eq!(not_there, [Cause::NothingFound]);
     assert_eq!(
         to_b(&outside(a()), b()),
-        [Cause::PlaintextToProxy, Cause::NotLabelled, Cause::NothingFound]
+        [Cause::PlaintextToProxy, Cause::NotLabeled, Cause::NothingFound]
     );
     assert_eq!(to_b(&outside(a()), outside(b()))[0], Cause::OutsideTheMesh);
 }
@@ -202,7 +202,7 @@ fn a_proxy_that_is_away_explains_all_that_waits_for_it() {
     assert_eq!(causes(&away, &waits, None), [Cause::ProxyNeverConnected, Cause::NothingFound]);
     let gone = NodePart { last_proxy: Some("closed the connection".to_owned()), ..away };
     assert_eq!(causes(&gone, &a(), None)[0], Cause::ProxyAway);
-    assert_eq!(causes(&gone, &outside(a()), None)[0], Cause::NotLabelled, "it waits for none");
+    assert_eq!(causes(&gone, &outside(a()), None)[0], Cause::NotLabeled, "it waits for none");
     let refused = PodPart { proxy: Some(Answer::Refused("no".to_owned())), ..a() };
     assert_eq!(alone(&refused)[0], Cause::ProxyRefusesPod);
 }
@@ -236,7 +236,7 @@ fn who_listens_where_nobody_calls_is_told_from_who_does_not_listen() {
 }
 
 #[test]
-fn a_misspelt_word_is_the_cause_only_where_it_decides() {
+fn a_misspelled_word_is_the_cause_only_where_it_decides() {
     let word = |what| UnknownWord {
         what,
         object: "namespace shop".to_owned(),
@@ -245,8 +245,8 @@ fn a_misspelt_word_is_the_cause_only_where_it_decides() {
         meant: Some("istio.io/dataplane-mode".to_owned()),
     };
     let with = |pod, what| PodPart { unknown_words: vec![word(what)], ..pod };
-    assert_eq!(alone(&with(outside(a()), Slip::LabelKey))[0], Cause::MisspeltLabelKey);
-    assert_eq!(alone(&with(outside(a()), Slip::NotALabel))[0], Cause::MisspeltLabelKey);
+    assert_eq!(alone(&with(outside(a()), Slip::LabelKey))[0], Cause::MisspelledLabelKey);
+    assert_eq!(alone(&with(outside(a()), Slip::NotALabel))[0], Cause::MisspelledLabelKey);
     assert_eq!(alone(&with(a(), Slip::AnnotationKey))[0], Cause::UnknownAnnotation);
     let harmless = with(a(), Slip::LabelKey);
     let (_, findings) = judge(&node(), &harmless, None, now());
@@ -256,8 +256,8 @@ fn a_misspelt_word_is_the_cause_only_where_it_decides() {
 #[test]
 fn who_is_kept_out_hears_what_lets_it_in() {
     for (reason, cause, next) in [
-        (Reason::NotLabelled, Cause::NotLabelled, "kubectl label namespace shop"),
-        (Reason::NotSelected, Cause::NotLabelled, "--show-labels"),
+        (Reason::NotLabeled, Cause::NotLabeled, "kubectl label namespace shop"),
+        (Reason::NotSelected, Cause::NotLabeled, "--show-labels"),
         (
             Reason::PodLabelNone,
             Cause::KeptOut,

@@ -143,19 +143,19 @@ fn words(pod: &PodPart, out: &mut Vec<Finding>) {
     let enrolled = pod.decision.as_ref().is_some_and(|decision| decision.enrolled);
     for word in &pod.unknown_words {
         let cause = match word.what {
-            Slip::LabelKey | Slip::NotALabel => Cause::MisspeltLabelKey,
-            Slip::LabelValue => Cause::MisspeltLabelValue,
+            Slip::LabelKey | Slip::NotALabel => Cause::MisspelledLabelKey,
+            Slip::LabelValue => Cause::MisspelledLabelValue,
             Slip::AnnotationKey | Slip::Sidecar => Cause::UnknownAnnotation,
         };
         let kubectl = on_object(&word.object);
-        let key = word.meant.as_ref().filter(|_| cause != Cause::MisspeltLabelValue);
+        let key = word.meant.as_ref().filter(|_| cause != Cause::MisspelledLabelValue);
         let key = key.unwrap_or(&word.key);
         let next = match (cause, &word.meant) {
-            (Cause::MisspeltLabelValue, meant) => {
+            (Cause::MisspelledLabelValue, meant) => {
                 let value = meant.as_deref().unwrap_or("ambient");
                 vec![format!("kubectl label {kubectl} --overwrite {}={value}", word.key)]
             }
-            (Cause::MisspeltLabelKey, _) => {
+            (Cause::MisspelledLabelKey, _) => {
                 vec![format!("kubectl label {kubectl} {LABEL_DATAPLANE_MODE}={}", word.value)]
             }
             (_, Some(_)) => vec![format!("kubectl annotate {kubectl} {key}='{}'", word.value)],
@@ -202,13 +202,13 @@ fn out_of_the_mesh(node: &NodePart, pod: &PodPart) -> Option<Finding> {
     };
     let near = node.mesh_namespaces.iter().find(is_near);
     let (cause, why, next) = match (reason, near) {
-        (Reason::NotLabelled, Some(near)) => {
+        (Reason::NotLabeled, Some(near)) => {
             let why = format!("{why}; namespace {near} has it: was {namespace} meant?");
             (Cause::WrongNamespace, why, vec![label])
         }
-        (Reason::NotLabelled, None) => (Cause::NotLabelled, why, vec![label]),
+        (Reason::NotLabeled, None) => (Cause::NotLabeled, why, vec![label]),
         (Reason::NotSelected, _) => (
-            Cause::NotLabelled,
+            Cause::NotLabeled,
             why,
             vec![
                 format!("kubectl -n {namespace} get pod {name} --show-labels"),

@@ -70,7 +70,7 @@ pub enum Reason {
     /// The namespace's label asks for ambient mode.
     NamespaceLabelAmbient = 7,
     /// Neither the pod nor its namespace asks for the mesh.
-    NotLabelled = 8,
+    NotLabeled = 8,
     /// An operator enrolled the pod on this node (`redirect-agent enroll`).
     OverrideEnrolled = 9,
     /// An operator took the pod out on this node (`redirect-agent unenroll`).
@@ -93,7 +93,7 @@ impl Reason {
         Reason::PodLabelNone,
         Reason::PodLabelAmbient,
         Reason::NamespaceLabelAmbient,
-        Reason::NotLabelled,
+        Reason::NotLabeled,
         Reason::OverrideEnrolled,
         Reason::OverrideBypass,
         Reason::Paused,
@@ -111,7 +111,7 @@ impl Reason {
             Reason::PodLabelNone => "pod-label-none",
             Reason::PodLabelAmbient => "pod-label-ambient",
             Reason::NamespaceLabelAmbient => "namespace-label-ambient",
-            Reason::NotLabelled => "not-labelled",
+            Reason::NotLabeled => "not-labeled",
             Reason::OverrideEnrolled => "override-enrolled",
             Reason::OverrideBypass => "override-bypass",
             Reason::Paused => "paused",
@@ -161,7 +161,7 @@ impl Reason {
             Reason::NamespaceLabelAmbient => {
                 "its namespace's label istio.io/dataplane-mode=ambient asks for it"
             }
-            Reason::NotLabelled => {
+            Reason::NotLabeled => {
                 "neither it nor its namespace has the label istio.io/dataplane-mode=ambient"
             }
             Reason::OverrideEnrolled => "an operator enrolled it on this node",
@@ -336,7 +336,7 @@ pub fn weigh<'a>(
     if let Some(decision) = ask(Question::NamespaceLabel, by_namespace, decides) {
         return decision;
     }
-    let decision = Decision::bypass(Reason::NotLabelled);
+    let decision = Decision::bypass(Reason::NotLabeled);
     ask(Question::Otherwise, None, Some(decision));
     decision
 }

@@ -356,7 +356,7 @@ mod tests {
                 "5 pod-label-none",
                 "6 pod-label-ambient",
                 "7 namespace-label-ambient",
-                "8 not-labelled",
+                "8 not-labeled",
                 "9 override-enrolled",
                 "10 override-bypass",
                 "11 paused",

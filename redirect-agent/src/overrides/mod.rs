@@ -350,7 +350,7 @@ mod tests {
     }
 
     const AMBIENT: Decision = Decision { enrolled: true, reason: Reason::NamespaceLabelAmbient };
-    const PLAIN: Decision = Decision { enrolled: false, reason: Reason::NotLabelled };
+    const PLAIN: Decision = Decision { enrolled: false, reason: Reason::NotLabeled };
 
     #[test]
     fn a_pods_override_beats_its_namespaces_and_both_beat_the_labels() {
@@ -422,7 +422,7 @@ mod tests {
         let decided = || {
             [
                 (&cart, Decision::bypass(Reason::HostNetwork)),
-                (&web, Decision::bypass(Reason::NotLabelled)),
+                (&web, Decision::bypass(Reason::NotLabeled)),
             ]
         };
         let notes = |changes: &[Change]| {

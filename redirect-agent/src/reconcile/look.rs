@@ -149,6 +149,16 @@ impl<S: Source> Observer<S> {
         self.shared.dataplane.mark_alone()
     }
 
+    /// What was counted for all pods: see [`Dataplane::totals`].
+    ///
+    /// # Errors
+    ///
+    /// When the map cannot be read.
+    pub async fn totals(&self) -> Result<BTreeMap<&'static str, u64>> {
+        let dataplane = Arc::clone(&self.shared.dataplane);
+        blocking(move || dataplane.totals()).await
+    }
+
     /// Follows what the source knows.
     pub fn inventories(&self) -> watch::Receiver<Arc<Inventory>> {
         self.shared.source.inventory()

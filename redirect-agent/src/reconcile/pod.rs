@@ -305,7 +305,7 @@ impl<S: Source> PodTask<S> {
         self.failures = self.failures.saturating_add(1);
         let lasts = self.failures >= FAILURES_TO_TELL && !self.pod.deleting;
         if lasts && self.told.as_ref() != Some(&problem) {
-            self.record(EventKind::EnrolmentFailed, problem.clone());
+            self.record(EventKind::EnrollmentFailed, problem.clone());
             self.told = Some(problem.clone());
         }
         (self.problem, self.failing) = (Some(problem), true);

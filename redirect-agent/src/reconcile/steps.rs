@@ -154,7 +154,7 @@ impl<S: Source> PodTask<S> {
         // Otherwise the descriptor would keep the namespace alive.
         self.close_netns();
         (self.deaf, self.beside) = (None, false);
-        info!(pod = %self.key, "un-enrolled");
+        info!(pod = %self.key, "unenrolled");
         self.record(EventKind::Unenrolled, format!("not in the mesh: {}", self.why()));
         Ok(())
     }

@@ -169,7 +169,7 @@ pub enum EventKind {
     /// The pod is no longer in the mesh.
     Unenrolled,
     /// The pod should be in the mesh, or out of it, and is not.
-    EnrolmentFailed,
+    EnrollmentFailed,
     /// Something that somebody changed in the pod was repaired.
     Repaired,
     /// An annotation of the pod has a value that cannot be used.
@@ -186,7 +186,7 @@ impl EventKind {
         match self {
             EventKind::Enrolled => "Enrolled",
             EventKind::Unenrolled => "Unenrolled",
-            EventKind::EnrolmentFailed => "EnrolmentFailed",
+            EventKind::EnrollmentFailed => "EnrollmentFailed",
             EventKind::Repaired => "Repaired",
             EventKind::InvalidAnnotation => "InvalidAnnotation",
             EventKind::UnknownWord => "UnknownWord",

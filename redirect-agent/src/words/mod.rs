@@ -263,7 +263,7 @@ mod tests {
     }
 
     #[test]
-    fn misspelt_labels_are_named_with_what_is_meant() {
+    fn misspelled_labels_are_named_with_what_is_meant() {
         for (key, value, expected) in [
             ("istio.io/dataplane-mod", "ambient", "istio.io/dataplane-mode meant?"),
             ("istio.io/dataplane_mode", "ambient", "istio.io/dataplane-mode meant?"),

@@ -51,9 +51,9 @@ pub struct Live {
     /// Clients and servers of the load.
     pub pairs: Vec<String>,
     /// The label goes on.
-    pub enrolment: Switch,
+    pub enrollment: Switch,
     /// The label goes off.
-    pub unenrolment: Switch,
+    pub unenrollment: Switch,
     /// What became of connections that were opened through the proxy, when the pod left.
     pub redirected: Redirected,
     /// Whether all of it is as it should be.
@@ -65,9 +65,9 @@ pub struct Live {
 pub struct Switch {
     /// From the edit of the manifest until `status` said so.
     pub status_after_ms: u64,
-    /// From the edit until the pod's proxy got its first connection; only for enrolment.
+    /// From the edit until the pod's proxy got its first connection; only for enrollment.
     pub first_redirected_after_ms: Option<u64>,
-    /// From the edit until the pod's proxy got its last connection; only for un-enrolment.
+    /// From the edit until the pod's proxy got its last connection; only for unenrollment.
     pub last_redirected_after_ms: Option<u64>,
     /// New connections from shortly before the edit until after the switch.
     pub new_connections: Vec<Tally>,
@@ -94,7 +94,7 @@ pub struct Tally {
     pub failures: Vec<String>,
 }
 
-/// Connections that are older than the pod's enrolment.
+/// Connections that are older than the pod's enrollment.
 #[derive(Clone, Debug, Serialize)]
 pub struct Old {
     /// How many say something all the time.
@@ -140,7 +140,7 @@ pub(super) fn run(cluster: &Cluster, stop: &Stop) -> Result<Live> {
     let enrolled_after = on.until(cluster, stop, PodState::Enrolled)?;
     load.grow(stop)?;
     let first_redirected = on.redirected_after(cluster)?.into_iter().min();
-    let broken_by_enrolment = old.broken(&mut idle, cluster)?;
+    let broken_by_enrollment = old.broken(&mut idle, cluster)?;
 
     let redirected = Busy::start(cluster, stop)?;
     let in_proxy_logs = redirected.in_proxy_logs(&records(cluster)?);
@@ -150,38 +150,38 @@ pub(super) fn run(cluster: &Cluster, stop: &Stop) -> Result<Live> {
     let left_after = off.until(cluster, stop, PodState::Bypassing)?;
     load.grow(stop)?;
     let last_redirected = off.redirected_after(cluster)?.into_iter().max();
-    let broken_by_unenrolment = old.broken(&mut idle, cluster)?;
+    let broken_by_unenrollment = old.broken(&mut idle, cluster)?;
     let mut phases = load.finish(stop)?;
     let leaving = phases.pop().unwrap_or_default();
     let entering = phases.pop().unwrap_or_default();
 
     let soon = |after: Option<Duration>| after.is_some_and(|after| after < PROMISE);
-    let enrolment = Switch {
+    let enrollment = Switch {
         status_after_ms: millis(enrolled_after),
         first_redirected_after_ms: first_redirected.map(millis),
         last_redirected_after_ms: None,
         ok: soon(Some(enrolled_after))
             && soon(first_redirected)
             && none_failed(&entering)
-            && broken_by_enrolment.broken == 0,
+            && broken_by_enrollment.broken == 0,
         new_connections: entering,
-        old_connections: broken_by_enrolment,
+        old_connections: broken_by_enrollment,
     };
-    let unenrolment = Switch {
+    let unenrollment = Switch {
         status_after_ms: millis(left_after),
         first_redirected_after_ms: None,
         last_redirected_after_ms: last_redirected.map(millis),
         ok: soon(last_redirected)
             && left_after >= DRAIN
             && none_failed(&leaving)
-            && broken_by_unenrolment.broken == 0,
+            && broken_by_unenrollment.broken == 0,
         new_connections: leaving,
-        old_connections: broken_by_unenrolment,
+        old_connections: broken_by_unenrollment,
     };
     let redirected = redirected.ended(off.at, in_proxy_logs);
-    let ok = enrolment.ok && unenrolment.ok && redirected.ok;
+    let ok = enrollment.ok && unenrollment.ok && redirected.ok;
     let pairs = PAIRS.iter().map(|(from, to)| format!("{from} -> {to}")).collect();
-    Ok(Live { pod: NEWCOMER, pairs, enrolment, unenrolment, redirected, ok })
+    Ok(Live { pod: NEWCOMER, pairs, enrollment, unenrollment, redirected, ok })
 }
 
 /// Whether there were connections in both directions and families, and none of them failed.

@@ -82,7 +82,7 @@ pub(super) fn live(live: &Live) -> String {
          the drain.",
     );
     out += &paragraph(&format!("The load: {}.", live.pairs.join(", ")));
-    let switches = [("on", &live.enrolment), ("off", &live.unenrolment)];
+    let switches = [("on", &live.enrollment), ("off", &live.unenrollment)];
     out += &table(
         &["label", "direction", "", "new connections", "failed", "slowest"],
         switches.iter().flat_map(|(label, switch)| {
@@ -105,32 +105,32 @@ pub(super) fn live(live: &Live) -> String {
         [
             vec![
                 "label edited -> status says enrolled".to_owned(),
-                format!("{} ms", live.enrolment.status_after_ms),
+                format!("{} ms", live.enrollment.status_after_ms),
                 "less than 1000 ms".to_owned(),
-                tick(live.enrolment.status_after_ms < 1000),
+                tick(live.enrollment.status_after_ms < 1000),
             ],
             vec![
                 "label edited -> first connection redirected".to_owned(),
-                ms(live.enrolment.first_redirected_after_ms),
+                ms(live.enrollment.first_redirected_after_ms),
                 "less than 1000 ms".to_owned(),
-                tick(live.enrolment.first_redirected_after_ms.is_some_and(|ms| ms < 1000)),
+                tick(live.enrollment.first_redirected_after_ms.is_some_and(|ms| ms < 1000)),
             ],
-            old("enrolment", &live.enrolment),
+            old("enrollment", &live.enrollment),
             vec![
                 "label removed -> last connection redirected".to_owned(),
-                ms(live.unenrolment.last_redirected_after_ms),
+                ms(live.unenrollment.last_redirected_after_ms),
                 "less than 1000 ms".to_owned(),
-                tick(live.unenrolment.last_redirected_after_ms.is_some_and(|ms| ms < 1000)),
+                tick(live.unenrollment.last_redirected_after_ms.is_some_and(|ms| ms < 1000)),
             ],
             vec![
                 "label removed -> status says bypassing".to_owned(),
-                format!("{} ms", live.unenrolment.status_after_ms),
+                format!("{} ms", live.unenrollment.status_after_ms),
                 format!("after the drain of {} ms, as some stay open", redirected.drain_ms),
-                tick(live.unenrolment.status_after_ms >= redirected.drain_ms),
+                tick(live.unenrollment.status_after_ms >= redirected.drain_ms),
             ],
-            old("un-enrolment", &live.unenrolment),
+            old("unenrollment", &live.unenrollment),
             vec![
-                "connections through the proxy at un-enrolment".to_owned(),
+                "connections through the proxy at unenrollment".to_owned(),
                 format!(
                     "{} open; ended after {} to {}, {} of them by a clean close; {} outlasted it",
                     redirected.open,

@@ -250,7 +250,7 @@ fn refused_patch_is_told_and_traffic_is_not_affected(family: Family) -> Result<(
         })?;
         let message = status.message.unwrap_or_default();
         assert!(message.contains("patch on pods/status"), "{message}");
-        let note = managed.wait_for_event(server, "EnrolmentFailed")?;
+        let note = managed.wait_for_event(server, "EnrollmentFailed")?;
         assert!(note.contains("patch on pods/status"), "{note}");
         node.assert_outbound(server, client, family)?;
         node.assert_inbound(client, server, family)?;
@@ -348,7 +348,7 @@ fn agent_that_waits_for_the_api_server_says_so() -> Result<()> {
 
 /// Labels of a namespace that decide nothing are not kept, but for those that look as if they did.
 #[test]
-fn misspelt_labels_are_events_and_a_pod_of_another_node_is_asked_for() -> Result<()> {
+fn misspelled_labels_are_events_and_a_pod_of_another_node_is_asked_for() -> Result<()> {
     let managed = Managed::start()?;
     let Cluster { node, server, client, .. } = &managed.cluster;
     let mut shop = Manifest::of_namespace("shop").object();
@@ -368,7 +368,7 @@ fn misspelt_labels_are_events_and_a_pod_of_another_node_is_asked_for() -> Result
     for called in [client.to_string(), at] {
         let json = node.tell("explain", &[&server.to_string(), &called, "-o", "json"])?;
         let explained: Explanation = serde_json::from_str(&json).context("read explain")?;
-        assert_eq!(explained.verdict.cause, Cause::MisspeltLabelKey);
+        assert_eq!(explained.verdict.cause, Cause::MisspelledLabelKey);
         let pod = explained.to.and_then(|to| to.pod).context("no pod")?;
         assert_eq!((pod.place, pod.name), (Place::OtherNode, client.to_string()));
         assert_eq!(

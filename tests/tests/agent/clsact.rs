@@ -22,7 +22,7 @@ fn clsact_filters_are_put_back_when_they_are_deleted(family: Family) -> Result<(
     let Cluster { node, server, client, .. } = cluster;
     let _apps = (echo(server)?, echo(client)?);
     let before = footprint(&server.netns)?;
-    node.enrol(server)?;
+    node.enroll(server)?;
     let kernel = node.pod(server)?.and_then(|pod| pod.kernel).context("no status")?;
     assert!(kernel.present.contains(&"clsact eth0".to_owned()), "{kernel:?}");
     let enrolled = footprint(&server.netns)?;
@@ -53,7 +53,7 @@ fn interface_that_cannot_be_repaired_keeps_nothing_else_from_being_repaired(
     let cluster = &Cluster::with_flags(&["--test-clsact", "--verify-interval", "300ms"])?;
     let Cluster { node, server, client, .. } = cluster;
     let _apps = (echo(server)?, echo(client)?);
-    node.enrol(server)?;
+    node.enroll(server)?;
     cluster.assert_redirected(family)?;
     wait_for("a qdisc in the place of ours", SOON, || {
         // The agent may be faster.

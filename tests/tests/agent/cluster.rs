@@ -61,7 +61,7 @@ impl Cluster {
     /// The same as [`Self::start`], and the pod on the node is in the mesh.
     pub fn enrolled(flags: &[&str]) -> Result<Self> {
         let cluster = Self::with_flags(flags)?;
-        cluster.node.enrol(&cluster.server)?;
+        cluster.node.enroll(&cluster.server)?;
         Ok(cluster)
     }
 
@@ -391,7 +391,7 @@ impl Node {
     }
 
     /// Labels a pod, and waits until it is in the mesh and its peers know.
-    pub fn enrol(&self, pod: &Pod) -> Result<()> {
+    pub fn enroll(&self, pod: &Pod) -> Result<()> {
         self.write(&Manifest::of(pod).mode("ambient"))?;
         self.wait_until_enrolled(pod)
     }

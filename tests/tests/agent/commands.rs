@@ -36,7 +36,7 @@ fn cleanup_waits_for_the_agents_end_and_then_puts_everything_back(family: Family
     node.start_agent()?;
     node.start_proxy()?;
     for pod in [&*server, &second] {
-        node.enrol(pod)?;
+        node.enroll(pod)?;
         node.tell("enroll", &[&pod.to_string()])?;
         node.assert_inbound(client, pod, family)?;
     }

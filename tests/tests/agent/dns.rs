@@ -77,7 +77,7 @@ impl Dns {
         cluster.node.start_agent()?;
         cluster.node.start_proxy_with(flags)?;
         if has_dns {
-            cluster.node.enrol(&cluster.server)?;
+            cluster.node.enroll(&cluster.server)?;
         } else {
             cluster.node.write(&Manifest::of(&cluster.server).mode("ambient"))?;
             cluster.node.wait_for_state(&cluster.server, PodState::Degraded)?;
@@ -499,7 +499,7 @@ fn annotation_switches_it_and_connections_keep_their_way(family: Family) -> Resu
     node.wait_for_state(server, PodState::Bypassing)?;
     dns.assert_direct()?;
     let before = footprint(&server.netns)?;
-    node.enrol(server)?;
+    node.enroll(server)?;
     dns.assert_captured()?;
     node.write(&Manifest::of(server))?;
     node.wait_for_state(server, PodState::Bypassing)?;

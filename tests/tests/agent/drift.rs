@@ -102,7 +102,7 @@ fn rules_of_an_older_agent_are_removed(family: Family) -> Result<()> {
     let old = "rule add iif lo fwmark 0x111/0xfff priority 15002 lookup 15001";
     let add: Vec<&str> = [flag].into_iter().chain(old.split(' ')).collect();
     server.netns.output("ip", &add)?;
-    node.enrol(server)?;
+    node.enroll(server)?;
     let rules = server.netns.output("ip", &[flag, "rule", "show", "priority", "15002"])?;
     assert_eq!(rules.lines().count(), 0, "{rules}");
     cluster.assert_redirected(family)?;
@@ -126,7 +126,7 @@ fn rule_of_the_pod_that_comes_before_ours_is_made_to_follow(family: Family) -> R
     ip("rule add priority 0 lookup 200")?;
     let before = footprint(&server.netns)?;
 
-    node.enrol(server)?;
+    node.enroll(server)?;
     cluster.assert_redirected(family)?;
     let pod = node.pod(server)?.context("no status")?;
     assert!(!pod.counters.contains_key("rescued_outbound"), "{:?}", pod.counters);

@@ -184,7 +184,7 @@ fn call_that_strict_refuses_is_handed_to_the_proxy() -> Result<()> {
     let explained =
         assert_verdict(node, &both(&call(client, server)), cause, "says STRICT; look there")?;
     assert!(
-        explained.findings.iter().any(|found| found.cause == Cause::NotLabelled),
+        explained.findings.iter().any(|found| found.cause == Cause::NotLabeled),
         "{explained:#?}"
     );
     assert!(explained.verdict.next.iter().any(|next| next.contains("peerauthentication")));
@@ -198,12 +198,12 @@ fn call_that_strict_refuses_is_handed_to_the_proxy() -> Result<()> {
 }
 
 #[test]
-fn pod_that_nobody_labelled_and_one_of_another_namespace_are_named() -> Result<()> {
+fn pod_that_nobody_labeled_and_one_of_another_namespace_are_named() -> Result<()> {
     let cluster = Cluster::start()?;
     let Cluster { node, server, .. } = &cluster;
     let name = server.to_string();
-    let not_labelled = (Area::Configuration, Cause::NotLabelled);
-    let explained = assert_verdict(node, &[&name], not_labelled, "shop/server is not in the mesh")?;
+    let not_labeled = (Area::Configuration, Cause::NotLabeled);
+    let explained = assert_verdict(node, &[&name], not_labeled, "shop/server is not in the mesh")?;
     assert_eq!(
         explained.verdict.next,
         ["kubectl label namespace shop istio.io/dataplane-mode=ambient"]
@@ -240,7 +240,7 @@ fn annotation_with_a_wrong_value_is_named() -> Result<()> {
 }
 
 #[test]
-fn misspelt_keys_and_values_are_named() -> Result<()> {
+fn misspelled_keys_and_values_are_named() -> Result<()> {
     let cluster = Cluster::start()?;
     let Cluster { node, server, .. } = &cluster;
     let name = server.to_string();
@@ -252,12 +252,12 @@ fn misspelt_keys_and_values_are_named() -> Result<()> {
     let label = |key: &str| plain().with("/metadata/labels", key, json!("ambient"));
     explain(
         &label("istio.io/dataplane-mod"),
-        Cause::MisspeltLabelKey,
+        Cause::MisspelledLabelKey,
         "is istio.io/dataplane-mode meant?",
     )?;
     explain(
         &plain().mode("ambeint"),
-        Cause::MisspeltLabelValue,
+        Cause::MisspelledLabelValue,
         "neither ambient nor none; is ambient meant?",
     )?;
     // `status` has it, too, and the log once.
@@ -277,7 +277,7 @@ fn misspelt_keys_and_values_are_named() -> Result<()> {
     // On the namespace, which `explain` names.
     node.write(&plain())?;
     node.write(&Manifest::of_namespace("shop").mode("Ambient"))?;
-    let value = (Area::Configuration, Cause::MisspeltLabelValue);
+    let value = (Area::Configuration, Cause::MisspelledLabelValue);
     let explained = assert_verdict(node, &[&name], value, "of namespace shop says nothing")?;
     assert_eq!(
         explained.verdict.next,
@@ -417,7 +417,7 @@ spec: {containers: []}
     let (ok, said) = ask("shop/cart", &["--excluded-namespaces", "shop"])?;
     assert!(ok && said.contains("not in the mesh: its namespace is excluded"), "{said}");
     let (ok, said) = ask("bank/vault", &["--exit-code"])?;
-    assert!(!ok && said.contains("misspelt-label-key"), "{said}");
+    assert!(!ok && said.contains("misspelled-label-key"), "{said}");
     let (ok, said) = ask("bank/cart", &[])?;
     assert!(!ok && said.contains("but there is shop/cart"), "{said}");
     Ok(())

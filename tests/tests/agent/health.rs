@@ -26,10 +26,10 @@ fn agent_tells_its_health_and_what_it_has_counted() -> Result<()> {
     })?;
     assert_eq!(get(address, "/elsewhere")?.0, 404);
     assert_has(address, "redirect_zds_connections 0")?;
-    assert_has(address, "redirect_pods{state=\"bypassing\",reason=\"not-labelled\"} 1")?;
+    assert_has(address, "redirect_pods{state=\"bypassing\",reason=\"not-labeled\"} 1")?;
 
     cluster.node.start_proxy()?;
-    cluster.node.enrol(&cluster.server)?;
+    cluster.node.enroll(&cluster.server)?;
     let _apps = (echo(&cluster.server)?, echo(&cluster.client)?);
     cluster.assert_redirected(Family::V4)?;
     cluster.assert_redirected(Family::V6)?;
@@ -37,7 +37,7 @@ fn agent_tells_its_health_and_what_it_has_counted() -> Result<()> {
     assert_has(address, "redirect_pods{state=\"enrolled\",reason=\"pod-label-ambient\"} 1")?;
     assert_has(address, "redirect_connections_total{verdict=\"redirected_outbound\"} 2")?;
     assert_has(address, "redirect_connections_total{verdict=\"redirected_inbound\"} 2")?;
-    assert_has(address, "redirect_enrolment_duration_seconds_count 1")?;
+    assert_has(address, "redirect_enrollment_duration_seconds_count 1")?;
 
     cluster.server.netns.output("ip", &["-4", "rule", "del", "table", "15001"])?;
     assert_has(address, "redirect_drift_total{kind=\"rule\"} 1")
@@ -82,7 +82,7 @@ fn many_who_scrape_without_end_do_not_keep_a_pod_from_the_mesh() -> Result<()> {
     node.serve_health(address);
     node.start_agent()?;
     node.start_proxy()?;
-    node.enrol(server)?;
+    node.enroll(server)?;
     server.netns.add_routes(50_000)?;
     let done = AtomicBool::new(false);
     thread::scope(|scope| {
@@ -96,7 +96,7 @@ fn many_who_scrape_without_end_do_not_keep_a_pod_from_the_mesh() -> Result<()> {
             });
         }
         assert_has(address, "redirect_pods{state=\"enrolled\",reason=\"pod-label-ambient\"} 1")?;
-        let enrolled = node.enrol(&second);
+        let enrolled = node.enroll(&second);
         drop(until);
         enrolled
     })
@@ -111,7 +111,7 @@ fn namespace_that_is_taken_apart_has_not_drifted() -> Result<()> {
     cluster.node.start_agent()?;
     cluster.node.start_proxy()?;
     let Cluster { node, server, .. } = &cluster;
-    node.enrol(server)?;
+    node.enroll(server)?;
     let complete = |wanted: bool| {
         wait_for("what the kernel has for the pod to change", SOON, || {
             let kernel = node.pod(server)?.and_then(|p| p.kernel);

@@ -76,7 +76,7 @@ fn sockets_bound_to_an_interface_are_captured(family: Family) -> Result<()> {
     node.start_agent()?;
     node.start_proxy()?;
     node.write(&Manifest::of(&neighbour).mode("ambient"))?;
-    node.enrol(&server)?;
+    node.enroll(&server)?;
     node.wait_until_enrolled(&neighbour)?;
     let _apps = (echo(&server)?, echo(&client)?, echo(&neighbour)?);
     for to in [&client, &neighbour] {
@@ -101,7 +101,7 @@ fn connection_of_a_bound_socket_survives_entering_and_leaving(family: Family) ->
     let before = footprint(&server.netns)?;
     let call = Call::to(client.addr(family, PORT)).bound_to("eth0");
     let mut direct = call.open(&server.netns)?;
-    node.enrol(server)?;
+    node.enroll(server)?;
     direct.exchange(b"still direct")?;
     let mut redirected = assert_captured(node, server, "eth0", client.addr(family, PORT))?;
     direct.exchange(b"and still")?;

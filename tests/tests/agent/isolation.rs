@@ -66,8 +66,8 @@ fn sock_diag_of_a_neighbour_neither_counts_nor_closes(family: Family) -> Result<
     cluster.node.start_proxy()?;
     let Cluster { node, server, client, .. } = &cluster;
     let _apps = (echo(server)?, echo(client)?);
-    node.enrol(server)?;
-    node.enrol(&neighbour)?;
+    node.enroll(server)?;
+    node.enroll(&neighbour)?;
     cluster.assert_redirected(family)?;
     let before = counters(node, server)?;
 
@@ -101,7 +101,7 @@ fn address_that_a_neighbour_adds_stays_the_pods(family: Family) -> Result<()> {
     cluster.node.start_proxy()?;
     let Cluster { node, server, client, .. } = &cluster;
     let app = echo(server)?;
-    node.enrol(server)?;
+    node.enroll(server)?;
     let annotation = "ambient.istio.io/bypass-inbound-capture";
     let manifest = Manifest::of(&neighbour).mode("ambient");
     node.write(&manifest.with("/metadata/annotations", annotation, json!("true")))?;
@@ -143,8 +143,8 @@ fn dns_flood_of_a_neighbour_costs_a_pod_nothing(family: Family) -> Result<()> {
     let upstream = cluster.client.addr(family, dns::PORT).to_string();
     cluster.node.start_proxy_with(&["--dns-upstream", &upstream])?;
     let Cluster { node, server, .. } = &cluster;
-    node.enrol(server)?;
-    node.enrol(&neighbour)?;
+    node.enroll(server)?;
+    node.enroll(&neighbour)?;
     let mut open = connect(&server.netns, resolver)?;
     ensure!(ask_tcp(&mut open, SERVICE, resolver)? == [service_ip(family)]);
     let before = counters(node, server)?;
@@ -180,7 +180,7 @@ fn thousands_of_addresses_of_a_neighbour_keep_no_pod_out(family: Family) -> Resu
     cluster.node.start_proxy()?;
     let Cluster { node, client, .. } = &cluster;
     let _app = echo(client)?;
-    node.enrol(&neighbour)?;
+    node.enroll(&neighbour)?;
     let added: String = (0..ADDRESSES)
         .map(|n| match family {
             Family::V4 => format!("addr add 10.99.{}.{}/32 dev eth0\n", n >> 8, n & 0xff),
@@ -196,7 +196,7 @@ fn thousands_of_addresses_of_a_neighbour_keep_no_pod_out(family: Family) -> Resu
     let late = cluster.topology.add_pod(0, "shop", "late")?;
     let Cluster { node, client, .. } = &cluster;
     let _app = echo(&late)?;
-    node.enrol(&late)?;
+    node.enroll(&late)?;
 
     node.assert_outbound(&late, client, family)?;
     node.assert_inbound(client, &late, family)
@@ -210,7 +210,7 @@ fn hundreds_of_thousands_of_routes_and_rules_of_a_neighbour_cost_the_agent_no_me
     let (neighbour, mut cluster) = with_neighbour()?;
     cluster.node.start_agent()?;
     cluster.node.start_proxy()?;
-    cluster.node.enrol(&neighbour)?;
+    cluster.node.enroll(&neighbour)?;
     neighbour.netns.add_routes(300_000)?;
     let rule = |n| format!("rule add from 11.0.0.1 priority {n} lookup 77\n");
     neighbour.netns.ip(&(10_000..15_000).map(rule).collect::<String>())?;
@@ -221,7 +221,7 @@ fn hundreds_of_thousands_of_routes_and_rules_of_a_neighbour_cost_the_agent_no_me
         }
         let Cluster { node, server, .. } = &cluster;
         node.wait_until_enrolled(&neighbour)?;
-        node.enrol(server)?;
+        node.enroll(server)?;
         let peak = peak_memory(node.agent_pid()?)?;
         ensure!(peak < 128 << 10, "{peak} KiB");
     }
@@ -256,7 +256,7 @@ fn pod_with_more_interfaces_than_can_be_guarded_is_not_enrolled_and_says_why() -
     let failed = node.wait_for_state(&neighbour, PodState::Failed)?;
     let message = failed.message.context("no message")?;
     ensure!(message.contains("65 network interfaces") && message.contains("64"), "{message}");
-    node.enrol(server)?;
+    node.enroll(server)?;
 
     neighbour.netns.ip(&pairs("del", false))?;
     node.wait_until_enrolled(&neighbour)?;
@@ -337,8 +337,8 @@ fn probe_of_a_neighbours_address_counts_for_the_neighbour(family: Family) -> Res
     fs::write(cluster.node.manifests().join("policy.yaml"), STRICT).context("write a policy")?;
     cluster.node.start_agent()?;
     cluster.node.start_proxy()?;
-    cluster.node.enrol(&cluster.server)?;
-    cluster.node.enrol(&neighbour)?;
+    cluster.node.enroll(&cluster.server)?;
+    cluster.node.enroll(&neighbour)?;
     let Cluster { node, server, topology, .. } = &cluster;
     let app = echo(&neighbour)?;
     let kubelet = Kubelet::start(&cluster, "kubelet.service")?;

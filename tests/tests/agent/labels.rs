@@ -109,7 +109,7 @@ fn namespace_label_brings_its_pods_in_but_those_that_opt_out(family: Family) -> 
     node.wait_until_enrolled(server)?;
     node.remove(&Manifest::of_namespace("shop"))?;
     let gone = node.wait_for_state(server, PodState::Bypassing)?;
-    assert_eq!(gone.reason, Reason::NotLabelled);
+    assert_eq!(gone.reason, Reason::NotLabeled);
     assert_unchanged(&server.netns, &before.0)?;
     Ok(())
 }
@@ -180,14 +180,14 @@ fn connection_with_a_port_that_the_proxy_has_just_used_goes_on(family: Family) -
     let Cluster { node, server, client, .. } = &Cluster::start()?;
     let _app = echo(server)?;
     let addr = server.addr(family, PORT);
-    node.enrol(server)?;
+    node.enroll(server)?;
     let proxys = Call::to(addr).make(&client.netns)?.answer()?.saw_peer;
     node.write(&Manifest::of(server))?;
     node.wait_for_state(server, PodState::Bypassing)?;
 
     let mut direct = Call::to(addr).from(proxys).open(&client.netns)?;
     assert_eq!(direct.answer().saw_peer, proxys);
-    node.enrol(server)?;
+    node.enroll(server)?;
     direct.exchange(b"still there?")
 }
 

@@ -56,7 +56,7 @@ fn pod_whose_status_has_no_address_is_put_back_all_the_same(family: Family) -> R
     for addresses in [json!([]), json!([{"ip": "192.0.2.77"}])] {
         cluster.node.start_agent()?;
         cluster.node.start_proxy()?;
-        cluster.node.enrol(&cluster.server)?;
+        cluster.node.enroll(&cluster.server)?;
         cluster.assert_redirected(family)?;
         cluster.node.stop_agent()?;
         let manifest = Manifest::of(&cluster.server).mode("none");

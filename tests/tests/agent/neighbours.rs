@@ -29,7 +29,7 @@ fn pod_calls_its_neighbour_by_way_of_its_own_proxy(family: Family) -> Result<()>
     node.assert_outbound(server, &neighbour, family)?;
     node.assert_inbound(&neighbour, server, family)?;
 
-    node.enrol(&neighbour)?;
+    node.enroll(&neighbour)?;
     for (from, to) in [(server, &neighbour), (&neighbour, server)] {
         for _ in 0..3 {
             assert_hbone(&[node], from, to, family)?;
@@ -51,7 +51,7 @@ fn two_agents_on_one_kernel_leave_one_another_alone(family: Family) -> Result<()
     let untouched = footprint(&client.netns)?;
     other.start_agent()?;
     other.start_proxy()?;
-    other.enrol(client)?;
+    other.enroll(client)?;
     let enrolled = footprint(&server.netns)?;
     assert_ne!(node.bpffs(), other.bpffs());
     for (from, to) in [(&*server, &*client), (&*client, &*server)] {

@@ -82,7 +82,7 @@ fn verdicts_of_a_call_name_both_ends_and_refusals_can_be_picked_out(family: Fami
     let cluster = Cluster::start()?;
     let Cluster { node, server, client, .. } = &cluster;
     let _app = echo(client)?;
-    node.enrol(server)?;
+    node.enroll(server)?;
     let to = client.addr(family, PORT);
     let port = PORT.to_string();
     let observer = Observer::start(&cluster, &["--port", &port, "--limit", "1", "--for", "30s"])?;
@@ -112,8 +112,8 @@ fn observer_of_one_pod_sees_nothing_of_another(family: Family) -> Result<()> {
     let second = cluster.topology.add_pod(0, "shop", "second")?;
     let Cluster { node, server, .. } = &cluster;
     let _apps = (echo(server)?, echo(&second)?);
-    node.enrol(server)?;
-    node.enrol(&second)?;
+    node.enroll(server)?;
+    node.enroll(&second)?;
     let observer = Observer::start(&cluster, &[&key(&second), "--for", "10s"])?;
     let to_second = Call::to(second.addr(family, PORT)).within(PATIENCE);
     to_second.make(&server.netns)?.answer()?;
@@ -134,7 +134,7 @@ fn agent_that_stops_sends_observers_away() -> Result<()> {
     let mut cluster = Cluster::start()?;
     let Cluster { node, server, client, .. } = &cluster;
     let _app = echo(client)?;
-    node.enrol(server)?;
+    node.enroll(server)?;
     let mut observer = Observer::start(&cluster, &["--port", "1"])?;
     let mut stuck = node.command("observe")?;
     let stuck = stuck.args(["-o", "json"]).stdout(Stdio::piped()).spawn();

@@ -437,10 +437,10 @@ impl World {
         };
         odd.make_odd()?;
         odd.assert_works_without_a_mesh().context("without a mesh")?;
-        odd.enrol()
+        odd.enroll()
     }
 
-    fn enrol(mut self) -> Result<Self> {
+    fn enroll(mut self) -> Result<Self> {
         let file = self.cluster.node.manifests().join("web.json");
         std::fs::write(file, service().to_string()).context("write the service")?;
         let excluded = |manifest: Manifest, name: &str| {

@@ -119,7 +119,7 @@ fn socket_that_went_past_the_proxy_does_not_take_its_next_connection_there(
     let call = |port| connect(client, server.addr(family, port));
     let (accepted, _peer) = accept(server, 9000, || call(9000))?;
 
-    node.enrol(&neighbour)?;
+    node.enroll(&neighbour)?;
     let excluded = |manifest: Manifest, name: &str| {
         let name = format!("traffic.redirect-agent/{name}");
         manifest.with("/metadata/annotations", &name, json!(EXCLUDED.to_string()))
@@ -141,8 +141,8 @@ fn socket_that_went_past_the_proxy_does_not_take_its_next_connection_there(
 
     let mut wrong = Vec::new();
     for (name, socket) in [
-        ("opened before the enrolment", opened),
-        ("accepted before the enrolment", accepted),
+        ("opened before the enrollment", opened),
+        ("accepted before the enrollment", accepted),
         ("connected to an excluded port", to_excluded),
         ("accepted on an excluded port", of_excluded),
         ("accepted from the proxy", of_proxy),
@@ -261,7 +261,7 @@ fn assert_translated_is_refused(
     if strict {
         fs::write(node.manifests().join("policy.yaml"), STRICT).context("write a policy")?;
     }
-    node.enrol(server)?;
+    node.enroll(server)?;
     let counted = |counters: &[&str]| -> Result<u64> {
         let status = node.pod(server)?.context("no status")?;
         Ok(counters.iter().filter_map(|counter| status.counters.get(*counter)).sum())

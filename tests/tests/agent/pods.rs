@@ -70,7 +70,7 @@ fn namespace_is_deleted_while_the_pod_is_enrolled() -> Result<()> {
     let mut cluster = Cluster::enrolled(OFTEN)?;
     let doomed = cluster.topology.add_pod(0, "shop", "doomed")?;
     let Cluster { node, server, .. } = &cluster;
-    node.enrol(&doomed)?;
+    node.enroll(&doomed)?;
     let traces = Traces::of(node, &doomed)?;
     assert!(!traces.left(node)?.is_empty());
     let name = doomed.to_string();
@@ -100,7 +100,7 @@ fn pod_is_made_anew_under_its_name(family: Family) -> Result<()> {
     let _app = echo(&cluster.client)?;
     let mut pod = cluster.topology.add_pod(0, "shop", "again")?;
     let mut app = echo(&pod)?;
-    cluster.node.enrol(&pod)?;
+    cluster.node.enroll(&pod)?;
     for (round, manifest_first) in [true, false, true].into_iter().enumerate() {
         let manifest = Manifest::of(&pod).mode("ambient").uid(&format!("uid-{round}"));
         let old = Traces::of(&cluster.node, &pod)?;
@@ -133,7 +133,7 @@ fn pods_come_and_go_while_the_agent_is_down(family: Family) -> Result<()> {
     let (doomed, leaver, again) = (doomed?, leaver?, again?);
     let untouched = footprint(&leaver.netns)?;
     for pod in [&doomed, &leaver, &again] {
-        cluster.node.enrol(pod)?;
+        cluster.node.enroll(pod)?;
     }
     let traces = [Traces::of(&cluster.node, &doomed)?, Traces::of(&cluster.node, &leaver)?];
     let old = Traces::of(&cluster.node, &again)?;

@@ -128,7 +128,7 @@ fn strict(flags: &[&str]) -> Result<Cluster> {
     fs::write(cluster.node.manifests().join("policy.yaml"), STRICT).context("write a policy")?;
     cluster.node.start_agent()?;
     cluster.node.start_proxy()?;
-    cluster.node.enrol(&cluster.server)?;
+    cluster.node.enroll(&cluster.server)?;
     Ok(cluster)
 }
 

@@ -57,7 +57,7 @@ fn application_with_the_proxys_mark_is_refused(family: Family) -> Result<()> {
     let (_cgroup, cluster) = start()?;
     let Cluster { node, server, client, .. } = &cluster;
     let (_own, app) = (echo(server)?, echo(client)?);
-    node.enrol(server)?;
+    node.enroll(server)?;
     let resolver = SocketAddr::new(client.ip(family), 53);
     let queries = client.netns.run(|| UdpSocket::bind(resolver).context("listen"))?;
     queries.set_nonblocking(true)?;
@@ -119,7 +119,7 @@ fn socket_that_takes_the_proxys_mark_later_is_refused(family: Family) -> Result<
 fn listener_with_the_proxys_mark_is_not_the_proxys(family: Family) -> Result<()> {
     let (_cgroup, mut cluster) = start()?;
     let _app = echo(&cluster.client)?;
-    cluster.node.enrol(&cluster.server)?;
+    cluster.node.enroll(&cluster.server)?;
     cluster.node.kill_proxy()?;
     let Cluster { server, client, .. } = &cluster;
     let marked = |port| -> Result<TcpListener> {
@@ -152,7 +152,7 @@ fn proxy_that_is_moved_to_another_cgroup_does_not_call_itself(family: Family) ->
     let other = Cgroup::new(&unified()?, "elsewhere")?;
     let (_cgroup, mut cluster) = start()?;
     let _apps = (echo(&cluster.server)?, echo(&cluster.client)?);
-    cluster.node.enrol(&cluster.server)?;
+    cluster.node.enroll(&cluster.server)?;
     let proxy = cluster.node.take_proxy()?;
     fs::write(other.dir().join("cgroup.procs"), proxy.pid().to_string())
         .context("move the proxy")?;
@@ -174,7 +174,7 @@ fn proxy_that_takes_over_from_another_cgroup_costs_no_connection(family: Family)
     let second = Cgroup::new(&unified()?, "ztunnel-2")?;
     let (_first, mut cluster) = start()?;
     let _apps = (echo(&cluster.server)?, echo(&cluster.client)?);
-    cluster.node.enrol(&cluster.server)?;
+    cluster.node.enroll(&cluster.server)?;
     let to = cluster.client.addr(family, PORT);
     let mut before = Call::to(to).open(&cluster.server.netns)?;
     cluster.node.start_proxy_in(&second)?;
@@ -189,7 +189,7 @@ fn proxy_that_takes_over_from_another_cgroup_costs_no_connection(family: Family)
 fn agent_that_starts_anew_knows_the_proxys_cgroup(family: Family) -> Result<()> {
     let (_cgroup, mut cluster) = start()?;
     let _apps = (echo(&cluster.server)?, echo(&cluster.client)?);
-    cluster.node.enrol(&cluster.server)?;
+    cluster.node.enroll(&cluster.server)?;
     let to = cluster.client.addr(family, PORT);
     let mut before = Call::to(to).open(&cluster.server.netns)?;
     cluster.node.kill_agent()?;

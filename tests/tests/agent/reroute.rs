@@ -170,7 +170,7 @@ fn wait_until_rerouted(node: &Node, pod: &Pod, interfaces: &[&str]) -> Result<Po
     })
 }
 
-/// Enrols a pod, and waits until what is behind its interfaces is captured.
+/// Enrolls a pod, and waits until what is behind its interfaces is captured.
 fn reroute(node: &Node, pod: &Pod, interface: &str) -> Result<()> {
     node.write(&rerouting(pod, interface, &[]))?;
     wait_until_rerouted(node, pod, &[interface])?;
@@ -222,7 +222,7 @@ fn nested_container_calls_as_the_pod_and_keeps_its_identity(family: Family) -> R
     let Cluster { node, server, client, .. } = &cluster;
     let _apps = (echo(server)?, echo(client)?, echo(&neighbour)?);
     fs::write(node.manifests().join("policy.yaml"), STRICT).context("write a policy")?;
-    node.enrol(&neighbour)?;
+    node.enroll(&neighbour)?;
     let before = footprint(&server.netns)?;
     node.assert_direct(&nested, client, family)?;
 
@@ -350,7 +350,7 @@ fn annotation_comes_and_goes_under_load_and_open_connections_go_on(family: Famil
     let (cluster, nested) = &one_guest(&[])?;
     let Cluster { node, server, client, .. } = cluster;
     let _apps = (echo(server)?, echo(client)?);
-    node.enrol(server)?;
+    node.enroll(server)?;
     let load = Load::of(nested, client, family).keeping_old().seen_as(server);
     let mut open = Vec::new();
     let (edits, calls) = load.during(|| {

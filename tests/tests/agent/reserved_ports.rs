@@ -36,7 +36,7 @@ fn proxys_ports_are_reserved_until_the_pod_leaves(family: Family) -> Result<()> 
     let _apps = (echo(&cluster.server)?, echo(&cluster.client)?);
     for former in ["", "15006,20000-20002"] {
         cluster.server.netns.set_sysctl(RESERVED, former)?;
-        cluster.node.enrol(&cluster.server)?;
+        cluster.node.enroll(&cluster.server)?;
         let mut expected: Vec<u16> = [reserved_by(former)?.as_slice(), &OWN].concat();
         expected.sort_unstable();
         expected.dedup();

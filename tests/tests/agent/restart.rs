@@ -22,7 +22,7 @@ both_families! {
 
 /// In which the moments of the kills are chosen.
 const SEED: u64 = 0x2545_f491_4f6c_dd1d;
-/// Enrolment and un-enrolment take about this long.
+/// Enrollment and unenrollment take about this long.
 const SWITCH: Duration = Duration::from_millis(900);
 
 fn agent_is_killed_and_the_next_one_takes_over_under_load(family: Family) -> Result<()> {
@@ -102,7 +102,7 @@ fn agent_is_killed_half_way_out_of_the_mesh_and_the_next_one_goes_on(family: Fam
     let _apps = (echo(&cluster.server)?, echo(&cluster.client)?);
     for stays in [true, false] {
         let Cluster { node, server, .. } = &mut cluster;
-        node.enrol(server)?;
+        node.enroll(server)?;
         let enrolled = footprint(&server.netns)?;
         node.kill_agent()?;
         for pin in fs::read_dir(node.links(server)?).context("list the pins")? {
@@ -155,7 +155,7 @@ fn agent_is_killed_at_random_moments_of_switching_under_load() -> Result<()> {
     })?;
 
     for family in families {
-        node.enrol(server)?;
+        node.enroll(server)?;
         node.assert_inbound(client, server, family)?;
         node.assert_outbound(server, client, family)?;
         node.write(&Manifest::of(server))?;

@@ -59,7 +59,7 @@ fn watching_prints_each_change_until_it_is_interrupted() -> Result<()> {
     let log = cluster.topology.dir().path().join("watch.log");
     let mut watching = Process::spawn("status --watch", &mut command, log)?;
     watching.wait_for_log("1 pod: 1 bypassing; all ready", SOON)?;
-    node.enrol(server)?;
+    node.enroll(server)?;
     watching.wait_for_log("shop/server   enrolled (pod-label-ambient)", SOON)?;
     node.remove(&Manifest::of(server))?;
     watching.wait_for_log("shop/server   gone", SOON)

@@ -241,7 +241,7 @@ fn taken_over_under_load(backend: Backend, family: Family) -> Result<()> {
     assert_unchanged(&server.netns, &fresh)?;
     node.assert_direct(server, client, family)?;
     node.assert_direct(client, server, family)?;
-    node.enrol(server)?;
+    node.enroll(server)?;
     assert_unchanged(&server.netns, &taken_over)?;
     assert_eq!(ruleset(&server.netns)?, "");
     let (done, said) = node.take_over(&[])?;
@@ -396,7 +396,7 @@ fn cluster_is_told_what_becomes_of_a_pod_and_its_peers_notice_nothing(
     let address = TcpListener::bind((Ipv6Addr::LOCALHOST, 0))?.local_addr()?;
     managed.cluster.node.serve_health(address);
     managed.cluster.node.start_agent()?;
-    let told = managed.wait_for_event(&managed.cluster.server, "EnrolmentFailed")?;
+    let told = managed.wait_for_event(&managed.cluster.server, "EnrollmentFailed")?;
     assert!(told.contains("istio-cni redirects this pod"), "{told}");
     assert_has(address, "redirect_istio_cni_pods 1")?;
 
@@ -497,7 +497,7 @@ fn cleanup_completes_a_takeover(family: Family) -> Result<()> {
     let mut cluster = Cluster::start()?;
     let _apps = (echo(&cluster.server)?, echo(&cluster.client)?);
     let fresh = footprint(&cluster.server.netns)?;
-    cluster.node.enrol(&cluster.server)?;
+    cluster.node.enroll(&cluster.server)?;
     cluster.node.kill_agent()?;
     stop_half_way(&cluster.server.netns)?;
     let (cleaned, said) = cluster.node.cleanup()?;

@@ -45,13 +45,13 @@ fn enroll_unenroll_and_auto_go_over_the_labels_and_repeat_harmlessly(family: Fam
         "the labels decide again for shop/server; it leaves the mesh; open connections have 5s\n"
     );
     let status = node.wait_for_state(server, PodState::Bypassing)?;
-    assert_eq!((status.reason, status.overridden), (Reason::NotLabelled, None));
+    assert_eq!((status.reason, status.overridden), (Reason::NotLabeled, None));
     cluster.assert_direct(family)?;
     assert_eq!(node.tell("auto", &["shop/server"])?, "shop/server has no override\n");
     assert_unchanged(&server.netns, &before)?;
 
     // A pod with one.
-    node.enrol(server)?;
+    node.enroll(server)?;
     assert_eq!(
         node.tell("unenroll", &["shop"])?,
         "1 pod of shop leaves the mesh; open connections have 5s\n"
@@ -85,10 +85,10 @@ fn override_ends_by_itself(family: Family) -> Result<()> {
     let status = node.wait_for_state(server, PodState::Enrolled)?;
     assert!(status.overridden.context("no override")?.until.is_some());
     let status = node.wait_for_state(server, PodState::Bypassing)?;
-    assert_eq!((status.reason, status.overridden), (Reason::NotLabelled, None));
+    assert_eq!((status.reason, status.overridden), (Reason::NotLabeled, None));
     cluster.assert_direct(family)?;
 
-    node.enrol(server)?;
+    node.enroll(server)?;
     node.tell("pause", &["--for", "5s"])?;
     let status = node.wait_for_state(server, PodState::Bypassing)?;
     assert_eq!(status.reason, Reason::Paused);
@@ -104,7 +104,7 @@ fn pause_and_resume_switch_the_whole_node_under_load(family: Family) -> Result<(
     let _apps = (echo(server)?, echo(client)?, echo(&second)?);
     let before = (footprint(&server.netns)?, footprint(&second.netns)?);
     for pod in [server, &second] {
-        node.enrol(pod)?;
+        node.enroll(pod)?;
     }
 
     Load::between(client, server, &[family]).during(|| {

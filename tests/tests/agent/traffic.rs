@@ -112,7 +112,7 @@ fn outbound_calls_are_selected_by_range_and_port(family: Family) -> Result<()> {
     let Cluster { node, server, client, .. } = cluster;
     let _apps = (echo(server)?, echo(client)?);
     let before = footprint(&server.netns)?;
-    node.enrol(server)?;
+    node.enroll(server)?;
     let enrolled = footprint(&server.netns)?;
     for (annotations, selected) in
         selections(family, client.ip(family), "OutboundIPRanges", "OutboundPorts")
@@ -142,7 +142,7 @@ fn inbound_calls_are_selected_by_source_and_port(family: Family) -> Result<()> {
     let cluster = &Cluster::start()?;
     let Cluster { node, server, client, .. } = cluster;
     let _apps = (echo(server)?, echo(client)?);
-    node.enrol(server)?;
+    node.enroll(server)?;
     for (annotations, selected) in
         selections(family, client.ip(family), "InboundSourceIPRanges", "InboundPorts")
     {
@@ -171,7 +171,7 @@ fn bypassed_inbound_needs_no_proxy(family: Family) -> Result<()> {
     let cluster = &mut Cluster::start()?;
     let _apps = (echo(&cluster.server)?, echo(&cluster.client)?);
     let Cluster { node, server, client, .. } = cluster;
-    node.enrol(server)?;
+    node.enroll(server)?;
     annotate(node, server, &[(BYPASS_INBOUND, "true")])?;
     node.assert_direct(client, server, family)?;
     node.assert_outbound(server, client, family)?;

@@ -198,11 +198,11 @@ impl Vm {
             cluster,
         };
         vm.assert_works_without_a_mesh().context("without a mesh")?;
-        vm.enrol()?;
+        vm.enroll()?;
         Ok(vm)
     }
 
-    fn enrol(&mut self) -> Result<()> {
+    fn enroll(&mut self) -> Result<()> {
         let Cluster { node, server, .. } = &mut self.cluster;
         fs::write(node.manifests().join("policy.yaml"), STRICT).context("write a policy")?;
         node.start_agent()?;
@@ -214,7 +214,7 @@ impl Vm {
         let excluded = json!(EXCLUDED.to_string());
         let name = "traffic.redirect-agent/excludeInboundPorts";
         node.write(&manifest.with("/metadata/annotations", name, excluded))?;
-        node.enrol(&self.neighbour)?;
+        node.enroll(&self.neighbour)?;
         // It may never be as it should: that is what this is about.
         node.wait_for_pod("to be captured", server, |p| {
             p.kernel.is_some()

@@ -5,7 +5,7 @@
 mod addresses;
 mod bad_input;
 mod clsact;
-mod enrolment;
+mod enrollment;
 mod first_packets;
 mod held_attacks;
 mod isolation;

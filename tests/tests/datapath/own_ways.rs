@@ -1,4 +1,4 @@
-//! Ways past the proxy by what a pod does to its own network, and what enrolment does to a pod's calls to
+//! Ways past the proxy by what a pod does to its own network, and what enrollment does to a pod's calls to
 //! itself.
 
 use std::net::SocketAddr;
@@ -22,11 +22,11 @@ both_families! {
     packets_of_the_guard_that_get_another_mark_on_lo_do_not_leave_past_the_proxy,
     packets_of_the_guard_that_get_the_proxys_mark_on_lo_do_not_leave_past_the_proxy,
     copies_of_calls_to_the_pod_change_nothing,
-    pod_that_calls_itself_is_refused_at_no_moment_of_its_enrolment,
+    pod_that_calls_itself_is_refused_at_no_moment_of_its_enrollment,
 }
 
 const PATIENCE: Duration = Duration::from_secs(3);
-const ENROLMENTS: usize = 5;
+const ENROLLMENTS: usize = 5;
 
 fn iptables(pair: &Pair, family: Family, rule: &str) -> Result<()> {
     let program = if family == Family::V4 { "iptables-nft" } else { "ip6tables-nft" };
@@ -139,7 +139,7 @@ fn copies_of_calls_to_the_pod_change_nothing(family: Family) -> Result<()> {
     Ok(())
 }
 
-fn pod_that_calls_itself_is_refused_at_no_moment_of_its_enrolment(family: Family) -> Result<()> {
+fn pod_that_calls_itself_is_refused_at_no_moment_of_its_enrollment(family: Family) -> Result<()> {
     let pair = Pair::new()?;
     let Pair { server, topology, .. } = &pair;
     let _app = echo(server, family)?;
@@ -157,13 +157,13 @@ fn pod_that_calls_itself_is_refused_at_no_moment_of_its_enrolment(family: Family
             }
             Ok(calls)
         });
-        let enrolled = (0..ENROLMENTS).try_for_each(|_| {
+        let enrolled = (0..ENROLLMENTS).try_for_each(|_| {
             let attached = Attached::new(topology, server)?;
             attached.detach()
         });
         over.store(true, Ordering::Relaxed);
         let called = calling.join().map_err(|_| anyhow!("the calling thread panicked"))?;
-        enrolled.context("enrol")?;
+        enrolled.context("enroll")?;
         called.map(drop)
     })
 }

@@ -29,8 +29,15 @@ fn metrics() -> Result<String> {
     metrics.watch_error("pods");
     let states = [PodState::Enrolled, PodState::Degraded, PodState::Failed, PodState::Bypassing];
     let pods: Vec<PodStatus> = states.into_iter().map(pod).collect();
-    let now =
-        Now { pods: &pods, proxies: 1, proxys_cgroup: true, follows_kubelet: true, left_alone: 0 };
+    let totals = BTreeMap::new();
+    let now = Now {
+        pods: &pods,
+        totals: &totals,
+        proxies: 1,
+        proxys_cgroup: true,
+        follows_kubelet: true,
+        left_alone: 0,
+    };
     metrics.report(&now).context("write the metrics")
 }
 

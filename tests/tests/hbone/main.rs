@@ -152,14 +152,14 @@ fn a_service_is_called_over_hbone_as_soon_as_its_pod_speaks_it(family: Family) -
     let mesh = Mesh::start()?;
     let _app = mesh.app(family)?;
     mesh.agent.snapshot_sent()?;
-    mesh.enrol(&mesh.client)?;
+    mesh.enroll(&mesh.client)?;
     let target = mesh.server.addr(family, APP_PORT);
     let mut expected = Vec::new();
     for hbone in [false, true, false] {
         if hbone {
-            mesh.enrol(&mesh.server)?;
+            mesh.enroll(&mesh.server)?;
         } else if !expected.is_empty() {
-            mesh.unenrol(&mesh.server)?;
+            mesh.unenroll(&mesh.server)?;
         }
         let answer = mesh.service_call(family).make(&mesh.client.netns)?.answer()?;
         ensure!(answer.saw_local == target);

@@ -71,8 +71,8 @@ impl Mesh {
     /// A proxy in front of the client and the server, which both speak HBONE.
     pub fn enrolled() -> Result<Self> {
         let mesh = Self::start()?;
-        mesh.enrol(&mesh.client)?;
-        mesh.enrol(&mesh.server)?;
+        mesh.enroll(&mesh.client)?;
+        mesh.enroll(&mesh.server)?;
         mesh.agent.snapshot_sent()?;
         Ok(mesh)
     }
@@ -84,7 +84,7 @@ impl Mesh {
     }
 
     /// Gives a pod a proxy and says that it speaks HBONE.
-    pub fn enrol(&self, pod: &Pod) -> Result<()> {
+    pub fn enroll(&self, pod: &Pod) -> Result<()> {
         self.agent.add(pod)?;
         route_replies(pod, "add")?;
         self.publish(pod)
@@ -101,8 +101,8 @@ impl Mesh {
         fs::rename(draft, file).context("publish HBONE")
     }
 
-    /// The reverse of [`Self::enrol`].
-    pub fn unenrol(&self, pod: &Pod) -> Result<()> {
+    /// The reverse of [`Self::enroll`].
+    pub fn unenroll(&self, pod: &Pod) -> Result<()> {
         fs::remove_file(self.status_file(pod)).context("withdraw HBONE")?;
         route_replies(pod, "del")?;
         self.agent.del(pod)

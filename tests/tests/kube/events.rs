@@ -11,7 +11,7 @@ async fn event_says_what_happened_to_which_pod_and_who_says_so() {
     let cart = fixture.pod("cart").unwrap();
     let long = "ä".repeat(2000);
     fixture.source.record(&cart, Event::new(EventKind::Enrolled, "in the mesh"));
-    fixture.source.record(&cart, Event::new(EventKind::EnrolmentFailed, long));
+    fixture.source.record(&cart, Event::new(EventKind::EnrollmentFailed, long));
     fixture.until_server("two events", |s| s.all(Kind::Event).len() == 2).await;
     let events = fixture.server.all(Kind::Event);
     let of = |reason: &str| events.iter().find(|event| event["reason"] == reason).unwrap();
@@ -23,7 +23,7 @@ async fn event_says_what_happened_to_which_pod_and_who_says_so() {
     assert_eq!(enrolled["regarding"]["kind"], "Pod");
     assert_eq!(enrolled["regarding"]["name"], "cart");
     assert_eq!(enrolled["regarding"]["uid"], cart.uid.as_str());
-    assert_eq!(of("EnrolmentFailed")["type"], "Warning");
+    assert_eq!(of("EnrollmentFailed")["type"], "Warning");
 }
 
 #[tokio::test]
@@ -31,7 +31,7 @@ async fn repeats_become_one_series_and_another_message_another_event() {
     let mut fixture = Fixture::start().await;
     let cart = fixture.pod("cart").unwrap();
     for message in ["no netns", "no netns", "no netns", "no address"] {
-        fixture.source.record(&cart, Event::new(EventKind::EnrolmentFailed, message));
+        fixture.source.record(&cart, Event::new(EventKind::EnrollmentFailed, message));
     }
     let count = |s: &ApiServer, note: &str| {
         let events = s.all(Kind::Event);
@@ -51,7 +51,7 @@ async fn flood_of_one_pods_events_is_bounded_and_others_are_heard() {
     other.uid = "another".to_owned();
     for number in 0..200 {
         let message = format!("broken in way {number}");
-        fixture.source.record(&cart, Event::new(EventKind::EnrolmentFailed, message));
+        fixture.source.record(&cart, Event::new(EventKind::EnrollmentFailed, message));
     }
     fixture.source.record(&other, Event::new(EventKind::Enrolled, "in the mesh"));
     fixture
@@ -71,7 +71,7 @@ async fn events_that_are_refused_or_too_many_hold_nobody_up() {
     }
     fixture.until_server("a refusal", |s| !s.requests_of("create", "events").is_empty()).await;
     fixture.label("1");
-    fixture.until_labelled("1").await;
+    fixture.until_labeled("1").await;
     fixture.server.allow_all();
     let mut other = cart.clone();
     other.uid = "another".to_owned();

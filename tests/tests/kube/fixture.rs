@@ -68,7 +68,7 @@ impl Fixture {
     }
 
     /// Waits until the label of pod `cart` is this.
-    pub async fn until_labelled(&mut self, value: &str) -> Arc<Inventory> {
+    pub async fn until_labeled(&mut self, value: &str) -> Arc<Inventory> {
         self.until(value, |i| {
             i.pods
                 .get(&key("cart"))

@@ -79,7 +79,7 @@ async fn labels_of_namespaces_and_pods_are_followed() {
     fixture.server.put(Kind::Namespace, namespace("shop", &ambient));
     fixture.until("the label", |i| i.namespaces.contains_key("shop")).await;
     fixture.label("1");
-    fixture.until_labelled("1").await;
+    fixture.until_labeled("1").await;
     fixture.server.put(Kind::Namespace, namespace("shop", &[]));
     fixture.until("no label", |i| i.namespaces.is_empty()).await;
     fixture.server.put(Kind::Namespace, namespace("shop", &ambient));
@@ -106,7 +106,7 @@ async fn what_happened_while_the_api_server_was_away_is_caught_up() {
             fixture.server.forget(false);
         }
         fixture.server.come_back().unwrap();
-        fixture.until_labelled(if forgets { "2" } else { "1" }).await;
+        fixture.until_labeled(if forgets { "2" } else { "1" }).await;
         fixture
             .until("all of it", |i| {
                 i.problems.is_empty() && i.pods.keys().eq([&key("cart"), &key("new")])
@@ -147,7 +147,7 @@ async fn history_that_is_gone_is_listed_anew_and_no_pod_vanishes_meanwhile() {
         fixture.server.cut_watches(Cut::Cleanly);
         fixture.until_server("a new list", |s| s.requests_of("list", "pods").len() > lists).await;
         fixture.label(label);
-        fixture.until_labelled(label).await;
+        fixture.until_labeled(label).await;
         assert_eq!(timeout(SOON, watching).await.unwrap().unwrap(), 2, "a pod vanished");
     }
 }
@@ -162,7 +162,7 @@ async fn bookmarks_alone_keep_a_quiet_watch_up_to_date() {
     fixture.server.elsewhere();
     fixture.server.bookmark();
     fixture.label("after the bookmark");
-    fixture.until_labelled("after the bookmark").await;
+    fixture.until_labeled("after the bookmark").await;
     fixture.server.elsewhere();
     fixture.server.bookmark();
     // The bookmark goes out before the watch ends.
@@ -172,7 +172,7 @@ async fn bookmarks_alone_keep_a_quiet_watch_up_to_date() {
     fixture.server.cut_watches(Cut::Cleanly);
     fixture.until_server("another watch", |s| watches(s, before)).await;
     fixture.label("from the bookmark on");
-    fixture.until_labelled("from the bookmark on").await;
+    fixture.until_labeled("from the bookmark on").await;
     assert_eq!(fixture.server.requests_of("list", "pods").len(), lists, "it was listed anew");
 }
 
@@ -183,7 +183,7 @@ async fn watch_that_breaks_goes_on() {
     for label in ["1", "2"] {
         fixture.server.cut_watches(Cut::Abruptly);
         fixture.label(label);
-        fixture.until_labelled(label).await;
+        fixture.until_labeled(label).await;
     }
     assert_eq!(fixture.server.requests_of("list", "pods").len(), 1, "it was listed anew");
 }
@@ -210,7 +210,7 @@ async fn watches_that_end_at_once_are_not_asked_for_in_a_loop() {
     assert!((10..=61).contains(&asked), "{asked} watches in 3 s");
     fixture.server.end_watches_at_once(false);
     fixture.label("1");
-    fixture.until_labelled("1").await;
+    fixture.until_labeled("1").await;
 }
 
 #[tokio::test]
@@ -228,7 +228,7 @@ async fn refusal_is_named_with_what_is_needed_and_ends_when_it_is_granted() {
     assert!(refused.pods.contains_key(&key("cart")));
     fixture.server.allow_all();
     fixture.label("1");
-    fixture.until_labelled("1").await;
+    fixture.until_labeled("1").await;
     fixture.until("no problem", |i| i.problems.is_empty()).await;
 }
 
@@ -245,7 +245,7 @@ async fn watch_that_alone_is_refused_is_a_lasting_trouble_and_no_reason_to_list_
     assert_eq!(fixture.now().problems.len(), 1);
     fixture.label("1");
     fixture.server.allow_all();
-    fixture.until_labelled("1").await;
+    fixture.until_labeled("1").await;
     fixture.until("no problem", |i| i.problems.is_empty()).await;
     assert_eq!(fixture.server.requests_of("list", "pods").len(), lists);
 }
@@ -272,7 +272,7 @@ async fn slow_api_server_is_followed() {
     fixture.server.slow_down(Duration::from_millis(700));
     fixture.server.cut_watches(Cut::Abruptly);
     fixture.label("1");
-    fixture.until_labelled("1").await;
+    fixture.until_labeled("1").await;
 }
 
 #[tokio::test]

@@ -35,9 +35,9 @@ const TESTS: [&str; 3] = ["preflight", "bytecode", "datapath"];
 const SCENARIOS: [&str; 9] = [
     "addresses::ipv4::call_between_enrolled_pods_passes_both_proxies",
     "addresses::ipv6::call_between_enrolled_pods_passes_both_proxies",
-    "enrolment::ipv4::connections_to_others_survive_enrolment",
-    "enrolment::ipv6::connections_from_others_survive_enrolment",
-    "enrolment::ipv4::detaching_restores_everything",
+    "enrollment::ipv4::connections_to_others_survive_enrollment",
+    "enrollment::ipv6::connections_from_others_survive_enrollment",
+    "enrollment::ipv4::detaching_restores_everything",
     "restart::ipv6::app_restarts_while_mesh_connections_to_its_port_are_open",
     "no_proxy::ipv4::outbound_calls_are_refused_without_a_proxy",
     "no_proxy::ipv6::inbound_calls_are_refused_without_a_proxy",

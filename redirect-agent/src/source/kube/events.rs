@@ -186,8 +186,8 @@ impl Scribe {
 /// What the agent was doing when it happened.
 fn action(kind: EventKind) -> &'static str {
     match kind {
-        EventKind::Enrolled | EventKind::EnrolmentFailed => "Enrol",
-        EventKind::Unenrolled => "Unenrol",
+        EventKind::Enrolled | EventKind::EnrollmentFailed => "Enroll",
+        EventKind::Unenrolled => "Unenroll",
         EventKind::Repaired => "Verify",
         EventKind::Overridden => "Override",
         EventKind::InvalidAnnotation | EventKind::UnknownWord => "Read",

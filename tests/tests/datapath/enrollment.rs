@@ -19,9 +19,9 @@ use redirect_tests::topology::Pod;
 use crate::{PORT, Pair, assert_direct, assert_relayed, echo};
 
 both_families! {
-    connections_to_others_survive_enrolment,
-    connections_from_others_survive_enrolment,
-    new_calls_succeed_during_enrolment,
+    connections_to_others_survive_enrollment,
+    connections_from_others_survive_enrollment,
+    new_calls_succeed_during_enrollment,
     attaching_twice_is_harmless,
     detaching_restores_everything,
     namespace_with_the_number_of_a_dead_one_starts_afresh,
@@ -48,13 +48,13 @@ fn while_busy<T>(busy: &mut Conversation, f: impl FnOnce() -> Result<T>) -> Resu
     })
 }
 
-fn connections_to_others_survive_enrolment(family: Family) -> Result<()> {
+fn connections_to_others_survive_enrollment(family: Family) -> Result<()> {
     let Pair { client, server, topology } = &Pair::new()?;
     let _app = echo(server, family)?;
     survive(family, client, client, server, Via::Outbound, || Attached::new(topology, client))
 }
 
-fn connections_from_others_survive_enrolment(family: Family) -> Result<()> {
+fn connections_from_others_survive_enrollment(family: Family) -> Result<()> {
     let Pair { client, server, topology } = &Pair::new()?;
     let _app = echo(server, family)?;
     survive(family, server, client, server, Via::Inbound, || Attached::new(topology, server))
@@ -92,7 +92,7 @@ fn survive<'a>(
     idle.exchange(b"side by side").context("talk beside a captured connection")
 }
 
-fn new_calls_succeed_during_enrolment(family: Family) -> Result<()> {
+fn new_calls_succeed_during_enrollment(family: Family) -> Result<()> {
     let Pair { client, server, topology } = &Pair::new()?;
     let _app = echo(server, family)?;
     let to = server.addr(family, PORT);
