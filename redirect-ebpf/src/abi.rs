@@ -194,6 +194,8 @@ pub const QUESTION_KIND: u32 = 0xf;
 pub const QUESTION_V4: u32 = 1 << 4;
 /// The bit of a question whose listener is to be entered into `listeners`.
 pub const QUESTION_ENTER: u32 = 1 << 5;
+/// By how many bits a question shifts the port of the client that is looked for a listener.
+pub const QUESTION_CLIENT: u32 = 16;
 /// What `find_proxy` returns where the proxy does not listen.
 pub const FOUND_NOTHING: i32 = 0;
 /// The same of a listener that `listeners` had, or that was not to be entered.
@@ -214,6 +216,18 @@ pub const NEW_LISTENERS: u32 = 8;
 ///
 /// Those of `ask`.
 pub fn find_proxy<E>(mut ask: impl FnMut(u32) -> Result<i32, E>) -> Result<u32, E> {
+    // Others may share the proxy's port, and get some of the clients. In the program, a loop would be too many
+    // cases for the verifier of Linux 6.1.
+    const CLIENTS: u32 = 8;
+    let mut ask = |question| {
+        for client in 1..=CLIENTS {
+            let found = ask(question | client << QUESTION_CLIENT)?;
+            if found != FOUND_NOTHING {
+                return Ok(found);
+            }
+        }
+        Ok(FOUND_NOTHING)
+    };
     let mut all = 0;
     for kind in [LISTENER_OUTBOUND, LISTENER_INBOUND, LISTENER_HBONE] {
         let v6 = ask(kind | QUESTION_ENTER)?;

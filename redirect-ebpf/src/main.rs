@@ -32,8 +32,8 @@ use redirect_ebpf::{
         Addr, Counter, DECISION_ENROLLED, DnsFlow, DnsKey, EVERY_POD, FOUND_KNOWN, FOUND_NEW,
         FOUND_NOTHING, Flow, HALF_OPEN_NS, HINT_NONE, HINT_QUESTION, Hint, INBOUND_BYPASS,
         LOOPBACK_IFINDEX, ListenerKey, MARK_PROXY, MARK_REDIRECTED, OwnAddress, POD_ENROLLED,
-        PORT_PROXY_DNS, PodId, PodPeer, PodPort, QUESTION_AT, QUESTION_ENTER, QUESTION_KIND,
-        QUESTION_V4, VirtualInterface,
+        PORT_PROXY_DNS, PodId, PodPeer, PodPort, QUESTION_AT, QUESTION_CLIENT, QUESTION_ENTER,
+        QUESTION_KIND, QUESTION_V4, VirtualInterface,
     },
     dns::{self, Dns, DnsEnv, Entry, Message},
     verdict::{
@@ -49,7 +49,7 @@ use crate::{
         OUTBOUND_RANGES, PARSED, PODS_BY_ID, PROXY_MISSING, STRAYS, THIS_POD, VIRTUAL_INTERFACES,
     },
     packet::{Network, Parsed},
-    sockets::{Found, Question},
+    sockets::Found,
 };
 
 const AF_INET: u32 = 2;
@@ -338,8 +338,7 @@ fn on_egress(ctx: &TcContext, readable: bool, parsed: &Parsed, sender: Sender, s
 }
 
 /// Run by the agent in a pod's namespace, on a packet that is a question ([`abi::find_proxy`]): enters the
-/// proxy's listener of one kind. Returns one of `FOUND_*`. All questions in one would be too many paths for
-/// the verifier of Linux 6.1.
+/// proxy's listener of one kind. Returns one of `FOUND_*`.
 #[classifier]
 pub fn find_proxy(ctx: TcContext) -> i32 {
     let Ok(question) = ctx.load::<u32>(QUESTION_AT) else { return FOUND_NOTHING };
@@ -353,21 +352,15 @@ fn find_listener(ctx: &TcContext, question: u32) -> i32 {
     let device = packet::device(ctx);
     let key = ListenerKey { pod_id: packet::pod_on(device), kind: question & QUESTION_KIND };
     let (v4, enter) = (question & QUESTION_V4 != 0, question & QUESTION_ENTER != 0);
-    let question = Question { device, key, v4, enter };
-    for client_port in 1..=GROUP_TRIES {
-        let found = match sockets::find_listener(ctx, &question, client_port) {
-            Found::Nothing => continue,
-            Found::Known => FOUND_KNOWN,
-            Found::New => FOUND_NEW,
-        };
-        let _absent = PROXY_MISSING.remove(&key);
-        return found;
-    }
-    FOUND_NOTHING
+    let client_port = (question >> QUESTION_CLIENT) as u16;
+    let found = match sockets::find_listener(ctx, &key, v4, client_port, enter) {
+        Found::Nothing => return FOUND_NOTHING,
+        Found::Known => FOUND_KNOWN,
+        Found::New => FOUND_NEW,
+    };
+    let _absent = PROXY_MISSING.remove(&key);
+    found
 }
-
-/// How many clients are tried where others share the proxy's port.
-const GROUP_TRIES: u16 = 8;
 
 fn mark(ctx: &TcContext) -> u32 {
     // SAFETY: the context is valid while the program runs.

@@ -18,9 +18,9 @@ use aya_ebpf::{
 };
 use redirect_ebpf::{
     abi::{
-        ANY_CGROUP, Addr, Flow, HINT_QUESTION, Hint, LISTENER_HBONE, LISTENER_INBOUND,
-        LISTENER_OUTBOUND, ListenerKey, MARK_PROXY, PORT_HBONE, PORT_INBOUND, PORT_OUTBOUND,
-        PORT_PROXY_DNS, PodId, Settled, WAY_MARKED, WAY_PROXYS,
+        ANY_CGROUP, Addr, Flow, HINT_QUESTION, LISTENER_HBONE, LISTENER_INBOUND, LISTENER_OUTBOUND,
+        ListenerKey, MARK_PROXY, PORT_HBONE, PORT_INBOUND, PORT_OUTBOUND, PORT_PROXY_DNS, PodId,
+        Settled, WAY_MARKED, WAY_PROXYS,
     },
     dns::Message,
     verdict::{Proxy, Segment, Sender, mesh_mark},
@@ -29,7 +29,7 @@ use redirect_ebpf::{
 use crate::{
     config,
     maps::{LISTENERS, PROXY_CGROUPS, PROXY_MISSING, SETTLED},
-    packet, put_hint,
+    packet, set_hint,
 };
 
 /// No socket's state.
@@ -137,8 +137,7 @@ pub fn proxy(ctx: &TcContext, key: &ListenerKey, v4: bool) -> Proxy {
             return Proxy::Listens;
         }
     }
-    let question = Question { device: packet::device(ctx), key: *key, v4, enter: true };
-    if find_listener(ctx, &question, ANY_CLIENT) != Found::Nothing {
+    if find_listener(ctx, key, v4, ANY_CLIENT, true) != Found::Nothing {
         let _gone = PROXY_MISSING.remove(key);
         return Proxy::Listens;
     }
@@ -162,22 +161,17 @@ pub fn proxy(ctx: &TcContext, key: &ListenerKey, v4: bool) -> Proxy {
     }
 }
 
-/// Which listener of the proxy is looked for.
-pub struct Question {
-    /// See [`Hint::device`]. Read by whoever asks: in a loop, the verifier would have too many cases.
-    pub device: u64,
-    pub key: ListenerKey,
-    pub v4: bool,
-    /// Whether it replaces the entry in `listeners`.
-    pub enter: bool,
-}
-
-/// Looks for a listener of the proxy. Others may have joined the reuseport group of its port; the kernel chooses
-/// one of the group by `client_port`.
+/// Looks for the proxy's listener of this kind. If `enter` is set, it replaces the entry in `listeners`.
+/// Returns what was found. Others may have joined the reuseport group of that port; the kernel chooses one of
+/// the group by `client_port`.
 #[inline(never)]
-pub fn find_listener(ctx: &TcContext, question: &Question, client_port: u16) -> Found {
-    let Question { device, key, v4, enter } = question;
-    let (device, v4, enter) = (*device, *v4, *enter);
+pub fn find_listener(
+    ctx: &TcContext,
+    key: &ListenerKey,
+    v4: bool,
+    client_port: u16,
+    enter: bool,
+) -> Found {
     let port = match key.kind {
         LISTENER_INBOUND => PORT_INBOUND,
         LISTENER_HBONE => PORT_HBONE,
@@ -187,7 +181,7 @@ pub fn find_listener(ctx: &TcContext, question: &Question, client_port: u16) -> 
     // Otherwise `sk_lookup` would refuse: packets from other interfaces are never for loopback.
     let flow =
         Flow { local: loopback, remote: loopback, local_port: port, remote_port: client_port };
-    put_hint(&Hint { device, flow, kind: HINT_QUESTION });
+    set_hint(ctx, &flow, HINT_QUESTION);
     let (mut tuple, len) = tuple(&loopback, client_port, &loopback, port);
     // SAFETY: the tuple is initialized for `len` bytes; the reference is released.
     unsafe {

@@ -500,7 +500,7 @@ pub fn on_egress_of(
         return Verdict::NEXT;
     }
     let asks = segment.opens && segment.dst_port == PORT_DNS && message.is_query;
-    if !message.tcp && (!asks || segment.dst.is_loopback()) {
+    if !message.tcp && !asks {
         return Verdict::NEXT;
     }
     let forwarded = env.is_forwarded();
@@ -1728,7 +1728,6 @@ mod tests {
         for a in both_families() {
             for (scenario, message) in [
                 ("to a link-local address", tcp(syn(a.own, link_local()))),
-                ("a query to loopback", udp(query(syn(a.own, a.loopback)))),
                 ("a query to a link-local resolver", udp(query(syn(a.own, link_local())))),
                 ("a datagram", udp(syn(a.own, a.stranger))),
                 (
@@ -1741,6 +1740,20 @@ mod tests {
                     assert_eq!(guarded(message, &node), Verdict::NEXT, "{scenario}");
                     node.assert_asked(&[]);
                 }
+            }
+        }
+    }
+
+    #[test]
+    fn no_query_to_loopback_leaves_by_an_interface() {
+        for a in both_families() {
+            let query = udp(Segment { dst_port: PORT_DNS, ..syn(a.own, a.loopback) });
+            let drop = refused(GOES_ON, Fate::Drop, Counter::RefusedPastProxy);
+            for (pod, expected) in [(capturing(POD_DNS), drop), (CAPTURING, drop)] {
+                assert_eq!(guarded(query, &Node::new(&a, pod)), expected);
+            }
+            for pod in [PREPARING, BYPASSING] {
+                assert_eq!(guarded(query, &Node::new(&a, pod)), GOES_ON);
             }
         }
     }

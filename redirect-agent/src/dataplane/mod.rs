@@ -125,7 +125,7 @@ pub struct Dataplane {
     kernel: Mutex<Kernel>,
     hooks: Hooks,
     tc: BTreeMap<&'static str, TcProgram>,
-    /// One step at a time per pod. Pods with the same remainder share a lock.
+    /// One step at a time per pod.
     pods: PodLocks,
     proxies: Arc<Proxies>,
     _owner: Option<Owner>,
