@@ -323,7 +323,10 @@ fn kernel(pod: &PodPart, now: SystemTime, out: &mut Vec<Finding>) {
         let past = finding(Area::Redirector, cause, pod, message, &next(cause));
         out.push(Finding { weight: Weight::Past, ..past });
     }
-    if !settled && !out.iter().any(|f| f.weight == Weight::Wrong && f.area == Area::Proxy) {
+    // A pod that waits for the proxy has no fault of its own, unless it says so.
+    let failed = pod.state == Some(PodState::Failed);
+    let waits = out.iter().any(|f| f.weight == Weight::Wrong && f.area == Area::Proxy);
+    if !settled && (failed || !waits) {
         let state = pod.state.map_or("unknown", PodState::as_str);
         let why = pod.message.as_deref().unwrap_or("it takes a moment");
         let message = format!("{} is {state}: {why}", pod.name);

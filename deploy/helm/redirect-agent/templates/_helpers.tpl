@@ -18,7 +18,7 @@ app.kubernetes.io/version: {{ .Chart.AppVersion | quote }}
 {{- with .Values.logging.level | default .Values.global.logging.level -}}
 RUST_LOG: {{ . | quote }}
 {{ end -}}
-EXCLUDE_NAMESPACES: {{ .Values.excludeNamespaces | join "," | quote }}
+EXCLUDE_NAMESPACES: {{ .Values.excludeNamespaces | default (list "kube-system") | join "," | quote }}
 AMBIENT_DNS_CAPTURE: {{ .Values.ambient.dnsCapture | quote }}
 {{- if not (kindIs "invalid" .Values.ambient.enablementSelectors) }}
 AMBIENT_ENABLEMENT_SELECTOR: |
