@@ -185,7 +185,12 @@ fn connect_once(to: SocketAddr) -> Result<()> {
 fn ask(resolver: SocketAddr, query: &[u8], lost: &AtomicU64) -> Result<()> {
     for _ in 0..TRIES {
         match ask_once(resolver, query) {
-            Err(error) if error.kind() == io::ErrorKind::WouldBlock => {
+            Err(error)
+                if matches!(
+                    error.kind(),
+                    io::ErrorKind::WouldBlock | io::ErrorKind::ConnectionRefused
+                ) =>
+            {
                 lost.fetch_add(1, Ordering::Relaxed);
             }
             asked => return asked.context("ask"),
