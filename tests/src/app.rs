@@ -406,6 +406,11 @@ impl Conversation {
         Ok(Self { stream, answer })
     }
 
+    /// Its connection.
+    pub fn into_stream(self) -> TcpStream {
+        self.stream
+    }
+
     /// Who is at the other end.
     pub fn answer(&self) -> &Answer {
         &self.answer

@@ -66,15 +66,17 @@ impl Family {
 /// Makes a test of each function `fn(Family) -> Result<()>`, in both families.
 #[macro_export]
 macro_rules! both_families {
-    ($($scenario:ident),+ $(,)?) => {
+    ($($(#[$attribute:meta])* $scenario:ident),+ $(,)?) => {
         mod ipv4 {
-            $(#[test]
+            $($(#[$attribute])*
+            #[test]
             fn $scenario() -> anyhow::Result<()> {
                 super::$scenario($crate::netns::Family::V4)
             })+
         }
         mod ipv6 {
-            $(#[test]
+            $($(#[$attribute])*
+            #[test]
             fn $scenario() -> anyhow::Result<()> {
                 super::$scenario($crate::netns::Family::V6)
             })+

@@ -162,12 +162,15 @@ impl Summary {
 }
 
 impl Summary {
-    /// The last lines that a test which failed printed, without empty ones.
+    /// The last lines that a test which failed printed, without empty ones and backtraces.
     fn said(&self, name: &str) -> impl Iterator<Item = &str> {
         const LINES: usize = 20;
         let of_it = self.said.iter().filter(move |(test, _)| test == name);
-        let lines: Vec<_> =
-            of_it.flat_map(|(_, lines)| lines).filter(|line| !line.is_empty()).collect();
+        let lines: Vec<_> = of_it
+            .flat_map(|(_, lines)| lines.split(|line| line.trim() == "stack backtrace:").next())
+            .flatten()
+            .filter(|line| !line.is_empty())
+            .collect();
         let surplus = lines.len().saturating_sub(LINES);
         lines.into_iter().skip(surplus).map(String::as_str)
     }
@@ -198,6 +201,8 @@ mod tests {
             "",
             "Caused by:",
             "    it is away",
+            "stack backtrace:",
+            "   0: somewhere",
             "",
             "failures:",
             "    a::c",

@@ -10,6 +10,7 @@ mod first_packets;
 mod held_attacks;
 mod isolation;
 mod load;
+mod no_peer;
 mod no_proxy;
 mod own_ways;
 mod proxy_ports;
