@@ -235,9 +235,8 @@ pub fn drops_unread(mark: u32, src: &Addr, dst: &Addr, env: &impl Env) -> Option
 const NO_ALIAS: u32 = u32::MAX;
 
 /// The alias of the message's flow, if it has a place: not behind one that was never used, because [`claim`]
-/// takes the first. A place that is no longer needed may be given to
-/// another flow by another CPU at any moment: only an open connection still uses it, and whoever opens a
-/// connection claims a place again.
+/// takes the first. A place that is no longer needed may be given to another flow by another CPU at any moment:
+/// only an open connection still uses it, and whoever opens a connection claims a place again.
 // A function of its own, for the verifier: it has its own stack, one return, and few paths.
 #[inline(never)]
 fn find(pod_id: PodId, message: &Message, env: &impl DnsEnv) -> u32 {

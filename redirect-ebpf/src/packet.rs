@@ -105,16 +105,7 @@ impl Parsed {
     fn read(&mut self, ctx: &TcContext, offset: u32, to: usize, count: usize) -> Option<()> {
         let words = self.headers.get_mut(to..to + count)?;
         // SAFETY: `words` are as many bytes as is said.
-        let ret = unsafe {
-            bpf_skb_load_bytes_relative(
-                ctx.as_ptr().cast(),
-                offset,
-                words.as_mut_ptr().cast(),
-                size_of_val(words) as u32,
-                BPF_HDR_START_NET,
-            )
-        };
-        (ret == 0).then_some(())
+        unsafe { load_to(ctx, offset, words.as_mut_ptr().cast(), size_of_val(words)) }
     }
 }
 
@@ -589,20 +580,25 @@ fn v4(word: u32) -> Addr {
 #[inline(always)]
 fn load<T: Copy>(ctx: &TcContext, offset: u32) -> Option<T> {
     let mut value = core::mem::MaybeUninit::<T>::uninit();
-    // SAFETY: the helper fills all of `value` or fails; T is an array of numbers.
+    // SAFETY: all of `value` is filled, or it fails; T is an array of numbers.
     unsafe {
-        let ret = bpf_skb_load_bytes_relative(
-            ctx.as_ptr().cast(),
-            offset,
-            value.as_mut_ptr().cast(),
-            size_of::<T>() as u32,
-            BPF_HDR_START_NET,
-        );
-        if ret != 0 {
-            return None;
-        }
+        load_to(ctx, offset, value.as_mut_ptr().cast(), size_of::<T>())?;
         Some(value.assume_init())
     }
+}
+
+/// Reads `len` bytes of the packet at `offset` from the network header.
+///
+/// # Safety
+///
+/// So many may be written at `to`.
+#[inline(always)]
+unsafe fn load_to(ctx: &TcContext, offset: u32, to: *mut c_void, len: usize) -> Option<()> {
+    let skb = ctx.as_ptr().cast();
+    // SAFETY: the caller's promise.
+    let ret =
+        unsafe { bpf_skb_load_bytes_relative(skb, offset, to, len as u32, BPF_HDR_START_NET) };
+    (ret == 0).then_some(())
 }
 
 #[inline(always)]

@@ -246,13 +246,13 @@ pub fn on_lo(mark: u32, segment: Option<&Segment>, env: &impl Env) -> Verdict {
     let proxys = proxys || (own && env.has_proxy_sent(segment));
     if proxys {
         // Netfilter in the pod sends the proxy's call back to the proxy, which would loop forever.
-        if segment.opens && matches!(segment.dst_port, PORT_OUTBOUND | PORT_INBOUND) {
+        if matches!(segment.dst_port, PORT_OUTBOUND | PORT_INBOUND) {
             return Verdict { fate: Fate::Reset, ..next.count(Counter::RefusedProxysMark) };
         }
         // The proxy calls from the client's address, from a port that it chose without knowing the client's
         // own ports. If a connection already uses that port, its socket would answer the client, and the
         // proxy would wait in vain.
-        if segment.opens && env.is_open(segment) {
+        if env.is_open(segment) {
             return Verdict { fate: Fate::Reset, ..next.count(Counter::RefusedPortTaken) };
         }
         // The accepted socket takes the mark, so its replies come back here, even while the pod leaves the
