@@ -66,8 +66,8 @@ const LEAVING: Duration = Duration::from_secs(10);
 /// How long the kernel may take to remove the network namespaces of pods that have ended: it does so one
 /// after another, later.
 const DYING: Duration = Duration::from_secs(10);
-const DYING_LOOK: Duration = Duration::from_millis(100);
-const LEAVING_LOOK: Duration = Duration::from_millis(100);
+/// How often to look whether either is over.
+const LOOK: Duration = Duration::from_millis(100);
 /// After how long without a pod that can still leave in order nobody waits any more: when the API server
 /// answers 401, the agent's rights are gone for good.
 const STUCK: Duration = Duration::from_secs(1);
@@ -237,7 +237,7 @@ async fn leave(agent: &Client) {
                 let why = remaining.why.as_deref().unwrap_or("unknown");
                 bail!("{} of them cannot: {why}", remaining.pods);
             }
-            sleep(LEAVING_LOOK).await;
+            sleep(LOOK).await;
         }
         Ok(())
     };
@@ -287,7 +287,7 @@ impl NodeState {
                 if left.is_empty() || started.elapsed() > DYING {
                     break left;
                 }
-                thread::sleep(DYING_LOOK);
+                thread::sleep(LOOK);
             };
             if !left.is_empty() {
                 let inodes: Vec<String> = left.iter().map(ToString::to_string).collect();

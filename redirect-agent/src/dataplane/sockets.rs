@@ -5,6 +5,7 @@ use std::{
     fs,
     io::{self, BufRead, BufReader, Read as _},
     net::IpAddr,
+    sync::OnceLock,
 };
 
 use anyhow::{Context as _, Result, anyhow, bail};
@@ -23,6 +24,15 @@ pub const VMLINUX_BTF: &str = "/sys/kernel/btf/vmlinux";
 ///
 /// When the kernel has no BTF, or its structs have no such fields.
 pub fn offsets() -> Result<SockOffsets> {
+    // The preflight check and the programs ask for them, and the kernel's BTF is large.
+    static OFFSETS: OnceLock<SockOffsets> = OnceLock::new();
+    match OFFSETS.get() {
+        Some(known) => Ok(*known),
+        None => read_offsets().map(|offsets| *OFFSETS.get_or_init(|| offsets)),
+    }
+}
+
+fn read_offsets() -> Result<SockOffsets> {
     let bytes = fs::read(VMLINUX_BTF).with_context(|| {
         format!("read {VMLINUX_BTF}: the kernel must have CONFIG_DEBUG_INFO_BTF")
     })?;

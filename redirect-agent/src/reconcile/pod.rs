@@ -266,11 +266,10 @@ impl<S: Source> PodTask<S> {
             before.clone_from(&steps);
             for step in &steps {
                 let taken = self.take(*step).await;
-                if *step == Step::Prepare && taken.is_err() && self.standing.captured {
-                    // What of a captured pod cannot be repaired keeps nothing else from being repaired.
-                    if steps.contains(&Step::Capture) {
-                        self.take(Step::Capture).await?;
-                    }
+                let half_captured = self.standing.captured && steps.contains(&Step::Capture);
+                if *step == Step::Prepare && taken.is_err() && half_captured {
+                    // What cannot be repaired keeps nothing else from being repaired.
+                    self.take(Step::Capture).await?;
                 }
                 if !taken? {
                     return Ok(false);
