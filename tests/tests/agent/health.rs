@@ -8,10 +8,11 @@ use std::thread;
 use std::time::Duration;
 
 use anyhow::{Context as _, Result, ensure};
+use redirect_agent::output::PodState;
 use redirect_tests::netns::Family;
 use redirect_tests::process::wait_for;
 
-use crate::cluster::{Cluster, SOON, echo};
+use crate::cluster::{Cluster, Manifest, SOON, echo};
 use crate::load::Until;
 
 #[test]
@@ -40,7 +41,15 @@ fn agent_tells_its_health_and_what_it_has_counted() -> Result<()> {
     assert_has(address, "redirect_enrollment_duration_seconds_count 1")?;
 
     cluster.server.netns.output("ip", &["-4", "rule", "del", "table", "15001"])?;
-    assert_has(address, "redirect_drift_total{kind=\"rule\"} 1")
+    assert_has(address, "redirect_drift_total{kind=\"rule\"} 1")?;
+
+    // Nobody asks between its calls and its end in the mesh.
+    cluster.node.wait_until_enrolled(&cluster.server)?;
+    cluster.assert_redirected(Family::V4)?;
+    cluster.node.write(&Manifest::of(&cluster.server).mode("none"))?;
+    cluster.node.wait_for_state(&cluster.server, PodState::Bypassing)?;
+    assert_has(address, "redirect_connections_total{verdict=\"redirected_outbound\"} 3")?;
+    assert_has(address, "redirect_connections_total{verdict=\"redirected_inbound\"} 3")
 }
 
 /// Anybody can connect to the port of health and metrics.

@@ -88,6 +88,23 @@ fn stale(pair: &Pair, family: Family) -> Result<(TcpStream, PlainProxy, Attached
     Ok((socket, PlainProxy::start(&server.netns)?, attached))
 }
 
+/// A socket of the server's that has the mark of a direct connection, and is no longer connected.
+fn older_than_the_capture(
+    pair: &Pair,
+    family: Family,
+) -> Result<(Socket, PlainProxy, Attached<'_>)> {
+    let Pair { client, server, topology } = pair;
+    let target = client.netns.run(|| Ok(TcpListener::bind(client.addr(family, PORT))?))?;
+    let old: Socket =
+        server.netns.run(|| Ok(TcpStream::connect(client.addr(family, PORT))?))?.into();
+    let _accepted = target.accept().context("accept")?;
+    let proxy = PlainProxy::start(&server.netns)?;
+    let attached = Attached::new(topology, server)?;
+    ensure!(old.mark()? == MARK_DIRECT, "it is as old as the capture");
+    connect_unspec(&old).context("disconnect")?;
+    Ok((old, proxy, attached))
+}
+
 fn connection_whose_proxy_is_gone_stays_redirected_when_settings_change(
     family: Family,
 ) -> Result<()> {
@@ -126,15 +143,8 @@ fn connection_that_the_proxy_opened_to_a_marked_listener_does_not_outlive_it_pas
     family: Family,
 ) -> Result<()> {
     let pair = Pair::new()?;
-    let Pair { client, server, topology } = &pair;
-    let target = client.netns.run(|| Ok(TcpListener::bind(client.addr(family, PORT))?))?;
-    let old: Socket =
-        server.netns.run(|| Ok(TcpStream::connect(client.addr(family, PORT))?))?.into();
-    let _accepted = target.accept().context("accept")?;
-    let _proxy = PlainProxy::start(&server.netns)?;
-    let _attached = Attached::new(topology, server)?;
-    ensure!(old.mark()? == MARK_DIRECT, "it is as old as the capture");
-    connect_unspec(&old).context("disconnect")?;
+    let (old, _proxy, _attached) = older_than_the_capture(&pair, family)?;
+    let Pair { client, server, .. } = &pair;
     old.bind(&SocketAddr::new(family.any(), 9000).into())?;
     old.listen(1)?;
     let caller = client.netns.run(|| Ok(TcpStream::connect(server.addr(family, 9000))?))?;
@@ -192,15 +202,8 @@ fn query_to_loopback_does_not_leave_by_an_interface(family: Family) -> Result<()
 fn connection_to_itself_from_a_foreign_address_does_not_leave_past_the_proxy() -> Result<()> {
     let family = Family::V6;
     let pair = Pair::new()?;
-    let Pair { client, server, topology } = &pair;
-    let target = client.netns.run(|| Ok(TcpListener::bind(client.addr(family, PORT))?))?;
-    let old: Socket =
-        server.netns.run(|| Ok(TcpStream::connect(client.addr(family, PORT))?))?.into();
-    let _accepted = target.accept().context("accept")?;
-    let _proxy = PlainProxy::start(&server.netns)?;
-    let _attached = Attached::new(topology, server)?;
-    ensure!(old.mark()? == MARK_DIRECT, "it is as old as the capture");
-    connect_unspec(&old).context("disconnect")?;
+    let (old, _proxy, _attached) = older_than_the_capture(&pair, family)?;
+    let Pair { client, server, .. } = &pair;
     old.set_freebind_v6(true)?;
     old.bind(&client.addr(family, 8443).into())?;
     let listener = server.netns.run(|| Ok(TcpListener::bind(server.addr(family, 9000))?))?;
