@@ -488,6 +488,10 @@ mod tests {
         fn is_probe_source(&self, _: &Addr) -> bool {
             panic!("DNS is outbound")
         }
+
+        fn excludes_outbound(&self, _: PodId, _: &Flow) -> bool {
+            panic!("the pod's DNS goes to the proxy whatever else is excluded")
+        }
     }
 
     impl Env for Node {
@@ -513,10 +517,6 @@ mod tests {
 
         fn completes_cookie(&self, _: PodId) -> bool {
             panic!("DNS asks for no connection")
-        }
-
-        fn excludes_outbound(&self, _: PodId, _: &Flow) -> bool {
-            panic!("the pod's DNS goes to the proxy whatever else is excluded")
         }
 
         fn proxy(&self, pod_id: PodId, kind: u32, _: &Segment) -> Proxy {
@@ -557,6 +557,18 @@ mod tests {
 
         fn settled(&self, _: &Segment) -> Option<u32> {
             panic!("DNS is not settled")
+        }
+
+        fn has_marked_listener(&self) -> bool {
+            panic!("DNS is not accepted by the application")
+        }
+
+        fn is_noted_direct(&self, _: PodId, _: &Segment) -> bool {
+            panic!("DNS is not settled")
+        }
+
+        fn is_connections(&self) -> bool {
+            panic!("DNS goes by marks and ports")
         }
     }
 
@@ -610,7 +622,8 @@ mod tests {
 
     fn query(src: Addr, dst: Addr) -> Message {
         let (src_port, dst_port) = (PORT, PORT_DNS);
-        let segment = Segment { src, dst, src_port, dst_port, opens: true, accepts: false };
+        let segment =
+            Segment { src, dst, src_port, dst_port, opens: true, accepts: false, resets: false };
         Message { segment, tcp: false, is_query: true, ends: false }
     }
 

@@ -14,14 +14,14 @@ use redirect_ebpf::{
         PORT_INBOUND, PORT_OUTBOUND, PORT_PROXY_DNS, PROTOCOL_TCP, PodId, WAY_DIRECT,
         WAY_REDIRECTED,
     },
-    verdict::{mesh_mark, with_mesh_mark},
+    verdict::{Sender, captures, is_excluded, mesh_mark, with_mesh_mark},
 };
 
 use crate::{
-    AF_INET,
+    AF_INET, Maps,
     config::offset,
-    dns_flow, is_own, packet,
-    sockets::{TCP_LISTEN, TCP_NEW_SYN_RECV},
+    dns_flow, is_own, packet, pod,
+    sockets::{TCP_LISTEN, TCP_NEW_SYN_RECV, cgroup_id, owner, settle_for, settled_by},
     switch::{note, noted},
 };
 
@@ -91,25 +91,26 @@ pub extern "C" fn note_proxy(ctx: *mut IterTcp) -> i32 {
     0
 }
 
-/// Before capture starts or ends: every open or half-open connection stays on its path. What `note_proxy` has
-/// not noted as redirected is direct.
+/// Before capture starts: every open or half-open connection stays on its path. What `note_proxy` has not noted
+/// as redirected is direct.
 #[unsafe(no_mangle)]
 #[unsafe(link_section = "iter/tcp")]
 pub extern "C" fn mark_all(ctx: *mut IterTcp) -> i32 {
-    mark_connection(ctx, |state, noted| match (state, noted) {
-        (TCP_LISTEN, _) => None,
-        (_, noted) => Some(noted.unwrap_or(WAY_DIRECT)),
-    })
+    mark_connection(ctx, |_, noted| Some(noted.unwrap_or(WAY_DIRECT)))
 }
 
-/// Before the settings of a captured pod change: every open connection stays on its path. A half-open one may
-/// be redirected although the proxy does not know it yet: it waits for `mark_noted`.
+/// Before the settings of a captured pod change, or its capture ends: every open connection stays on its path.
+/// It is redirected unless the settings exclude it: `note_proxy` knows nothing of a connection that the proxy
+/// has closed already. A half-open one may be redirected without the proxy's knowledge, too: it waits for
+/// `mark_noted`.
 #[unsafe(no_mangle)]
 #[unsafe(link_section = "iter/tcp")]
 pub extern "C" fn mark_open(ctx: *mut IterTcp) -> i32 {
-    mark_connection(ctx, |state, noted| match (state, noted) {
-        (TCP_LISTEN, _) | (TCP_SYN_SENT, None) => None,
-        (_, noted) => Some(noted.unwrap_or(WAY_DIRECT)),
+    mark_connection(ctx, |connection, noted| match noted {
+        Some(WAY_REDIRECTED) => noted,
+        _ if connection.state == TCP_SYN_SENT => None,
+        _ if connection.is_excluded() => Some(WAY_DIRECT),
+        _ => Some(WAY_REDIRECTED),
     })
 }
 
@@ -117,7 +118,7 @@ pub extern "C" fn mark_open(ctx: *mut IterTcp) -> i32 {
 #[unsafe(no_mangle)]
 #[unsafe(link_section = "iter/tcp")]
 pub extern "C" fn mark_noted(ctx: *mut IterTcp) -> i32 {
-    mark_connection(ctx, |state, noted| if state == TCP_LISTEN { None } else { noted })
+    mark_connection(ctx, |_, noted| noted)
 }
 
 /// Writes one byte for each open or half-closed connection that stays on the redirection route, and for each
@@ -172,30 +173,67 @@ fn share_ports(sk: &Socket) {
     }
 }
 
-/// Marks an unmarked connection by its path, which `choose` derives from the socket's state and the noted
-/// path. Listeners are never marked: an accepted socket would take the listener's mark instead of the SYN's.
+/// Records the path of a connection with its socket, unless it is recorded already, and marks the socket
+/// accordingly, unless it has a mark. `choose` derives the path from the connection and from what is noted about
+/// it. Listeners are never marked: an accepted socket would take the listener's mark instead of the SYN's.
 #[inline(always)]
-fn mark_connection(ctx: *mut IterTcp, choose: impl Fn(u32, Option<u32>) -> Option<u32>) -> i32 {
+fn mark_connection(
+    ctx: *mut IterTcp,
+    choose: impl FnOnce(&Connection, Option<u32>) -> Option<u32>,
+) -> i32 {
     let Some(sk) = Socket::new(ctx) else { return 0 };
-    let Some(old) = sk.get(SO_MARK) else { return 0 };
-    if mesh_mark(old) != 0 {
-        return 0;
-    }
+    let Some(mark) = sk.get(SO_MARK) else { return 0 };
     let common = sk.common();
-    let flow = common.flow();
-    let pod_id = common.pod_id();
-    // The pod's connections to itself never leave it.
-    if flow.local.is_loopback() || (is_own(pod_id, &flow.local) && is_own(pod_id, &flow.remote)) {
+    let connection =
+        Connection { pod_id: common.pod_id(), flow: common.flow(), state: common.state(), mark };
+    if connection.state == TCP_LISTEN || connection.is_internal() {
         return 0;
     }
-    let noted = noted(pod_id, flow).or_else(|| noted(pod_id, translated(flow)));
-    let mark = match choose(common.state(), noted) {
-        Some(WAY_REDIRECTED) => MARK_REDIRECTED,
-        Some(_) => MARK_DIRECT,
-        None => return 0,
+    if matches!(owner(mark, || common.cgroup()), Sender::Proxy | Sender::Marked) {
+        return 0;
+    }
+    let Connection { pod_id, flow, .. } = connection;
+    let way = match settled_by(sk.0.cast(), &flow) {
+        Some(way) => way,
+        None => {
+            let noted = noted(pod_id, flow).or_else(|| noted(pod_id, translated(flow)));
+            let Some(way) = choose(&connection, noted) else { return 0 };
+            // Without memory, a direct connection ends: it could not be told from others later.
+            settle_for(sk.0.cast(), &flow, way);
+            way
+        }
     };
-    sk.set(SO_MARK, with_mesh_mark(old, mark));
+    if mesh_mark(mark) == 0 {
+        let way = if way == WAY_REDIRECTED { MARK_REDIRECTED } else { MARK_DIRECT };
+        sk.set(SO_MARK, with_mesh_mark(mark, way));
+    }
     0
+}
+
+/// A connection, as its socket in the pod has it.
+struct Connection {
+    pod_id: PodId,
+    flow: Flow,
+    state: u32,
+    mark: u32,
+}
+
+impl Connection {
+    /// Whether it is one of the pod's to itself, which never leaves it.
+    #[inline(always)]
+    fn is_internal(&self) -> bool {
+        let Self { pod_id, flow, .. } = self;
+        flow.local.is_loopback() || (is_own(*pod_id, &flow.local) && is_own(*pod_id, &flow.remote))
+    }
+
+    /// Whether it is direct by the settings of its pod, or because nothing inbound is captured yet: then an
+    /// accepted connection has the mark of its SYN.
+    #[inline(always)]
+    fn is_excluded(&self) -> bool {
+        let pod = pod(self.pod_id).unwrap_or(0);
+        (!captures(pod) && mesh_mark(self.mark) == MARK_DIRECT)
+            || is_excluded(self.pod_id, pod, &self.flow, &Maps)
+    }
 }
 
 /// The connection as the proxy sees it when istio-cni's rules have redirected it: they translate the
@@ -219,6 +257,12 @@ impl Common {
     #[inline(always)]
     fn state(&self) -> u32 {
         self.read::<u8>(offset!(state)).into()
+    }
+
+    /// The id of the cgroup (v2) that it belongs to.
+    #[inline(always)]
+    fn cgroup(&self) -> u64 {
+        cgroup_id(self.read(offset!(socket_cgroup)))
     }
 
     /// The inode number of its network namespace; 0 if it cannot be read.

@@ -32,8 +32,8 @@ use redirect_ebpf::{
         Addr, Counter, DECISION_ENROLLED, DnsFlow, DnsKey, EVERY_POD, FOUND_KNOWN, FOUND_NEW,
         FOUND_NOTHING, Flow, HALF_OPEN_NS, HINT_NONE, HINT_QUESTION, Hint, INBOUND_BYPASS,
         LOOPBACK_IFINDEX, ListenerKey, MARK_PROXY, MARK_REDIRECTED, OwnAddress, POD_ENROLLED,
-        PORT_PROXY_DNS, PodId, PodPeer, PodPort, QUESTION_AT, QUESTION_CLIENT, QUESTION_ENTER,
-        QUESTION_KIND, QUESTION_V4, VirtualInterface,
+        PORT_PROXY_DNS, PodFlow, PodId, PodPeer, PodPort, QUESTION_AT, QUESTION_CLIENT,
+        QUESTION_ENTER, QUESTION_KIND, QUESTION_V4, VirtualInterface, WAY_DIRECT,
     },
     dns::{self, Dns, DnsEnv, Entry, Message},
     verdict::{
@@ -45,8 +45,9 @@ use redirect_ebpf::{
 use crate::{
     count::Packet,
     maps::{
-        ADDRESSES, ANY_STRAYS, DNS_FLOWS, HINT, INBOUND_PORTS, INBOUND_RANGES, OUTBOUND_PORTS,
-        OUTBOUND_RANGES, PARSED, PODS_BY_ID, PROXY_MISSING, STRAYS, THIS_POD, VIRTUAL_INTERFACES,
+        ADDRESSES, ANY_STRAYS, DNS_FLOWS, HALF_OPEN, HINT, INBOUND_PORTS, INBOUND_RANGES,
+        OUTBOUND_PORTS, OUTBOUND_RANGES, PARSED, PODS_BY_ID, PROXY_MISSING, STRAYS, THIS_POD,
+        VIRTUAL_INTERFACES,
     },
     packet::{Network, Parsed},
     sockets::Found,
@@ -319,8 +320,13 @@ fn on_egress(ctx: &TcContext, readable: bool, parsed: &Parsed, sender: Sender, s
     let message =
         if readable { Ok(&parsed.message) } else { Err(packet::hidden(ctx, packet::network(ctx))) };
     let verdict = verdict::on_egress_of(sender, mark(ctx), message, &Tc { ctx, sends });
+    let flow = parsed.segment().sender_flow();
     let noted = match verdict.settle {
-        Some(way) if sends => sockets::settle(ctx, &parsed.segment().sender_flow(), way.get()),
+        // The connection has no socket yet.
+        Some(way) if parsed.segment().accepts && way.get() == WAY_DIRECT => HALF_OPEN
+            .insert(&PodFlow { pod_id: verdict.pod_id, flow }, 1, u64::from(BPF_ANY))
+            .is_ok(),
+        Some(way) if sends => sockets::settle(ctx, &flow, way.get()),
         _ => true,
     };
     if !noted && parsed.segment().opens && matches!(verdict.fate, Fate::ToLo) {
@@ -434,7 +440,7 @@ pub fn redirect_lookup(ctx: SkLookupContext) -> u32 {
             hint: hint(),
         }
     };
-    let (pass, counter) = match verdict::steer(&lookup, &LookupEnv) {
+    let (pass, counter) = match verdict::steer(&lookup, &Maps) {
         Steer::Pass(None) => return SK_PASS,
         Steer::Pass(Some(counter)) => (SK_PASS, counter),
         Steer::Refuse(counter) => (SK_DROP, counter),
@@ -515,6 +521,12 @@ fn is_own(pod_id: PodId, addr: &Addr) -> bool {
     ADDRESSES.get_ptr(&OwnAddress { pod_id, addr: *addr }).is_some()
 }
 
+#[inline(never)]
+fn is_noted_direct(pod_id: PodId, segment: &Segment) -> bool {
+    let flow = segment.sender_flow();
+    HALF_OPEN.get_ptr(&PodFlow { pod_id, flow }).is_some() || switch::is_noted_direct(pod_id, flow)
+}
+
 #[inline(always)]
 fn note_strays(pod_id: PodId) {
     // When it is full they are lost, and sent again.
@@ -537,6 +549,12 @@ fn excludes_inbound(pod_id: PodId, flow: &Flow) -> bool {
     let peer = Key::new(PodPeer::BITS, PodPeer { pod_id, peer: flow.remote });
     matches!(INBOUND_PORTS.get(&port), Some(&INBOUND_BYPASS))
         || matches!(INBOUND_RANGES.get(&peer), Some(&INBOUND_BYPASS))
+}
+
+/// Whether this segment may complete a connection that is half open.
+#[inline(never)]
+fn is_awaited(ctx: &TcContext, segment: &Segment) -> bool {
+    ask(ctx, segment, sockets::is_awaited)
 }
 
 #[inline(never)]
@@ -608,7 +626,7 @@ fn is_probe_source(peer: &Addr) -> bool {
     matches!(INBOUND_RANGES.get(&key), Some(&INBOUND_BYPASS))
 }
 
-/// What a decision asks for, of `sk_lookup`, or with `Pods` alone.
+/// What every decision asks for.
 macro_rules! pods {
     ($env:ty) => {
         impl Pods for $env {
@@ -641,14 +659,19 @@ macro_rules! pods {
             fn is_probe_source(&self, peer: &Addr) -> bool {
                 is_probe_source(peer)
             }
+
+            #[inline(always)]
+            fn excludes_outbound(&self, pod_id: PodId, flow: &Flow) -> bool {
+                excludes_outbound(pod_id, flow)
+            }
         }
     };
 }
 
-/// `sk_lookup` has no packet to ask with.
-struct LookupEnv;
+/// For `sk_lookup` and the iterators, which have no packet to ask with.
+struct Maps;
 
-pods!(LookupEnv);
+pods!(Maps);
 
 struct Tc<'a> {
     ctx: &'a TcContext,
@@ -694,11 +717,6 @@ impl Env for Tc<'_> {
     #[inline(always)]
     fn completes_cookie(&self, pod_id: PodId) -> bool {
         sockets::completes_cookie(self.ctx, pod_id)
-    }
-
-    #[inline(always)]
-    fn excludes_outbound(&self, pod_id: PodId, flow: &Flow) -> bool {
-        excludes_outbound(pod_id, flow)
     }
 
     #[inline(always)]
@@ -751,6 +769,21 @@ impl Env for Tc<'_> {
     #[inline(always)]
     fn settled(&self, segment: &Segment) -> Option<u32> {
         if self.sends { sockets::settled(self.ctx, &segment.sender_flow()) } else { None }
+    }
+
+    #[inline(always)]
+    fn has_marked_listener(&self) -> bool {
+        self.sends && sockets::has_marked_listener(self.ctx)
+    }
+
+    #[inline(always)]
+    fn is_noted_direct(&self, pod_id: PodId, segment: &Segment) -> bool {
+        is_noted_direct(pod_id, segment)
+    }
+
+    #[inline(always)]
+    fn is_connections(&self) -> bool {
+        self.sends && sockets::is_connections(self.ctx)
     }
 }
 

@@ -79,7 +79,12 @@ pub static ANY_STRAYS: Array<u32, 1> = Array::new();
 #[btf_map(name = "strays")]
 pub static STRAYS: HashMap<PodId, u32, PODS> = HashMap::new();
 
-/// Socket of a pod → the path that the guard determined for its connection.
+/// Connection of a captured pod whose SYN came before the capture, and was answered after it began → 1. When
+/// it is established, its socket is found here.
+#[btf_map(name = "half_open")]
+pub static HALF_OPEN: LruHashMap<PodFlow, u32, 4096> = LruHashMap::new();
+
+/// Socket of a pod → the path of its connection, as the guard or an iterator determined it.
 #[btf_map(name = "settled")]
 pub static SETTLED: SkStorage<Settled> = SkStorage::new();
 

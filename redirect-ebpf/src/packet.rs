@@ -177,6 +177,7 @@ pub fn parse(ctx: &TcContext, network: Network, udp: bool, parsed: &mut Parsed) 
         dst_port,
         opens: !is_tcp || opening == TCP_SYN,
         accepts: opening == TCP_SYN | TCP_ACK,
+        resets: opening & TCP_RST != 0,
     };
     let ends = flags & (TCP_FIN | TCP_RST) != 0;
     parsed.message = Message { segment, tcp: is_tcp, is_query, ends };

@@ -19,8 +19,8 @@ use aya_ebpf::{
 use redirect_ebpf::{
     abi::{
         ANY_CGROUP, Addr, Flow, HINT_QUESTION, LISTENER_HBONE, LISTENER_INBOUND, LISTENER_OUTBOUND,
-        ListenerKey, MARK_PROXY, PORT_HBONE, PORT_INBOUND, PORT_OUTBOUND, PORT_PROXY_DNS, PodId,
-        Settled, WAY_MARKED, WAY_PROXYS,
+        ListenerKey, MARK_DIRECT, MARK_PROXY, PORT_HBONE, PORT_INBOUND, PORT_OUTBOUND,
+        PORT_PROXY_DNS, PodId, Settled, WAY_MARKED, WAY_PROXYS,
     },
     dns::Message,
     verdict::{Proxy, Segment, Sender, mesh_mark},
@@ -32,6 +32,8 @@ use crate::{
     packet, set_hint,
 };
 
+/// Source: Linux `include/linux/net.h`.
+const SOCK_STREAM: u32 = 1;
 /// No socket's state.
 const NO_SOCKET: u32 = 0;
 /// Source: Linux `include/net/tcp_states.h`.
@@ -62,6 +64,12 @@ pub fn has_connection(ctx: *mut c_void, segment: &Segment) -> bool {
 #[inline(always)]
 pub fn has_peer(ctx: *mut c_void, segment: &Segment) -> bool {
     !matches!(state(ctx, segment), NO_SOCKET | TCP_LISTEN | TCP_TIME_WAIT)
+}
+
+/// Whether a segment finds no connection yet: a half-open one, or the listener, which completes a SYN cookie.
+#[inline(always)]
+pub fn is_awaited(ctx: *mut c_void, segment: &Segment) -> bool {
+    matches!(state(ctx, segment), TCP_LISTEN | TCP_NEW_SYN_RECV)
 }
 
 /// Whether it is the state of an open connection. A half-open socket may belong to this very segment, sent
@@ -261,11 +269,14 @@ fn netns(sk: *mut bpf_sock) -> u64 {
 /// accepted it.
 #[inline(always)]
 fn cgroup(sk: *mut bpf_sock) -> u64 {
-    let cgroup = field(sk, config::offset!(socket_cgroup));
-    packet::kernel::<u64>(
-        packet::kernel::<u64>(cgroup + u64::from(config::offset!(cgroup_node)))
-            + u64::from(config::offset!(node_id)),
-    )
+    cgroup_id(field(sk, config::offset!(socket_cgroup)))
+}
+
+/// The id of the cgroup at this address.
+#[inline(always)]
+pub fn cgroup_id(cgroup: u64) -> u64 {
+    let node: u64 = packet::kernel(cgroup + u64::from(config::offset!(cgroup_node)));
+    packet::kernel(node + u64::from(config::offset!(node_id)))
 }
 
 /// Eight bytes at `offset` of the kernel's `struct sock`.
@@ -294,6 +305,35 @@ pub fn sender(ctx: &TcContext) -> Sender {
     }
 }
 
+/// Whether the socket that [`sends`] the packet is a connection's own. The kernel answers from a raw socket of
+/// its own where there is none.
+#[inline(always)]
+pub fn is_connections(ctx: &TcContext) -> bool {
+    let sk = packets_socket(ctx);
+    if sk.is_null() {
+        return false;
+    }
+    // SAFETY: the helper checks what it is given; what it returns is a live socket.
+    unsafe {
+        let full = bpf_sk_fullsock(sk);
+        !full.is_null() && (*full).type_ == SOCK_STREAM
+    }
+}
+
+/// Whether the listener for which the packet answers has the mark of a direct connection.
+#[inline(always)]
+pub fn has_marked_listener(ctx: &TcContext) -> bool {
+    let sk = packets_socket(ctx);
+    if sk.is_null() {
+        return false;
+    }
+    // SAFETY: as above.
+    unsafe {
+        let listener = bpf_get_listener_sock(sk);
+        !listener.is_null() && mesh_mark((*listener).mark) == MARK_DIRECT
+    }
+}
+
 /// Who owns a socket of this namespace.
 ///
 /// # Safety
@@ -305,8 +345,9 @@ unsafe fn kind(sk: *mut bpf_sock) -> Sender {
     owner(unsafe { (*sk).mark }, || cgroup(sk))
 }
 
+/// Who owns a socket with this mark.
 #[inline(always)]
-fn owner(mark: u32, cgroup: impl FnOnce() -> u64) -> Sender {
+pub fn owner(mark: u32, cgroup: impl FnOnce() -> u64) -> Sender {
     if mesh_mark(mark) != MARK_PROXY {
         return Sender::Application;
     }
@@ -359,20 +400,27 @@ pub fn is_settled_proxys(ctx: &TcContext) -> bool {
 /// The path that was recorded for this connection of the socket that [`sends`] the packet.
 #[inline(always)]
 pub fn settled(ctx: &TcContext, flow: &Flow) -> Option<u32> {
-    let settled = storage(packets_socket(ctx), ptr::null_mut(), 0)?;
+    settled_by(packets_socket(ctx), flow)
+}
+
+/// Records it. Fails without memory.
+#[inline(always)]
+pub fn settle(ctx: &TcContext, flow: &Flow, way: u32) -> bool {
+    settle_for(packets_socket(ctx), flow, way)
+}
+
+/// The path that was recorded for this connection of a socket.
+#[inline(always)]
+pub fn settled_by(sk: *mut bpf_sock, flow: &Flow) -> Option<u32> {
+    let settled = storage(sk, ptr::null_mut(), 0)?;
     // SAFETY: the pointer is to a live map value.
     unsafe { if (*settled).flow == *flow { Some((*settled).way) } else { None } }
 }
 
 /// Records it. Fails without memory.
 #[inline(always)]
-pub fn settle(ctx: &TcContext, flow: &Flow, way: u32) -> bool {
+pub fn settle_for(sk: *mut bpf_sock, flow: &Flow, way: u32) -> bool {
     let mut new = Settled { flow: *flow, way };
-    let sk = packets_socket(ctx);
-    // A listener's RST. SAFETY: the socket is a live one.
-    if sk.is_null() || unsafe { (*sk).state } == TCP_LISTEN {
-        return true;
-    }
     let Some(settled) = storage(sk, &raw mut new, u64::from(BPF_SK_STORAGE_GET_F_CREATE)) else {
         return false;
     };

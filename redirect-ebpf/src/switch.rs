@@ -15,14 +15,16 @@ use redirect_ebpf::{
         Counter, Flow, LOOPBACK_IFINDEX, MARK_PROXY, POD_WAYS, PodFlow, PodId, WAY_DIRECT,
         WAY_REDIRECTED,
     },
-    verdict::mesh_mark,
+    verdict::{captures, mesh_mark},
 };
 
 use crate::{
     count::{self, Packet},
+    is_awaited,
     maps::{NOTED, SWITCHES, SWITCHING, WAYS},
     mark,
     packet::{self, Parsed},
+    pod,
 };
 
 /// For packets that the pod sends: egress of its interfaces, and ingress of `lo`. Returns whether a segment
@@ -38,6 +40,7 @@ pub fn holds_sent(ctx: &TcContext, parsed: &Parsed) -> bool {
 pub fn note_received(ctx: &TcContext, parsed: &Parsed) {
     if is_on()
         && let Some(pod_id) = switching_pod(ctx)
+        && is_awaited(ctx, parsed.segment())
     {
         // What is known to be redirected stays redirected, whatever outsiders send.
         note(pod_id, parsed.segment().receiver_flow(), WAY_DIRECT, BPF_NOEXIST);
@@ -71,10 +74,20 @@ fn holds(ctx: &TcContext, parsed: &Parsed) -> bool {
         }
         Some(_) => false,
         None => {
-            note(pod_id, flow, way, BPF_NOEXIST);
+            // In a captured pod, the sockets of direct connections are known by now. Any other one is not to
+            // become direct by what it sends.
+            if on_lo || !pod(pod_id).is_some_and(captures) {
+                note(pod_id, flow, way, BPF_NOEXIST);
+            }
             false
         }
     }
+}
+
+/// Whether a connection is noted as direct, while its pod is in a switch.
+#[inline(always)]
+pub fn is_noted_direct(pod_id: PodId, flow: Flow) -> bool {
+    is_on() && noted(pod_id, flow) == Some(WAY_DIRECT)
 }
 
 /// Whether any pod of the node may be in a switch.

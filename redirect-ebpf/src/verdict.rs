@@ -31,6 +31,8 @@ pub struct Segment {
     pub opens: bool,
     /// SYN with ACK: the sender accepts one.
     pub accepts: bool,
+    /// RST: it carries no data.
+    pub resets: bool,
 }
 
 impl Segment {
@@ -82,6 +84,8 @@ pub trait Pods {
     fn is_kubelets(&self, flow: &Flow) -> bool;
     /// Whether probes are configured to come from this address.
     fn is_probe_source(&self, peer: &Addr) -> bool;
+    /// Whether `outbound_ports` or `outbound_ranges` exclude this call of the pod's.
+    fn excludes_outbound(&self, pod_id: PodId, flow: &Flow) -> bool;
 }
 
 /// What decisions at tcx also ask the kernel.
@@ -100,8 +104,6 @@ pub trait Env: Pods {
     fn has_peer(&self, segment: &Segment) -> bool;
     /// Whether this segment completes a SYN cookie of the proxy's outbound listener.
     fn completes_cookie(&self, pod_id: PodId) -> bool;
-    /// Whether `outbound_ports` or `outbound_ranges` exclude this call.
-    fn excludes_outbound(&self, pod_id: PodId, flow: &Flow) -> bool;
     /// Whether the proxy listens in this pod; `kind` is one of `LISTENER_*`.
     fn proxy(&self, pod_id: PodId, kind: u32, segment: &Segment) -> Proxy;
     /// Whether packets of any pod have strayed onto `lo`: see [`Verdict::strays`].
@@ -120,8 +122,17 @@ pub trait Env: Pods {
     fn sender_listens(&self, segment: &Segment) -> bool;
     /// Whether the capture of the pod began so recently that SYNs from before may still be answered.
     fn has_half_open(&self, pod_id: PodId) -> bool;
+    /// Whether the listener for which a SYN-ACK answers has the mark of a direct connection. Its connections
+    /// take that instead of the SYN's.
+    fn has_marked_listener(&self) -> bool;
     /// The path that was recorded for this connection of the socket that sent the segment, one of `WAY_*`.
     fn settled(&self, segment: &Segment) -> Option<u32>;
+    /// Whether the connection is known to be direct although its socket has no record yet: it was half open
+    /// when the capture began, or when the pod's settings changed.
+    fn is_noted_direct(&self, pod_id: PodId, segment: &Segment) -> bool;
+    /// At egress: whether a connection's own socket sent the packet. Requests, TIME_WAITs and listeners have
+    /// no data to send.
+    fn is_connections(&self) -> bool;
 }
 
 /// Who owns a socket in the pod.
@@ -259,7 +270,10 @@ pub fn on_lo(mark: u32, segment: Option<&Segment>, env: &impl Env) -> Verdict {
         // mesh.
         return Verdict { mark: code(MARK_REDIRECTED), hint: code(HINT_FROM_PROXY), ..next };
     }
-    let next = Verdict { hint: code(HINT_FROM_POD), ..next };
+    // A socket that is called on `lo` has no direct connection, whatever mark its caller has.
+    let direct = segment.opens && mesh_mark(mark) == MARK_DIRECT;
+    let not_direct = if direct { code(MARK_REDIRECTED) } else { None };
+    let next = Verdict { hint: code(HINT_FROM_POD), mark: not_direct, ..next };
     if segment.dst.is_loopback() {
         return next;
     }
@@ -298,24 +312,35 @@ pub fn on_lo(mark: u32, segment: Option<&Segment>, env: &impl Env) -> Verdict {
 #[inline(always)]
 fn strays(pod_id: PodId, pod: u32, segment: &Segment, env: &impl Env) -> bool {
     if segment.opens {
-        return excludes_outbound(pod_id, pod, segment, env) || env.has_proxy_sent(segment);
+        let excluded = excludes_outbound(pod_id, pod, &segment.sender_flow(), env);
+        return excluded || env.has_proxy_sent(segment);
     }
     if env.has_peer(segment) {
         return false;
     }
     // Whoever accepted the connection listens; whoever opened it does not. What a proxy leaves behind when it
     // exits is neither, and must not leave in plaintext.
+    let flow = segment.sender_flow();
     let settings = if env.sender_listens(segment) {
-        past_proxy(pod_id, pod, &segment.sender_flow(), env).is_some()
+        past_proxy(pod_id, pod, &flow, env).is_some()
     } else {
-        excludes_outbound(pod_id, pod, segment, env)
+        excludes_outbound(pod_id, pod, &flow, env)
     };
     settings || env.has_proxy_sent(segment)
 }
 
 #[inline(always)]
-fn excludes_outbound(pod_id: PodId, pod: u32, segment: &Segment, env: &impl Env) -> bool {
-    pod & POD_OUTBOUND_RULES != 0 && env.excludes_outbound(pod_id, &segment.sender_flow())
+fn excludes_outbound(pod_id: PodId, pod: u32, flow: &Flow, env: &impl Pods) -> bool {
+    pod & POD_OUTBOUND_RULES != 0 && env.excludes_outbound(pod_id, flow)
+}
+
+/// Whether the settings of a captured pod let a connection of one of its sockets pass directly, in whichever
+/// direction it was opened.
+#[inline(always)]
+pub fn is_excluded(pod_id: PodId, pod: u32, flow: &Flow, env: &impl Pods) -> bool {
+    flow.remote.is_link_local()
+        || excludes_outbound(pod_id, pod, flow, env)
+        || past_proxy(pod_id, pod, flow, env).is_some()
 }
 
 /// tcx ingress on every interface of the pod except `lo`: what comes from outside. `ip` says whether the
@@ -538,7 +563,8 @@ pub fn on_egress_of(
         return Verdict { fate, mark: code(MARK_REFUSED), ..next.count(count) };
     }
     // Loopback addresses are valid only on `lo`, and a packet that was on `lo` no longer shows who sent it.
-    let excluded = segment.opens && message.tcp && excludes_outbound(pod_id, pod, segment, env);
+    let flow = segment.sender_flow();
+    let excluded = segment.opens && message.tcp && excludes_outbound(pod_id, pod, &flow, env);
     let strange = segment.dst.is_loopback() || (forwarded && segment.opens && !excluded);
     if strange && captures(pod) {
         return Verdict { fate: Fate::Drop, ..next.count(Counter::RefusedPastProxy) };
@@ -553,7 +579,10 @@ pub fn on_egress_of(
                 ..to_lo(next)
             };
         }
-        if !message.tcp || !captures(pod) || excluded {
+        if excluded {
+            return Verdict { settle: code(WAY_DIRECT), ..next };
+        }
+        if !message.tcp || !captures(pod) {
             return next;
         }
         let to_lo = to_lo(next.count(Counter::RescuedOutbound));
@@ -562,15 +591,30 @@ pub fn on_egress_of(
     if env.has_peer(segment) {
         return back_to_proxy(segment, next);
     }
-    // Under SYN cookies, no socket sent it.
-    let answers = segment.accepts && (!forwarded || env.is_own(pod_id, &segment.src));
-    if answers
-        && captures(pod)
-        && past_proxy(pod_id, pod, &segment.sender_flow(), env).is_none()
+    if segment.accepts {
+        // Under SYN cookies, no socket sent it.
+        let answers = !forwarded || env.is_own(pod_id, &segment.src);
+        if !answers || !captures(pod) || past_proxy(pod_id, pod, &flow, env).is_some() {
+            return next;
+        }
         // The SYN came before the capture began.
-        && !(mesh_mark(mark) == MARK_DIRECT && env.has_half_open(pod_id))
-    {
+        let is_older = mesh_mark(mark) == MARK_DIRECT
+            && env.has_half_open(pod_id)
+            && !env.has_marked_listener();
+        if is_older {
+            return Verdict { settle: code(WAY_DIRECT), ..next };
+        }
         return Verdict { fate: Fate::Abort, ..next.count(Counter::RefusedPastProxy) };
+    }
+    if segment.resets || !env.is_connections() {
+        return next;
+    }
+    if captures(pod)
+        && !is_excluded(pod_id, pod, &flow, env)
+        && !env.is_noted_direct(pod_id, segment)
+    {
+        // Its peer was the proxy, which has closed it, or the application itself. The kernel resets it.
+        return to_lo(next.count(Counter::RefusedPastProxy));
     }
     Verdict { settle: code(WAY_DIRECT), ..next }
 }
@@ -715,8 +759,9 @@ fn is_enrolled(pod: u32) -> bool {
     pod & POD_ENROLLED != 0
 }
 
+/// Whether flags of `pods` say that the pod is captured.
 #[inline(always)]
-fn captures(pod: u32) -> bool {
+pub fn captures(pod: u32) -> bool {
     pod & (POD_ENROLLED | POD_CAPTURE) == POD_ENROLLED | POD_CAPTURE
 }
 
@@ -851,7 +896,12 @@ mod tests {
         /// Whether anybody listens at the segment's source.
         sender_listens: bool,
         half_open: bool,
+        marked_listener: bool,
         settled: Option<u32>,
+        /// Whether the connection is noted as direct.
+        noted_direct: bool,
+        /// Whether a connection's own socket sent it.
+        connections: bool,
         asked: RefCell<Vec<Asked>>,
     }
 
@@ -877,7 +927,10 @@ mod tests {
                 proxy_sent: false,
                 sender_listens: true,
                 half_open: false,
+                marked_listener: false,
                 settled: None,
+                noted_direct: false,
+                connections: true,
                 asked: RefCell::default(),
             }
         }
@@ -926,6 +979,11 @@ mod tests {
         fn is_probe_source(&self, peer: &Addr) -> bool {
             self.probe_source == Some(*peer)
         }
+
+        fn excludes_outbound(&self, pod_id: PodId, flow: &Flow) -> bool {
+            only_own(pod_id);
+            self.excluded_outbound == Some(flow.remote)
+        }
     }
 
     impl Env for Node {
@@ -952,11 +1010,6 @@ mod tests {
         fn completes_cookie(&self, pod_id: PodId) -> bool {
             only_own(pod_id);
             self.cookie
-        }
-
-        fn excludes_outbound(&self, pod_id: PodId, flow: &Flow) -> bool {
-            only_own(pod_id);
-            self.excluded_outbound == Some(flow.remote)
         }
 
         fn proxy(&self, pod_id: PodId, kind: u32, _: &Segment) -> Proxy {
@@ -1001,6 +1054,19 @@ mod tests {
         fn settled(&self, _: &Segment) -> Option<u32> {
             self.settled
         }
+
+        fn has_marked_listener(&self) -> bool {
+            self.marked_listener
+        }
+
+        fn is_noted_direct(&self, pod_id: PodId, _: &Segment) -> bool {
+            only_own(pod_id);
+            self.noted_direct
+        }
+
+        fn is_connections(&self) -> bool {
+            self.connections && !self.forwarded
+        }
     }
 
     const PROXY_STATES: [Proxy; 3] = [Proxy::Listens, Proxy::AwayWithinGrace, Proxy::Away];
@@ -1023,7 +1089,7 @@ mod tests {
     /// The client opens a connection.
     fn syn(src: Addr, dst: Addr) -> Segment {
         let (src_port, dst_port) = (CLIENT_PORT, SERVER_PORT);
-        Segment { src, dst, src_port, dst_port, opens: true, accepts: false }
+        Segment { src, dst, src_port, dst_port, opens: true, accepts: false, resets: false }
     }
 
     /// A later packet of the client.
@@ -1168,7 +1234,9 @@ mod tests {
                             {
                                 let node = Node { proxy, ..Node::new(&a, pod) };
                                 let found = on_lo(mark, Some(&syn(client, server)), &node);
-                                assert_eq!(found, expected);
+                                let mark =
+                                    if mark == MARK_DIRECT { code(MARK_REDIRECTED) } else { None };
+                                assert_eq!(found, Verdict { mark, ..expected });
                                 let asked = node.asked.take();
                                 assert_eq!(asked.last(), Some(&Asked::Proxy(LISTENER_OUTBOUND)));
                                 let strays = pod.map_or(&[][..], |_| &[Asked::ProxySent]);
@@ -1207,6 +1275,10 @@ mod tests {
             ] {
                 let node = Node { proxy: Proxy::Away, ..Node::new(&a, pod) };
                 assert_eq!(on_lo(0, Some(&segment), &node), FROM_POD, "{scenario}");
+                // Who is called does not become a direct connection by its caller's mark.
+                let mark = if segment.opens { code(MARK_REDIRECTED) } else { None };
+                let found = on_lo(MARK_DIRECT, Some(&segment), &node);
+                assert_eq!(found, Verdict { mark, ..FROM_POD }, "{scenario}");
                 assert!(!node.asked.take().contains(&Asked::Proxy(LISTENER_OUTBOUND)));
             }
         }
@@ -1707,7 +1779,7 @@ mod tests {
         for a in both_families() {
             let rules = capturing(POD_OUTBOUND_RULES);
             for (pod, excluded, expected) in [
-                (rules, a.stranger, GOES_ON),
+                (rules, a.stranger, DIRECT),
                 (rules, a.neighbour, Verdict { count: Some(Counter::RescuedOutbound), ..RESCUED }),
                 // Without the flag nobody looks at the rules.
                 (
@@ -1794,7 +1866,7 @@ mod tests {
             for (node, segment, expected) in [
                 (Node::new(&a, CAPTURING), accepts, aborted),
                 (Node::new(&a, CAPTURING), later, DIRECT),
-                (Node::new(&a, PREPARING), accepts, DIRECT),
+                (Node::new(&a, PREPARING), accepts, GOES_ON),
                 (Node { connection: true, ..Node::new(&a, CAPTURING) }, later, RESCUED),
             ] {
                 assert_eq!(guarded(tcp(segment), &node), expected);
@@ -1825,8 +1897,8 @@ mod tests {
             for (pod, expected, asked) in [
                 (UNKNOWN, refused(GOES_ON, Fate::Drop, Counter::RefusedUnknownPod), &[][..]),
                 (BYPASSING, GOES_ON, &[]),
-                (PREPARING, DIRECT, &[Asked::Connection]),
-                (CAPTURING, DIRECT, &[Asked::Connection]),
+                (PREPARING, GOES_ON, &[Asked::Connection]),
+                (CAPTURING, GOES_ON, &[Asked::Connection]),
             ] {
                 let node = Node { forwarded: true, ..Node::new(&a, pod) };
                 for segment in [data(a.guest, a.stranger), syn_ack(a.guest, a.stranger)] {
@@ -2136,7 +2208,52 @@ mod tests {
                 let node = Node { half_open, ..Node::new(&a, CAPTURING) };
                 let message = tcp(syn_ack(a.own, a.stranger));
                 assert_eq!(on_egress(mark, Ok(&message), &node), expected, "{mark:x}");
+                let node = Node { marked_listener: true, ..node };
+                assert_eq!(on_egress(mark, Ok(&message), &node), aborted, "its listener's mark");
             }
+        }
+    }
+
+    #[test]
+    fn a_connection_without_a_peer_leaves_only_if_it_is_known_to_be_direct() {
+        let refused =
+            Verdict { settle: None, ..refused(RESCUED, Fate::ToLo, Counter::RefusedPastProxy) };
+        for a in both_families() {
+            let captured = || Node::new(&a, CAPTURING);
+            for segment in
+                [reply(a.own, a.stranger), data(a.own, a.stranger), data(a.guest, a.stranger)]
+            {
+                let resets = Segment { resets: true, ..segment };
+                for mark in [0, MARK_DIRECT, MARK_REDIRECTED, MARK_INBOUND, 0xabcd_e001] {
+                    let found = |segment, node: &Node| on_egress(mark, Ok(&tcp(segment)), node);
+                    assert_eq!(found(segment, &captured()), refused);
+                    assert_eq!(found(resets, &captured()), GOES_ON, "it has no data");
+                    for (scenario, node, expected) in [
+                        (
+                            "what the kernel sends",
+                            Node { connections: false, ..captured() },
+                            GOES_ON,
+                        ),
+                        ("half open before", Node { noted_direct: true, ..captured() }, DIRECT),
+                        ("nothing is captured", Node::new(&a, PREPARING), DIRECT),
+                        ("its peer is here", Node { connection: true, ..captured() }, RESCUED),
+                        (
+                            "an unknown proxy's",
+                            Node { sender: Sender::Impostor, ..captured() },
+                            refused,
+                        ),
+                        ("recent", Node { half_open: true, ..captured() }, refused),
+                    ] {
+                        assert_eq!(found(segment, &node), expected, "{scenario}");
+                    }
+                }
+            }
+            for (node, _) in past_proxy_ways(&a, POD_CAPTURE) {
+                assert_eq!(guarded(tcp(reply(a.own, a.stranger)), &node), DIRECT, "settings");
+            }
+            let excluded_outbound = Some(a.stranger);
+            let node = Node { excluded_outbound, ..Node::new(&a, capturing(POD_OUTBOUND_RULES)) };
+            assert_eq!(guarded(tcp(data(a.own, a.stranger)), &node), DIRECT, "settings");
         }
     }
 
@@ -2145,10 +2262,9 @@ mod tests {
         let aborted = refused(GOES_ON, Fate::Abort, Counter::RefusedPastProxy);
         for a in both_families() {
             let accepts = syn_ack(a.own, a.stranger);
-            let later = reply(a.own, a.stranger);
             for (scenario, node, segment, expected) in [
                 ("TPROXY in the pod", Node::new(&a, CAPTURING), accepts, aborted),
-                ("nothing is captured yet", Node::new(&a, PREPARING), accepts, DIRECT),
+                ("nothing is captured yet", Node::new(&a, PREPARING), accepts, GOES_ON),
                 (
                     "under SYN cookies, where it has no socket",
                     Node { forwarded: true, ..Node::new(&a, CAPTURING) },
@@ -2159,13 +2275,13 @@ mod tests {
                     "under SYN cookies, and nothing is captured yet",
                     Node { forwarded: true, ..Node::new(&a, PREPARING) },
                     accepts,
-                    DIRECT,
+                    GOES_ON,
                 ),
                 (
                     "a guest accepts",
                     Node { forwarded: true, ..Node::new(&a, CAPTURING) },
                     syn_ack(a.guest, a.stranger),
-                    DIRECT,
+                    GOES_ON,
                 ),
                 (
                     "by an address that only a route makes the pod's",
@@ -2173,22 +2289,15 @@ mod tests {
                     syn_ack(a.guest, a.stranger),
                     aborted,
                 ),
-                ("older than enrollment", Node::new(&a, CAPTURING), later, DIRECT),
-                (
-                    "older, the pod's own call",
-                    Node::new(&a, CAPTURING),
-                    data(a.own, a.stranger),
-                    DIRECT,
-                ),
             ] {
                 assert_eq!(guarded(tcp(segment), &node), expected, "{scenario}");
                 node.assert_asked(&[Asked::Connection]);
             }
             for (node, _) in past_proxy_ways(&a, POD_CAPTURE) {
                 let cookies = Node { forwarded: true, ..node };
-                assert_eq!(guarded(tcp(accepts), &cookies), DIRECT, "settings let them in");
+                assert_eq!(guarded(tcp(accepts), &cookies), GOES_ON, "settings let them in");
                 let node = Node { forwarded: false, ..cookies };
-                assert_eq!(guarded(tcp(accepts), &node), DIRECT, "settings let them in");
+                assert_eq!(guarded(tcp(accepts), &node), GOES_ON, "settings let them in");
                 for src_port in PROXYS_PORTS {
                     let proxys = Segment { src_port, ..accepts };
                     assert_eq!(guarded(tcp(proxys), &node), aborted, "not for outsiders");

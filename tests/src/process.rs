@@ -186,8 +186,14 @@ impl<'a> Attached<'a> {
 
     /// Enrolls it once more: what is there already is not an error.
     pub fn again(&self) -> Result<()> {
+        self.set(&[])
+    }
+
+    /// Enrolls it once more, with these flags.
+    pub fn set(&self, settings: &[&str]) -> Result<()> {
         let (v4, v6) = (self.pod.v4.to_string(), self.pod.v6.to_string());
-        succeed(self.command("attach")?.args(["--address", &v4, "--address", &v6])).map(drop)
+        let mut command = self.command("attach")?;
+        succeed(command.args(["--address", &v4, "--address", &v6]).args(settings)).map(drop)
     }
 
     /// Where the pins are.

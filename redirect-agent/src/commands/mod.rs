@@ -319,7 +319,9 @@ fn attach(args: &AttachArgs) -> Result<()> {
         selections: args.traffic.selections()?,
         ..Traffic::default()
     };
-    dataplane.prepare(&pod, 0, &traffic)?;
+    if dataplane.prepare(&pod, 0, &traffic)? {
+        dataplane.settle_wholly(&pod)?;
+    }
     let missing: Vec<String> =
         dataplane.proxy_listens(&pod)?.iter().map(ToString::to_string).collect();
     dataplane.capture(&pod, &traffic)?;

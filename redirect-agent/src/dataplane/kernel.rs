@@ -287,6 +287,17 @@ impl Kernel {
         self.virtual_interfaces()?.set(pod.id(), interfaces, traffic, old.capture)
     }
 
+    /// Whether [`Kernel::enter`] changes the settings of a captured pod.
+    pub(super) fn changes_captured(&mut self, pod: &PodNetns, traffic: &Traffic) -> Result<bool> {
+        let Some(row) = self.pods()?.row(pod.id())?.filter(|row| row.capture) else {
+            return Ok(false);
+        };
+        let same = row.rules == inbound::flags(traffic)
+            && self.has_inbound(pod.id(), traffic)? == (true, true)
+            && self.has_outbound(pod.id(), traffic)?;
+        Ok(!same)
+    }
+
     /// Checks what the maps should have for a pod besides its row.
     pub(super) fn inspect(
         &mut self,

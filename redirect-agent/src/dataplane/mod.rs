@@ -197,13 +197,14 @@ impl Dataplane {
 
     /// Step 1: everything is in place in the pod, but nothing is redirected yet. In a pod that is captured
     /// already, it only repairs what is missing and applies the inbound settings of `traffic`. `reason` is
-    /// the number of the `membership::Reason`, for whoever dumps the map `pods`.
+    /// the number of the `membership::Reason`, for whoever dumps the map `pods`. Returns whether connections
+    /// that the change of settings caught halfway still have to [`Dataplane::settle`].
     ///
     /// # Errors
     ///
     /// When the pod has too many interfaces, or a system call fails. What was set up so far stays, and
     /// calling again completes it.
-    pub fn prepare(&self, pod: &PodNetns, reason: u32, traffic: &Traffic) -> Result<()> {
+    pub fn prepare(&self, pod: &PodNetns, reason: u32, traffic: &Traffic) -> Result<bool> {
         let _pod = self.pod(pod.id());
         let links = PodLinks::new(&self.dir, pod.id());
         let (seen, sysctls, look_set) = pod.netns.run(|| {
@@ -217,6 +218,11 @@ impl Dataplane {
         }
         // Before anything that has to be undone: the directory is how a pod is found again.
         links.create_dir()?;
+        let changes = self.kernel().changes_captured(pod, traffic)?;
+        if changes {
+            // By the settings that they have been under so far.
+            self.switch_locked(pod, || self.mark("mark_open"))?;
+        }
         self.kernel().enter(pod, reason, traffic, &interfaces)?;
         self.kernel().save_sysctls(pod.id(), sysctls)?;
         // The first program, and before accepted sockets take marks: it removes the proxy's mark from what
@@ -237,7 +243,8 @@ impl Dataplane {
             }
             routing.precede_foreign_rules()?;
             attached
-        })?
+        })??;
+        Ok(changes)
     }
 
     /// Attaches the programs of an interface. Runs inside the pod's namespace.
@@ -291,9 +298,7 @@ impl Dataplane {
         self.switch(pod, || {
             let routing = Routing::open()?;
             let seen = routing.look()?;
-            let row = self.kernel().pods()?.row(pod.id())?;
-            let captured = is_partly_captured(pod, row, &seen);
-            self.mark(if captured { "mark_open" } else { "mark_all" })?;
+            self.mark(self.marks_by(pod, &seen)?)?;
             self.redirect(pod, traffic, monotonic_ns()?, &routing, &seen)
         })
     }
@@ -382,11 +387,12 @@ impl Dataplane {
     /// When a system call fails; calling again completes it.
     pub fn release(&self, pod: &PodNetns) -> Result<()> {
         self.switch(pod, || {
-            self.mark("mark_all")?;
+            let routing = Routing::open()?;
+            self.mark(self.marks_by(pod, &routing.look()?)?)?;
             let released = |row| Row { capture: false, captured_at_ns: 0, ..row };
             self.change_row(pod.id(), released)?;
             self.kernel().virtual_interfaces()?.release(pod.id())?;
-            Routing::open()?.delete_capture()?;
+            routing.delete_capture()?;
             // Last: as long as the capture rule brings connections to resolvers onto `lo`, they are the
             // DNS's.
             self.change_row(pod.id(), |row| Row { dns: false, ..row })
@@ -658,6 +664,14 @@ impl Dataplane {
     /// sockets, too.
     fn switch(&self, pod: &PodNetns, change: impl FnOnce() -> Result<()> + Send) -> Result<()> {
         let _pod = self.pod(pod.id());
+        self.switch_locked(pod, change)
+    }
+
+    fn switch_locked(
+        &self,
+        pod: &PodNetns,
+        change: impl FnOnce() -> Result<()> + Send,
+    ) -> Result<()> {
         self.kernel().end_switch(pod.id())?;
         self.kernel().begin_switch(pod.id())?;
         let switched = pod.netns.run(change).flatten();
@@ -665,6 +679,12 @@ impl Dataplane {
             self.kernel().end_switch(pod.id())?;
         }
         switched
+    }
+
+    /// The iterator that marks the open connections of a pod.
+    fn marks_by(&self, pod: &PodNetns, seen: &Seen) -> Result<&'static str> {
+        let row = self.kernel().pods()?.row(pod.id())?;
+        Ok(if is_partly_captured(pod, row, seen) { "mark_open" } else { "mark_all" })
     }
 
     /// Notes the proxy's connections, and then marks the open connections of the thread's namespace by the

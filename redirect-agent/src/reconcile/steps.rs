@@ -54,7 +54,10 @@ impl<S: Source> PodTask<S> {
     async fn prepare(&mut self) -> Result<()> {
         let netns = self.open_netns().await?;
         let (reason, traffic) = (self.decision_code(), self.traffic());
-        self.on_netns(netns, move |d, pod| d.prepare(pod, reason, &traffic)).await?;
+        let prepare = move |d: &Dataplane, pod: &PodNetns| d.prepare(pod, reason, &traffic);
+        if self.on_netns(Arc::clone(&netns), prepare).await? {
+            self.settle(netns).await?;
+        }
         self.noted = None;
         Ok(())
     }

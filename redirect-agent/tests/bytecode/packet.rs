@@ -106,7 +106,8 @@ impl Packet {
         let tcp_len = bytes.len().saturating_sub(LINK_HEADER + header.len());
         let opening = if protocol == UDP { SYN } else { flags & (SYN | ACK | RST) };
         let (opens, accepts) = (opening == SYN, opening == SYN | ACK);
-        let found = Segment { src, dst, src_port, dst_port, opens, accepts };
+        let resets = protocol == TCP && flags & RST != 0;
+        let found = Segment { src, dst, src_port, dst_port, opens, accepts, resets };
         let segment = (ip && plain && protocol == TCP && tcp_len >= 16).then_some(found);
         let datagram = (ip && plain && protocol == UDP && tcp_len >= 8).then_some(found);
         // RFC 1035, 4.1.1: QR, and one question. Only what is for a resolver's port is looked at.

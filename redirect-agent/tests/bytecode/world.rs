@@ -445,6 +445,11 @@ impl Pods for World {
     fn is_probe_source(&self, peer: &Addr) -> bool {
         self.probe_source == Some(*peer)
     }
+
+    fn excludes_outbound(&self, pod_id: PodId, flow: &Flow) -> bool {
+        let (port, peer) = self.excluded_outbound;
+        pod_id == own_id() && (port == Some(flow.remote_port) || peer == Some(flow.remote))
+    }
 }
 
 impl Env for World {
@@ -470,11 +475,6 @@ impl Env for World {
 
     fn completes_cookie(&self, _: PodId) -> bool {
         false
-    }
-
-    fn excludes_outbound(&self, pod_id: PodId, flow: &Flow) -> bool {
-        let (port, peer) = self.excluded_outbound;
-        pod_id == own_id() && (port == Some(flow.remote_port) || peer == Some(flow.remote))
     }
 
     fn proxy(&self, pod_id: PodId, kind: u32, segment: &Segment) -> Proxy {
@@ -526,6 +526,19 @@ impl Env for World {
     fn settled(&self, _: &Segment) -> Option<u32> {
         // and each run another one.
         None
+    }
+
+    fn has_marked_listener(&self) -> bool {
+        false
+    }
+
+    fn is_noted_direct(&self, _: PodId, _: &Segment) -> bool {
+        false
+    }
+
+    fn is_connections(&self) -> bool {
+        // It is of no type.
+        false
     }
 
     fn has_proxy_sent(&self, segment: &Segment) -> bool {

@@ -24,7 +24,6 @@ use crate::cluster::{Cluster, Manifest, PORT, echo};
 use crate::probes::{Kubelet, wait_until_followed};
 
 both_families! {
-    #[ignore = "a known hole: SECURITY.md"]
     what_the_former_proxy_has_closed_does_not_leave_past_the_next_when_an_annotation_changes,
 }
 
@@ -69,7 +68,6 @@ sockopt_impl!(MinHops, SetOnly, libc::IPPROTO_IPV6, IPV6_MINHOPCOUNT, c_int);
 /// The application takes the socket of a probe, calls itself with it from the address of an accomplice
 /// (which needs no capability), and keeps the other end.
 #[test]
-#[ignore = "a known hole: SECURITY.md"]
 fn socket_of_a_probe_does_not_open_a_way_past_the_proxy() -> Result<()> {
     let family = Family::V6;
     let mut cluster = Cluster::without_agent(&[])?;

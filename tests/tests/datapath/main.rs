@@ -8,6 +8,7 @@ mod clsact;
 mod enrollment;
 mod first_packets;
 mod held_attacks;
+mod idle;
 mod isolation;
 mod load;
 mod no_peer;
