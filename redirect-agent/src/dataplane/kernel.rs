@@ -36,7 +36,7 @@ use crate::{netns::Netns, traffic::Traffic};
 pub static OBJECT: &[u8] = aya::include_bytes_aligned!(concat!(env!("OUT_DIR"), "/redirect"));
 
 /// The maps that outlive the agent.
-const PINNED_MAPS: [&str; 27] = [
+const PINNED_MAPS: [&str; 28] = [
     PODS,
     ADDRESSES,
     THIS_POD,
@@ -44,6 +44,7 @@ const PINNED_MAPS: [&str; 27] = [
     STRAYS,
     ANY_STRAYS,
     "settled",
+    "half_open",
     SWITCHES,
     NOTED,
     SWITCHING,
