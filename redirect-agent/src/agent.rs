@@ -32,11 +32,11 @@ use crate::{
     latest::Latest,
     membership::{self, Decision, PodKey, decide},
     metrics::{Metrics, Now},
-    output::{PodStatus, Status},
-    overrides::{Change, Mode, Moment, Store},
+    output::{NodeOverride, PodStatus, Status},
+    overrides::{Change, Mode, Moment, Overrides, Store, Target},
     probes::{self, Probes},
     reconcile::{Admission, Observer, Reconciler, Settings},
-    source::{Event, EventKind, Problem, Source, dir, kube},
+    source::{Event, EventKind, Inventory, Problem, Source, dir, kube},
     verdicts,
     words::{self, Reading},
     zds,
@@ -393,7 +393,7 @@ impl<S: Source> health::Agent for Agent<S> {
 
 impl<S: Source> control::Agent for Agent<S> {
     async fn status(&self, of: StatusRequest) -> Result<Status> {
-        let overrides = self.overrides.current();
+        let (overrides, now) = (self.overrides.current(), SystemTime::now());
         let unknown = Status {
             node: self.options.node.clone(),
             version: env!("CARGO_PKG_VERSION").to_owned(),
@@ -402,7 +402,8 @@ impl<S: Source> control::Agent for Agent<S> {
             proxies: 0,
             no_proxy_since: None,
             mark_alone: None,
-            pause: overrides.pause(SystemTime::now()),
+            pause: overrides.pause(now).cloned(),
+            overrides: Vec::new(),
             probes: self.probes.in_force(),
             problems: Vec::new(),
             pods: Vec::new(),
@@ -423,6 +424,11 @@ impl<S: Source> control::Agent for Agent<S> {
             proxies: u32::try_from(proxies).unwrap_or(u32::MAX),
             no_proxy_since: observer.proxies_away().map(|away| Moment::of(away.since)),
             mark_alone: observer.mark_alone()?,
+            overrides: if of.is_all() {
+                in_force(&overrides, &observer.inventory(), now)
+            } else {
+                Vec::new()
+            },
             problems: observer.inventory().problems.clone(),
             pods,
             ..unknown
@@ -490,6 +496,17 @@ impl<S: Source> control::Agent for Agent<S> {
         }
         Ok(Answer { changed, message, wanted: effect.wanted(), notes })
     }
+}
+
+/// The overrides in force, each with how many pods it is for.
+fn in_force(overrides: &Overrides, inventory: &Inventory, now: SystemTime) -> Vec<NodeOverride> {
+    let count = |target: &Target| inventory.pods.keys().filter(|pod| target.is_of(pod)).count();
+    let all = overrides.all(now).map(|(target, found)| NodeOverride {
+        target: target.clone(),
+        pods: count(target),
+        found: found.clone(),
+    });
+    all.collect()
 }
 
 /// No override brings in what is excluded: rather than keep one that does nothing, say so.

@@ -180,7 +180,10 @@ mod tests {
 
     fn set(target: &str, mode: Mode, seconds: Option<u64>) -> Change {
         let until = seconds.map(|s| Moment::after(now(), Duration::from_secs(s)).unwrap());
-        Change::Set { target: target.parse().unwrap(), value: Override { mode, until } }
+        Change::Set {
+            target: target.parse().unwrap(),
+            value: Override { mode, until, reason: None },
+        }
     }
 
     fn clear(target: &str) -> Change {
@@ -189,7 +192,7 @@ mod tests {
 
     fn pause(seconds: Option<u64>) -> Change {
         let until = seconds.map(|s| Moment::after(now(), Duration::from_secs(s)).unwrap());
-        Change::Pause(Pause { until })
+        Change::Pause(Pause { until, reason: None })
     }
 
     #[test]

@@ -156,7 +156,7 @@ pub struct OverrideRequest {
     /// For how long, in seconds.
     #[serde(default)]
     pub for_seconds: Option<u64>,
-    /// Why, for the log.
+    /// Why, for `status` and the log.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub reason: Option<String>,
 }
@@ -168,7 +168,7 @@ pub struct PauseRequest {
     /// For how long, in seconds.
     #[serde(default)]
     pub for_seconds: Option<u64>,
-    /// Why, for the log.
+    /// Why, for `status` and the log.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub reason: Option<String>,
 }
@@ -177,7 +177,7 @@ pub struct PauseRequest {
 #[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub struct ResumeRequest {
-    /// Why, for the log.
+    /// Why, for `status` and the log.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub reason: Option<String>,
 }
@@ -318,7 +318,8 @@ async fn overrides<A: Agent>(
         let OverrideRequest { target, mode, for_seconds, reason } = request;
         let change = match mode {
             Some(mode) => {
-                Change::Set { target, value: Override { mode, until: until(for_seconds)? } }
+                let (until, reason) = (until(for_seconds)?, reason.clone());
+                Change::Set { target, value: Override { mode, until, reason } }
             }
             None => Change::Clear { target },
         };
@@ -333,7 +334,8 @@ async fn pause<A: Agent>(
     request: Result<Json<PauseRequest>, JsonRejection>,
 ) -> Response {
     let change = request.map_err(|error| error.body_text()).and_then(|Json(request)| {
-        Ok((Change::Pause(Pause { until: until(request.for_seconds)? }), request.reason))
+        let (until, reason) = (until(request.for_seconds)?, request.reason);
+        Ok((Change::Pause(Pause { until, reason: reason.clone() }), reason))
     });
     apply(agent, peer, change).await
 }

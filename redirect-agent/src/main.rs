@@ -1,6 +1,7 @@
 //! `redirect-agent`: wiring only.
 
 use std::{
+    env,
     io::{IsTerminal as _, stderr},
     process::ExitCode,
 };
@@ -44,7 +45,18 @@ fn main() -> ExitCode {
 async fn agent() -> ExitCode {
     let cli = Cli::parse();
     let json = matches!(&cli.command, Command::Run(args) if args.log_format == LogFormat::Json);
-    let filter = EnvFilter::try_from_default_env().unwrap_or_else(|_| EnvFilter::new(LOG));
+    let filter = match env::var(EnvFilter::DEFAULT_ENV) {
+        Ok(directives) if !directives.is_empty() => match EnvFilter::try_new(directives) {
+            Ok(filter) => filter,
+            Err(e) => {
+                eprintln!(
+                    "error: RUST_LOG is invalid: {e}; give a level, such as debug, or module=level"
+                );
+                return ExitCode::FAILURE;
+            }
+        },
+        _ => EnvFilter::new(LOG),
+    };
     let log = tracing_subscriber::fmt()
         .with_env_filter(filter)
         .with_ansi(stderr().is_terminal())

@@ -25,7 +25,7 @@ use prometheus_client::{
 
 use redirect_ebpf::abi;
 
-use crate::output::PodStatus;
+use crate::{dataplane::PartKind, output::PodStatus};
 
 /// The content type of [`Metrics::report`]. Source: OpenMetrics 1.0.
 pub const CONTENT_TYPE: &str = "application/openmetrics-text; version=1.0.0; charset=utf-8";
@@ -120,7 +120,7 @@ impl Default for Metrics {
             Histogram::new(exponential_buckets(0.01, 2.0, 13))
         });
         let watch_errors = Family::default();
-        start_at_zero(&connections, &cni_requests, &watch_errors);
+        start_at_zero(&connections, &drift, &cni_requests, &watch_errors);
         let version = Info::new(vec![("version", env!("CARGO_PKG_VERSION"))]);
         registry.register("build", "The agent's version", version);
         registry.register("pods", "Pods of this node, by state and reason", pods.clone());
@@ -204,11 +204,15 @@ impl Default for Metrics {
 /// increase to Prometheus, so an alert would miss the first event.
 fn start_at_zero(
     connections: &Family<VerdictLabels, Counter>,
+    drift: &Family<DriftLabels, Counter>,
     cni_requests: &Family<CniLabels, Counter>,
     watch_errors: &Family<ResourceLabels, Counter>,
 ) {
     for (_, verdict) in abi::Counter::ALL {
         drop(connections.get_or_create(&VerdictLabels { verdict: verdict.to_owned() }));
+    }
+    for kind in PartKind::ALL {
+        drop(drift.get_or_create(&DriftLabels { kind: kind.as_str() }));
     }
     for result in ["success", "failure"] {
         drop(cni_requests.get_or_create(&CniLabels { operation: "add", result }));
@@ -342,6 +346,7 @@ mod tests {
         for (_, verdict) in abi::Counter::ALL {
             assert_has(&text, &format!(r#"redirect_connections_total{{verdict="{verdict}"}} 0"#));
         }
+        assert_has(&text, r#"redirect_drift_total{kind="tcx"} 0"#);
         assert_has(&text, r#"redirect_cni_requests_total{operation="add",result="failure"} 0"#);
         assert_has(&text, r#"redirect_watch_errors_total{resource="namespaces"} 0"#);
     }

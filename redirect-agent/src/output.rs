@@ -12,7 +12,7 @@ use serde::{Deserialize, Serialize};
 
 use crate::{
     membership::Reason,
-    overrides::{Mode, Moment, Pause, Target},
+    overrides::{Mode, Moment, Override, Pause, Target},
     probes::InForce,
     source::Problem,
     traffic::Traffic,
@@ -68,6 +68,9 @@ pub struct Status {
     pub mark_alone: Option<String>,
     /// Set while the whole node bypasses.
     pub pause: Option<Pause>,
+    /// The overrides in force on this node.
+    #[serde(default)]
+    pub overrides: Vec<NodeOverride>,
     /// Which connections reach pods past the proxy, as probes of kubelet.
     pub probes: InForce,
     /// What in the source cannot be used.
@@ -155,6 +158,36 @@ pub struct OverrideStatus {
     pub until: Option<Moment>,
 }
 
+/// An override of this node.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct NodeOverride {
+    /// What it was given for.
+    pub target: Target,
+    /// How many pods of this node that is now.
+    pub pods: usize,
+    /// The override.
+    #[serde(flatten)]
+    pub found: Override,
+}
+
+impl fmt::Display for NodeOverride {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let Override { mode, until, reason } = &self.found;
+        write!(f, "override: {mode} {}", self.target)?;
+        if let Some(until) = until {
+            write!(f, " until {until}")?;
+        }
+        if let Some(reason) = reason {
+            write!(f, " ({reason})")?;
+        }
+        match self.pods {
+            0 => f.write_str(": no such pod on this node"),
+            1 => f.write_str(": 1 pod"),
+            n => write!(f, ": {n} pods"),
+        }
+    }
+}
+
 /// What the kernel has for a pod, as it was found there.
 #[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
 pub struct KernelStatus {
@@ -231,15 +264,19 @@ fn head(status: &Status, out: &mut String) -> fmt::Result {
     if let Some(waiting) = &status.waiting {
         writeln!(out, "{}; what is in the kernel stays in force", printable(waiting))?;
     }
-    if let Some(pause) = status.pause {
-        writeln!(
-            out,
-            "PAUSED {}: every pod bypasses",
-            match pause.until {
-                Some(until) => format!("until {until}"),
-                None => "until `redirect-agent resume`".to_owned(),
-            }
-        )?;
+    if let Some(pause) = &status.pause {
+        let until = match pause.until {
+            Some(until) => format!("until {until}"),
+            None => "until `redirect-agent resume`".to_owned(),
+        };
+        let why = match &pause.reason {
+            Some(reason) => format!(" ({})", printable(reason)),
+            None => String::new(),
+        };
+        writeln!(out, "PAUSED {until}{why}: every pod bypasses")?;
+    }
+    for found in &status.overrides {
+        writeln!(out, "{}", printable(&found.to_string()))?;
     }
     Ok(())
 }
@@ -252,7 +289,7 @@ fn row(pod: &PodStatus, wide: bool) -> Vec<String> {
         pod.reason.to_string(),
         pod.overridden.as_ref().map(overridden).unwrap_or_default(),
         pod.ips.iter().map(IpAddr::to_string).collect::<Vec<_>>().join(","),
-        kernel(pod.kernel.as_ref(), wide),
+        kernel(pod, wide),
         pod.counters
             .iter()
             .filter(|(_, value)| **value != 0)
@@ -268,13 +305,15 @@ fn row(pod: &PodStatus, wide: bool) -> Vec<String> {
     row
 }
 
-/// What the kernel has for a pod: in a word, or of how many things how many.
-fn kernel(kernel: Option<&KernelStatus>, wide: bool) -> String {
-    let Some(kernel) = kernel else { return "nothing".to_owned() };
+/// What the kernel has for a pod: in a word, or of how many things how many. A pod on its way in or out lacks
+/// nothing.
+fn kernel(pod: &PodStatus, wide: bool) -> String {
+    let Some(kernel) = &pod.kernel else { return "nothing".to_owned() };
     let (there, missing) = (kernel.present.len(), kernel.missing.len());
     let all = there + missing;
+    let moves = matches!(pod.state, PodState::Enrolling | PodState::Leaving);
     match missing {
-        _ if wide => format!("{there}/{all}"),
+        _ if wide || moves => format!("{there}/{all}"),
         0 => "complete".to_owned(),
         1..=NAMED => format!("lacks {}", kernel.missing.join(", ")),
         _ => format!("lacks {missing} of {all}"),
@@ -352,7 +391,7 @@ impl PodChange<'_> {
         };
         let mut line =
             format!("{time}   {name}   {} ({}){was}", after.state.as_str(), after.reason);
-        let kernel = kernel(after.kernel.as_ref(), false);
+        let kernel = kernel(after, false);
         if after.kernel.as_ref().is_some_and(|kernel| !kernel.complete) {
             let _infallible = write!(line, ", {kernel}");
         }

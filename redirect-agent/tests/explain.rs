@@ -61,23 +61,29 @@ fn manifests_are_explained_with_their_workloads_and_without_uids() {
         fs::write(dir.path().join(name), content).unwrap();
     }
     let file = dir.path().join("a.yaml");
-    let explain = |path: &Path, pod: &str| {
+    let explained = |path: &Path, pod: &str| {
         explain::file::explain(path, &pod.parse().unwrap(), &Config::default()).unwrap()
     };
     for path in [dir.path(), &file] {
-        let cart = explain(path, "shop/cart");
+        let cart = explained(path, "shop/cart");
         assert!(cart.pod.decision.as_ref().unwrap().enrolled);
         assert_eq!(cart.verdict.cause, Cause::UnknownAnnotation);
         let waypoint = cart.pod.waypoint.unwrap();
         assert_eq!(waypoint.gateway.as_deref(), Some("shop/gw"));
-        let vault = explain(path, "bank/vault");
+        let vault = explained(path, "bank/vault");
         assert_eq!(
             (vault.verdict.area, vault.verdict.cause),
             (Area::Configuration, Cause::MisspelledLabelValue)
         );
-        assert_eq!(explain(path, "bank/cart").verdict.cause, Cause::WrongNamespace);
-        assert_eq!(explain(path, "bank/none").verdict.cause, Cause::NoSuchPod);
+        assert_eq!(explained(path, "bank/cart").verdict.cause, Cause::WrongNamespace);
+        assert_eq!(explained(path, "bank/none").verdict.cause, Cause::NoSuchPod);
     }
+    let pod = "{apiVersion: v1, kind: Pod, metadata: {name: cart, namespace: shop}, spec: {containers: []}}";
+    fs::write(&file, pod).unwrap();
+    let alone = explained(&file, "shop/cart");
+    assert_eq!(alone.verdict.cause, Cause::NamespaceMissing, "its label may decide");
+    let text = explain::text(&alone);
+    assert!(text.contains("no manifest has the Namespace shop"), "{text}");
     fs::write(&file, "kind: [").unwrap();
     let broken = explain::file::explain(&file, &"shop/cart".parse().unwrap(), &Config::default());
     assert!(format!("{:#}", broken.unwrap_err()).contains("a.yaml"));

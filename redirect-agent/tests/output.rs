@@ -9,8 +9,10 @@ use clap::{CommandFactory as _, Parser as _, error::ErrorKind};
 use redirect_agent::{
     cli::{Cli, Command, CompletionsArgs, SourceSpec},
     membership::Reason,
-    output::{self, Format, KernelStatus, OverrideStatus, PodState, PodStatus, Status},
-    overrides::{Mode, Moment, Pause},
+    output::{
+        self, Format, KernelStatus, NodeOverride, OverrideStatus, PodState, PodStatus, Status,
+    },
+    overrides::{Mode, Moment, Override, Pause, Target},
     probes::InForce,
     source::Problem,
     traffic::{Selection, Selections, Traffic},
@@ -57,7 +59,23 @@ fn everything() -> Status {
         proxies: 1,
         no_proxy_since: None,
         mark_alone: None,
-        pause: Some(Pause { until }),
+        pause: Some(Pause { until, reason: Some("INC-42".to_owned()) }),
+        overrides: vec![
+            NodeOverride {
+                target: Target::Namespace("shop".to_owned()),
+                pods: 2,
+                found: Override {
+                    mode: Mode::Unenroll,
+                    until,
+                    reason: Some("load test".to_owned()),
+                },
+            },
+            NodeOverride {
+                target: "shop/gone".parse().unwrap(),
+                pods: 0,
+                found: Override { mode: Mode::Enroll, until: None, reason: None },
+            },
+        ],
         probes: InForce {
             kubelet: None,
             sources: vec!["192.0.2.0/24".parse().unwrap(), "2001:db8::1/128".parse().unwrap()],
@@ -202,6 +220,7 @@ fn status_of_an_empty_node_has_its_columns_all_the_same() {
     let probes = json!({"kubelet": kubelet, "sources": [], "problem": null});
     let empty = Status {
         pause: None,
+        overrides: vec![],
         probes: serde_json::from_value(probes).unwrap(),
         proxies: 0,
         pods: vec![],

@@ -131,13 +131,8 @@ pub(super) async fn status(args: StatusArgs) -> Result<()> {
         return watch(&client, &request, status, args.output, args.not_ready).await;
     }
     print(output::status(&status, args.output, args.not_ready)?.as_bytes())?;
-    if request.selector.is_none() && status.waiting.is_none() {
-        let missing: Vec<String> = request
-            .targets
-            .iter()
-            .filter(|target| !status.pods.iter().any(|pod| is_of(target, pod)))
-            .map(no_pod)
-            .collect();
+    if request.selector.is_none() {
+        let missing = without_pods(&status, &request.targets);
         if !missing.is_empty() {
             bail!("{}", missing.join("; "));
         }
@@ -146,6 +141,15 @@ pub(super) async fn status(args: StatusArgs) -> Result<()> {
         is_ready(&status)?;
     }
     Ok(())
+}
+
+/// Says of which targets this node has no pod.
+fn without_pods(status: &Status, targets: &[Target]) -> Vec<String> {
+    if status.waiting.is_some() {
+        return Vec::new();
+    }
+    let has_none = |target: &&Target| !status.pods.iter().any(|pod| is_of(target, pod));
+    targets.iter().filter(has_none).map(no_pod).collect()
 }
 
 fn is_of(target: &Target, pod: &PodStatus) -> bool {
@@ -273,6 +277,12 @@ pub(super) async fn observe(args: ObserveArgs) -> Result<()> {
         }
     };
     let observing = client.observe(&request).await?;
+    if !request.targets.is_empty() {
+        let of = StatusRequest { targets: request.targets.clone(), selector: None };
+        for missing in without_pods(&client.status_of(&of).await?, &request.targets) {
+            eprintln!("note: {missing}, so far");
+        }
+    }
     eprintln!("observing; Ctrl-C ends it");
     tokio::select! {
         ended = observing.each(each) => ended,

@@ -333,17 +333,19 @@ fn attach(args: &AttachArgs) -> Result<()> {
             args.netns.display()
         );
     }
-    Ok(())
+    print(format!("{} is attached\n", args.netns.display()).as_bytes())
 }
 
 fn detach(args: &DetachArgs) -> Result<()> {
     let netns = open_pod(&args.netns)?;
     let dataplane = open(&args.bpffs, args.force.force)?;
-    if dataplane.is_linked(netns.inode()) {
+    let state = if dataplane.is_linked(netns.inode()) {
         restore(&dataplane, netns)?;
+        "is detached"
     } else {
-        print(format!("{} is not attached\n", args.netns.display()).as_bytes())?;
-    }
+        "was not attached"
+    };
+    print(format!("{} {state}\n", args.netns.display()).as_bytes())?;
     dataplane.unpin_if_unused()
 }
 

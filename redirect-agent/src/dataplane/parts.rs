@@ -38,6 +38,25 @@ pub enum PartKind {
 }
 
 impl PartKind {
+    /// Every kind.
+    pub const ALL: [Self; 15] = [
+        Self::Row,
+        Self::Address,
+        Self::InboundPorts,
+        Self::InboundRanges,
+        Self::Outbound,
+        Self::Lookup,
+        Self::Tcx,
+        Self::Clsact,
+        Self::Reroute,
+        Self::Route,
+        Self::Rule,
+        Self::DrainRoute,
+        Self::DrainRule,
+        Self::RuleOrder,
+        Self::Sysctl,
+    ];
+
     /// Whether [`super::Dataplane::capture`] makes it. [`super::Dataplane::prepare`] makes all others.
     pub(super) fn is_made_by_capture(self) -> bool {
         matches!(self, PartKind::Row | PartKind::Route | PartKind::Rule)

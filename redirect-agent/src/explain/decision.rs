@@ -63,14 +63,17 @@ impl Rules<'_> {
                 };
                 let until = found.until.map_or_else(String::new, |until| format!(" until {until}"));
                 let asks = format!("redirect-agent {}", found.mode);
-                let said = format!("{target}{until}");
+                let why = found.reason.map_or_else(String::new, |why| format!(" ({why})"));
+                let said = format!("{target}{until}{why}");
                 rules.push(over("override on this node".to_owned(), &asks, said, decision));
             }
             let applied = overrides.apply(decision, &pod.key, now);
             if applied != decision {
                 decision = applied;
                 let object = "override on this node".to_owned();
-                rules.push(over(object, "redirect-agent pause", "paused".to_owned(), decision));
+                let why = overrides.pause(now).and_then(|pause| pause.reason.as_ref());
+                let why = why.map_or_else(String::new, |why| format!(" ({why})"));
+                rules.push(over(object, "redirect-agent pause", format!("paused{why}"), decision));
             }
         }
         DecisionPart { enrolled: decision.enrolled, reason: decision.reason, rules }

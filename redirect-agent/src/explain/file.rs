@@ -22,7 +22,11 @@ pub fn explain(path: &Path, pod: &PodKey, membership: &Config) -> Result<Explana
     let rules = Rules { membership, traffic: &Settings::default(), overrides: None };
     let now = SystemTime::now();
     let node = NodePart { source: format!("file:{}", path.display()), ..NodePart::default() };
-    let node = NodePart { mesh_namespaces: manifests.mesh_namespaces(), ..node };
+    let node = NodePart {
+        mesh_namespaces: manifests.mesh_namespaces(),
+        lacks_namespace: !manifests.namespaces.contains_key(&pod.namespace),
+        ..node
+    };
     let pod = match manifests.pods.get(pod) {
         Some(found) => {
             let namespace = manifests.namespaces.get(&pod.namespace);

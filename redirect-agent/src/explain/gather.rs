@@ -64,6 +64,7 @@ impl<S: Source> Answerer<'_, S> {
             proxies: Some(self.observer.zds().proxies.len()),
             no_proxy_since: away.as_ref().map(|away| Moment::of(away.since)),
             last_proxy: away.and_then(|away| away.reason),
+            lacks_namespace: false,
             mesh_namespaces: inventory
                 .namespaces
                 .values()

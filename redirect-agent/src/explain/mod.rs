@@ -137,6 +137,9 @@ pub struct NodePart {
     /// Namespaces whose label asks for the mesh.
     #[serde(skip)]
     pub mesh_namespaces: Vec<String>,
+    /// Whether the pod's namespace, whose labels may decide, is in none of the manifests.
+    #[serde(skip)]
+    pub lacks_namespace: bool,
 }
 
 /// What is called.
@@ -420,6 +423,8 @@ causes! {
     OutsideTheMesh = "outside-the-mesh",
     /// Nobody has asked for the mesh.
     NotLabeled = "not-labeled",
+    /// Nobody has asked for the mesh in the manifests, which do not include the namespace.
+    NamespaceMissing = "namespace-missing",
     /// Something keeps the pod out of the mesh.
     KeptOut = "kept-out",
     /// The rest is to be seen on another node.

@@ -3,7 +3,7 @@
 use std::fmt::{self, Write as _};
 
 use super::{Explanation, Finding, NodePart, Place, PodPart, Rule, verdict::application_listens};
-use crate::{output::printable, traffic::Traffic, zds::Answer};
+use crate::{membership::Reason, output::printable, traffic::Traffic, zds::Answer};
 
 /// The column after the headings.
 const COLUMN: usize = 15;
@@ -63,7 +63,7 @@ fn write_pod(node: &NodePart, pod: &PodPart, out: &mut String) -> fmt::Result {
     match pod.place {
         Place::Unknown => head.push_str(": not known here"),
         Place::LeftOut => head.push_str(": left out, because another pod has what it has"),
-        Place::Manifest => write!(head, ", as {} says", node.source)?,
+        Place::Manifest => write!(head, ", according to {}", node.source)?,
         Place::Here | Place::OtherNode => {
             let on = pod.node.as_deref().unwrap_or("no node");
             let other = if pod.place == Place::OtherNode { " (not this node)" } else { "" };
@@ -80,7 +80,7 @@ fn write_pod(node: &NodePart, pod: &PodPart, out: &mut String) -> fmt::Result {
     for conflict in &pod.conflicts {
         line(out, "  conflict", conflict)?;
     }
-    write_decision(pod, out)?;
+    write_decision(node, pod, out)?;
     if let Some(state) = pod.state {
         let message = pod.message.as_ref().map_or_else(String::new, |m| format!(": {m}"));
         line(out, "  state", &format!("{}{message}", state.as_str()))?;
@@ -114,9 +114,15 @@ fn write_pod(node: &NodePart, pod: &PodPart, out: &mut String) -> fmt::Result {
     Ok(())
 }
 
-fn write_decision(pod: &PodPart, out: &mut String) -> fmt::Result {
+fn write_decision(node: &NodePart, pod: &PodPart, out: &mut String) -> fmt::Result {
     let Some(decision) = &pod.decision else { return Ok(()) };
-    let side = if decision.enrolled { "in the mesh" } else { "not in the mesh" };
+    let side = match decision.reason {
+        Reason::NotLabeled | Reason::NotSelected if node.lacks_namespace => {
+            "not in the mesh, as far as the manifests show"
+        }
+        _ if decision.enrolled => "in the mesh",
+        _ => "not in the mesh",
+    };
     line(out, "  decision", &format!("{side}: {}", decision.reason.explain()))?;
     for rule in &decision.rules {
         line(out, "", &rule_text(rule))?;

@@ -206,6 +206,15 @@ fn out_of_the_mesh(node: &NodePart, pod: &PodPart) -> Option<Finding> {
             let why = format!("{why}; namespace {near} has it: was {namespace} meant?");
             (Cause::WrongNamespace, why, vec![label])
         }
+        (Reason::NotLabeled | Reason::NotSelected, _) if node.lacks_namespace => {
+            let why = format!(
+                "cannot tell whether {} is in the mesh: no manifest has the Namespace {namespace}, \
+                 whose labels may decide",
+                pod.name
+            );
+            let next = format!("kubectl get namespace {namespace} --output yaml");
+            (Cause::NamespaceMissing, why, vec![next])
+        }
         (Reason::NotLabeled, None) => (Cause::NotLabeled, why, vec![label]),
         (Reason::NotSelected, _) => (
             Cause::NotLabeled,

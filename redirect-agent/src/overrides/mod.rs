@@ -154,21 +154,27 @@ impl From<Moment> for String {
 }
 
 /// One override.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Override {
     /// Which way.
     pub mode: Mode,
     /// When it ends by itself; `None`: not before `auto`.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub until: Option<Moment>,
+    /// Why, as the operator said.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub reason: Option<String>,
 }
 
 /// The whole node bypasses.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Pause {
     /// When it ends by itself; `None`: not before `resume`.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub until: Option<Moment>,
+    /// Why, as the operator said.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub reason: Option<String>,
 }
 
 /// All overrides, at one moment.
@@ -225,15 +231,20 @@ impl Overrides {
     pub fn find(&self, pod: &PodKey, now: SystemTime) -> Option<(Target, Override)> {
         [Target::Pod(pod.clone()), Target::Namespace(pod.namespace.clone())].into_iter().find_map(
             |target| {
-                let found = *self.targets.get(&target)?;
+                let found = self.targets.get(&target)?.clone();
                 in_force(found.until, now).then_some((target, found))
             },
         )
     }
 
+    /// Every override in force, by its target.
+    pub fn all(&self, now: SystemTime) -> impl Iterator<Item = (&Target, &Override)> {
+        self.targets.iter().filter(move |(_, found)| in_force(found.until, now))
+    }
+
     /// The pause, when the node is paused.
-    pub fn pause(&self, now: SystemTime) -> Option<Pause> {
-        self.pause.filter(|pause| in_force(pause.until, now))
+    pub fn pause(&self, now: SystemTime) -> Option<&Pause> {
+        self.pause.as_ref().filter(|pause| in_force(pause.until, now))
     }
 
     /// Applies the overrides to `decision` for `pod`.
@@ -258,7 +269,7 @@ impl Overrides {
     /// When the next override or the pause expires, so that decisions have to be made again.
     pub fn next_end(&self, now: SystemTime) -> Option<Moment> {
         let ends = self.targets.values().map(|found| found.until);
-        ends.chain([self.pause.and_then(|pause| pause.until)])
+        ends.chain([self.pause.as_ref().and_then(|pause| pause.until)])
             .flatten()
             .filter(|until| !until.from(now).is_zero())
             .min()
@@ -268,11 +279,20 @@ impl Overrides {
     fn with(&self, change: Change, now: SystemTime) -> Overrides {
         let mut next = self.clone();
         next.targets.retain(|_, found| in_force(found.until, now));
-        next.pause = next.pause(now);
+        next.pause = self.pause(now).cloned();
         match change {
-            Change::Set { target, value } => drop(next.targets.insert(target, value)),
+            Change::Set { target, mut value } => {
+                if let Some(old) = next.targets.get(&target).filter(|old| old.mode == value.mode) {
+                    value.reason = value.reason.or_else(|| old.reason.clone());
+                }
+                next.targets.insert(target, value);
+            }
             Change::Clear { target } => drop(next.targets.remove(&target)),
-            Change::Pause(pause) => next.pause = Some(pause),
+            Change::Pause(mut pause) => {
+                let old = next.pause.take().and_then(|old| old.reason);
+                pause.reason = pause.reason.or(old);
+                next.pause = Some(pause);
+            }
             Change::Resume => next.pause = None,
         }
         next
@@ -334,7 +354,10 @@ mod tests {
 
     fn set(target: &str, mode: Mode, minutes: Option<u32>) -> Change {
         let until = minutes.map(|m| Moment::after(start(), MINUTE * m).unwrap());
-        Change::Set { target: target.parse().unwrap(), value: Override { mode, until } }
+        Change::Set {
+            target: target.parse().unwrap(),
+            value: Override { mode, until, reason: None },
+        }
     }
 
     fn clear(target: &str) -> Change {
@@ -371,7 +394,10 @@ mod tests {
 
     #[test]
     fn a_hard_reason_cannot_be_overridden() {
-        let o = overrides(&[set("shop", Mode::Enroll, None), Change::Pause(Pause { until: None })]);
+        let o = overrides(&[
+            set("shop", Mode::Enroll, None),
+            Change::Pause(Pause { until: None, reason: None }),
+        ]);
         for reason in Reason::ALL.into_iter().filter(|reason| reason.is_hard()) {
             let decision = Decision::bypass(reason);
             assert_eq!(o.apply(decision, &key("shop/cart"), start()), decision);
@@ -383,7 +409,7 @@ mod tests {
         let o = overrides(&[
             set("shop/cart", Mode::Enroll, None),
             set("shop/web", Mode::Unenroll, None),
-            Change::Pause(Pause { until: None }),
+            Change::Pause(Pause { until: None, reason: None }),
         ]);
         let paused = Decision::bypass(Reason::Paused);
         assert_eq!(o.apply(PLAIN, &key("shop/cart"), start()), paused);
@@ -401,7 +427,7 @@ mod tests {
         let o = overrides(&[
             set("shop", Mode::Unenroll, None),
             set("shop/cart", Mode::Enroll, Some(10)),
-            Change::Pause(Pause { until }),
+            Change::Pause(Pause { until, reason: None }),
         ]);
         let cart = key("shop/cart");
         let at = |minutes: u32| start() + MINUTE * minutes;
@@ -449,7 +475,10 @@ mod tests {
             ["shop/web has an override by shop/web, which counts: unenroll"]
         );
         assert_eq!(
-            notes(&[Change::Pause(Pause { until: None }), set("shop/web", Mode::Enroll, None)]),
+            notes(&[
+                Change::Pause(Pause { until: None, reason: None }),
+                set("shop/web", Mode::Enroll, None)
+            ]),
             ["the node is paused: every pod bypasses until `resume`"]
         );
     }
@@ -463,7 +492,7 @@ mod tests {
         let changes = [
             set("shop/cart", Mode::Enroll, Some(10)),
             set("bank", Mode::Unenroll, None),
-            Change::Pause(Pause { until: None }),
+            Change::Pause(Pause { until: None, reason: None }),
         ];
         for change in changes {
             assert!(store.change(change.clone(), start()).unwrap());
@@ -516,7 +545,9 @@ mod tests {
             assert_eq!(*store.current(), Overrides::default(), "{content}");
             let aside = dir.path().join("overrides.json.unreadable");
             assert_eq!(fs::read_to_string(aside).unwrap(), content);
-            assert!(store.change(Change::Pause(Pause { until: None }), start()).unwrap());
+            assert!(
+                store.change(Change::Pause(Pause { until: None, reason: None }), start()).unwrap()
+            );
         }
     }
 
@@ -524,7 +555,7 @@ mod tests {
     fn removing_the_state_leaves_what_is_not_ours() {
         let dir = tempfile::tempdir().unwrap();
         let state = dir.path().join("state");
-        let pause = Change::Pause(Pause { until: None });
+        let pause = Change::Pause(Pause { until: None, reason: None });
         Store::open(&state).unwrap().change(pause.clone(), start()).unwrap();
         remove_state(&state).unwrap();
         assert!(!state.exists());
@@ -542,7 +573,7 @@ mod tests {
         let dir = tempfile::tempdir().unwrap();
         let store = Store::open(dir.path()).unwrap();
         fs::create_dir(dir.path().join("overrides.json.new")).unwrap();
-        assert!(store.change(Change::Pause(Pause { until: None }), start()).is_err());
+        assert!(store.change(Change::Pause(Pause { until: None, reason: None }), start()).is_err());
         assert_eq!(*store.current(), Overrides::default());
     }
 }

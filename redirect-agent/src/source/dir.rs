@@ -84,6 +84,7 @@ pub async fn open(
         tokio::time::sleep(SETTLE).await;
         (scanner, settled) = scan(scanner).await?;
     }
+    report(&[], &scanner.inventory.problems);
     let (sender, receiver) = watch::channel(Arc::clone(&scanner.inventory));
     Ok((DirSource { dir, inventory: receiver }, DirWatcher { scanner, inventory: sender }))
 }

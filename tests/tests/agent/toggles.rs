@@ -205,10 +205,14 @@ fn what_was_said_outlives_the_agent() -> Result<()> {
         assert_eq!((status.reason, said(&status)), (Reason::OverrideBypass, before.1.clone()));
     }
 
-    node.tell("pause", &[])?;
+    node.tell("pause", &["--reason", "INC-42"])?;
     node.kill_agent()?;
     node.start_agent()?;
-    assert!(node.status()?.pause.is_some());
+    let text = node.tell("status", &[])?;
+    let paused = "PAUSED until `redirect-agent resume` (INC-42): every pod bypasses";
+    for line in [paused, "override: unenroll shop/second: 1 pod"] {
+        assert!(text.lines().any(|l| l == line), "{line} is not in {text}");
+    }
     let status = node.wait_for_state(server, PodState::Bypassing)?;
     assert_eq!(status.reason, Reason::Paused);
     node.tell("resume", &[])?;
@@ -254,6 +258,9 @@ fn pods_that_no_override_can_bring_in_are_named() -> Result<()> {
     }
     let said = node.tell("enroll", &["shop/nobody"])?;
     assert!(said.contains("note: there is no pod shop/nobody on this node"), "{said}");
+    let said = node.tell("status", &[])?;
+    let listed = "override: enroll shop/nobody: no such pod on this node";
+    assert!(said.lines().any(|line| line == listed), "{said}");
 
     // The namespace's override has brought in its other pod.
     node.wait_until_enrolled(&cluster.server)?;
