@@ -342,7 +342,7 @@ mod tests {
 
     use super::*;
     use crate::abi::{Flow, MARK_DIRECT, MARK_REDIRECTED, MARK_RESCUED, MARK_VIRTUAL, POD_CAPTURE};
-    use crate::verdict::Sender;
+    use crate::verdict::{Receiver, Sender};
 
     const OWN: PodId = 7;
     const NEIGHBOUR: PodId = 8;
@@ -499,19 +499,7 @@ mod tests {
             self.pod_id
         }
 
-        fn application_listens(&self, _: &Segment) -> bool {
-            panic!("DNS asks for no application")
-        }
-
-        fn is_open(&self, _: &Segment) -> bool {
-            panic!("DNS asks for no connection")
-        }
-
-        fn has_connection(&self, _: &Segment) -> bool {
-            panic!("DNS asks for no connection")
-        }
-
-        fn has_peer(&self, _: &Segment) -> bool {
+        fn receiver(&self, _: &Segment) -> Receiver {
             panic!("DNS asks for no connection")
         }
 
@@ -545,10 +533,6 @@ mod tests {
 
         fn has_proxy_sent(&self, _: &Segment) -> bool {
             panic!("DNS goes by marks and ports")
-        }
-
-        fn sender_listens(&self, _: &Segment) -> bool {
-            panic!("DNS does not stray")
         }
 
         fn has_half_open(&self, _: PodId) -> bool {

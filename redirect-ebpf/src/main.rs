@@ -37,8 +37,8 @@ use redirect_ebpf::{
     },
     dns::{self, Dns, DnsEnv, Entry, Message},
     verdict::{
-        self, Env, Fate, Hidden, Lookup, Pods, Proxy, Segment, Sender, Steer, Verdict, Virtual,
-        mesh_mark, with_mesh_mark,
+        self, Env, Fate, Hidden, Lookup, Pods, Proxy, Receiver, Segment, Sender, Steer, Verdict,
+        Virtual, mesh_mark, with_mesh_mark,
     },
 };
 
@@ -551,15 +551,9 @@ fn excludes_inbound(pod_id: PodId, flow: &Flow) -> bool {
         || matches!(INBOUND_RANGES.get(&peer), Some(&INBOUND_BYPASS))
 }
 
-/// Whether this segment may complete a connection that is half open.
 #[inline(never)]
-fn is_awaited(ctx: &TcContext, segment: &Segment) -> bool {
-    ask(ctx, segment, sockets::is_awaited)
-}
-
-#[inline(never)]
-fn has_connection(ctx: &TcContext, segment: &Segment) -> bool {
-    ask(ctx, segment, sockets::has_connection)
+fn receiver(ctx: &TcContext, segment: &Segment) -> Receiver {
+    ask(ctx, segment, sockets::receiver)
 }
 
 #[inline(never)]
@@ -574,35 +568,13 @@ fn answer_to(segment: &Segment) -> Segment {
     Segment { src: dst, dst: src, src_port: dst_port, dst_port: src_port, ..*segment }
 }
 
-#[inline(never)]
-fn has_peer(ctx: &TcContext, segment: &Segment) -> bool {
-    ask(ctx, segment, sockets::has_peer)
-}
-
-#[inline(never)]
-fn sender_listens(ctx: &TcContext, segment: &Segment) -> bool {
-    // From another port: it would reach a listener, and never the connection itself.
-    let caller = Segment { src_port: 0, ..answer_to(segment) };
-    ask(ctx, &caller, sockets::listens)
-}
-
-#[inline(never)]
-fn application_listens(ctx: &TcContext, segment: &Segment) -> bool {
-    ask(ctx, segment, sockets::any)
-}
-
-#[inline(never)]
-fn is_open(ctx: &TcContext, segment: &Segment) -> bool {
-    ask(ctx, segment, sockets::open)
-}
-
 /// Asks for the socket of a segment. The question runs `sk_lookup`, too, when there is no connection.
 #[inline(always)]
-fn ask(
+fn ask<T>(
     ctx: &TcContext,
     segment: &Segment,
-    question: impl FnOnce(*mut core::ffi::c_void, &Segment) -> bool,
-) -> bool {
+    question: impl FnOnce(*mut core::ffi::c_void, &Segment) -> T,
+) -> T {
     // At egress it may be a copy of a packet that is on its way up (TEE in PREROUTING), whose hint must not
     // get lost: the proxy would be handed its own call.
     let kept = hint();
@@ -695,23 +667,8 @@ impl Env for Tc<'_> {
     }
 
     #[inline(always)]
-    fn application_listens(&self, segment: &Segment) -> bool {
-        application_listens(self.ctx, segment)
-    }
-
-    #[inline(always)]
-    fn is_open(&self, segment: &Segment) -> bool {
-        is_open(self.ctx, segment)
-    }
-
-    #[inline(always)]
-    fn has_connection(&self, segment: &Segment) -> bool {
-        has_connection(self.ctx, segment)
-    }
-
-    #[inline(always)]
-    fn has_peer(&self, segment: &Segment) -> bool {
-        has_peer(self.ctx, segment)
+    fn receiver(&self, segment: &Segment) -> Receiver {
+        receiver(self.ctx, segment)
     }
 
     #[inline(always)]
@@ -754,11 +711,6 @@ impl Env for Tc<'_> {
     #[inline(always)]
     fn has_proxy_sent(&self, segment: &Segment) -> bool {
         has_proxy_sent(self.ctx, segment)
-    }
-
-    #[inline(always)]
-    fn sender_listens(&self, segment: &Segment) -> bool {
-        sender_listens(self.ctx, segment)
     }
 
     #[inline(always)]

@@ -23,7 +23,7 @@ use redirect_ebpf::{
         PORT_PROXY_DNS, PodId, Settled, WAY_MARKED, WAY_PROXYS,
     },
     dns::Message,
-    verdict::{Proxy, Segment, Sender, mesh_mark},
+    verdict::{Proxy, Receiver, Segment, Sender, mesh_mark},
 };
 
 use crate::{
@@ -34,64 +34,32 @@ use crate::{
 
 /// Source: Linux `include/linux/net.h`.
 const SOCK_STREAM: u32 = 1;
-/// No socket's state.
-const NO_SOCKET: u32 = 0;
 /// Source: Linux `include/net/tcp_states.h`.
 const TCP_TIME_WAIT: u32 = 6;
 pub const TCP_LISTEN: u32 = 10;
 pub const TCP_NEW_SYN_RECV: u32 = 12;
 
-/// Whether the kernel finds a socket for this segment. This also runs `sk_lookup`: the caller sets the hint
+/// The socket that the kernel finds for this segment. This also runs `sk_lookup`: the caller sets the hint
 /// first, so that only the application's own listeners and connections are found.
 #[inline(always)]
-pub fn any(ctx: *mut c_void, segment: &Segment) -> bool {
-    state(ctx, segment) != NO_SOCKET
-}
-
-/// The same, for a listener.
-#[inline(always)]
-pub fn listens(ctx: *mut c_void, segment: &Segment) -> bool {
-    state(ctx, segment) == TCP_LISTEN
-}
-
-/// The same, for a socket that is not a listener.
-#[inline(always)]
-pub fn has_connection(ctx: *mut c_void, segment: &Segment) -> bool {
-    !matches!(state(ctx, segment), NO_SOCKET | TCP_LISTEN)
-}
-
-/// The same, for a socket that is not in TIME_WAIT either.
-#[inline(always)]
-pub fn has_peer(ctx: *mut c_void, segment: &Segment) -> bool {
-    !matches!(state(ctx, segment), NO_SOCKET | TCP_LISTEN | TCP_TIME_WAIT)
-}
-
-/// Whether a segment finds no connection yet: a half-open one, or the listener, which completes a SYN cookie.
-#[inline(always)]
-pub fn is_awaited(ctx: *mut c_void, segment: &Segment) -> bool {
-    matches!(state(ctx, segment), TCP_LISTEN | TCP_NEW_SYN_RECV)
-}
-
-/// Whether it is the state of an open connection. A half-open socket may belong to this very segment, sent
-/// again. A TIME_WAIT gives way.
-#[inline(always)]
-pub fn open(ctx: *mut c_void, segment: &Segment) -> bool {
-    !matches!(state(ctx, segment), NO_SOCKET | TCP_LISTEN | TCP_TIME_WAIT | TCP_NEW_SYN_RECV)
-}
-
-#[inline(always)]
-fn state(ctx: *mut c_void, segment: &Segment) -> u32 {
+pub fn receiver(ctx: *mut c_void, segment: &Segment) -> Receiver {
     let Segment { src, dst, src_port, dst_port, .. } = segment;
     let (mut tuple, len) = tuple(src, *src_port, dst, *dst_port);
     // SAFETY: the tuple is initialized for `len` bytes; the reference is released.
-    unsafe {
+    let state = unsafe {
         let sk = bpf_skc_lookup_tcp(ctx, &raw mut tuple, len, BPF_F_CURRENT_NETNS as u64, 0);
         if sk.is_null() {
-            return NO_SOCKET;
+            return Receiver::Nobody;
         }
         let state = (*sk).state;
         bpf_sk_release(sk.cast());
         state
+    };
+    match state {
+        TCP_LISTEN => Receiver::Listener,
+        TCP_NEW_SYN_RECV => Receiver::HalfOpen,
+        TCP_TIME_WAIT => Receiver::TimeWait,
+        _ => Receiver::Connection,
     }
 }
 

@@ -15,16 +15,15 @@ use redirect_ebpf::{
         Counter, Flow, LOOPBACK_IFINDEX, MARK_PROXY, POD_WAYS, PodFlow, PodId, WAY_DIRECT,
         WAY_REDIRECTED,
     },
-    verdict::{captures, mesh_mark},
+    verdict::{Receiver, captures, mesh_mark},
 };
 
 use crate::{
     count::{self, Packet},
-    is_awaited,
     maps::{NOTED, SWITCHES, SWITCHING, WAYS},
     mark,
     packet::{self, Parsed},
-    pod,
+    pod, receiver,
 };
 
 /// For packets that the pod sends: egress of its interfaces, and ingress of `lo`. Returns whether a segment
@@ -40,8 +39,9 @@ pub fn holds_sent(ctx: &TcContext, parsed: &Parsed) -> bool {
 pub fn note_received(ctx: &TcContext, parsed: &Parsed) {
     if is_on()
         && let Some(pod_id) = switching_pod(ctx)
-        && is_awaited(ctx, parsed.segment())
+        && matches!(receiver(ctx, parsed.segment()), Receiver::Listener | Receiver::HalfOpen)
     {
+        // A listener completes a SYN cookie.
         // What is known to be redirected stays redirected, whatever outsiders send.
         note(pod_id, parsed.segment().receiver_flow(), WAY_DIRECT, BPF_NOEXIST);
     }

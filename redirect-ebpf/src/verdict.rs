@@ -92,16 +92,10 @@ pub trait Pods {
 pub trait Env: Pods {
     /// The pod whose network namespace the packet is in.
     fn pod_id(&self) -> PodId;
-    /// Whether the kernel by itself finds a socket for this segment, that is, an application's. On the
-    /// proxy's own ports it finds the proxy's, which counts: nobody else may take these ports.
-    fn application_listens(&self, segment: &Segment) -> bool;
-    /// Whether a connection with exactly this segment's addresses and ports is open here.
-    fn is_open(&self, segment: &Segment) -> bool;
-    /// Whether a socket in the namespace has the connection of this segment: open, half open or
-    /// closing. A listener has none.
-    fn has_connection(&self, segment: &Segment) -> bool;
-    /// The same, but TIME_WAIT does not count: another connection may have these ports by now.
-    fn has_peer(&self, segment: &Segment) -> bool;
+    /// The socket in the namespace that the kernel by itself finds for this segment, that is, an application's
+    /// or a connection's of the proxy. On the proxy's own ports it finds the proxy's listener, which counts:
+    /// nobody else may take these ports.
+    fn receiver(&self, segment: &Segment) -> Receiver;
     /// Whether this segment completes a SYN cookie of the proxy's outbound listener.
     fn completes_cookie(&self, pod_id: PodId) -> bool;
     /// Whether the proxy listens in this pod; `kind` is one of `LISTENER_*`.
@@ -118,8 +112,6 @@ pub trait Env: Pods {
     fn sender(&self) -> Sender;
     /// Whether the socket of this namespace that sent this segment is the proxy's.
     fn has_proxy_sent(&self, segment: &Segment) -> bool;
-    /// Whether anybody in this namespace listens at this segment's source.
-    fn sender_listens(&self, segment: &Segment) -> bool;
     /// Whether the capture of the pod began so recently that SYNs from before may still be answered.
     fn has_half_open(&self, pod_id: PodId) -> bool;
     /// Whether the listener for which a SYN-ACK answers has the mark of a direct connection. Its connections
@@ -133,6 +125,30 @@ pub trait Env: Pods {
     /// At egress: whether a connection's own socket sent the packet. Requests, TIME_WAITs and listeners have
     /// no data to send.
     fn is_connections(&self) -> bool;
+}
+
+/// The socket that the kernel finds for a segment.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[repr(u32)]
+pub enum Receiver {
+    /// None.
+    Nobody,
+    /// A listener.
+    Listener,
+    /// A request for a connection. It may come from this very segment, sent again.
+    HalfOpen,
+    /// What is left of a connection. Another one may have its ports by now.
+    TimeWait,
+    /// An open or closing connection.
+    Connection,
+}
+
+impl Receiver {
+    /// Whether it is the other end of the sender's connection.
+    #[inline(always)]
+    fn is_peer(self) -> bool {
+        matches!(self, Self::HalfOpen | Self::Connection)
+    }
 }
 
 /// Who owns a socket in the pod.
@@ -263,7 +279,7 @@ pub fn on_lo(mark: u32, segment: Option<&Segment>, env: &impl Env) -> Verdict {
         // The proxy calls from the client's address, from a port that it chose without knowing the client's
         // own ports. If a connection already uses that port, its socket would answer the client, and the
         // proxy would wait in vain.
-        if env.is_open(segment) {
+        if env.receiver(segment) == Receiver::Connection {
             return Verdict { fate: Fate::Reset, ..next.count(Counter::RefusedPortTaken) };
         }
         // The accepted socket takes the mark, so its replies come back here, even while the pod leaves the
@@ -315,13 +331,16 @@ fn strays(pod_id: PodId, pod: u32, segment: &Segment, env: &impl Env) -> bool {
         let excluded = excludes_outbound(pod_id, pod, &segment.sender_flow(), env);
         return excluded || env.has_proxy_sent(segment);
     }
-    if env.has_peer(segment) {
+    if env.receiver(segment).is_peer() {
         return false;
     }
     // Whoever accepted the connection listens; whoever opened it does not. What a proxy leaves behind when it
     // exits is neither, and must not leave in plaintext.
     let flow = segment.sender_flow();
-    let settings = if env.sender_listens(segment) {
+    // From another port: it would reach a listener, and never the connection itself.
+    let Segment { src, dst, src_port, .. } = *segment;
+    let caller = Segment { src: dst, dst: src, src_port: 0, dst_port: src_port, ..*segment };
+    let settings = if env.receiver(&caller) == Receiver::Listener {
         past_proxy(pod_id, pod, &flow, env).is_some()
     } else {
         excludes_outbound(pod_id, pod, &flow, env)
@@ -372,7 +391,7 @@ pub fn on_interface(ip: bool, segment: Option<&Segment>, env: &impl Env) -> Verd
         return next;
     }
     let hbone = segment.dst_port == PORT_HBONE;
-    if captured && !hbone && !env.application_listens(segment) {
+    if captured && !hbone && env.receiver(segment) == Receiver::Nobody {
         // The proxy would accept first and find out later. The kernel must not decide either: an application
         // that starts to listen in between, or a target of the pod's netfilter, would be reached past the
         // proxy.
@@ -445,7 +464,7 @@ pub fn on_virtual(
     }
     let for_proxy = Verdict { hint: code(HINT_FROM_VIRTUAL), ..redirected };
     if !segment.opens {
-        if env.has_connection(segment) {
+        if !matches!(env.receiver(segment), Receiver::Nobody | Receiver::Listener) {
             return redirected;
         }
         if captures && env.completes_cookie(pod_id) {
@@ -588,7 +607,7 @@ pub fn on_egress_of(
         let to_lo = to_lo(next.count(Counter::RescuedOutbound));
         return Verdict { settle: code(WAY_REDIRECTED), ..to_lo };
     }
-    if env.has_peer(segment) {
+    if env.receiver(segment).is_peer() {
         return back_to_proxy(segment, next);
     }
     if segment.accepts {
@@ -628,7 +647,7 @@ fn on_proxys_egress(way: u32, segment: &Segment, env: &impl Env) -> Verdict {
             Some(settled) if settled == way => return Verdict::NEXT,
             // It was settled when less was known about the proxy.
             Some(_) => {}
-            None if env.has_peer(segment) => {
+            None if env.receiver(segment).is_peer() => {
                 return back_to_proxy(segment, Verdict::of(env.pod_id()));
             }
             None => {}
@@ -859,9 +878,7 @@ mod tests {
     /// What a decision has asked, apart from maps.
     #[derive(Clone, Copy, Debug, PartialEq, Eq)]
     enum Asked {
-        Application,
-        Open,
-        Connection,
+        Receiver,
         ProxySent,
         SenderListens,
         Proxy(u32),
@@ -879,12 +896,9 @@ mod tests {
         probe_source: Option<Addr>,
         /// The address that `outbound_ports` and `outbound_ranges` exclude.
         excluded_outbound: Option<Addr>,
-        /// Whether the segment's receiver has its connection here.
-        connection: bool,
+        receiver: Receiver,
         /// Whether a guest's connection waits in a SYN cookie.
         cookie: bool,
-        application_listens: bool,
-        is_open: bool,
         proxy: Proxy,
         strays: bool,
         forwarded: bool,
@@ -915,10 +929,8 @@ mod tests {
                 kubelet: None,
                 probe_source: None,
                 excluded_outbound: None,
-                connection: false,
+                receiver: Receiver::Listener,
                 cookie: false,
-                application_listens: true,
-                is_open: false,
                 proxy: Proxy::Listens,
                 strays: false,
                 forwarded: false,
@@ -991,20 +1003,13 @@ mod tests {
             OWN
         }
 
-        fn application_listens(&self, _: &Segment) -> bool {
-            self.ask(Asked::Application, self.application_listens)
-        }
-
-        fn is_open(&self, _: &Segment) -> bool {
-            self.ask(Asked::Open, self.is_open)
-        }
-
-        fn has_connection(&self, _: &Segment) -> bool {
-            self.ask(Asked::Connection, self.connection)
-        }
-
-        fn has_peer(&self, segment: &Segment) -> bool {
-            self.has_connection(segment)
+        fn receiver(&self, segment: &Segment) -> Receiver {
+            if segment.src_port != 0 {
+                self.asked.borrow_mut().push(Asked::Receiver);
+                return self.receiver;
+            }
+            let listens = self.ask(Asked::SenderListens, self.sender_listens);
+            if listens { Receiver::Listener } else { Receiver::Nobody }
         }
 
         fn completes_cookie(&self, pod_id: PodId) -> bool {
@@ -1042,10 +1047,6 @@ mod tests {
             self.ask(Asked::ProxySent, self.proxy_sent)
         }
 
-        fn sender_listens(&self, _: &Segment) -> bool {
-            self.ask(Asked::SenderListens, self.sender_listens)
-        }
-
         fn has_half_open(&self, pod_id: PodId) -> bool {
             only_own(pod_id);
             self.half_open
@@ -1070,6 +1071,13 @@ mod tests {
     }
 
     const PROXY_STATES: [Proxy; 3] = [Proxy::Listens, Proxy::AwayWithinGrace, Proxy::Away];
+    const RECEIVERS: [Receiver; 5] = [
+        Receiver::Nobody,
+        Receiver::Listener,
+        Receiver::HalfOpen,
+        Receiver::TimeWait,
+        Receiver::Connection,
+    ];
     const PROXYS_PORTS: [u16; 3] = [PORT_OUTBOUND, PORT_INBOUND, PORT_HBONE];
 
     /// Every setting that lets a stranger in past the proxy, and its counter. The pod also has `flags`.
@@ -1150,7 +1158,7 @@ mod tests {
                         let node = Node::new(&a, pod);
                         let open = syn(client, server);
                         assert_eq!(on_lo(mark, Some(&open), &node), delivered);
-                        node.assert_asked(&[Asked::Open]);
+                        node.assert_asked(&[Asked::Receiver]);
                         for later in [data(client, server), syn_ack(client, server)] {
                             assert_eq!(on_lo(mark, Some(&later), &node), delivered);
                             node.assert_asked(&[]);
@@ -1172,8 +1180,8 @@ mod tests {
                         let node = Node { proxy_sent: true, ..Node::new(&a, pod) };
                         let open = syn(a.stranger, server);
                         assert_eq!(on_lo(mark, Some(&open), &node), delivered);
-                        node.assert_asked(&[Asked::ProxySent, Asked::Open]);
-                        let node = Node { is_open: true, ..node };
+                        node.assert_asked(&[Asked::ProxySent, Asked::Receiver]);
+                        let node = Node { receiver: Receiver::Connection, ..node };
                         let taken = refused(GOES_ON, Fate::Reset, Counter::RefusedPortTaken);
                         assert_eq!(on_lo(mark, Some(&open), &node), taken);
                         // The application's accepted socket has the mark from the SYN.
@@ -1190,7 +1198,7 @@ mod tests {
     fn the_proxy_calls_by_a_port_that_another_connection_has() {
         for a in both_families() {
             for pod in [UNKNOWN, PREPARING, CAPTURING] {
-                let node = Node { is_open: true, ..Node::new(&a, pod) };
+                let node = Node { receiver: Receiver::Connection, ..Node::new(&a, pod) };
                 let found = on_lo(MARK_PROXY, Some(&syn(a.stranger, a.own)), &node);
                 assert_eq!(found, refused(GOES_ON, Fate::Reset, Counter::RefusedPortTaken));
                 let open = on_lo(MARK_PROXY, Some(&data(a.stranger, a.own)), &node);
@@ -1297,13 +1305,13 @@ mod tests {
             for flags in [0, POD_CAPTURE] {
                 for (node, _) in past_proxy_ways(&a, flags) {
                     assert_eq!(on_lo(0, Some(&accepts), &node), LEAVES_FIRST);
-                    node.assert_asked(&[Asked::Connection, Asked::SenderListens]);
+                    node.assert_asked(&[Asked::Receiver, Asked::SenderListens]);
                     // Connections are counted, not packets. Before one has strayed, nothing is asked.
                     assert_eq!(on_lo(0, Some(&later), &node), FROM_POD);
                     node.assert_asked(&[]);
                     let node = Node { strays: true, ..node };
                     assert_eq!(on_lo(0, Some(&later), &node), LEAVES);
-                    node.assert_asked(&[Asked::Connection, Asked::SenderListens]);
+                    node.assert_asked(&[Asked::Receiver, Asked::SenderListens]);
                     for segment in [accepts, later] {
                         let home = on_lo(MARK_RESCUED, Some(&segment), &node);
                         assert_eq!(home, FROM_POD, "the guard has brought it");
@@ -1326,11 +1334,12 @@ mod tests {
                         let found = on_lo(0, Some(&segment), &calls);
                         assert_eq!(found, FROM_POD, "it is the pod that has called");
                     }
-                    let here = Node { connection: true, sender_listens: true, ..calls };
+                    let here =
+                        Node { receiver: Receiver::Connection, sender_listens: true, ..calls };
                     for segment in [accepts, later] {
                         assert_eq!(on_lo(0, Some(&segment), &here), FROM_POD, "its peer is here");
                     }
-                    let unknown = Node { connection: false, pod: UNKNOWN, ..here };
+                    let unknown = Node { receiver: Receiver::Listener, pod: UNKNOWN, ..here };
                     assert_eq!(on_lo(0, Some(&accepts), &unknown), FROM_POD);
                 }
             }
@@ -1347,8 +1356,8 @@ mod tests {
             for pod in [capturing(POD_OUTBOUND_RULES), PREPARING.map(|p| p | POD_OUTBOUND_RULES)] {
                 for proxy in PROXY_STATES {
                     // It does not matter that nobody listens there, or who has a socket here.
-                    for connection in [false, true] {
-                        let node = Node { proxy, connection, ..excluding(pod) };
+                    for receiver in RECEIVERS {
+                        let node = Node { proxy, receiver, ..excluding(pod) };
                         let node = Node { sender_listens: false, ..node };
                         for mark in [0, MARK_REDIRECTED, MARK_DIRECT, MARK_VIRTUAL, 0xabcd_e000] {
                             assert_eq!(on_lo(mark, Some(&open), &node), LEAVES_FIRST);
@@ -1375,10 +1384,10 @@ mod tests {
                         assert_eq!(on_lo(0, Some(&segment), &node), FROM_POD, "it is here");
                     }
                 }
-                let here = Node { connection: true, ..node };
+                let here = Node { receiver: Receiver::Connection, ..node };
                 for segment in later.into_iter().chain([accepts]) {
                     assert_eq!(on_lo(0, Some(&segment), &here), FROM_POD, "its peer is here");
-                    here.assert_asked(&[Asked::Connection]);
+                    here.assert_asked(&[Asked::Receiver]);
                 }
             }
             // Without the flag, the rules are not read.
@@ -1405,10 +1414,10 @@ mod tests {
                     node.assert_asked(&[]);
                     let node = Node { strays: true, ..node };
                     assert_eq!(on_lo(0, Some(&later), &node), LEAVES);
-                    node.assert_asked(&[Asked::Connection, Asked::SenderListens, Asked::ProxySent]);
-                    let here = Node { connection: true, ..node };
+                    node.assert_asked(&[Asked::Receiver, Asked::SenderListens, Asked::ProxySent]);
+                    let here = Node { receiver: Receiver::Connection, ..node };
                     assert_eq!(on_lo(0, Some(&later), &here), FROM_POD, "its peer is here");
-                    let others = Node { connection: false, proxy_sent: false, ..here };
+                    let others = Node { receiver: Receiver::Listener, proxy_sent: false, ..here };
                     assert_eq!(on_lo(0, Some(&later), &others), FROM_POD, "somebody else's");
                     let unknown = Node { pod: UNKNOWN, proxy_sent: true, ..others };
                     for segment in [open, later] {
@@ -1442,7 +1451,7 @@ mod tests {
                 ("to a pod that nothing is known of", UNKNOWN, Some(syn(a.stranger, a.own))),
             ] {
                 let absent = Node { proxy: Proxy::Away, ..Node::new(&a, pod) };
-                let node = Node { application_listens: false, ..absent };
+                let node = Node { receiver: Receiver::Nobody, ..absent };
                 let pod_id = if segment.is_some_and(|s| s.opens) { OWN } else { 0 };
                 let found = on_interface(true, segment.as_ref(), &node);
                 assert_eq!(found, Verdict { pod_id, ..MARKED }, "{scenario}");
@@ -1485,11 +1494,11 @@ mod tests {
             for own in [a.own, a.own_second] {
                 // Whether the proxy listens is not asked.
                 for proxy in PROXY_STATES {
-                    let deaf = Node { application_listens: false, ..Node::new(&a, CAPTURING) };
+                    let deaf = Node { receiver: Receiver::Nobody, ..Node::new(&a, CAPTURING) };
                     let node = Node { proxy, ..deaf };
                     let found = on_interface(true, Some(&syn(a.stranger, own)), &node);
                     assert_eq!(found, refused(FOR_INBOUND, Fate::Reset, Counter::NoListener));
-                    node.assert_asked(&[Asked::Application]);
+                    node.assert_asked(&[Asked::Receiver]);
                 }
             }
         }
@@ -1514,7 +1523,7 @@ mod tests {
                         let node = Node { proxy, ..Node::new(&a, CAPTURING) };
                         let segment = Segment { dst_port, ..syn(client, a.own) };
                         assert_eq!(on_interface(true, Some(&segment), &node), called(proxy));
-                        node.assert_asked(&[Asked::Application, Asked::Proxy(LISTENER_INBOUND)]);
+                        node.assert_asked(&[Asked::Receiver, Asked::Proxy(LISTENER_INBOUND)]);
                     }
                 }
             }
@@ -1533,7 +1542,7 @@ mod tests {
                 for dst in [a.guest, a.neighbour, a.stranger, link_local()] {
                     for dst_port in [SERVER_PORT, PORT_OUTBOUND, PORT_INBOUND, PORT_HBONE] {
                         let away = Node { proxy: Proxy::Away, ..Node::new(&a, pod) };
-                        let node = Node { application_listens: false, ..away };
+                        let node = Node { receiver: Receiver::Nobody, ..away };
                         let segment = Segment { dst_port, ..syn(a.neighbour, dst) };
                         assert_eq!(on_interface(true, Some(&segment), &node), expected);
                         node.assert_asked(&[]);
@@ -1554,7 +1563,7 @@ mod tests {
             for (dst_port, kind) in [(SERVER_PORT, LISTENER_INBOUND), (PORT_HBONE, LISTENER_HBONE)]
             {
                 for proxy in PROXY_STATES {
-                    let deaf = Node { application_listens: false, ..Node::new(&a, PREPARING) };
+                    let deaf = Node { receiver: Receiver::Nobody, ..Node::new(&a, PREPARING) };
                     let node = Node { proxy, ..deaf };
                     let segment = Segment { dst_port, ..syn(a.stranger, a.own) };
                     let found = on_interface(true, Some(&segment), &node);
@@ -1574,7 +1583,7 @@ mod tests {
                         // No application may have that port, so nobody is asked about it.
                         let deaf = Node::new(&a, capturing(flags));
                         let excluded_port = Some(PORT_HBONE);
-                        let deaf = Node { application_listens: false, excluded_port, ..deaf };
+                        let deaf = Node { receiver: Receiver::Nobody, excluded_port, ..deaf };
                         let node = Node { proxy, ..deaf };
                         let segment = Segment { dst_port: PORT_HBONE, ..syn(a.stranger, dst) };
                         assert_eq!(on_interface(true, Some(&segment), &node), called(proxy));
@@ -1590,7 +1599,7 @@ mod tests {
         for a in both_families() {
             for flags in [0, POD_CAPTURE] {
                 for (node, _) in past_proxy_ways(&a, flags) {
-                    let deaf = Node { application_listens: false, ..node };
+                    let deaf = Node { receiver: Receiver::Nobody, ..node };
                     let node = Node { proxy: Proxy::Away, ..deaf };
                     let found = on_interface(true, Some(&syn(a.stranger, a.own)), &node);
                     assert_eq!(found, MARKED);
@@ -1671,7 +1680,7 @@ mod tests {
                 for segment in [data(a.guest, a.stranger), syn_ack(a.guest, a.stranger)] {
                     for (node, expected) in [
                         (new(), MARKED),
-                        (Node { connection: true, ..new() }, REROUTED),
+                        (Node { receiver: Receiver::Connection, ..new() }, REROUTED),
                         (Node { cookie: true, ..new() }, completes),
                     ] {
                         let found = on_virtual(true, Some(&segment), false, &interface, &node);
@@ -1761,7 +1770,11 @@ mod tests {
                     // count, nor does the socket's earlier connection.
                     for dst_port in [SERVER_PORT, PORT_HBONE, PORT_DNS] {
                         for settled in [None, Some(WAY_DIRECT), Some(WAY_REDIRECTED)] {
-                            let node = Node { settled, connection: true, ..Node::new(&a, pod) };
+                            let node = Node {
+                                settled,
+                                receiver: Receiver::Connection,
+                                ..Node::new(&a, pod)
+                            };
                             let node = Node { proxy: Proxy::Away, ..node };
                             let message = tcp(Segment { dst_port, ..syn(src, dst) });
                             assert_eq!(guarded(message, &node), expected, "{scenario}");
@@ -1808,7 +1821,7 @@ mod tests {
                 ),
             ] {
                 for pod in [UNKNOWN, BYPASSING, PREPARING, capturing(POD_DNS)] {
-                    let node = Node { connection: true, ..Node::new(&a, pod) };
+                    let node = Node { receiver: Receiver::Connection, ..Node::new(&a, pod) };
                     assert_eq!(guarded(message, &node), Verdict::NEXT, "{scenario}");
                     node.assert_asked(&[]);
                 }
@@ -1867,7 +1880,11 @@ mod tests {
                 (Node::new(&a, CAPTURING), accepts, aborted),
                 (Node::new(&a, CAPTURING), later, DIRECT),
                 (Node::new(&a, PREPARING), accepts, GOES_ON),
-                (Node { connection: true, ..Node::new(&a, CAPTURING) }, later, RESCUED),
+                (
+                    Node { receiver: Receiver::Connection, ..Node::new(&a, CAPTURING) },
+                    later,
+                    RESCUED,
+                ),
             ] {
                 assert_eq!(guarded(tcp(segment), &node), expected);
             }
@@ -1888,7 +1905,11 @@ mod tests {
             ] {
                 for pod in [UNKNOWN, BYPASSING, PREPARING, capturing(POD_DNS)] {
                     for mark in [0, MARK_DIRECT, MARK_VIRTUAL, MARK_REDIRECTED, 0xabcd_e000] {
-                        let node = Node { forwarded: true, connection: true, ..Node::new(&a, pod) };
+                        let node = Node {
+                            forwarded: true,
+                            receiver: Receiver::Connection,
+                            ..Node::new(&a, pod)
+                        };
                         assert_eq!(on_egress(mark, Ok(&message), &node), expected, "{scenario}");
                         node.assert_asked(&[]);
                     }
@@ -1897,8 +1918,8 @@ mod tests {
             for (pod, expected, asked) in [
                 (UNKNOWN, refused(GOES_ON, Fate::Drop, Counter::RefusedUnknownPod), &[][..]),
                 (BYPASSING, GOES_ON, &[]),
-                (PREPARING, GOES_ON, &[Asked::Connection]),
-                (CAPTURING, GOES_ON, &[Asked::Connection]),
+                (PREPARING, GOES_ON, &[Asked::Receiver]),
+                (CAPTURING, GOES_ON, &[Asked::Receiver]),
             ] {
                 let node = Node { forwarded: true, ..Node::new(&a, pod) };
                 for segment in [data(a.guest, a.stranger), syn_ack(a.guest, a.stranger)] {
@@ -1937,8 +1958,8 @@ mod tests {
             let query = Segment { dst_port: PORT_DNS, ..syn(a.own, a.stranger) };
             for pod in [UNKNOWN, BYPASSING, PREPARING, capturing(POD_DNS)] {
                 for mark in [MARK_RESCUED, 0xabcd_e000 | MARK_RESCUED] {
-                    for connection in [false, true] {
-                        let node = Node { forwarded: true, connection, ..Node::new(&a, pod) };
+                    for receiver in RECEIVERS {
+                        let node = Node { forwarded: true, receiver, ..Node::new(&a, pod) };
                         for message in [
                             tcp(syn(a.own, a.stranger)),
                             tcp(syn_ack(a.own, a.stranger)),
@@ -1993,7 +2014,7 @@ mod tests {
                     // Another connection with the same ports does not count, nor does another connection of
                     // the socket.
                     for settled in [None, Some(WAY_DIRECT), Some(WAY_REDIRECTED)] {
-                        let node = Node { connection: true, settled, ..new() };
+                        let node = Node { receiver: Receiver::Connection, settled, ..new() };
                         for open in [syn(a.own, a.stranger), query] {
                             assert_eq!(judged(tcp(open), &node), direct);
                         }
@@ -2010,18 +2031,22 @@ mod tests {
                         for (settled, expected) in
                             [(way, Verdict::NEXT), (WAY_DIRECT, direct), (WAY_REDIRECTED, back)]
                         {
-                            let node = Node { settled: Some(settled), connection: true, ..new() };
+                            let node = Node {
+                                settled: Some(settled),
+                                receiver: Receiver::Connection,
+                                ..new()
+                            };
                             assert_eq!(judged(tcp(segment), &node), expected);
                             node.assert_asked(&[]);
                         }
                         let node = new();
                         assert_eq!(judged(tcp(segment), &node), direct);
-                        node.assert_asked(&[Asked::Connection]);
+                        node.assert_asked(&[Asked::Receiver]);
                         // It is the application's, and its peer is the proxy, which is here.
                         let count = segment.accepts.then_some(Counter::RescuedInbound);
-                        let node = Node { connection: true, ..new() };
+                        let node = Node { receiver: Receiver::Connection, ..new() };
                         assert_eq!(judged(tcp(segment), &node), Verdict { count, ..RESCUED });
-                        node.assert_asked(&[Asked::Connection]);
+                        node.assert_asked(&[Asked::Receiver]);
                     }
                 }
             }
@@ -2117,8 +2142,8 @@ mod tests {
         for a in both_families() {
             let query = Segment { dst_port: PORT_DNS, ..syn(a.own, a.stranger) };
             for pod in [UNKNOWN, BYPASSING, PREPARING, CAPTURING, capturing(POD_DNS)] {
-                for connection in [false, true] {
-                    let node = Node { connection, ..Node::new(&a, pod) };
+                for receiver in RECEIVERS {
+                    let node = Node { receiver, ..Node::new(&a, pod) };
                     for message in [
                         tcp(syn(a.own, a.stranger)),
                         tcp(syn_ack(a.own, a.stranger)),
@@ -2170,12 +2195,13 @@ mod tests {
             for pod in [PREPARING, CAPTURING, capturing(POD_BYPASS_INBOUND)] {
                 // An answer of a listener has no socket that the guard could see.
                 for forwarded in [false, true] {
-                    let node = Node { connection: true, forwarded, ..Node::new(&a, pod) };
+                    let node =
+                        Node { receiver: Receiver::Connection, forwarded, ..Node::new(&a, pod) };
                     assert_eq!(guarded(tcp(accepts), &node), Verdict { count, ..RESCUED });
-                    node.assert_asked(&[Asked::Connection]);
+                    node.assert_asked(&[Asked::Receiver]);
                 }
                 for later in [reply(a.own, a.stranger), data(a.own, a.stranger)] {
-                    let node = Node { connection: true, ..Node::new(&a, pod) };
+                    let node = Node { receiver: Receiver::Connection, ..Node::new(&a, pod) };
                     // Connections are counted, not packets.
                     assert_eq!(guarded(tcp(later), &node), RESCUED);
                 }
@@ -2185,7 +2211,7 @@ mod tests {
                 (UNKNOWN, refused(GOES_ON, Fate::Drop, Counter::RefusedUnknownPod)),
             ] {
                 for segment in [accepts, reply(a.own, a.stranger)] {
-                    let node = Node { connection: true, ..Node::new(&a, pod) };
+                    let node = Node { receiver: Receiver::Connection, ..Node::new(&a, pod) };
                     assert_eq!(guarded(tcp(segment), &node), expected);
                 }
             }
@@ -2236,7 +2262,11 @@ mod tests {
                         ),
                         ("half open before", Node { noted_direct: true, ..captured() }, DIRECT),
                         ("nothing is captured", Node::new(&a, PREPARING), DIRECT),
-                        ("its peer is here", Node { connection: true, ..captured() }, RESCUED),
+                        (
+                            "its peer is here",
+                            Node { receiver: Receiver::Connection, ..captured() },
+                            RESCUED,
+                        ),
                         (
                             "an unknown proxy's",
                             Node { sender: Sender::Impostor, ..captured() },
@@ -2291,7 +2321,7 @@ mod tests {
                 ),
             ] {
                 assert_eq!(guarded(tcp(segment), &node), expected, "{scenario}");
-                node.assert_asked(&[Asked::Connection]);
+                node.assert_asked(&[Asked::Receiver]);
             }
             for (node, _) in past_proxy_ways(&a, POD_CAPTURE) {
                 let cookies = Node { forwarded: true, ..node };

@@ -28,7 +28,7 @@ use redirect_ebpf::{
         PodEntry, PodId, VIRTUAL_CAPTURE, VIRTUAL_RULES,
     },
     dns::{self, DnsEnv, Entry, Message},
-    verdict::{self, Env, Pods, Proxy, Segment, Sender, Steer},
+    verdict::{self, Env, Pods, Proxy, Receiver, Segment, Sender, Steer},
 };
 use socket2::{Domain, Socket, Type};
 
@@ -457,20 +457,16 @@ impl Env for World {
         own_id()
     }
 
-    fn application_listens(&self, segment: &Segment) -> bool {
-        self.has_connection(segment) || self.listener(&segment.dst, segment.dst_port).is_some()
-    }
-
-    fn is_open(&self, segment: &Segment) -> bool {
-        self.has_connection(segment)
-    }
-
-    fn has_connection(&self, segment: &Segment) -> bool {
-        self.open.as_ref().is_some_and(|open| open.flow == segment.receiver_flow())
-    }
-
-    fn has_peer(&self, segment: &Segment) -> bool {
-        self.has_connection(segment)
+    fn receiver(&self, segment: &Segment) -> Receiver {
+        if self.open.as_ref().is_some_and(|open| open.flow == segment.receiver_flow()) {
+            return Receiver::Connection;
+        }
+        let listens = self.listener(&segment.dst, segment.dst_port).is_some();
+        if segment.src_port == 0 {
+            // A stray's sender.
+            self.state.borrow_mut().deaf = !listens;
+        }
+        if listens { Receiver::Listener } else { Receiver::Nobody }
     }
 
     fn completes_cookie(&self, _: PodId) -> bool {
@@ -548,12 +544,6 @@ impl Env for World {
 
     fn has_half_open(&self, pod_id: PodId) -> bool {
         self.pods.get(&pod_id).is_some_and(|pod| pod.captured_at_ns > LONG_AGO)
-    }
-
-    fn sender_listens(&self, segment: &Segment) -> bool {
-        let listens = self.listener(&segment.src, segment.src_port).is_some();
-        self.state.borrow_mut().deaf = !listens;
-        listens
     }
 }
 
