@@ -129,6 +129,14 @@ fn a_call_goes_by_the_proxies_of_those_that_have_one() {
     assert_eq!(way(&a(), "shop/b:80", past), hbone(true, 15008));
     let elsewhere = PodPart { place: Place::OtherNode, kernel: None, listens: None, ..b() };
     assert_eq!(way(&a(), "shop/b:80", elsewhere), hbone(true, 15008));
+    assert_eq!(way(&a(), "shop/a:80", a()), plain(false, None), "itself");
+    for own in ["127.0.0.1:80", "[::1]:80"] {
+        let to = Destination { asked: own.parse().unwrap(), pod: None };
+        let (path, findings) = judge(&node(), &a(), Some(&to), now());
+        assert!(!path.unwrap().by_callers_proxy, "{own}");
+        assert_eq!(findings[0].cause, Cause::OutsideTheMesh, "{findings:#?}");
+        assert!(findings[0].message.contains("calls itself"), "{findings:#?}");
+    }
 }
 
 #[test]

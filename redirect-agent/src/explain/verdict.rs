@@ -411,6 +411,12 @@ pub(super) fn application_listens(pod: &PodPart) -> Option<Vec<SocketAddr>> {
     Some(pod.listens.as_ref()?.iter().filter(|at| !proxys(at)).copied().collect())
 }
 
+/// Whether a pod calls loopback, or itself by its address.
+fn calls_itself(from: &PodPart, to: &Destination) -> bool {
+    let own = to.pod.as_ref().is_some_and(|pod| pod.name == from.name);
+    own || matches!(to.asked.whom, Whom::At(ip) if ip.is_loopback() || from.ips.contains(&ip))
+}
+
 /// Which way a call takes; `None` if unknown.
 fn path(from: &PodPart, to: &Destination) -> Option<Path> {
     if from.place == Place::Unknown || from.place == Place::LeftOut {
@@ -422,6 +428,11 @@ fn path(from: &PodPart, to: &Destination) -> Option<Path> {
         Whom::At(ip) => Some(ip),
         Whom::Named(_) => called.and_then(|pod| pod.ips.first().copied()),
     };
+    if calls_itself(from, to) {
+        let why = vec![format!("{} calls itself: that never leaves the pod", from.name)];
+        let protocol = PLAINTEXT.to_owned();
+        return Some(Path { protocol, by_callers_proxy: false, to_proxy_port: None, why });
+    }
     let mut why = Vec::new();
     let traffic = from.traffic.clone().unwrap_or_default();
     let by_callers_proxy = match (is_captured(from), ip) {
@@ -508,6 +519,13 @@ fn of_path(from: &PodPart, to: &Destination, path: &Path, out: &mut Vec<Finding>
             called.name
         );
         out.push(hint(finding(Area::Proxy, Cause::PlaintextToProxy, called, message, &policies)));
+    } else if calls_itself(from, to) {
+        let message = format!(
+            "the redirector has no part in this call: {} calls itself; look at where its application listens",
+            from.name
+        );
+        let next = [in_netns(from, "ss -ltnp")];
+        out.push(hint(finding(Area::Application, Cause::OutsideTheMesh, from, message, &next)));
     } else if !path.by_callers_proxy && path.to_proxy_port.is_none() {
         let message = format!(
             "the redirector has no part in this call: it goes from {} to {} past every proxy; look at the \
