@@ -89,6 +89,21 @@ pub struct Options {
 pub async fn run(options: Options, shutdown: CancellationToken) -> Result<()> {
     // First of all: the sockets are another agent's while that has the directory.
     let dataplane = Arc::new(Dataplane::open(&options.dataplane)?);
+    let ended = run_on(Arc::clone(&dataplane), options, shutdown).await;
+    if ended.is_err() {
+        // An agent that could not start leaves nothing behind.
+        if let Err(e) = dataplane.unpin_if_unused() {
+            warn!("cannot remove the pinned maps: {e:#}");
+        }
+    }
+    ended
+}
+
+async fn run_on(
+    dataplane: Arc<Dataplane>,
+    options: Options,
+    shutdown: CancellationToken,
+) -> Result<()> {
     let control = control::Server::bind(&options.control_socket)?;
     let cni = cni::Server::bind(&options.cni_socket)?;
     let zds = zds::Server::bind(&options.zds_socket)?;

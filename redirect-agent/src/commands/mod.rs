@@ -319,9 +319,7 @@ fn attach(args: &AttachArgs) -> Result<()> {
         selections: args.traffic.selections()?,
         ..Traffic::default()
     };
-    if dataplane.prepare(&pod, 0, &traffic)? {
-        dataplane.settle_wholly(&pod)?;
-    }
+    dataplane.prepare(&pod, 0, &traffic)?;
     let missing: Vec<String> =
         dataplane.proxy_listens(&pod)?.iter().map(ToString::to_string).collect();
     dataplane.capture(&pod, &traffic)?;

@@ -350,10 +350,16 @@ impl Kernel {
         Ok(missing)
     }
 
-    /// Begins a switch: from now on the programs note which path each of the pod's connections takes.
+    /// Begins a switch: from now on the programs note which path each of the pod's connections takes. One that
+    /// is running goes on: what was noted stays true.
     pub(super) fn begin_switch(&mut self, pod_id: PodId) -> Result<()> {
-        // This comes first: the programs note nothing for a pod without a count.
-        self.noted()?.insert(pod_id, 0, 0).context("write map noted")?;
+        let until = absent(self.switches()?.get(&pod_id, 0)).context("read map switches")?;
+        let now = monotonic_ns()?;
+        if until.is_none_or(|until| until <= now) {
+            self.end_switch(pod_id)?;
+            // This comes first: the programs note nothing for a pod without a count.
+            self.noted()?.insert(pod_id, 0, 0).context("write map noted")?;
+        }
         self.switches()?.insert(pod_id, switch_end()?, 0).context("write map switches")?;
         self.count_switches()
     }

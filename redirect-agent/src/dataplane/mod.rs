@@ -197,8 +197,9 @@ impl Dataplane {
 
     /// Step 1: everything is in place in the pod, but nothing is redirected yet. In a pod that is captured
     /// already, it only repairs what is missing and applies the inbound settings of `traffic`. `reason` is
-    /// the number of the `membership::Reason`, for whoever dumps the map `pods`. Returns whether connections
-    /// that the change of settings caught halfway still have to [`Dataplane::settle`].
+    /// the number of the `membership::Reason`, for whoever dumps the map `pods`. Returns whether settings of a
+    /// captured pod have changed: then connections that were caught halfway still have to
+    /// [`Dataplane::settle`], unless [`Dataplane::capture`] follows at once.
     ///
     /// # Errors
     ///
@@ -672,7 +673,6 @@ impl Dataplane {
         pod: &PodNetns,
         change: impl FnOnce() -> Result<()> + Send,
     ) -> Result<()> {
-        self.kernel().end_switch(pod.id())?;
         self.kernel().begin_switch(pod.id())?;
         let switched = pod.netns.run(change).flatten();
         if switched.is_err() {

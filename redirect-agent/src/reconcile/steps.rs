@@ -55,7 +55,8 @@ impl<S: Source> PodTask<S> {
         let netns = self.open_netns().await?;
         let (reason, traffic) = (self.decision_code(), self.traffic());
         let prepare = move |d: &Dataplane, pod: &PodNetns| d.prepare(pod, reason, &traffic);
-        if self.on_netns(Arc::clone(&netns), prepare).await? {
+        // Otherwise the capture comes next, which does that.
+        if self.on_netns(Arc::clone(&netns), prepare).await? && self.standing.shaped {
             self.settle(netns).await?;
         }
         self.noted = None;

@@ -124,3 +124,39 @@ fn pinned_map_of_another_layout_is_named() -> Result<()> {
     ensure!(pin.exists());
     Ok(())
 }
+
+/// Nor does it take away what another one has left for pods of the mesh.
+#[test]
+fn agent_that_cannot_start_leaves_nothing_behind() -> Result<()> {
+    let mut cluster = Cluster::without_agent(&[])?;
+    let run = |cluster: &Cluster| -> Result<()> {
+        let node = &cluster.node;
+        let dir = cluster.topology.dir().subdir("fails")?;
+        let mut run = node.command_without_agent("run")?;
+        for (flag, name) in [
+            ("--control-socket", SOCKETS[0]),
+            ("--zds-socket", SOCKETS[1]),
+            ("--cni-socket", SOCKETS[2]),
+            ("--state-dir", "state"),
+        ] {
+            run.arg(flag).arg(dir.join(name));
+        }
+        run.args(["--source=dir:/nowhere", "--health-address=off", "--bpffs-dir"]);
+        let (done, said) = finish(run.arg(node.bpffs()))?;
+        ensure!(!done && said.contains("read the manifests in /nowhere"), "{said}");
+        Ok(())
+    };
+    run(&cluster)?;
+    ensure!(!cluster.node.bpffs().exists(), "maps are left");
+
+    cluster.node.start_agent()?;
+    cluster.node.start_proxy()?;
+    cluster.node.enroll(&cluster.server)?;
+    cluster.node.kill_agent()?;
+    run(&cluster)?;
+    let _app = echo(&cluster.server)?;
+    for family in [Family::V4, Family::V6] {
+        cluster.node.assert_inbound(&cluster.client, &cluster.server, family)?;
+    }
+    Ok(())
+}
