@@ -1,9 +1,9 @@
 //! Finds the network namespace of a running pod.
 //!
 //! It is at the path that CNI reported, or where somebody has put it under the pod's name. Otherwise it is
-//! found by the pod's processes, which kubelet keeps in a cgroup that is named after the pod. In any case, it
-//! is the pod's only if it has an address of the pod or is set up by us already, and never if it is the
-//! node's own.
+//! found by the pod's processes, which kubelet keeps in a cgroup that is named after the pod, unless the
+//! application may have made it. In any case, it is the pod's only if it has an address of the pod or is set up
+//! by us already, and never if it is the node's own.
 
 use std::{
     collections::{BTreeMap, BTreeSet},
@@ -81,13 +81,15 @@ impl Finder {
         if is_there(&named)? {
             return accept(Netns::open(&named)?);
         }
+        let mut doubtful = None;
         for netns in self.of_processes(pod)? {
-            match accept(netns) {
-                Ok(found) => return Ok(found),
-                Err(e) => refused = Some(e),
+            match netns.map(accept) {
+                Ok(Ok(found)) => return Ok(found),
+                Ok(Err(e)) => refused = Some(e),
+                Err(e) => doubtful = Some(e),
             }
         }
-        match refused {
+        match refused.or(doubtful) {
             Some(e) => Err(e),
             None => bail!(
                 "find the network namespace of pod {}: there is no {}, and no process has a cgroup of uid {} (in \
@@ -99,16 +101,30 @@ impl Finder {
         }
     }
 
-    /// The namespaces of the pod's processes, except the node's. The oldest process comes first: it is not
-    /// one for which the application has created a namespace of its own.
-    fn of_processes(&self, pod: &Pod) -> Result<Vec<Netns>> {
+    /// The namespaces of the pod's processes, except the node's; an error for each that the application may
+    /// have made. The oldest process comes first: it is not one for which an application with `SYS_ADMIN` has
+    /// created a namespace.
+    fn of_processes(&self, pod: &Pod) -> Result<impl Iterator<Item = Result<Netns>>> {
         let hosts = hosts()?;
         let mut seen = BTreeSet::new();
         // A process may have exited, or may be exiting.
         let opened =
             self.namespaces_of(pod)?.into_iter().filter_map(|path| Netns::open(&path).ok());
-        let of_pod = |netns: &Netns| !hosts.contains(&netns.inode()) && seen.insert(netns.inode());
-        Ok(opened.filter(of_pod).collect())
+        let of_pod =
+            move |netns: &Netns| !hosts.contains(&netns.inode()) && seen.insert(netns.inode());
+        // One after the other: an application can make any number of them.
+        Ok(opened.filter(of_pod).map(|netns| {
+            if can_be_runtimes(pod, netns.owner_depth()?) {
+                return Ok(netns);
+            }
+            let right = if pod.host_users { "the node's" } else { "the node's and the pod's" };
+            bail!(
+                "{} belongs to a user namespace other than {right}: the application may have made it; recreate \
+                 the pod while the agent runs, and CNI reports its network namespace, or mount that at {}",
+                netns.path().display(),
+                self.named(&pod.key).display()
+            )
+        }))
     }
 
     /// The inode number of the pod's network namespace, whatever addresses that has; `None` when
@@ -138,6 +154,9 @@ impl Finder {
             if is_there(&path)? {
                 return netns.is_at(&path);
             }
+        }
+        if !can_be_runtimes(pod, netns.owner_depth()?) {
+            return Ok(false);
         }
         // By the process by which it was found, or else by another process of the pod.
         if netns.path().starts_with(PROC) && netns.is_at(netns.path())? {
@@ -196,6 +215,20 @@ impl Processes {
         };
         Ok(Self(found.into_iter().map(|(uid, pids)| (uid, by_age(pids))).collect()))
     }
+}
+
+/// Whether the pod's runtime can have made a network namespace that is owned by a user namespace so many levels
+/// below the agent's, and an application cannot.
+///
+/// A runtime makes it in the node's user namespace, which is the agent's, or for a pod with `hostUsers: false`
+/// in the pod's, a child of that. Making one takes `SYS_ADMIN` in the user namespace that then owns it. An
+/// application without that capability gets it only in user namespaces that it makes, below its own.
+///
+/// Of an owner outside of the agent's user namespace (`None`), the kernel says nothing. An application may have
+/// made that one, too, and the agent cannot enter what it owns in any case.
+fn can_be_runtimes(pod: &Pod, owner_depth: Option<u32>) -> bool {
+    let deepest = if pod.host_users { 0 } else { 1 };
+    owner_depth.is_some_and(|depth| depth <= deepest)
 }
 
 fn is_there(path: &Path) -> Result<bool> {
@@ -298,6 +331,7 @@ mod tests {
     use serde_json::json;
 
     use super::*;
+    use crate::netns::tests::below_us;
 
     const UID: &str = "0d3a8f6e-5b1c-4c53-9c5f-0a1b2c3d4e5f";
     const HASH: &str = "0123456789abcdef0123456789abcdef";
@@ -344,17 +378,58 @@ mod tests {
         assert_eq!(pod_of(&format!("0::/kubepods/pod{HASH}/{container}")).as_deref(), Some(HASH));
     }
 
+    fn finder(dir: &Path) -> Finder {
+        let records = Arc::new(Records::open(&dir.join("state")).unwrap());
+        Finder::new(records, dir.to_owned())
+    }
+
+    fn pod(host_users: bool) -> Pod {
+        let pod: k8s::Pod = serde_json::from_value(json!({
+            "metadata": {"name": "cart", "namespace": "shop", "uid": UID},
+            "spec": {"hostUsers": host_users, "containers": []},
+        }))
+        .unwrap();
+        Pod::try_from(&pod).unwrap()
+    }
+
+    #[test]
+    fn owner_of_a_namespace_tells_who_can_have_made_it() {
+        for (depth, host_users, is_runtimes) in [
+            (Some(0), true, true),
+            (Some(0), false, true),
+            (Some(1), true, false),
+            (Some(1), false, true),
+            (Some(2), true, false),
+            (Some(2), false, false),
+            (None, true, false),
+            (None, false, false),
+        ] {
+            let told = can_be_runtimes(&pod(host_users), depth);
+            assert_eq!(told, is_runtimes, "{depth:?}, hostUsers: {host_users}");
+        }
+    }
+
+    #[test]
+    fn namespace_that_an_application_can_have_made_does_not_stand() {
+        let dir = tempfile::tempdir().unwrap();
+        let finder = finder(dir.path());
+        for (depth, host_users, stands) in [(1, true, false), (1, false, true), (2, false, false)] {
+            let (mut child, netns) = below_us(depth);
+            let told = finder.stands(&pod(host_users), &netns).unwrap();
+            assert_eq!(told, stands, "{depth}, hostUsers: {host_users}");
+            // Somebody has put it there.
+            symlink(netns.path(), dir.path().join("shop_cart")).unwrap();
+            assert!(finder.stands(&pod(host_users), &netns).unwrap());
+            fs::remove_file(dir.path().join("shop_cart")).unwrap();
+            child.wait().unwrap();
+        }
+    }
+
     #[test]
     fn what_cannot_be_looked_at_is_not_gone() {
         let dir = tempfile::tempdir().unwrap();
-        let records = Arc::new(Records::open(&dir.path().join("state")).unwrap());
-        let finder = Finder::new(records, dir.path().to_owned());
-        let pod: k8s::Pod = serde_json::from_value(json!({
-            "metadata": {"name": "cart", "namespace": "shop", "uid": UID},
-        }))
-        .unwrap();
-        let pod = Pod::try_from(&pod).unwrap();
-        let netns = Netns::open(Path::new("/proc/self/ns/net")).unwrap();
+        let (finder, pod) = (finder(dir.path()), pod(false));
+        let (mut child, netns) = below_us(1);
         let nobodys = |_| false;
         assert!(finder.stands(&pod, &netns).unwrap());
         assert_eq!(finder.inode(&pod, nobodys).unwrap(), None);
@@ -364,6 +439,7 @@ mod tests {
         assert!(finder.stands(&pod, &netns).is_err());
         assert!(finder.inode(&pod, nobodys).is_err());
         assert!(finder.find(&pod, nobodys).is_err());
+        child.wait().unwrap();
     }
 
     #[test]

@@ -4,7 +4,7 @@ use std::{
     fs::{self, File},
     io,
     os::{
-        fd::{AsFd, AsRawFd as _, BorrowedFd, OwnedFd},
+        fd::{AsFd, AsRawFd as _, BorrowedFd, FromRawFd as _, OwnedFd},
         unix::fs::MetadataExt as _,
     },
     path::{Path, PathBuf},
@@ -109,6 +109,33 @@ impl Netns {
         Ok(is_first || (!with_us && with_its_first()))
     }
 
+    /// How many levels below the agent's user namespace its owner is: 0 if the agent's own is the owner.
+    /// `None`: the owner is neither that nor below it, and the agent cannot enter the namespace.
+    ///
+    /// # Errors
+    ///
+    /// When a system call fails.
+    pub fn owner_depth(&self) -> Result<Option<u32>> {
+        const OWN: &str = "/proc/self/ns/user";
+        let own = fs::metadata(OWN).with_context(|| format!("look at {OWN}"))?;
+        let look = || format!("look for the owner of {}", self.path.display());
+        let mut owner = match related(&self.fd, libc::NS_GET_USERNS) {
+            // Source: Linux `kernel/user_namespace.c`, `ns_get_owner`.
+            Err(e) if e.raw_os_error() == Some(libc::EPERM) => return Ok(None),
+            owner => owner.with_context(look)?,
+        };
+        let mut depth = 0;
+        loop {
+            let stat = fstat(&owner).with_context(look)?;
+            if (stat.st_ino, stat.st_dev) == (own.ino(), own.dev()) {
+                return Ok(Some(depth));
+            }
+            // The kernel limits the depth.
+            owner = related(&owner, libc::NS_GET_PARENT).with_context(look)?;
+            depth += 1;
+        }
+    }
+
     /// Runs `f` inside the namespace, on a thread that exists for this alone.
     ///
     /// # Errors
@@ -147,6 +174,18 @@ fn namespace_type(fd: &OwnedFd) -> Option<i32> {
     (kind >= 0).then_some(kind)
 }
 
+/// The owner or the parent of a namespace, as `request` says. Source: `ioctl_ns(2)`.
+#[expect(unsafe_code, reason = "an ioctl without an argument that opens a file")]
+fn related(fd: &OwnedFd, request: libc::Ioctl) -> io::Result<OwnedFd> {
+    // SAFETY: it reads nothing and writes nothing.
+    let fd = unsafe { libc::ioctl(fd.as_raw_fd(), request) };
+    if fd < 0 {
+        return Err(io::Error::last_os_error());
+    }
+    // SAFETY: the kernel has just opened it, and nobody else knows it.
+    Ok(unsafe { OwnedFd::from_raw_fd(fd) })
+}
+
 impl AsFd for Netns {
     fn as_fd(&self) -> BorrowedFd<'_> {
         self.fd.as_fd()
@@ -168,4 +207,44 @@ pub fn in_dir(dir: &Path) -> Result<Vec<Netns>> {
         found.extend(Netns::open(&entry?.path()));
     }
     Ok(found)
+}
+
+#[cfg(test)]
+pub(crate) mod tests {
+    use std::{
+        io::Read as _,
+        process::{Child, Command, Stdio},
+    };
+
+    use super::*;
+
+    /// The network namespace of a process so many user namespaces below ours. The process ends when it is
+    /// dropped, or when its standard input is closed.
+    pub fn below_us(depth: u32) -> (Child, Netns) {
+        let mut command = Command::new("unshare");
+        for _ in 1..depth {
+            command.args(["--user", "--map-root-user", "unshare"]);
+        }
+        let mut child = command
+            .args(["--user", "--net", "sh", "-c", "echo && exec cat"])
+            .stdin(Stdio::piped())
+            .stdout(Stdio::piped())
+            .spawn()
+            .unwrap();
+        child.stdout.as_mut().unwrap().read_exact(&mut [0]).unwrap();
+        let netns = Netns::open(Path::new(&format!("/proc/{}/ns/net", child.id()))).unwrap();
+        (child, netns)
+    }
+
+    #[test]
+    fn owner_is_so_many_levels_below_us() {
+        for depth in 1..=3 {
+            let (mut child, netns) = below_us(depth);
+            assert_eq!(netns.owner_depth().unwrap(), Some(depth));
+            child.wait().unwrap();
+        }
+        // It may be somebody else's who has started the test.
+        let own = Netns::open(Path::new("/proc/self/ns/net")).unwrap().owner_depth().unwrap();
+        assert!(matches!(own, Some(0) | None), "{own:?}");
+    }
 }

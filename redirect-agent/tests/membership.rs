@@ -87,6 +87,7 @@ fn pod_with(mode: Option<&str>) -> Pod {
         labels: labels(mode),
         annotations: BTreeMap::new(),
         host_network: false,
+        host_users: true,
         phase: Phase::Running,
         ips: Vec::new(),
         deleting: false,

@@ -186,26 +186,46 @@ pub struct Netns {
 impl Netns {
     /// Makes a namespace that is found at `dir/name`.
     pub fn new(dir: &Path, name: &str) -> Result<Self> {
+        Self::bound(dir, name, |target| {
+            thread::scope(|scope| {
+                scope
+                    .spawn(|| {
+                        unshare(CloneFlags::CLONE_NEWNET).context("make a network namespace")?;
+                        bind(Path::new("/proc/thread-self/ns/net"), target)
+                    })
+                    .join()
+                    .unwrap_or_else(|panic| resume_unwind(panic))
+            })
+        })
+    }
+
+    /// The same, but a new user namespace owns it, as runtimes do it for a pod with `hostUsers: false`.
+    pub fn in_user_namespace(dir: &Path, name: &str) -> Result<Self> {
+        Self::bound(dir, name, |target| {
+            // A process with threads cannot change its user namespace.
+            let mut child = Command::new("unshare")
+                .args(["--user", "--net", "sh", "-c", "echo inside && exec cat"])
+                .stdin(Stdio::piped())
+                .stdout(Stdio::piped())
+                .spawn()
+                .context("run `unshare`")?;
+            let mut inside = [0; 7];
+            let stdout = child.stdout.as_mut().context("read from `unshare`")?;
+            let bound = stdout
+                .read_exact(&mut inside)
+                .context("make a user namespace")
+                .and_then(|()| bind(Path::new(&format!("/proc/{}/ns/net", child.id())), target));
+            // This closes its standard input, which ends it.
+            child.wait().context("wait for `unshare`")?;
+            bound
+        })
+    }
+
+    /// One that `make` binds to `dir/name`.
+    fn bound(dir: &Path, name: &str, make: impl FnOnce(&Path) -> Result<()>) -> Result<Self> {
         let path = dir.join(name);
         File::create_new(&path).with_context(|| format!("make {}", path.display()))?;
-        let made = thread::scope(|scope| {
-            let target = &path;
-            scope
-                .spawn(move || -> Result<()> {
-                    unshare(CloneFlags::CLONE_NEWNET).context("make a network namespace")?;
-                    mount(
-                        Some("/proc/thread-self/ns/net"),
-                        target,
-                        None::<&str>,
-                        MsFlags::MS_BIND,
-                        None::<&str>,
-                    )
-                    .with_context(|| format!("bind the namespace to {}", target.display()))
-                })
-                .join()
-                .unwrap_or_else(|panic| resume_unwind(panic))
-        });
-        if let Err(error) = made {
+        if let Err(error) = make(&path) {
             let _ = fs::remove_file(&path);
             return Err(error);
         }
@@ -362,6 +382,11 @@ impl Drop for Netns {
         let _ = umount2(&self.path, MntFlags::MNT_DETACH);
         let _ = fs::remove_file(&self.path);
     }
+}
+
+fn bind(namespace: &Path, target: &Path) -> Result<()> {
+    mount(Some(namespace), target, None::<&str>, MsFlags::MS_BIND, None::<&str>)
+        .with_context(|| format!("bind the namespace to {}", target.display()))
 }
 
 fn runtime() -> Result<tokio::runtime::Runtime> {

@@ -132,14 +132,29 @@ impl Topology {
 
     /// Makes a pod on a node.
     pub fn add_pod(&mut self, node: usize, namespace: &str, name: &str) -> Result<Pod> {
-        let netns_dir = self.netns_dir();
+        let netns = Netns::new(&self.netns_dir(), &format!("{namespace}_{name}"))?;
+        self.add_pod_in(netns, node, namespace, name)
+    }
+
+    /// The same for a pod with a user namespace of its own, which owns its network namespace.
+    pub fn add_pod_with_users(&mut self, node: usize, namespace: &str, name: &str) -> Result<Pod> {
+        let netns = Netns::in_user_namespace(&self.netns_dir(), &format!("{namespace}_{name}"))?;
+        self.add_pod_in(netns, node, namespace, name)
+    }
+
+    fn add_pod_in(
+        &mut self,
+        netns: Netns,
+        node: usize,
+        namespace: &str,
+        name: &str,
+    ) -> Result<Pod> {
         let i = u8::try_from(node).context("number the node")?;
         let Node { netns: host, style, pods } = &mut self.nodes[node];
         let number = *pods + 10;
         *pods += 1;
         let v4 = Ipv4Addr::new(10, 64, i, number);
         let v6 = Ipv6Addr::new(0xfd64, i.into(), 0, 0, 0, 0, 0, number.into());
-        let netns = Netns::new(&netns_dir, &format!("{namespace}_{name}"))?;
         let host_interface = format!("pod{number}");
         let peer = netns.path().display();
         host.ip(&format!("link add {host_interface} type veth peer name eth0 netns {peer}"))?;

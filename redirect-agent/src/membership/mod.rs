@@ -191,6 +191,8 @@ pub struct Pod {
     pub annotations: BTreeMap<String, String>,
     /// `spec.hostNetwork`.
     pub host_network: bool,
+    /// `spec.hostUsers`: unless it is false, the pod has no user namespace of its own.
+    pub host_users: bool,
     /// `status.phase`.
     pub phase: Phase,
     /// `status.podIPs`, or `status.podIP` where that is empty; each once, in the pod's order.
@@ -273,6 +275,7 @@ impl TryFrom<&k8s::Pod> for Pod {
             labels: metadata.labels.clone().unwrap_or_default(),
             annotations: metadata.annotations.clone().unwrap_or_default(),
             host_network,
+            host_users: spec.and_then(|s| s.host_users).unwrap_or(true),
             phase: Phase::from_kubernetes(status.and_then(|s| s.phase.as_deref())),
             ips,
             deleting: metadata.deletion_timestamp.is_some(),
@@ -397,7 +400,7 @@ mod tests {
                 "labels": {"app": "cart"}, "annotations": {"note": "x"},
                 "deletionTimestamp": "2026-01-01T00:00:00Z",
             },
-            "spec": {"serviceAccountName": "cart", "nodeName": "n1", "containers": []},
+            "spec": {"serviceAccountName": "cart", "nodeName": "n1", "hostUsers": false, "containers": []},
             "status": {
                 "phase": "Running", "podIP": "10.0.0.9",
                 "podIPs": [
@@ -413,6 +416,7 @@ mod tests {
         assert_eq!(pod.labels["app"], "cart");
         assert_eq!(pod.annotations["note"], "x");
         assert_eq!((pod.phase, pod.deleting, pod.host_network), (Phase::Running, true, false));
+        assert!(!pod.host_users);
         let ips: Vec<IpAddr> = vec!["10.0.0.2".parse().unwrap(), "fd00::2".parse().unwrap()];
         assert_eq!(pod.ips, ips);
     }
@@ -443,6 +447,7 @@ mod tests {
         .unwrap();
         assert_eq!(pod.key.to_string(), "default/cart");
         assert_eq!((pod.service_account.as_str(), pod.node_name), ("default", None));
+        assert!(pod.host_users);
         assert_eq!(pod.phase, Phase::Pending);
         assert_eq!(pod.ips, ["10.0.0.2".parse::<IpAddr>().unwrap()]);
     }

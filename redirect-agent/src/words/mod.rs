@@ -232,6 +232,7 @@ mod tests {
             labels: map(labels),
             annotations: map(annotations),
             host_network: false,
+            host_users: true,
             phase: Phase::Running,
             ips: Vec::new(),
             deleting: false,

@@ -98,6 +98,7 @@ mod tests {
             labels: labels(mode),
             annotations: BTreeMap::new(),
             host_network: false,
+            host_users: true,
             phase: Phase::Running,
             ips: Vec::new(),
             deleting: false,
