@@ -3,6 +3,7 @@
 //! became of the pod.
 
 mod api_server;
+mod attack;
 mod bad_input;
 mod cgroup;
 mod clsact;

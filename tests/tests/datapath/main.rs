@@ -3,6 +3,7 @@
 //! saw, in both address families.
 
 mod addresses;
+mod attack;
 mod bad_input;
 mod clsact;
 mod enrollment;
