@@ -539,7 +539,7 @@ mod tests {
             panic!("DNS is not accepted by the application")
         }
 
-        fn settled(&self, _: &Segment) -> Option<u32> {
+        fn settled(&self) -> Option<u32> {
             panic!("DNS is not settled")
         }
 

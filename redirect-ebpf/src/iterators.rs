@@ -11,17 +11,19 @@ use aya_ebpf::{
 use redirect_ebpf::{
     abi::{
         Addr, DNS_PLACES, DnsKey, Flow, MARK_DIRECT, MARK_PROXY, MARK_REDIRECTED, PORT_HBONE,
-        PORT_INBOUND, PORT_OUTBOUND, PORT_PROXY_DNS, PROTOCOL_TCP, PodId, WAY_DIRECT,
+        PORT_INBOUND, PORT_OUTBOUND, PORT_PROXY_DNS, PROTOCOL_TCP, PodFlow, PodId, WAY_DIRECT,
         WAY_REDIRECTED,
     },
     verdict::{Sender, captures, is_excluded, mesh_mark, with_mesh_mark},
 };
 
 use crate::{
-    AF_INET, Maps,
+    Maps,
     config::offset,
-    dns_flow, is_own, packet, pod,
-    sockets::{TCP_LISTEN, TCP_NEW_SYN_RECV, cgroup_id, owner, settle_for, settled_by},
+    dns_flow, is_own,
+    maps::HALF_OPEN,
+    packet, pod,
+    sockets::{TCP_LISTEN, TCP_NEW_SYN_RECV, cgroup_id, flow_at, owner, settle_for, settled_by},
     switch::{note, noted},
 };
 
@@ -181,7 +183,7 @@ fn mark_connection(
     ctx: *mut IterTcp,
     choose: impl FnOnce(&Connection, Option<u32>) -> Option<u32>,
 ) -> i32 {
-    let Some(sk) = Socket::new(ctx) else { return 0 };
+    let Some(sk) = Socket::new(ctx) else { return note_half_open(ctx, choose) };
     let Some(mark) = sk.get(SO_MARK) else { return 0 };
     let common = sk.common();
     let connection =
@@ -197,7 +199,13 @@ fn mark_connection(
         Some(way) => way,
         None => {
             let noted = noted(pod_id, flow).or_else(|| noted(pod_id, translated(flow)));
-            let Some(way) = choose(&connection, noted) else { return 0 };
+            let half_open = HALF_OPEN.get_ptr(&PodFlow { pod_id, flow }).is_some();
+            let way = if half_open && noted != Some(WAY_REDIRECTED) {
+                WAY_DIRECT
+            } else {
+                let Some(way) = choose(&connection, noted) else { return 0 };
+                way
+            };
             // Without memory, a direct connection ends: it could not be told from others later.
             settle_for(sk.0.cast(), &flow, way);
             way
@@ -206,6 +214,24 @@ fn mark_connection(
     if mesh_mark(mark) == 0 {
         let way = if way == WAY_REDIRECTED { MARK_REDIRECTED } else { MARK_DIRECT };
         sk.set(SO_MARK, with_mesh_mark(mark, way));
+    }
+    0
+}
+
+/// A half-open connection has no socket that could keep a record.
+#[inline(always)]
+fn note_half_open(
+    ctx: *mut IterTcp,
+    choose: impl FnOnce(&Connection, Option<u32>) -> Option<u32>,
+) -> i32 {
+    let Some(common) = Common::new(ctx) else { return 0 };
+    let (pod_id, flow, state) = (common.pod_id(), common.flow(), common.state());
+    let connection = Connection { pod_id, flow, state, mark: 0 };
+    if state == TCP_NEW_SYN_RECV
+        && !connection.is_internal()
+        && choose(&connection, noted(pod_id, flow)) == Some(WAY_DIRECT)
+    {
+        let _full = HALF_OPEN.insert(&PodFlow { pod_id, flow }, 1, u64::from(BPF_ANY));
     }
     0
 }
@@ -288,21 +314,7 @@ impl Common {
 
     #[inline(always)]
     fn flow(&self) -> Flow {
-        let (local, remote): (Addr, Addr) =
-            if u32::from(self.read::<u16>(offset!(family))) == AF_INET {
-                (Addr::v4(self.read(offset!(local_v4))), Addr::v4(self.read(offset!(remote_v4))))
-            } else {
-                (
-                    Addr::from_words(self.read(offset!(local_v6))),
-                    Addr::from_words(self.read(offset!(remote_v6))),
-                )
-            };
-        Flow {
-            local,
-            remote,
-            local_port: self.read(offset!(local_port)),
-            remote_port: u16::from_be(self.read(offset!(remote_port))),
-        }
+        flow_at(self.0 as u64)
     }
 }
 

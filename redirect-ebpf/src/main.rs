@@ -326,7 +326,7 @@ fn on_egress(ctx: &TcContext, readable: bool, parsed: &Parsed, sender: Sender, s
         Some(way) if parsed.segment().accepts && way.get() == WAY_DIRECT => HALF_OPEN
             .insert(&PodFlow { pod_id: verdict.pod_id, flow }, 1, u64::from(BPF_ANY))
             .is_ok(),
-        Some(way) if sends => sockets::settle(ctx, &flow, way.get()),
+        Some(way) if sends => sockets::settle(ctx, way.get()),
         _ => true,
     };
     if !noted && parsed.segment().opens && matches!(verdict.fate, Fate::ToLo) {
@@ -719,8 +719,8 @@ impl Env for Tc<'_> {
     }
 
     #[inline(always)]
-    fn settled(&self, segment: &Segment) -> Option<u32> {
-        if self.sends { sockets::settled(self.ctx, &segment.sender_flow()) } else { None }
+    fn settled(&self) -> Option<u32> {
+        if self.sends { sockets::settled(self.ctx) } else { None }
     }
 
     #[inline(always)]

@@ -27,7 +27,7 @@ use redirect_ebpf::{
 };
 
 use crate::{
-    config,
+    AF_INET, config,
     maps::{LISTENERS, PROXY_CGROUPS, PROXY_MISSING, SETTLED},
     packet, set_hint,
 };
@@ -365,16 +365,51 @@ pub fn is_settled_proxys(ctx: &TcContext) -> bool {
     }
 }
 
-/// The path that was recorded for this connection of the socket that [`sends`] the packet.
+/// The path that was recorded for the connection of the socket that [`sends`] the packet. It goes by the socket's
+/// addresses and ports: netfilter in the pod may have given the packet others.
 #[inline(always)]
-pub fn settled(ctx: &TcContext, flow: &Flow) -> Option<u32> {
-    settled_by(packets_socket(ctx), flow)
+pub fn settled(ctx: &TcContext) -> Option<u32> {
+    let sk = packets_socket(ctx);
+    settled_by(sk, &flow_of(sk))
 }
 
 /// Records it. Fails without memory.
 #[inline(always)]
-pub fn settle(ctx: &TcContext, flow: &Flow, way: u32) -> bool {
-    settle_for(packets_socket(ctx), flow, way)
+pub fn settle(ctx: &TcContext, way: u32) -> bool {
+    let sk = packets_socket(ctx);
+    settle_for(sk, &flow_of(sk), way)
+}
+
+/// The connection of a socket, as the iterators read it.
+#[inline(always)]
+fn flow_of(sk: *mut bpf_sock) -> Flow {
+    let slot = core::hint::black_box(sk);
+    let common: u64 = packet::kernel(ptr::from_ref(&slot) as u64);
+    flow_at(common)
+}
+
+/// The connection of the `struct sock_common` at this address.
+#[inline(always)]
+pub fn flow_at(common: u64) -> Flow {
+    let at = |offset: u32| common + u64::from(offset);
+    let family: u16 = packet::kernel(at(config::offset!(family)));
+    let (local, remote): (Addr, Addr) = if u32::from(family) == AF_INET {
+        (
+            Addr::v4(packet::kernel(at(config::offset!(local_v4)))),
+            Addr::v4(packet::kernel(at(config::offset!(remote_v4)))),
+        )
+    } else {
+        (
+            Addr::from_words(packet::kernel(at(config::offset!(local_v6)))),
+            Addr::from_words(packet::kernel(at(config::offset!(remote_v6)))),
+        )
+    };
+    Flow {
+        local,
+        remote,
+        local_port: packet::kernel(at(config::offset!(local_port))),
+        remote_port: u16::from_be(packet::kernel(at(config::offset!(remote_port)))),
+    }
 }
 
 /// The path that was recorded for this connection of a socket.

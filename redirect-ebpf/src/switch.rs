@@ -20,6 +20,7 @@ use redirect_ebpf::{
 
 use crate::{
     count::{self, Packet},
+    excludes_outbound,
     maps::{NOTED, SWITCHES, SWITCHING, WAYS},
     mark,
     packet::{self, Parsed},
@@ -62,12 +63,17 @@ fn holds(ctx: &TcContext, parsed: &Parsed) -> bool {
     }
     let flow = parsed.segment().sender_flow();
     let way = if on_lo { WAY_REDIRECTED } else { WAY_DIRECT };
+    let noted = noted(pod_id, flow);
+    if on_lo && (parsed.segment().opens || noted.is_none()) && excludes_outbound(pod_id, &flow) {
+        // It is a stray: the settings say so already, and the routes do not yet.
+        return false;
+    }
     if parsed.segment().opens {
         // A new connection, possibly with the ports of an old one.
         note(pod_id, flow, way, BPF_ANY);
         return false;
     }
-    match noted(pod_id, flow) {
+    match noted {
         Some(noted) if noted != way => {
             count::packet(pod_id, Counter::HeldInTransition as u32, Packet::Parsed);
             true

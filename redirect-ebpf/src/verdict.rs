@@ -117,8 +117,8 @@ pub trait Env: Pods {
     /// Whether the listener for which a SYN-ACK answers has the mark of a direct connection. Its connections
     /// take that instead of the SYN's.
     fn has_marked_listener(&self) -> bool;
-    /// The path that was recorded for this connection of the socket that sent the segment, one of `WAY_*`.
-    fn settled(&self, segment: &Segment) -> Option<u32>;
+    /// The path that was recorded for the connection of the socket that sent the segment, one of `WAY_*`.
+    fn settled(&self) -> Option<u32>;
     /// Whether the connection is known to be direct although its socket has no record yet: it was half open
     /// when the capture began, or when the pod's settings changed.
     fn is_noted_direct(&self, pod_id: PodId, segment: &Segment) -> bool;
@@ -559,7 +559,7 @@ pub fn on_egress_of(
         return if message.tcp { verdict.count(Counter::Forwarded) } else { verdict };
     }
     if !segment.opens {
-        match env.settled(segment) {
+        match env.settled() {
             Some(WAY_REDIRECTED) => return to_lo(Verdict::NEXT),
             Some(_) => return Verdict::NEXT,
             None => {}
@@ -619,7 +619,9 @@ pub fn on_egress_of(
         // The SYN came before the capture began.
         let is_older = mesh_mark(mark) == MARK_DIRECT
             && env.has_half_open(pod_id)
-            && !env.has_marked_listener();
+            && !env.has_marked_listener()
+            // A socket that opens a connection with its caller has sent its own SYN since.
+            && !env.is_connections();
         if is_older {
             return Verdict { settle: code(WAY_DIRECT), ..next };
         }
@@ -642,7 +644,7 @@ pub fn on_egress_of(
 #[inline(always)]
 fn on_proxys_egress(way: u32, segment: &Segment, env: &impl Env) -> Verdict {
     if !segment.opens {
-        match env.settled(segment) {
+        match env.settled() {
             Some(WAY_REDIRECTED) => return to_lo(Verdict::NEXT),
             Some(settled) if settled == way => return Verdict::NEXT,
             // It was settled when less was known about the proxy.
@@ -1052,7 +1054,7 @@ mod tests {
             self.half_open
         }
 
-        fn settled(&self, _: &Segment) -> Option<u32> {
+        fn settled(&self) -> Option<u32> {
             self.settled
         }
 
@@ -2231,11 +2233,13 @@ mod tests {
                 (true, 0, aborted),
                 (false, MARK_DIRECT, aborted),
             ] {
-                let node = Node { half_open, ..Node::new(&a, CAPTURING) };
+                let node = Node { half_open, connections: false, ..Node::new(&a, CAPTURING) };
                 let message = tcp(syn_ack(a.own, a.stranger));
                 assert_eq!(on_egress(mark, Ok(&message), &node), expected, "{mark:x}");
                 let node = Node { marked_listener: true, ..node };
                 assert_eq!(on_egress(mark, Ok(&message), &node), aborted, "its listener's mark");
+                let node = Node { connections: true, marked_listener: false, ..node };
+                assert_eq!(on_egress(mark, Ok(&message), &node), aborted, "it calls, too");
             }
         }
     }

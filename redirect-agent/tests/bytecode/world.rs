@@ -519,7 +519,7 @@ impl Env for World {
         Sender::Application
     }
 
-    fn settled(&self, _: &Segment) -> Option<u32> {
+    fn settled(&self) -> Option<u32> {
         // and each run another one.
         None
     }

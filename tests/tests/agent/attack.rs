@@ -83,7 +83,6 @@ fn prepared() -> Result<Cluster> {
 /// Apache httpd sets `TCP_DEFER_ACCEPT`: a connection stays half open in the kernel until its client speaks. That
 /// is longer than a switch, and the SYN-ACK is not sent again.
 #[test]
-#[ignore = "finding L2: half-open connections are noted by what is sent within the switch only"]
 fn connection_that_waits_for_its_clients_data_survives_enrollment() -> Result<()> {
     let family = Family::V4;
     let mut cluster = prepared()?;
@@ -103,7 +102,6 @@ fn connection_that_waits_for_its_clients_data_survives_enrollment() -> Result<()
 
 /// A connection that was half open when the capture began, and on which nobody has spoken, when settings change.
 #[test]
-#[ignore = "finding L3: mark_open does not look into half_open"]
 fn half_open_connection_from_before_the_capture_survives_a_change_of_settings() -> Result<()> {
     let family = Family::V4;
     let mut cluster = prepared()?;
@@ -148,7 +146,7 @@ fn half_open(cluster: &mut Cluster, family: Family) -> Result<Socket> {
 /// later, the application makes a listener from a socket with the mark of a direct connection (a probe's would
 /// do), and the proxy happens to call it from the port that the accomplice has used.
 #[test]
-#[ignore = "finding A2: entries of half_open outlive the connection"]
+#[ignore = "a known hole (SECURITY.md): entries of half_open outlive the connection"]
 fn half_open_connection_that_has_ended_does_not_open_a_way_past_the_proxy() -> Result<()> {
     let family = Family::V4;
     let mut cluster = prepared()?;
