@@ -2,6 +2,7 @@
 
 use std::fs;
 use std::os::unix::net::UnixListener;
+use std::path::Path;
 use std::process::Command;
 use std::time::{Duration, Instant};
 
@@ -12,7 +13,7 @@ use redirect_tests::both_families;
 use redirect_tests::netns::Family;
 use redirect_tests::process::{finish, succeed, wait_for};
 
-use crate::cluster::{Cluster, SOON, echo};
+use crate::cluster::{Cluster, Node, SOON, echo};
 
 both_families! {
     commands_beside_an_agent_fail_at_once_and_name_it,
@@ -24,14 +25,8 @@ const AT_ONCE: Duration = Duration::from_secs(5);
 
 const SOCKETS: [&str; 3] = ["control.sock", "zds.sock", "cni.sock"];
 
-/// What `run` on the same directory, but with sockets of its own, `attach`, `detach` and `cleanup` say.
-fn refusals(cluster: &Cluster) -> Result<Vec<(bool, String)>> {
-    let Cluster { node, server, topology, .. } = cluster;
-    let dir = topology.dir().subdir("second")?;
-    // Stale, but not for others to remove.
-    for name in SOCKETS {
-        let _stale = UnixListener::bind(dir.join(name));
-    }
+/// `run`, with sockets and state of its own.
+fn run_with_sockets_in(node: &Node, dir: &Path) -> Result<Command> {
     let mut run = node.command_without_agent("run")?;
     for (flag, name) in [
         ("--control-socket", SOCKETS[0]),
@@ -41,6 +36,18 @@ fn refusals(cluster: &Cluster) -> Result<Vec<(bool, String)>> {
     ] {
         run.arg(flag).arg(dir.join(name));
     }
+    Ok(run)
+}
+
+/// What `run` on the same directory, but with sockets of its own, `attach`, `detach` and `cleanup` say.
+fn refusals(cluster: &Cluster) -> Result<Vec<(bool, String)>> {
+    let Cluster { node, server, topology, .. } = cluster;
+    let dir = topology.dir().subdir("second")?;
+    // Stale, but not for others to remove.
+    for name in SOCKETS {
+        let _stale = UnixListener::bind(dir.join(name));
+    }
+    let mut run = run_with_sockets_in(node, &dir)?;
     run.arg(format!("--source=dir:{}", node.manifests().display()));
     run.args(["--health-address", "off", "--bpffs-dir"]).arg(node.bpffs());
     let on_netns = |verb| -> Result<Command> {
@@ -132,15 +139,7 @@ fn agent_that_cannot_start_leaves_nothing_behind() -> Result<()> {
     let run = |cluster: &Cluster| -> Result<()> {
         let node = &cluster.node;
         let dir = cluster.topology.dir().subdir("fails")?;
-        let mut run = node.command_without_agent("run")?;
-        for (flag, name) in [
-            ("--control-socket", SOCKETS[0]),
-            ("--zds-socket", SOCKETS[1]),
-            ("--cni-socket", SOCKETS[2]),
-            ("--state-dir", "state"),
-        ] {
-            run.arg(flag).arg(dir.join(name));
-        }
+        let mut run = run_with_sockets_in(node, &dir)?;
         run.args(["--source=dir:/nowhere", "--health-address=off", "--bpffs-dir"]);
         let (done, said) = finish(run.arg(node.bpffs()))?;
         ensure!(!done && said.contains("read the manifests in /nowhere"), "{said}");
