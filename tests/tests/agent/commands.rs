@@ -125,7 +125,7 @@ fn detach_of_what_is_not_attached_leaves_connections_alone(family: Family) -> Re
         let mut command = node.command_without_agent("detach")?;
         command.arg("--bpffs-dir").arg(node.bpffs()).arg("--netns").arg(server.netns_path());
         let (done, said) = finish(&mut command)?;
-        ensure!(done && said.contains("is not attached"), "{said}");
+        ensure!(done && said.contains("was not attached"), "{said}");
     }
     assert_unchanged(&server.netns, &before)?;
     let marked = server.netns.output("ss", &["--no-header", "--tcp", "--extended"])?;
