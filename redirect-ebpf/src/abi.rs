@@ -373,6 +373,39 @@ pub struct PodFlow {
     pub flow: Flow,
 }
 
+/// One connection of a socket. A later one may have the same addresses and ports.
+#[repr(C)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Pod, Zeroable)]
+pub struct Connection {
+    /// Its addresses and ports, as its socket has them.
+    pub flow: Flow,
+    /// The sequence number with which its socket started: that of the SYN of a socket that connects, and one
+    /// more than that of the SYN-ACK of a socket that accepts.
+    pub start: u32,
+}
+
+/// How many half-open connections of one pod the map `half_open` can have at once. Like DNS flows, they have
+/// numbered places of their own.
+pub const HALF_OPEN_PLACES: u16 = 256;
+
+/// Key of the map `half_open`: one of a pod's places.
+#[repr(C)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, Pod, Zeroable)]
+pub struct HalfOpenKey {
+    /// The pod.
+    pub pod_id: PodId,
+    /// The number of the place: [`Flow::remote_port`] modulo [`HALF_OPEN_PLACES`].
+    pub place: u32,
+}
+
+impl HalfOpenKey {
+    /// The place of a connection.
+    #[inline(always)]
+    pub fn new(pod_id: PodId, flow: &Flow) -> Self {
+        Self { pod_id, place: u32::from(flow.remote_port % HALF_OPEN_PLACES) }
+    }
+}
+
 /// `lo`'s index, in every namespace. Source: Linux `include/net/flow.h`, `LOOPBACK_IFINDEX`.
 pub const LOOPBACK_IFINDEX: u32 = 1;
 
@@ -392,7 +425,7 @@ pub const POD_WAYS: u32 = 8192;
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Pod, Zeroable)]
 pub struct Settled {
     /// The connection.
-    pub flow: Flow,
+    pub connection: Connection,
     /// One of `WAY_*`.
     pub way: u32,
 }
@@ -616,7 +649,7 @@ pub struct SavedSysctls {
 pub const SYSCTL_ABSENT: i32 = i32::MIN;
 
 /// Offsets in the kernel's `struct sock_common`, `struct net`, `struct sk_buff`, `struct net_device`,
-/// `struct sock`, `struct cgroup` and `struct kernfs_node`, bytes. Source: the running kernel's BTF.
+/// `struct sock`, `struct cgroup`, `struct kernfs_node`, `struct tcp_sock` and `struct tcp_request_sock`, bytes. Source: the running kernel's BTF.
 #[repr(C)]
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Pod, Zeroable)]
 pub struct SockOffsets {
@@ -651,10 +684,16 @@ pub struct SockOffsets {
     pub cgroup_node: u32,
     /// `id` of `struct kernfs_node`, u64: the inode number of the cgroup's directory.
     pub node_id: u32,
+    /// `snd_una` of `struct tcp_sock`, u32: the first sequence number that is not acknowledged.
+    pub unacknowledged: u32,
+    /// `bytes_acked` of `struct tcp_sock`, u64: how many sequence numbers have been acknowledged.
+    pub acknowledged: u32,
+    /// `snt_isn` of `struct tcp_request_sock`, u32: the sequence number of the SYN-ACK.
+    pub accepted_with: u32,
 }
 
 const _: () = {
-    assert!(size_of::<SockOffsets>() == 60);
+    assert!(size_of::<SockOffsets>() == 72);
     assert!(size_of::<VerdictEvent>() == 56);
     assert!(size_of::<Addr>() == 16);
     assert!(size_of::<PodEntry>() == 56);
@@ -666,7 +705,9 @@ const _: () = {
     assert!(size_of::<DnsKey>() == 8);
     assert!(size_of::<DnsFlow>() == 56);
     assert!(size_of::<PodFlow>() == 40);
-    assert!(size_of::<Settled>() == 40);
+    assert!(size_of::<Connection>() == 40);
+    assert!(size_of::<HalfOpenKey>() == 8);
+    assert!(size_of::<Settled>() == 44);
     assert!(size_of::<ThisPod>() == 16);
     assert!(size_of::<Hint>() == 48);
     assert!(size_of::<VirtualInterface>() == 8);
@@ -677,9 +718,9 @@ const _: () = {
 #[cfg(feature = "user")]
 mod user {
     use super::{
-        Addr, CounterKey, DnsFlow, DnsKey, Flow, Hint, ListenerKey, OwnAddress, PodEntry, PodFlow,
-        PodPeer, PodPort, SavedSysctls, Settled, SockOffsets, ThisPod, VerdictEvent,
-        VirtualInterface,
+        Addr, Connection, CounterKey, DnsFlow, DnsKey, Flow, HalfOpenKey, Hint, ListenerKey,
+        OwnAddress, PodEntry, PodFlow, PodPeer, PodPort, SavedSysctls, Settled, SockOffsets,
+        ThisPod, VerdictEvent, VirtualInterface,
     };
 
     macro_rules! pod {
@@ -691,10 +732,12 @@ mod user {
     }
     pod!(
         Addr,
+        Connection,
         CounterKey,
         DnsFlow,
         DnsKey,
         Flow,
+        HalfOpenKey,
         Hint,
         ListenerKey,
         OwnAddress,

@@ -25,6 +25,9 @@ pub static SOCK_OFFSETS: SockOffsets = SockOffsets {
     socket_cgroup: 0,
     cgroup_node: 0,
     node_id: 0,
+    unacknowledged: 0,
+    acknowledged: 0,
+    accepted_with: 0,
 };
 
 pub use redirect_ebpf::abi::SockOffsets;

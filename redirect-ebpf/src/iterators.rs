@@ -10,8 +10,8 @@ use aya_ebpf::{
 };
 use redirect_ebpf::{
     abi::{
-        Addr, DNS_PLACES, DnsKey, Flow, MARK_DIRECT, MARK_PROXY, MARK_REDIRECTED, PORT_HBONE,
-        PORT_INBOUND, PORT_OUTBOUND, PORT_PROXY_DNS, PROTOCOL_TCP, PodFlow, PodId, WAY_DIRECT,
+        Addr, Connection, DNS_PLACES, DnsKey, Flow, MARK_DIRECT, MARK_PROXY, MARK_REDIRECTED,
+        PORT_HBONE, PORT_INBOUND, PORT_OUTBOUND, PORT_PROXY_DNS, PROTOCOL_TCP, PodId, WAY_DIRECT,
         WAY_REDIRECTED,
     },
     verdict::{Sender, captures, is_excluded, mesh_mark, with_mesh_mark},
@@ -20,11 +20,10 @@ use redirect_ebpf::{
 use crate::{
     Maps,
     config::offset,
-    dns_flow, is_own,
-    maps::HALF_OPEN,
-    packet, pod,
+    dns_flow, enter_half_open, is_own, packet, pod,
     sockets::{TCP_LISTEN, TCP_NEW_SYN_RECV, cgroup_id, flow_at, owner, settle_for, settled_by},
     switch::{note, noted},
+    was_half_open,
 };
 
 const SOL_SOCKET: i32 = 1;
@@ -94,11 +93,14 @@ pub extern "C" fn note_proxy(ctx: *mut IterTcp) -> i32 {
 }
 
 /// Before capture starts: every open or half-open connection stays on its path. What `note_proxy` has not noted
-/// as redirected is direct.
+/// as redirected is direct, unless a former capture has marked it.
 #[unsafe(no_mangle)]
 #[unsafe(link_section = "iter/tcp")]
 pub extern "C" fn mark_all(ctx: *mut IterTcp) -> i32 {
-    mark_connection(ctx, |_, noted| Some(noted.unwrap_or(WAY_DIRECT)))
+    mark_connection(ctx, |connection, noted| {
+        let redirected = mesh_mark(connection.mark) == MARK_REDIRECTED;
+        Some(noted.unwrap_or(if redirected { WAY_REDIRECTED } else { WAY_DIRECT }))
+    })
 }
 
 /// Before the settings of a captured pod change, or its capture ends: every open connection stays on its path.
@@ -181,33 +183,33 @@ fn share_ports(sk: &Socket) {
 #[inline(always)]
 fn mark_connection(
     ctx: *mut IterTcp,
-    choose: impl FnOnce(&Connection, Option<u32>) -> Option<u32>,
+    choose: impl FnOnce(&Open, Option<u32>) -> Option<u32>,
 ) -> i32 {
     let Some(sk) = Socket::new(ctx) else { return note_half_open(ctx, choose) };
     let Some(mark) = sk.get(SO_MARK) else { return 0 };
     let common = sk.common();
     let connection =
-        Connection { pod_id: common.pod_id(), flow: common.flow(), state: common.state(), mark };
+        Open { pod_id: common.pod_id(), flow: common.flow(), state: common.state(), mark };
     if connection.state == TCP_LISTEN || connection.is_internal() {
         return 0;
     }
     if matches!(owner(mark, || common.cgroup()), Sender::Proxy | Sender::Marked) {
         return 0;
     }
-    let Connection { pod_id, flow, .. } = connection;
-    let way = match settled_by(sk.0.cast(), &flow) {
+    let Open { pod_id, flow, .. } = connection;
+    let this = Connection { flow, start: common.start() };
+    let way = match settled_by(sk.0.cast(), &this) {
         Some(way) => way,
         None => {
             let noted = noted(pod_id, flow).or_else(|| noted(pod_id, translated(flow)));
-            let half_open = HALF_OPEN.get_ptr(&PodFlow { pod_id, flow }).is_some();
-            let way = if half_open && noted != Some(WAY_REDIRECTED) {
+            let way = if was_half_open(pod_id, &this) && noted != Some(WAY_REDIRECTED) {
                 WAY_DIRECT
             } else {
                 let Some(way) = choose(&connection, noted) else { return 0 };
                 way
             };
             // Without memory, a direct connection ends: it could not be told from others later.
-            settle_for(sk.0.cast(), &flow, way);
+            settle_for(sk.0.cast(), &this, way);
             way
         }
     };
@@ -222,29 +224,30 @@ fn mark_connection(
 #[inline(always)]
 fn note_half_open(
     ctx: *mut IterTcp,
-    choose: impl FnOnce(&Connection, Option<u32>) -> Option<u32>,
+    choose: impl FnOnce(&Open, Option<u32>) -> Option<u32>,
 ) -> i32 {
     let Some(common) = Common::new(ctx) else { return 0 };
     let (pod_id, flow, state) = (common.pod_id(), common.flow(), common.state());
-    let connection = Connection { pod_id, flow, state, mark: 0 };
+    let connection = Open { pod_id, flow, state, mark: 0 };
     if state == TCP_NEW_SYN_RECV
         && !connection.is_internal()
         && choose(&connection, noted(pod_id, flow)) == Some(WAY_DIRECT)
     {
-        let _full = HALF_OPEN.insert(&PodFlow { pod_id, flow }, 1, u64::from(BPF_ANY));
+        let start = common.read::<u32>(offset!(accepted_with)).wrapping_add(1);
+        enter_half_open(pod_id, &Connection { flow, start });
     }
     0
 }
 
-/// A connection, as its socket in the pod has it.
-struct Connection {
+/// A connection of a pod, as its socket has it.
+struct Open {
     pod_id: PodId,
     flow: Flow,
     state: u32,
     mark: u32,
 }
 
-impl Connection {
+impl Open {
     /// Whether it is one of the pod's to itself, which never leaves it.
     #[inline(always)]
     fn is_internal(&self) -> bool {
@@ -283,6 +286,13 @@ impl Common {
     #[inline(always)]
     fn state(&self) -> u32 {
         self.read::<u8>(offset!(state)).into()
+    }
+
+    /// The sequence number with which a full socket started its connection.
+    #[inline(always)]
+    fn start(&self) -> u32 {
+        let acknowledged: u64 = self.read(offset!(acknowledged));
+        self.read::<u32>(offset!(unacknowledged)).wrapping_sub(acknowledged as u32)
     }
 
     /// The id of the cgroup (v2) that it belongs to.

@@ -29,10 +29,10 @@ use aya_ebpf::{
 };
 use redirect_ebpf::{
     abi::{
-        Addr, Counter, DECISION_ENROLLED, DnsFlow, DnsKey, EVERY_POD, FOUND_KNOWN, FOUND_NEW,
-        FOUND_NOTHING, Flow, HALF_OPEN_NS, HINT_NONE, HINT_QUESTION, Hint, INBOUND_BYPASS,
-        LOOPBACK_IFINDEX, ListenerKey, MARK_PROXY, MARK_REDIRECTED, OwnAddress, POD_ENROLLED,
-        PORT_PROXY_DNS, PodFlow, PodId, PodPeer, PodPort, QUESTION_AT, QUESTION_CLIENT,
+        Addr, Connection, Counter, DECISION_ENROLLED, DnsFlow, DnsKey, EVERY_POD, FOUND_KNOWN,
+        FOUND_NEW, FOUND_NOTHING, Flow, HALF_OPEN_NS, HINT_NONE, HINT_QUESTION, HalfOpenKey, Hint,
+        INBOUND_BYPASS, LOOPBACK_IFINDEX, ListenerKey, MARK_PROXY, MARK_REDIRECTED, OwnAddress,
+        POD_ENROLLED, PORT_PROXY_DNS, PodId, PodPeer, PodPort, QUESTION_AT, QUESTION_CLIENT,
         QUESTION_ENTER, QUESTION_KIND, QUESTION_V4, VirtualInterface, WAY_DIRECT,
     },
     dns::{self, Dns, DnsEnv, Entry, Message},
@@ -320,16 +320,19 @@ fn on_egress(ctx: &TcContext, readable: bool, parsed: &Parsed, sender: Sender, s
     let message =
         if readable { Ok(&parsed.message) } else { Err(packet::hidden(ctx, packet::network(ctx))) };
     let verdict = verdict::on_egress_of(sender, mark(ctx), message, &Tc { ctx, sends });
-    let flow = parsed.segment().sender_flow();
-    let noted = match verdict.settle {
-        // The connection has no socket yet.
-        Some(way) if parsed.segment().accepts && way.get() == WAY_DIRECT => HALF_OPEN
-            .insert(&PodFlow { pod_id: verdict.pod_id, flow }, 1, u64::from(BPF_ANY))
-            .is_ok(),
+    let recorded = match verdict.settle {
+        Some(way) if parsed.segment().accepts && way.get() == WAY_DIRECT => {
+            let flow = parsed.segment().sender_flow();
+            enter_half_open(
+                verdict.pod_id,
+                &Connection { flow, start: parsed.sequence().wrapping_add(1) },
+            );
+            true
+        }
         Some(way) if sends => sockets::settle(ctx, way.get()),
         _ => true,
     };
-    if !noted && parsed.segment().opens && matches!(verdict.fate, Fate::ToLo) {
+    if !recorded && parsed.segment().opens && matches!(verdict.fate, Fate::ToLo) {
         // Later packets could be taken for those of a connection that is older than the capture. All others
         // are decided anew each time.
         count::packet(verdict.pod_id, Counter::DroppedNoMemory as u32, Packet::Parsed);
@@ -522,9 +525,25 @@ fn is_own(pod_id: PodId, addr: &Addr) -> bool {
 }
 
 #[inline(never)]
-fn is_noted_direct(pod_id: PodId, segment: &Segment) -> bool {
+fn is_noted_direct(ctx: &TcContext, pod_id: PodId, segment: &Segment) -> bool {
     let flow = segment.sender_flow();
-    HALF_OPEN.get_ptr(&PodFlow { pod_id, flow }).is_some() || switch::is_noted_direct(pod_id, flow)
+    sockets::start(ctx).is_some_and(|start| was_half_open(pod_id, &Connection { flow, start }))
+        || switch::is_noted_direct(pod_id, flow)
+}
+
+/// Records a direct connection that has no socket yet. Without memory, it ends.
+#[inline(never)]
+fn enter_half_open(pod_id: PodId, connection: &Connection) {
+    let key = HalfOpenKey::new(pod_id, &connection.flow);
+    let _full = HALF_OPEN.insert(&key, connection, u64::from(BPF_ANY));
+}
+
+/// Whether the connection that a socket has now was recorded before it had the socket.
+#[inline(always)]
+fn was_half_open(pod_id: PodId, connection: &Connection) -> bool {
+    let known = HALF_OPEN.get_ptr(&HalfOpenKey::new(pod_id, &connection.flow));
+    // SAFETY: the pointer is to a live map value; entries are replaced as a whole.
+    known.is_some_and(|known| unsafe { *known == *connection })
 }
 
 #[inline(always)]
@@ -730,7 +749,7 @@ impl Env for Tc<'_> {
 
     #[inline(always)]
     fn is_noted_direct(&self, pod_id: PodId, segment: &Segment) -> bool {
-        is_noted_direct(pod_id, segment)
+        self.sends && is_noted_direct(self.ctx, pod_id, segment)
     }
 
     #[inline(always)]

@@ -9,9 +9,9 @@ use aya_ebpf::{
     macros::btf_map,
 };
 use redirect_ebpf::abi::{
-    CounterKey, DnsFlow, DnsKey, Flow, Hint, ListenerKey, OwnAddress, POD_PREFIXES,
-    POD_VIRTUAL_INTERFACES, PodEntry, PodFlow, PodId, PodPeer, PodPort, SavedSysctls, Settled,
-    ThisPod, VerdictEvent, VirtualInterface,
+    Connection, CounterKey, DnsFlow, DnsKey, Flow, HALF_OPEN_PLACES, HalfOpenKey, Hint,
+    ListenerKey, OwnAddress, POD_PREFIXES, POD_VIRTUAL_INTERFACES, PodEntry, PodFlow, PodId,
+    PodPeer, PodPort, SavedSysctls, Settled, ThisPod, VerdictEvent, VirtualInterface,
 };
 
 use crate::packet::Parsed;
@@ -79,10 +79,15 @@ pub static ANY_STRAYS: Array<u32, 1> = Array::new();
 #[btf_map(name = "strays")]
 pub static STRAYS: HashMap<PodId, u32, PODS> = HashMap::new();
 
-/// Connection of a captured pod whose SYN came before the capture, and was answered after it began → 1. When
-/// it is established, its socket is found here.
+/// Place of a pod → a direct connection that was half open when its pod was captured, or when its settings
+/// changed. Once it is open, its socket is found here.
 #[btf_map(name = "half_open")]
-pub static HALF_OPEN: LruHashMap<PodFlow, u32, 4096> = LruHashMap::new();
+pub static HALF_OPEN: HashMap<
+    HalfOpenKey,
+    Connection,
+    { PODS * HALF_OPEN_PLACES as usize },
+    AS_IT_COMES,
+> = HashMap::new();
 
 /// Socket of a pod → the path of its connection, as the guard or an iterator determined it.
 #[btf_map(name = "settled")]

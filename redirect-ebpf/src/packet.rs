@@ -92,6 +92,12 @@ impl Parsed {
         &self.message.segment
     }
 
+    /// The sequence number of a segment.
+    #[inline(always)]
+    pub fn sequence(&self) -> u32 {
+        u32::from_be(self.transport()[1])
+    }
+
     /// The beginning of the transport header. Of TCP: ports, sequence, acknowledgement; data offset, flags and
     /// window.
     #[inline(always)]

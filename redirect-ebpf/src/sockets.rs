@@ -13,14 +13,15 @@ use aya_ebpf::{
         bpf_get_listener_sock, bpf_ktime_get_ns, bpf_map_lookup_elem, bpf_map_update_elem,
         bpf_sk_assign, bpf_sk_fullsock, bpf_sk_lookup_tcp, bpf_sk_lookup_udp, bpf_sk_release,
         bpf_sk_storage_get, bpf_skb_cgroup_id, bpf_skc_lookup_tcp, bpf_tcp_check_syncookie,
+        bpf_tcp_sock,
     },
     programs::TcContext,
 };
 use redirect_ebpf::{
     abi::{
-        ANY_CGROUP, Addr, Flow, HINT_QUESTION, LISTENER_HBONE, LISTENER_INBOUND, LISTENER_OUTBOUND,
-        ListenerKey, MARK_DIRECT, MARK_PROXY, PORT_HBONE, PORT_INBOUND, PORT_OUTBOUND,
-        PORT_PROXY_DNS, PodId, Settled, WAY_MARKED, WAY_PROXYS,
+        ANY_CGROUP, Addr, Connection, Flow, HINT_QUESTION, LISTENER_HBONE, LISTENER_INBOUND,
+        LISTENER_OUTBOUND, ListenerKey, MARK_DIRECT, MARK_PROXY, PORT_HBONE, PORT_INBOUND,
+        PORT_OUTBOUND, PORT_PROXY_DNS, PodId, Settled, WAY_MARKED, WAY_PROXYS,
     },
     dns::Message,
     verdict::{Proxy, Receiver, Segment, Sender, mesh_mark},
@@ -365,30 +366,81 @@ pub fn is_settled_proxys(ctx: &TcContext) -> bool {
     }
 }
 
-/// The path that was recorded for the connection of the socket that [`sends`] the packet. It goes by the socket's
-/// addresses and ports: netfilter in the pod may have given the packet others.
+/// The path that was recorded for the connection of the socket that [`sends`] the packet.
 #[inline(always)]
 pub fn settled(ctx: &TcContext) -> Option<u32> {
     let sk = packets_socket(ctx);
-    settled_by(sk, &flow_of(sk))
+    settled_by(sk, &connection(sk)?)
 }
 
 /// Records it. Fails without memory.
 #[inline(always)]
 pub fn settle(ctx: &TcContext, way: u32) -> bool {
     let sk = packets_socket(ctx);
-    settle_for(sk, &flow_of(sk), way)
+    // A raw socket has no connection.
+    connection(sk).is_none_or(|connection| settle_for(sk, &connection, way))
 }
 
-/// The connection of a socket, as the iterators read it.
+/// The sequence number with which the socket that [`sends`] the packet started its connection.
 #[inline(always)]
-fn flow_of(sk: *mut bpf_sock) -> Flow {
-    let slot = core::hint::black_box(sk);
-    let common: u64 = packet::kernel(ptr::from_ref(&slot) as u64);
-    flow_at(common)
+pub fn start(ctx: &TcContext) -> Option<u32> {
+    start_of(packets_socket(ctx))
 }
 
-/// The connection of the `struct sock_common` at this address.
+/// The connection of a TCP socket, as the iterators read it with [`flow_at`]. `None` if it is half open, or in
+/// TIME_WAIT. Netfilter in the pod may have given its packets other addresses and ports.
+#[inline(always)]
+fn connection(sk: *mut bpf_sock) -> Option<Connection> {
+    let start = start_of(sk)?;
+    // SAFETY: the helper checks what it is given; what it returns is a live socket. All fields are read before
+    // any is chosen: the verifier does not let the compiler choose between their addresses.
+    unsafe {
+        let sk = bpf_sk_fullsock(sk);
+        if sk.is_null() {
+            return None;
+        }
+        macro_rules! read {
+            ($field:ident $([$i:literal])?) => {
+                (&raw const (*sk).$field $([$i])?).read_volatile()
+            };
+        }
+        let v4 = [read!(src_ip4), read!(dst_ip4)];
+        let local = [read!(src_ip6[0]), read!(src_ip6[1]), read!(src_ip6[2]), read!(src_ip6[3])];
+        let remote = [read!(dst_ip6[0]), read!(dst_ip6[1]), read!(dst_ip6[2]), read!(dst_ip6[3])];
+        let [local, remote] = if read!(family) == AF_INET {
+            v4.map(|ip| Addr::v4(ip.to_ne_bytes()))
+        } else {
+            [Addr::from_words(local), Addr::from_words(remote)]
+        };
+        let flow = Flow {
+            local,
+            remote,
+            local_port: read!(src_port) as u16,
+            remote_port: u16::from_be(read!(dst_port)),
+        };
+        Some(Connection { flow, start })
+    }
+}
+
+/// The sequence number with which a TCP socket started its connection.
+#[inline(always)]
+fn start_of(sk: *mut bpf_sock) -> Option<u32> {
+    if sk.is_null() {
+        return None;
+    }
+    // SAFETY: the helper checks what it is given; what it returns is a live socket.
+    unsafe {
+        let tcp = bpf_tcp_sock(sk);
+        if tcp.is_null() {
+            return None;
+        }
+        let acknowledged = (&raw const (*tcp).bytes_acked).read_volatile();
+        let unacknowledged = (&raw const (*tcp).snd_una).read_volatile();
+        Some(unacknowledged.wrapping_sub(acknowledged as u32))
+    }
+}
+
+/// The addresses and ports of the `struct sock_common` at this address.
 #[inline(always)]
 pub fn flow_at(common: u64) -> Flow {
     let at = |offset: u32| common + u64::from(offset);
@@ -414,16 +466,16 @@ pub fn flow_at(common: u64) -> Flow {
 
 /// The path that was recorded for this connection of a socket.
 #[inline(always)]
-pub fn settled_by(sk: *mut bpf_sock, flow: &Flow) -> Option<u32> {
+pub fn settled_by(sk: *mut bpf_sock, connection: &Connection) -> Option<u32> {
     let settled = storage(sk, ptr::null_mut(), 0)?;
     // SAFETY: the pointer is to a live map value.
-    unsafe { if (*settled).flow == *flow { Some((*settled).way) } else { None } }
+    unsafe { if (*settled).connection == *connection { Some((*settled).way) } else { None } }
 }
 
 /// Records it. Fails without memory.
 #[inline(always)]
-pub fn settle_for(sk: *mut bpf_sock, flow: &Flow, way: u32) -> bool {
-    let mut new = Settled { flow: *flow, way };
+pub fn settle_for(sk: *mut bpf_sock, connection: &Connection, way: u32) -> bool {
+    let mut new = Settled { connection: *connection, way };
     let Some(settled) = storage(sk, &raw mut new, u64::from(BPF_SK_STORAGE_GET_F_CREATE)) else {
         return false;
     };

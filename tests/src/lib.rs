@@ -17,4 +17,5 @@ pub mod process;
 pub mod raw;
 pub mod sniff;
 pub mod sock_diag;
+pub mod sockets;
 pub mod topology;

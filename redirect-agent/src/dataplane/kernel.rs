@@ -15,9 +15,10 @@ use aya::{
     programs::{Iter, Program, ProgramFd, SchedClassifier, SkLookup, SockOps},
 };
 use redirect_ebpf::abi::{
-    Addr, Counter, CounterKey, DNS_PLACES, DnsFlow, DnsKey, LISTENER_HBONE, LISTENER_INBOUND,
-    LISTENER_OUTBOUND, ListenerKey, OwnAddress, POD_INBOUND_RULES, PROTOCOL_TCP, PROTOCOL_UDP,
-    PodFlow, PodId, PodPeer, PodPort, SavedSysctls, SockOffsets,
+    Addr, Connection, Counter, CounterKey, DNS_PLACES, DnsFlow, DnsKey, HALF_OPEN_PLACES,
+    HalfOpenKey, LISTENER_HBONE, LISTENER_INBOUND, LISTENER_OUTBOUND, ListenerKey, OwnAddress,
+    POD_INBOUND_RULES, PROTOCOL_TCP, PROTOCOL_UDP, PodFlow, PodId, PodPeer, PodPort, SavedSysctls,
+    SockOffsets,
 };
 
 use super::{
@@ -44,7 +45,7 @@ const PINNED_MAPS: [&str; 28] = [
     STRAYS,
     ANY_STRAYS,
     "settled",
-    "half_open",
+    HALF_OPEN,
     SWITCHES,
     NOTED,
     SWITCHING,
@@ -67,6 +68,7 @@ const PINNED_MAPS: [&str; 28] = [
     VERDICTS_LOST,
 ];
 const PODS: &str = "pods";
+const HALF_OPEN: &str = "half_open";
 const ADDRESSES: &str = "addresses";
 const THIS_POD: &str = "this_pod";
 const PROGRAMS: &str = "programs";
@@ -494,6 +496,7 @@ impl Kernel {
         inbound::clear::<PodPeer>(&mut self.map(OUTBOUND_RANGES)?, pod_id)?;
         self.virtual_interfaces()?.clear(pod_id)?;
         self.clear_dns_flows(pod_id)?;
+        self.clear_half_open(pod_id)?;
         absent(self.saved_sysctls()?.remove(&pod_id)).context("write map saved_sysctls")?;
         Ok(())
     }
@@ -529,6 +532,15 @@ impl Kernel {
                 absent(flows.remove(&DnsKey { pod_id, place, protocol }))
                     .context("write map dns_flows")?;
             }
+        }
+        Ok(())
+    }
+
+    fn clear_half_open(&mut self, pod_id: PodId) -> Result<()> {
+        let mut connections: HashMap<_, HalfOpenKey, Connection> = self.map(HALF_OPEN)?;
+        for place in 0..u32::from(HALF_OPEN_PLACES) {
+            absent(connections.remove(&HalfOpenKey { pod_id, place }))
+                .context("write map half_open")?;
         }
         Ok(())
     }

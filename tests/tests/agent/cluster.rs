@@ -4,6 +4,7 @@ use std::fs;
 use std::net::{Ipv6Addr, SocketAddr};
 use std::path::{Path, PathBuf};
 use std::process::Command;
+use std::thread;
 use std::time::{Duration, SystemTime, UNIX_EPOCH};
 
 use anyhow::{Context as _, Result, bail, ensure};
@@ -56,6 +57,21 @@ impl Cluster {
         node.write(&Manifest::of(&server))?;
         node.write(&Manifest::of(&client))?;
         Ok(Self { node, server, client, topology })
+    }
+
+    /// The agent runs, and has prepared the server, which waits for a proxy.
+    pub fn prepared() -> Result<Self> {
+        // The lookup, and tcx on `lo`, and in and out of `eth0`.
+        const LINKS: usize = 4;
+        let mut cluster = Self::without_agent(&[])?;
+        cluster.node.start_agent()?;
+        cluster.node.write(&Manifest::of(&cluster.server).mode("ambient"))?;
+        let links = cluster.node.links(&cluster.server)?;
+        wait_for("all interfaces to be prepared", SOON, || {
+            let pins = fs::read_dir(&links).map_or(0, Iterator::count);
+            Ok((pins == LINKS).then_some(()))
+        })?;
+        Ok(cluster)
     }
 
     /// The same as [`Self::start`], and the pod on the node is in the mesh.
@@ -372,6 +388,20 @@ impl Node {
     pub fn pod(&self, pod: &Pod) -> Result<Option<PodStatus>> {
         let pods = self.status()?.pods;
         Ok(pods.into_iter().find(|p| p.namespace == pod.namespace && p.name == pod.name))
+    }
+
+    /// Edits an annotation of a pod in the mesh, which concerns none of its connections, and waits until the
+    /// switch is over.
+    pub fn change_a_setting(&self, pod: &Pod) -> Result<()> {
+        let annotation = "traffic.redirect-agent/excludeOutboundPorts";
+        let manifest = Manifest::of(pod).mode("ambient");
+        self.write(&manifest.with("/metadata/annotations", annotation, json!("9999")))?;
+        self.wait_for_pod("to have other settings", pod, |p| {
+            p.traffic.as_ref().is_some_and(|t| format!("{t:?}").contains("9999"))
+                && p.kernel.as_ref().is_some_and(|kernel| kernel.complete)
+        })?;
+        thread::sleep(Duration::from_secs(1));
+        Ok(())
     }
 
     /// Waits until `status` says something of a pod, and gives it.

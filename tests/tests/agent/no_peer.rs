@@ -16,11 +16,10 @@ use redirect_tests::both_families;
 use redirect_tests::netns::Family;
 use redirect_tests::sniff::Sniffer;
 use rustix::net::connect_unspec;
-use serde_json::json;
 use socket2::Socket;
 
 use crate::cgroup::{Cgroup, shell_in, unified};
-use crate::cluster::{Cluster, Manifest, PORT, echo};
+use crate::cluster::{Cluster, PORT, echo};
 use crate::probes::{Kubelet, wait_until_followed};
 
 both_families! {
@@ -43,14 +42,7 @@ fn what_the_former_proxy_has_closed_does_not_leave_past_the_next_when_an_annotat
     cluster.node.kill_proxy()?;
     cluster.node.wait_until_enrolled(&cluster.server)?;
     let Cluster { node, server, client, .. } = &cluster;
-    let annotation = "traffic.redirect-agent/excludeOutboundPorts";
-    let manifest = Manifest::of(server).mode("ambient");
-    node.write(&manifest.with("/metadata/annotations", annotation, json!("9999")))?;
-    node.wait_for_pod("to have other settings", server, |p| {
-        p.traffic.as_ref().is_some_and(|t| format!("{t:?}").contains("9999"))
-            && p.kernel.as_ref().is_some_and(|kernel| kernel.complete)
-    })?;
-    thread::sleep(Duration::from_secs(1));
+    node.change_a_setting(server)?;
     let wire = Sniffer::start(&client.netns, "eth0")?;
     let mut stream = pooled.into_stream();
     let _reset = stream.write_all(b"GET /two, Bearer secret").context("write");

@@ -1,8 +1,8 @@
-//! Findings of an attack on the rule that a connection without a peer leaves past the proxy only if it is known
-//! to be direct. Each fails until it is mended.
+//! Attacks on the rule that a connection without a peer leaves past the proxy only if it is known to be direct,
+//! and connections that this rule must not cut.
 
 use std::io::{Read as _, Write as _};
-use std::net::{SocketAddr, TcpListener, TcpStream};
+use std::net::{SocketAddr, TcpStream};
 use std::os::fd::AsRawFd as _;
 use std::thread;
 use std::time::{Duration, Instant};
@@ -13,30 +13,15 @@ use redirect_tests::netns::Family;
 use redirect_tests::plain_proxy::{PlainProxy, Via};
 use redirect_tests::process::Attached;
 use redirect_tests::sniff::Sniffer;
+use redirect_tests::sockets::{PATIENCE, bound, converse, defer_accept, listen};
 use redirect_tests::topology::Pod;
 use rustix::net::connect_unspec;
-use socket2::{Domain, Socket, Type};
+use socket2::Socket;
 
 use crate::{PORT, Pair};
 
-const PATIENCE: Duration = Duration::from_secs(5);
 const SECRET: &[u8] = b"Authorization: Bearer secret";
 const FAMILIES: [Family; 2] = [Family::V4, Family::V6];
-
-fn socket(pod: &Pod, own: SocketAddr) -> Result<Socket> {
-    pod.netns.run(|| {
-        let socket = Socket::new(Domain::for_address(own), Type::STREAM, None)?;
-        socket.set_reuse_address(true)?;
-        socket.bind(&own.into())?;
-        Ok(socket)
-    })
-}
-
-fn listen(pod: &Pod, addr: SocketAddr) -> Result<TcpListener> {
-    let socket = socket(pod, addr)?;
-    socket.listen(16)?;
-    Ok(socket.into())
-}
 
 /// Runs `send`, and checks that no data comes from this very address and port of the pod.
 fn assert_nothing_arrives(
@@ -57,24 +42,9 @@ fn assert_nothing_arrives(
     Ok(())
 }
 
-fn converse(mut first: &TcpStream, mut second: &TcpStream) -> Result<()> {
-    let mut heard = [0; 4];
-    for stream in [first, second] {
-        stream.set_read_timeout(Some(PATIENCE))?;
-    }
-    for _ in 0..2 {
-        first.write_all(b"ping").context("write")?;
-        second.read_exact(&mut heard).context("hear")?;
-        second.write_all(b"pong").context("answer")?;
-        first.read_exact(&mut heard).context("hear the answer")?;
-    }
-    Ok(())
-}
-
 /// Needs NET_RAW, and a setting that ends. The record of the path outlives the connection: the socket makes another
 /// one with the same addresses and ports, whose SYN never passes the guard.
 #[test]
-#[ignore = "a known hole (SECURITY.md): the record of a path does not say of which connection"]
 fn record_of_a_former_connection_does_not_open_a_way_past_the_proxy() -> Result<()> {
     for family in FAMILIES {
         let Pair { client, server, topology } = &Pair::new()?;
@@ -84,7 +54,7 @@ fn record_of_a_former_connection_does_not_open_a_way_past_the_proxy() -> Result<
         attached.set(&["--exclude-outbound-ports", &PORT.to_string()])?;
         let own = server.addr(family, 30_000);
         let to = client.addr(family, PORT);
-        let socket = socket(server, own)?;
+        let socket = bound(server, own)?;
         socket.connect_timeout(&to.into(), PATIENCE).context("connect directly")?;
         let (_, peer) = target.accept()?;
         ensure!(peer == own && proxy.relayed().is_empty(), "it is not direct");
@@ -102,23 +72,6 @@ fn record_of_a_former_connection_does_not_open_a_way_past_the_proxy() -> Result<
             Ok(stream.write_all(SECRET)?)
         })?;
     }
-    Ok(())
-}
-
-fn defer_accept(listener: &TcpListener) -> Result<()> {
-    let seconds: nix::libc::c_int = 30;
-    // SAFETY: the option is an integer.
-    #[expect(unsafe_code, reason = "nix has no such option")]
-    let ret = unsafe {
-        nix::libc::setsockopt(
-            listener.as_raw_fd(),
-            nix::libc::IPPROTO_TCP,
-            nix::libc::TCP_DEFER_ACCEPT,
-            (&raw const seconds).cast(),
-            4,
-        )
-    };
-    ensure!(ret == 0, "TCP_DEFER_ACCEPT");
     Ok(())
 }
 
@@ -151,51 +104,69 @@ fn connection_that_waits_for_its_clients_data_survives_the_end_of_the_setting_th
     Ok(())
 }
 
+/// Adds a rule of the application's to its own table of NAT.
+fn translate(pod: &Pod, family: Family, rule: &str) -> Result<()> {
+    let tool = match family {
+        Family::V4 => "iptables",
+        Family::V6 => "ip6tables",
+    };
+    let rule = format!("-t nat -A {rule}");
+    pod.netns.output(tool, &rule.split(' ').collect::<Vec<_>>()).map(drop)
+}
+
 /// The socket has other addresses and ports than its packets on the wire: the record, which has the socket's,
-/// is not found. An init container that redirects a port below 1024 to the application's is common.
+/// must be found. An init container that redirects a port below 1024 to the application's is common.
 #[test]
 fn accepted_connection_with_a_translated_port_survives_enrollment() -> Result<()> {
-    for (family, tool) in [(Family::V4, "iptables"), (Family::V6, "ip6tables")] {
-        let Pair { client, server, topology } = &Pair::new()?;
-        let rule = "-t nat -A PREROUTING -p tcp --dport 80 -j REDIRECT --to-ports 8080";
-        server.netns.output(tool, &rule.split(' ').collect::<Vec<_>>())?;
-        let listener = listen(server, server.addr(family, PORT))?;
-        let opened = client.netns.run(|| Ok(TcpStream::connect(server.addr(family, 80))?))?;
-        let (accepted, _) = listener.accept()?;
-        converse(&opened, &accepted).context("before")?;
-        let _proxy = PlainProxy::start(&server.netns)?;
-        let _attached = Attached::new(topology, server)?;
-        converse(&opened, &accepted).context("after")?;
+    for family in FAMILIES {
+        let pair = &Pair::new()?;
+        let rule = "PREROUTING -p tcp --dport 80 -j REDIRECT --to-ports 8080";
+        translate(&pair.server, family, rule)?;
+        assert_survives_enrollment(pair, &pair.client, 80, &pair.server, family)?;
     }
     Ok(())
 }
 
 #[test]
 fn opened_connection_with_a_translated_destination_survives_enrollment() -> Result<()> {
-    for (family, tool) in [(Family::V4, "iptables"), (Family::V6, "ip6tables")] {
-        let Pair { client, server, topology } = &Pair::new()?;
-        let to = client.addr(family, PORT);
-        let rule = format!("-t nat -A OUTPUT -p tcp --dport 81 -j DNAT --to-destination {to}");
-        server.netns.output(tool, &rule.split(' ').collect::<Vec<_>>())?;
-        let listener = listen(client, to)?;
-        let opened = server.netns.run(|| Ok(TcpStream::connect(client.addr(family, 81))?))?;
-        let (accepted, _) = listener.accept()?;
-        converse(&opened, &accepted).context("before")?;
-        let _proxy = PlainProxy::start(&server.netns)?;
-        let _attached = Attached::new(topology, server)?;
-        converse(&opened, &accepted).context("after")?;
+    for family in FAMILIES {
+        let pair = &Pair::new()?;
+        let to = pair.client.addr(family, PORT);
+        let rule = format!("OUTPUT -p tcp --dport 81 -j DNAT --to-destination {to}");
+        translate(&pair.server, family, &rule)?;
+        assert_survives_enrollment(pair, &pair.server, 81, &pair.client, family)?;
     }
     Ok(())
+}
+
+/// Calls this port of a pod, which translates it, and enrolls the server of the pair.
+fn assert_survives_enrollment(
+    pair: &Pair,
+    from: &Pod,
+    port: u16,
+    to: &Pod,
+    family: Family,
+) -> Result<()> {
+    let listener = listen(to, to.addr(family, PORT))?;
+    let opened = from.netns.run(|| Ok(TcpStream::connect(to.addr(family, port))?))?;
+    let (accepted, _) = listener.accept()?;
+    converse(&opened, &accepted).context("before")?;
+    let _proxy = PlainProxy::start(&pair.server.netns)?;
+    let _attached = Attached::new(&pair.topology, &pair.server)?;
+    converse(&opened, &accepted).context("after")
 }
 
 /// The same for an excluded connection, when another setting changes.
 #[test]
 fn excluded_connection_with_a_translated_port_survives_another_setting() -> Result<()> {
-    for (family, tool) in [(Family::V4, "iptables"), (Family::V6, "ip6tables")] {
+    for family in FAMILIES {
         let Pair { client, server, topology } = &Pair::new()?;
         let to = client.addr(family, PORT);
-        let rule = format!("-t nat -A OUTPUT -p tcp --dport 81 -j DNAT --to-destination {to}");
-        server.netns.output(tool, &rule.split(' ').collect::<Vec<_>>())?;
+        translate(
+            server,
+            family,
+            &format!("OUTPUT -p tcp --dport 81 -j DNAT --to-destination {to}"),
+        )?;
         let _proxy = PlainProxy::start(&server.netns)?;
         let attached = Attached::new(topology, server)?;
         attached.set(&["--exclude-outbound-ports", "81,8080"])?;
@@ -327,7 +298,7 @@ fn socket_that_opens_a_connection_with_its_caller_does_not_speak_past_the_proxy(
         socket.set_nonblocking(true)?;
         let _in_progress = socket.connect(&to.into());
         thread::sleep(Duration::from_millis(50));
-        let accomplice = self::socket(client, to)?;
+        let accomplice = bound(client, to)?;
         let called = accomplice.connect_timeout(&own.into(), PATIENCE);
         if called.is_ok() && proxy.relayed().is_empty() {
             socket.set_nonblocking(false)?;

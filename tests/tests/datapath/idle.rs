@@ -1,14 +1,13 @@
 //! Connections that are direct stay so although they have sent nothing yet by which the datapath could know them.
 
-use std::io::{Read as _, Write as _};
 use std::net::{SocketAddr, TcpListener, TcpStream};
-use std::time::Duration;
 
 use anyhow::{Context as _, Result};
 use redirect_tests::both_families;
 use redirect_tests::netns::Family;
 use redirect_tests::plain_proxy::PlainProxy;
 use redirect_tests::process::Attached;
+use redirect_tests::sockets::{PATIENCE, converse};
 use redirect_tests::topology::Pod;
 use socket2::{Domain, Socket, Type};
 
@@ -20,7 +19,6 @@ both_families! {
     connections_with_marks_of_the_applications_survive_enrollment,
 }
 
-const PATIENCE: Duration = Duration::from_secs(5);
 /// As of a VPN.
 const MARK: u32 = 1;
 
@@ -45,22 +43,7 @@ fn connect(from: &Pod, to: &Pod, family: Family, mark: u32) -> Result<(TcpStream
         anyhow::Ok(socket.into())
     })?;
     let (accepted, _) = listener.accept().context("accept")?;
-    for stream in [&opened, &accepted] {
-        stream.set_read_timeout(Some(PATIENCE))?;
-    }
     Ok((opened, accepted))
-}
-
-/// Both ends speak, beginning with the first.
-fn converse(mut first: &TcpStream, mut second: &TcpStream) -> Result<()> {
-    let mut heard = [0; 4];
-    for _ in 0..2 {
-        first.write_all(b"ping").context("write")?;
-        second.read_exact(&mut heard).context("hear")?;
-        second.write_all(b"pong").context("answer")?;
-        first.read_exact(&mut heard).context("hear the answer")?;
-    }
-    Ok(())
 }
 
 fn assert_untouched(proxy: &PlainProxy, accepted: &TcpStream, by: SocketAddr) -> Result<()> {
