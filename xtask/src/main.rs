@@ -1,4 +1,4 @@
-//! The repository's own commands: `cargo xtask setup`, `test`, `demo`, `bench`, `check`, `manifests`, `book`,
+//! The repository's own commands: `cargo xtask setup`, `test`, `soak`, `demo`, `bench`, `check`, `manifests`, `book`,
 //! `dist`.
 //!
 //! Progress goes to stderr; stdout carries only what a command is asked to print.
@@ -19,6 +19,8 @@ mod vm;
 use std::{ffi::OsString, process::ExitCode};
 
 use clap::{Parser, Subcommand};
+
+use crate::test::Tests;
 
 /// Sets up, tests and shows the ambient redirector.
 #[derive(Parser)]
@@ -44,6 +46,16 @@ enum Command {
         /// What the test programs get: a part of the tests' names, --nocapture …
         #[arg(last = true, value_name = "FILTER")]
         harness: Vec<OsString>,
+    },
+    /// Flip labels, kill the agent and the proxy, and change settings at random, under load, as root;
+    /// fails if a connection gets past the proxy or is lost
+    Soak {
+        /// For how long
+        #[arg(long, default_value_t = 10)]
+        minutes: u32,
+        /// In which order; a run prints its own
+        #[arg(long)]
+        seed: Option<u64>,
     },
     /// Build the release binaries and run the demo, as root
     #[command(disable_help_flag = true)]
@@ -77,7 +89,10 @@ fn main() -> ExitCode {
     let outcome = match Cli::parse().command {
         Command::Setup => setup::everything(setup::Report::All),
         Command::Test { vm, harness, .. } if !vm.is_empty() => vm::run_all(&vm, &harness),
-        Command::Test { package, harness, .. } => test::run_all(&package, &harness),
+        Command::Test { package: packages, harness, .. } => {
+            test::run_all(&Tests { packages, harness, environment: Vec::new(), again: true })
+        }
+        Command::Soak { minutes, seed } => test::soak(minutes, seed),
         Command::Demo { arguments } => demo::become_program("demo", &arguments),
         Command::Bench { arguments } => demo::become_program("bench", &arguments),
         Command::Check => check::run_all(),

@@ -4,7 +4,7 @@ use std::{
     ffi::OsString,
     io::{BufRead as _, BufReader, Write as _},
     process::{Command, Stdio},
-    time::Instant,
+    time::{Instant, SystemTime, UNIX_EPOCH},
 };
 
 use anyhow::{Context as _, Result, bail};
@@ -15,8 +15,40 @@ use crate::{
     setup,
 };
 
+/// Which tests to run, and how.
+pub(crate) struct Tests {
+    /// Only those of these packages; empty: of all.
+    pub(crate) packages: Vec<String>,
+    /// What the test programs get.
+    pub(crate) harness: Vec<OsString>,
+    /// What their environment has besides ours.
+    pub(crate) environment: Vec<(&'static str, String)>,
+    /// Whether those that failed get another chance, alone.
+    pub(crate) again: bool,
+}
+
+/// Runs the scenario of random events for so long.
+pub(crate) fn soak(minutes: u32, seed: Option<u64>) -> Result<()> {
+    let seconds = minutes.checked_mul(60).context("that is too long")?;
+    let seed = match seed {
+        Some(seed) => seed,
+        None => SystemTime::now().duration_since(UNIX_EPOCH)?.as_secs(),
+    };
+    eprintln!("soak: {minutes} min of random events under load; --seed {seed} repeats their order");
+    run_all(&Tests {
+        packages: vec!["redirect-tests".to_owned()],
+        harness: ["soak::", "--nocapture"].map(OsString::from).into(),
+        environment: vec![
+            ("REDIRECT_SOAK_SECONDS", seconds.to_string()),
+            ("REDIRECT_SOAK_SEED", seed.to_string()),
+        ],
+        again: false,
+    })
+}
+
 /// Builds as whoever started us, then runs the tests as root.
-pub(crate) fn run_all(packages: &[String], harness: &[OsString]) -> Result<()> {
+pub(crate) fn run_all(tests: &Tests) -> Result<()> {
+    let Tests { packages, again, .. } = tests;
     setup::everything(setup::Report::Changes)?;
     // The scenarios start the agent as a program.
     run(cargo().args(["build", "--workspace", "--bins", "--locked"])).context("build")?;
@@ -26,9 +58,9 @@ pub(crate) fn run_all(packages: &[String], harness: &[OsString]) -> Result<()> {
     let started = Instant::now();
     leftovers::isolate()?;
     let before = Snapshot::take()?;
-    let (mut passed, summary) = run_tests(packages, harness)?;
+    let (mut passed, summary) = run_tests(tests)?;
     let failed: Vec<_> = summary.failures.iter().map(String::as_str).collect();
-    let flaky = !passed && pass_alone(packages, &failed)?;
+    let flaky = !passed && *again && pass_alone(tests, &failed)?;
     let left = leftovers::since(&before)?;
 
     eprintln!("\ntest: {summary} in {} s", started.elapsed().as_secs());
@@ -60,15 +92,17 @@ const TIMES_ALONE: usize = 3;
 
 /// Whether all tests that failed pass when nothing else runs. The scenarios have deadlines, and a machine
 /// that stands still for a second misses some. Each is reported all the same.
-fn pass_alone(packages: &[String], failed: &[&str]) -> Result<bool> {
+fn pass_alone(tests: &Tests, failed: &[&str]) -> Result<bool> {
     if failed.is_empty() || failed.len() > MOST_FLAKY {
         return Ok(false);
     }
     let mut harness = vec![OsString::from("--exact")];
     harness.extend(failed.iter().map(OsString::from));
+    let (packages, environment) = (tests.packages.clone(), tests.environment.clone());
+    let alone = Tests { packages, harness, environment, again: false };
     for time in 1..=TIMES_ALONE {
         eprintln!("\ntest: what failed runs again, alone ({time} of {TIMES_ALONE}) …");
-        let (passed, summary) = run_tests(packages, &harness)?;
+        let (passed, summary) = run_tests(&alone)?;
         if !passed || summary.passed < failed.len() {
             return Ok(false);
         }
@@ -89,10 +123,11 @@ fn cargo_test(packages: &[String]) -> Command {
 }
 
 /// Runs the tests, passing on what they print; says whether all passed, and the sums.
-fn run_tests(packages: &[String], harness: &[OsString]) -> Result<(bool, Summary)> {
-    let mut child = cargo_test(packages)
+fn run_tests(tests: &Tests) -> Result<(bool, Summary)> {
+    let mut child = cargo_test(&tests.packages)
         .arg("--")
-        .args(harness)
+        .args(&tests.harness)
+        .envs(tests.environment.iter().map(|(name, value)| (name, value)))
         // kubectl and helm, of the versions that we know.
         .env("PATH", setup::path_with_tools()?)
         .stdout(Stdio::piped())

@@ -39,6 +39,7 @@ mod reroute;
 mod reserved_ports;
 mod resources;
 mod restart;
+mod soak;
 mod status;
 mod takeover;
 mod toggles;

@@ -179,10 +179,10 @@ fn pass(moment: Duration, from: &Pod, to: &Pod) -> Result<()> {
 }
 
 /// A reproducible sequence (xorshift64).
-struct Random(u64);
+pub struct Random(pub u64);
 
 impl Random {
-    fn below(&mut self, limit: u32) -> u32 {
+    pub fn below(&mut self, limit: u32) -> u32 {
         self.0 ^= self.0 << 13;
         self.0 ^= self.0 >> 7;
         self.0 ^= self.0 << 17;
