@@ -299,6 +299,22 @@ impl Node {
         self.agent.take().context("no agent runs")?.kill()
     }
 
+    /// Whether somebody else has killed the agent.
+    pub fn has_agent_died(&mut self) -> Result<bool> {
+        if let Some(agent) = &mut self.agent
+            && !agent.is_running()?
+        {
+            self.agent = None;
+        }
+        Ok(self.agent.is_none())
+    }
+
+    /// Starts another process, which logs to a file of this node.
+    pub fn spawn(&mut self, name: &str, command: &mut Command) -> Result<Process> {
+        let log = self.next_log(name);
+        Process::spawn(name, command, log)
+    }
+
     /// Stops the agent as its supervisor would; what it has logged.
     pub fn stop_agent(&mut self) -> Result<String> {
         let mut agent = self.agent.take().context("no agent runs")?;

@@ -16,6 +16,7 @@ mod decoy;
 mod dns;
 mod drift;
 mod explain;
+mod faults;
 mod first_packets;
 mod half_open;
 mod health;

@@ -85,6 +85,34 @@ fn every_link_leads_somewhere() -> Result<()> {
     Ok(())
 }
 
+/// Pages name scenarios as `agent/restart.rs`, or `agent/restart.rs::name`.
+#[test]
+fn every_scenario_that_pages_name_exists() -> Result<()> {
+    let tests = root()?.join("tests/tests");
+    let mut named = 0;
+    for page in pages()? {
+        let text = fs::read_to_string(&page)?;
+        for event in Parser::new_ext(&text, Options::ENABLE_TABLES) {
+            let Event::Code(code) = event else { continue };
+            let (file, scenario) = code.split_once("::").unwrap_or((&code, ""));
+            let is_scenarios = ["agent/", "datapath/"].iter().any(|dir| file.starts_with(dir));
+            if !is_scenarios || !file.ends_with(".rs") {
+                continue;
+            }
+            let source = fs::read_to_string(tests.join(file))
+                .with_context(|| format!("{} names {code}", page.display()))?;
+            ensure!(
+                scenario.is_empty() || source.contains(&format!("fn {scenario}(")),
+                "{} names {code}, and there is no such scenario",
+                page.display()
+            );
+            named += 1;
+        }
+    }
+    ensure!(named > 0, "no page names any");
+    Ok(())
+}
+
 #[test]
 fn every_alert_has_a_section_in_the_runbook() -> Result<()> {
     let runbook = fs::read_to_string(root()?.join("docs/runbook.md"))?;
