@@ -310,10 +310,10 @@ impl PodPeer {
 /// [`PodPeer::pod_id`] of entries that apply to every pod: sources of probes.
 pub const EVERY_POD: PodId = 0;
 
-/// Value of `inbound_ports` and `inbound_ranges`: redirected, like everything that no key matches.
-pub const INBOUND_REDIRECT: u32 = 0;
-/// Value of `inbound_ports` and `inbound_ranges`: it goes to the application, not to the proxy.
-pub const INBOUND_BYPASS: u32 = 1;
+/// Value of the four maps of prefixes: redirected, like everything that no key matches.
+pub const PREFIX_REDIRECT: u32 = 0;
+/// Value of the four maps of prefixes: not redirected.
+pub const PREFIX_BYPASS: u32 = 1;
 
 /// How many DNS flows of each protocol a pod can have at once. Each pod has numbered places of its own, so no
 /// pod can take another's.
@@ -652,7 +652,7 @@ pub const SYSCTL_ABSENT: i32 = i32::MIN;
 /// `struct sock`, `struct cgroup`, `struct kernfs_node`, `struct tcp_sock` and `struct tcp_request_sock`, bytes. Source: the running kernel's BTF.
 #[repr(C)]
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Pod, Zeroable)]
-pub struct SockOffsets {
+pub struct KernelOffsets {
     /// `skc_family`, u16, host byte order.
     pub family: u32,
     /// `skc_state`, u8.
@@ -693,7 +693,7 @@ pub struct SockOffsets {
 }
 
 const _: () = {
-    assert!(size_of::<SockOffsets>() == 72);
+    assert!(size_of::<KernelOffsets>() == 72);
     assert!(size_of::<VerdictEvent>() == 56);
     assert!(size_of::<Addr>() == 16);
     assert!(size_of::<PodEntry>() == 56);
@@ -718,8 +718,8 @@ const _: () = {
 #[cfg(feature = "user")]
 mod user {
     use super::{
-        Addr, Connection, CounterKey, DnsFlow, DnsKey, Flow, HalfOpenKey, Hint, ListenerKey,
-        OwnAddress, PodEntry, PodFlow, PodPeer, PodPort, SavedSysctls, Settled, SockOffsets,
+        Addr, Connection, CounterKey, DnsFlow, DnsKey, Flow, HalfOpenKey, Hint, KernelOffsets,
+        ListenerKey, OwnAddress, PodEntry, PodFlow, PodPeer, PodPort, SavedSysctls, Settled,
         ThisPod, VerdictEvent, VirtualInterface,
     };
 
@@ -747,7 +747,7 @@ mod user {
         PodPort,
         SavedSysctls,
         Settled,
-        SockOffsets,
+        KernelOffsets,
         ThisPod,
         VerdictEvent,
         VirtualInterface

@@ -9,7 +9,7 @@ static PROXY_GRACE_NS: u64 = 3_000_000_000;
 
 /// Offsets of what the programs read from a socket or a packet, from the kernel's BTF.
 #[unsafe(no_mangle)]
-pub static SOCK_OFFSETS: SockOffsets = SockOffsets {
+pub static KERNEL_OFFSETS: KernelOffsets = KernelOffsets {
     family: 0,
     state: 0,
     local_port: 0,
@@ -30,18 +30,18 @@ pub static SOCK_OFFSETS: SockOffsets = SockOffsets {
     accepted_with: 0,
 };
 
-pub use redirect_ebpf::abi::SockOffsets;
+pub use redirect_ebpf::abi::KernelOffsets;
 
 pub fn proxy_grace_ns() -> u64 {
     // SAFETY: reads a static.
     unsafe { ptr::read_volatile(&raw const PROXY_GRACE_NS) }
 }
 
-/// One of [`SOCK_OFFSETS`].
+/// One of [`KERNEL_OFFSETS`].
 macro_rules! offset {
     ($field:ident) => {
         // SAFETY: reads a static.
-        unsafe { core::ptr::read_volatile(&raw const $crate::config::SOCK_OFFSETS.$field) }
+        unsafe { core::ptr::read_volatile(&raw const $crate::config::KERNEL_OFFSETS.$field) }
     };
 }
 pub(crate) use offset;

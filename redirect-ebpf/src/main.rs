@@ -31,8 +31,8 @@ use redirect_ebpf::{
     abi::{
         Addr, Connection, Counter, DECISION_ENROLLED, DnsFlow, DnsKey, EVERY_POD, FOUND_KNOWN,
         FOUND_NEW, FOUND_NOTHING, Flow, HALF_OPEN_NS, HINT_NONE, HINT_QUESTION, HalfOpenKey, Hint,
-        INBOUND_BYPASS, LOOPBACK_IFINDEX, ListenerKey, MARK_PROXY, MARK_REDIRECTED, OwnAddress,
-        POD_ENROLLED, PORT_PROXY_DNS, PodId, PodPeer, PodPort, QUESTION_AT, QUESTION_CLIENT,
+        LOOPBACK_IFINDEX, ListenerKey, MARK_PROXY, MARK_REDIRECTED, OwnAddress, POD_ENROLLED,
+        PORT_PROXY_DNS, PREFIX_BYPASS, PodId, PodPeer, PodPort, QUESTION_AT, QUESTION_CLIENT,
         QUESTION_ENTER, QUESTION_KIND, QUESTION_V4, VirtualInterface, WAY_DIRECT,
     },
     dns::{self, Dns, DnsEnv, Entry, Message},
@@ -110,9 +110,6 @@ fn parse(ctx: &TcContext, udp: bool, parsed: &mut Parsed) -> bool {
 #[inline(never)]
 fn on_lo(ctx: &TcContext, parsed: Option<&Parsed>) -> i32 {
     let verdict = verdict::on_lo(mark(ctx), parsed.map(Parsed::segment), &Tc::at_ingress(ctx));
-    if verdict.strays {
-        note_strays(verdict.pod_id);
-    }
     let next = apply(ctx, &verdict, parsed, packet_of(parsed.is_some()));
     match verdict.fate {
         Fate::Reset => match parsed {
@@ -120,7 +117,10 @@ fn on_lo(ctx: &TcContext, parsed: Option<&Parsed>) -> i32 {
             // It cannot be rewritten; without the proxy it must not go on either.
             _ => TC_ACT_SHOT,
         },
-        Fate::Leave => leave(verdict.pod_id),
+        Fate::Leave => {
+            note_strays(verdict.pod_id);
+            leave(verdict.pod_id)
+        }
         _ => next,
     }
 }
@@ -566,8 +566,8 @@ fn dns_flow(key: &DnsKey) -> Option<DnsFlow> {
 fn excludes_inbound(pod_id: PodId, flow: &Flow) -> bool {
     let port = Key::new(PodPort::BITS, PodPort::new(pod_id, flow.local_port));
     let peer = Key::new(PodPeer::BITS, PodPeer { pod_id, peer: flow.remote });
-    matches!(INBOUND_PORTS.get(&port), Some(&INBOUND_BYPASS))
-        || matches!(INBOUND_RANGES.get(&peer), Some(&INBOUND_BYPASS))
+    matches!(INBOUND_PORTS.get(&port), Some(&PREFIX_BYPASS))
+        || matches!(INBOUND_RANGES.get(&peer), Some(&PREFIX_BYPASS))
 }
 
 #[inline(never)]
@@ -607,14 +607,14 @@ fn ask<T>(
 fn excludes_outbound(pod_id: PodId, flow: &Flow) -> bool {
     let port = Key::new(PodPort::BITS, PodPort::new(pod_id, flow.remote_port));
     let peer = Key::new(PodPeer::BITS, PodPeer { pod_id, peer: flow.remote });
-    matches!(OUTBOUND_PORTS.get(&port), Some(&INBOUND_BYPASS))
-        || matches!(OUTBOUND_RANGES.get(&peer), Some(&INBOUND_BYPASS))
+    matches!(OUTBOUND_PORTS.get(&port), Some(&PREFIX_BYPASS))
+        || matches!(OUTBOUND_RANGES.get(&peer), Some(&PREFIX_BYPASS))
 }
 
 #[inline(never)]
 fn is_probe_source(peer: &Addr) -> bool {
     let key = Key::new(PodPeer::BITS, PodPeer { pod_id: EVERY_POD, peer: *peer });
-    matches!(INBOUND_RANGES.get(&key), Some(&INBOUND_BYPASS))
+    matches!(INBOUND_RANGES.get(&key), Some(&PREFIX_BYPASS))
 }
 
 /// What every decision asks for.

@@ -93,12 +93,12 @@ pub static HALF_OPEN: HashMap<
 #[btf_map(name = "settled")]
 pub static SETTLED: SkStorage<Settled> = SkStorage::new();
 
-/// Pod and port of the pod, by longest prefix → one of `INBOUND_*`. Read only for pods with
+/// Pod and port of the pod, by longest prefix → one of `PREFIX_*`. Read only for pods with
 /// `POD_INBOUND_RULES`.
 #[btf_map(name = "inbound_ports")]
 pub static INBOUND_PORTS: LpmTrie<PodPort, u32, PREFIXES> = LpmTrie::new();
 
-/// Pod and peer of the pod, by longest prefix → one of `INBOUND_*`. Like `inbound_ports`; entries under
+/// Pod and peer of the pod, by longest prefix → one of `PREFIX_*`. Like `inbound_ports`; entries under
 /// `EVERY_POD` apply to all pods.
 #[btf_map(name = "inbound_ranges")]
 pub static INBOUND_RANGES: LpmTrie<PodPeer, u32, PREFIXES> = LpmTrie::new();
@@ -112,7 +112,7 @@ pub static VIRTUAL_INTERFACES: HashMap<
     AS_IT_COMES,
 > = HashMap::new();
 
-/// Pod and called port, by longest prefix → one of `INBOUND_*`. Read by the guard for pods with
+/// Pod and called port, by longest prefix → one of `PREFIX_*`. Read by the guard for pods with
 /// `POD_OUTBOUND_RULES`, and for virtual interfaces. Otherwise rules and routes decide.
 #[btf_map(name = "outbound_ports")]
 pub static OUTBOUND_PORTS: LpmTrie<PodPort, u32, PREFIXES> = LpmTrie::new();

@@ -100,7 +100,7 @@ pub trait Env: Pods {
     fn completes_cookie(&self, pod_id: PodId) -> bool;
     /// Whether the proxy listens in this pod; `kind` is one of `LISTENER_*`.
     fn proxy(&self, pod_id: PodId, kind: u32, segment: &Segment) -> Proxy;
-    /// Whether packets of any pod have strayed onto `lo`: see [`Verdict::strays`].
+    /// Whether packets of any pod have strayed onto `lo`: see [`Fate::Leave`].
     fn have_strays(&self) -> bool;
     /// Whether packets of this pod have.
     fn strays(&self, pod_id: PodId) -> bool;
@@ -180,7 +180,8 @@ pub enum Fate {
     Abort,
     /// It is moved to `lo`, as if it had been sent there.
     ToLo,
-    /// It leaves `lo` through the pod's uplink.
+    /// It leaves `lo` through the pod's uplink. From now on, every packet of the pod on `lo` is checked for its
+    /// socket.
     Leave,
 }
 
@@ -199,21 +200,12 @@ pub struct Verdict {
     pub count: Option<Counter>,
     /// What to record with the socket that sent the packet: one of `WAY_*`.
     pub settle: Option<NonZeroU32>,
-    /// From now on, every packet of the pod on `lo` is checked for its socket.
-    pub strays: bool,
 }
 
 impl Verdict {
     /// The packet continues unchanged.
-    pub const NEXT: Verdict = Verdict {
-        fate: Fate::Next,
-        mark: None,
-        hint: None,
-        pod_id: 0,
-        count: None,
-        settle: None,
-        strays: false,
-    };
+    pub const NEXT: Verdict =
+        Verdict { fate: Fate::Next, mark: None, hint: None, pod_id: 0, count: None, settle: None };
 
     const fn of(pod_id: PodId) -> Self {
         Self { pod_id, ..Self::NEXT }
@@ -303,7 +295,7 @@ pub fn on_lo(mark: u32, segment: Option<&Segment>, env: &impl Env) -> Verdict {
         let first = segment.opens || segment.accepts;
         let count = if first { Some(Counter::RescuedDirect) } else { None };
         let mark = code(MARK_DIRECT);
-        return Verdict { fate: Fate::Leave, mark, hint: None, strays: true, count, ..next };
+        return Verdict { fate: Fate::Leave, mark, hint: None, count, ..next };
     }
     if !segment.opens
         || own
@@ -1295,8 +1287,7 @@ mod tests {
     }
 
     /// The guard lets it pass.
-    const LEAVES: Verdict =
-        Verdict { fate: Fate::Leave, mark: code(MARK_DIRECT), strays: true, ..GOES_ON };
+    const LEAVES: Verdict = Verdict { fate: Fate::Leave, mark: code(MARK_DIRECT), ..GOES_ON };
     const LEAVES_FIRST: Verdict = Verdict { count: Some(Counter::RescuedDirect), ..LEAVES };
 
     #[test]

@@ -28,6 +28,7 @@ const PACKAGES: &[(&str, &str)] = &[
     ("iptables-nft", "iptables"),
     ("nft", "nftables"),
     ("unzip", "unzip"),
+    ("strace", "strace"),
     // Not in PATH, but where Debian has the programs of CNI.
     ("/usr/lib/cni/bridge", "containernetworking-plugins"),
 ];

@@ -16,17 +16,16 @@ use aya::{
 };
 use redirect_ebpf::abi::{
     Addr, Connection, Counter, CounterKey, DNS_PLACES, DnsFlow, DnsKey, HALF_OPEN_PLACES,
-    HalfOpenKey, LISTENER_HBONE, LISTENER_INBOUND, LISTENER_OUTBOUND, ListenerKey, OwnAddress,
-    POD_INBOUND_RULES, PROTOCOL_TCP, PROTOCOL_UDP, PodFlow, PodId, PodPeer, PodPort, SavedSysctls,
-    SockOffsets,
+    HalfOpenKey, KernelOffsets, LISTENER_HBONE, LISTENER_INBOUND, LISTENER_OUTBOUND, ListenerKey,
+    OwnAddress, POD_INBOUND_RULES, PROTOCOL_TCP, PROTOCOL_UDP, PodFlow, PodId, PodPeer, PodPort,
+    SavedSysctls,
 };
 
 use super::{
-    absent,
-    inbound::{self, Entry as _},
-    monotonic_ns,
+    absent, monotonic_ns,
     parts::{Inspection, PartKind},
     pod_netns::PodNetns,
+    prefixes::{self, Entry as _},
     reroute::VirtualInterfaces,
     rows::{Pods, Row},
     stub,
@@ -101,7 +100,7 @@ const SWITCH_NS: u64 = 2_000_000_000;
 /// What the programs are told once, when they are loaded.
 pub(super) struct Globals {
     pub(super) proxy_grace_ns: u64,
-    pub(super) offsets: SockOffsets,
+    pub(super) offsets: KernelOffsets,
 }
 
 /// A loaded program for interfaces.
@@ -163,7 +162,7 @@ impl Kernel {
             // No program needs CO-RE relocations, and the kernel's BTF is large.
             .btf(None)
             .override_global("PROXY_GRACE_NS", &globals.proxy_grace_ns, true)
-            .override_global("SOCK_OFFSETS", &globals.offsets, true);
+            .override_global("KERNEL_OFFSETS", &globals.offsets, true);
         for map in PINNED_MAPS {
             loader.map_pin_path(map, dir.join(map));
         }
@@ -272,7 +271,7 @@ impl Kernel {
         interfaces: &BTreeMap<u32, String>,
     ) -> Result<()> {
         // Before the row, which tells the programs to look into these maps.
-        let rules = inbound::flags(traffic);
+        let rules = prefixes::flags(traffic);
         self.set_outbound(pod.id(), traffic)?;
         if rules & POD_INBOUND_RULES != 0 {
             self.set_inbound(pod.id(), traffic)?;
@@ -295,7 +294,7 @@ impl Kernel {
         let Some(row) = self.pods()?.row(pod.id())?.filter(|row| row.capture) else {
             return Ok(false);
         };
-        let same = row.rules == inbound::flags(traffic)
+        let same = row.rules == prefixes::flags(traffic)
             && self.has_inbound(pod.id(), traffic)? == (true, true)
             && self.has_outbound(pod.id(), traffic)?;
         Ok(!same)
@@ -437,19 +436,23 @@ impl Kernel {
 
     /// Replaces the pod's entries of `inbound_ports` and `inbound_ranges` by those of the settings.
     fn set_inbound(&mut self, pod_id: PodId, traffic: &Traffic) -> Result<()> {
-        inbound::set::<PodPort>(&mut self.map(INBOUND_PORTS)?, pod_id, &PodPort::inbound(traffic))?;
-        inbound::set::<PodPeer>(&mut self.map(INBOUND_RANGES)?, pod_id, &PodPeer::inbound(traffic))
+        prefixes::set::<PodPort>(
+            &mut self.map(INBOUND_PORTS)?,
+            pod_id,
+            &PodPort::inbound(traffic),
+        )?;
+        prefixes::set::<PodPeer>(&mut self.map(INBOUND_RANGES)?, pod_id, &PodPeer::inbound(traffic))
     }
 
     /// Whether these entries match the settings: ports, ranges.
     fn has_inbound(&mut self, pod_id: PodId, traffic: &Traffic) -> Result<(bool, bool)> {
         Ok((
-            inbound::is_set::<PodPort>(
+            prefixes::is_set::<PodPort>(
                 &self.map(INBOUND_PORTS)?,
                 pod_id,
                 &PodPort::inbound(traffic),
             )?,
-            inbound::is_set::<PodPeer>(
+            prefixes::is_set::<PodPeer>(
                 &self.map(INBOUND_RANGES)?,
                 pod_id,
                 &PodPeer::inbound(traffic),
@@ -463,12 +466,12 @@ impl Kernel {
 
     /// Replaces the pod's entries of `outbound_ports` and `outbound_ranges` by those of the settings.
     fn set_outbound(&mut self, pod_id: PodId, traffic: &Traffic) -> Result<()> {
-        inbound::set::<PodPort>(
+        prefixes::set::<PodPort>(
             &mut self.map(OUTBOUND_PORTS)?,
             pod_id,
             &PodPort::outbound(traffic),
         )?;
-        inbound::set::<PodPeer>(
+        prefixes::set::<PodPeer>(
             &mut self.map(OUTBOUND_RANGES)?,
             pod_id,
             &PodPeer::outbound(traffic),
@@ -479,8 +482,8 @@ impl Kernel {
     fn has_outbound(&mut self, pod_id: PodId, traffic: &Traffic) -> Result<bool> {
         let ports = PodPort::outbound(traffic);
         let ranges = PodPeer::outbound(traffic);
-        Ok(inbound::is_set::<PodPort>(&self.map(OUTBOUND_PORTS)?, pod_id, &ports)?
-            && inbound::is_set::<PodPeer>(&self.map(OUTBOUND_RANGES)?, pod_id, &ranges)?)
+        Ok(prefixes::is_set::<PodPort>(&self.map(OUTBOUND_PORTS)?, pod_id, &ports)?
+            && prefixes::is_set::<PodPeer>(&self.map(OUTBOUND_RANGES)?, pod_id, &ranges)?)
     }
 
     /// Deletes what the maps have for a pod besides its row in `pods`.
@@ -490,10 +493,10 @@ impl Kernel {
         self.forget_strays(pod_id)?;
         self.delete_counters(pod_id)?;
         self.clear_proxy_missing(pod_id)?;
-        inbound::clear::<PodPort>(&mut self.map(INBOUND_PORTS)?, pod_id)?;
-        inbound::clear::<PodPeer>(&mut self.map(INBOUND_RANGES)?, pod_id)?;
-        inbound::clear::<PodPort>(&mut self.map(OUTBOUND_PORTS)?, pod_id)?;
-        inbound::clear::<PodPeer>(&mut self.map(OUTBOUND_RANGES)?, pod_id)?;
+        prefixes::clear::<PodPort>(&mut self.map(INBOUND_PORTS)?, pod_id)?;
+        prefixes::clear::<PodPeer>(&mut self.map(INBOUND_RANGES)?, pod_id)?;
+        prefixes::clear::<PodPort>(&mut self.map(OUTBOUND_PORTS)?, pod_id)?;
+        prefixes::clear::<PodPeer>(&mut self.map(OUTBOUND_RANGES)?, pod_id)?;
         self.virtual_interfaces()?.clear(pod_id)?;
         self.clear_dns_flows(pod_id)?;
         self.clear_half_open(pod_id)?;

@@ -11,7 +11,6 @@
 
 mod clsact;
 mod hook;
-mod inbound;
 pub mod istio_cni;
 mod kernel;
 mod links;
@@ -20,6 +19,7 @@ mod owner;
 mod parts;
 mod pod_locks;
 mod pod_netns;
+mod prefixes;
 pub mod probe;
 mod proxies;
 mod reroute;
@@ -544,7 +544,7 @@ impl Dataplane {
     ///
     /// When a system call fails.
     pub fn set_probe_sources(&self, ranges: &[IpNet]) -> Result<()> {
-        inbound::set_for_every_pod(&mut self.kernel().map(INBOUND_RANGES)?, ranges)
+        prefixes::set_for_every_pod(&mut self.kernel().map(INBOUND_RANGES)?, ranges)
     }
 
     /// Enters or replaces the row of a pod that bypasses.

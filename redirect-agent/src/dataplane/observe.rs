@@ -6,8 +6,9 @@ use anyhow::Result;
 use redirect_ebpf::abi::PodId;
 
 use super::{
-    Dataplane, Deaf, Inspection, PartKind, PodNetns, inbound,
+    Dataplane, Deaf, Inspection, PartKind, PodNetns,
     links::PodLinks,
+    prefixes,
     routes::{Routing, Seen},
     rows::{Row, is_captured},
     sysctl,
@@ -143,6 +144,6 @@ pub(super) fn is_partly_captured(pod: &PodNetns, row: Option<Row>, seen: &Seen) 
 /// The row of a prepared pod. What capture sets in it is left as it is.
 fn prepared(row: Row, pod: &PodNetns, reason: u32, traffic: &Traffic) -> Row {
     let Row { capture, captured_at_ns, dns, .. } = row;
-    let rules = inbound::flags(traffic);
+    let rules = prefixes::flags(traffic);
     Row { enrolled: true, capture, captured_at_ns, rules, dns, reason, ..pod.row() }
 }

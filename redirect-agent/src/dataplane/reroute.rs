@@ -10,7 +10,7 @@ use anyhow::{Context as _, Result};
 use aya::maps::{HashMap, MapData};
 use redirect_ebpf::abi::{PodId, VIRTUAL_CAPTURE, VIRTUAL_RULES, VirtualInterface};
 
-use super::{absent, inbound};
+use super::{absent, prefixes};
 use crate::traffic::Traffic;
 
 /// The map `virtual_ifs`.
@@ -88,6 +88,6 @@ impl VirtualInterfaces<'_> {
 }
 
 fn flags(traffic: &Traffic, capture: bool) -> u32 {
-    let rules = inbound::has_outbound_rules(traffic);
+    let rules = prefixes::has_outbound_rules(traffic);
     (if capture { VIRTUAL_CAPTURE } else { 0 }) | (if rules { VIRTUAL_RULES } else { 0 })
 }

@@ -9,7 +9,7 @@ use redirect_ebpf::abi::{
     POD_INBOUND_RULES, POD_OUTBOUND_RULES, PodEntry, PodId,
 };
 
-use super::{absent, inbound, pod_netns::first_of_each};
+use super::{absent, pod_netns::first_of_each, prefixes};
 use crate::traffic::Traffic;
 
 /// One row of the map `pods`.
@@ -111,6 +111,6 @@ impl From<Row> for PodEntry {
 pub(super) fn is_captured(row: &Row, traffic: &Traffic) -> bool {
     row.enrolled
         && row.capture
-        && row.rules == inbound::flags(traffic)
+        && row.rules == prefixes::flags(traffic)
         && row.dns == traffic.captures_dns()
 }

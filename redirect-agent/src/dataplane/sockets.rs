@@ -12,7 +12,7 @@ use anyhow::{Context as _, Result, anyhow, bail};
 use aya::programs::{Iter, SchedClassifier, TestRun as _, TestRunOptions};
 use btfparse::{Offset, Readable, TypeInformation};
 use redirect_ebpf::abi::{
-    self, LISTENERS_V4, NEW_LISTENERS, PORT_PROXY_DNS, QUESTION_AT, SockOffsets,
+    self, KernelOffsets, LISTENERS_V4, NEW_LISTENERS, PORT_PROXY_DNS, QUESTION_AT,
 };
 
 /// Where the running kernel describes its types.
@@ -23,16 +23,16 @@ pub const VMLINUX_BTF: &str = "/sys/kernel/btf/vmlinux";
 /// # Errors
 ///
 /// When the kernel has no BTF, or its structs have no such fields.
-pub fn offsets() -> Result<SockOffsets> {
+pub fn offsets() -> Result<KernelOffsets> {
     // The preflight check and the programs ask for them, and the kernel's BTF is large.
-    static OFFSETS: OnceLock<SockOffsets> = OnceLock::new();
+    static OFFSETS: OnceLock<KernelOffsets> = OnceLock::new();
     match OFFSETS.get() {
         Some(known) => Ok(*known),
         None => read_offsets().map(|offsets| *OFFSETS.get_or_init(|| offsets)),
     }
 }
 
-fn read_offsets() -> Result<SockOffsets> {
+fn read_offsets() -> Result<KernelOffsets> {
     let bytes = fs::read(VMLINUX_BTF).with_context(|| {
         format!("read {VMLINUX_BTF}: the kernel must have CONFIG_DEBUG_INFO_BTF")
     })?;
@@ -47,7 +47,7 @@ fn read_offsets() -> Result<SockOffsets> {
         }
     };
     let offset = |field| offset_in("sock_common", field);
-    Ok(SockOffsets {
+    Ok(KernelOffsets {
         family: offset("skc_family")?,
         state: offset("skc_state")?,
         local_port: offset("skc_num")?,

@@ -22,7 +22,7 @@ use aya::{
 use redirect_agent::dataplane::{OBJECT, sock_offsets, stub};
 use redirect_ebpf::abi::{
     self, Addr, Counter, CounterKey, DnsFlow, DnsKey, EVERY_POD, Flow, HINT_NONE, Hint,
-    INBOUND_BYPASS, INBOUND_REDIRECT, ListenerKey, OwnAddress, PodEntry, PodId, PodPeer, PodPort,
+    ListenerKey, OwnAddress, PREFIX_BYPASS, PREFIX_REDIRECT, PodEntry, PodId, PodPeer, PodPort,
     QUESTION_AT, ThisPod, VerdictEvent, VirtualInterface,
 };
 
@@ -230,7 +230,7 @@ fn load() -> Result<Ebpf> {
     let offsets = sock_offsets()?;
     EbpfLoader::new()
         .override_global("PROXY_GRACE_NS", &GRACE_NS, true)
-        .override_global("SOCK_OFFSETS", &offsets, true)
+        .override_global("KERNEL_OFFSETS", &offsets, true)
         .load(OBJECT)
         .context("load the eBPF object")
 }
@@ -396,14 +396,14 @@ impl Maps {
     pub fn exclude(&mut self, pod_id: PodId, excluded: (Option<u16>, Option<Addr>)) -> Result<()> {
         let (port, peer) = excluded;
         let all = Key::new(PodPort::PREFIX, PodPort::new(pod_id, 0));
-        self.inbound_ports.insert(&all, INBOUND_REDIRECT, 0)?;
+        self.inbound_ports.insert(&all, PREFIX_REDIRECT, 0)?;
         if let Some(port) = port {
             let key = Key::new(PodPort::BITS, PodPort::new(pod_id, port));
-            self.inbound_ports.insert(&key, INBOUND_BYPASS, 0)?;
+            self.inbound_ports.insert(&key, PREFIX_BYPASS, 0)?;
         }
         if let Some(peer) = peer {
             let key = Key::new(PodPeer::BITS, PodPeer { pod_id, peer });
-            self.inbound_ranges.insert(&key, INBOUND_BYPASS, 0)?;
+            self.inbound_ranges.insert(&key, PREFIX_BYPASS, 0)?;
         }
         Ok(())
     }
@@ -423,11 +423,11 @@ impl Maps {
         }
         if let Some(port) = port {
             let key = Key::new(PodPort::BITS, PodPort::new(pod_id, port));
-            self.outbound_ports.insert(&key, INBOUND_BYPASS, 0)?;
+            self.outbound_ports.insert(&key, PREFIX_BYPASS, 0)?;
         }
         if let Some(peer) = peer {
             let key = Key::new(PodPeer::BITS, PodPeer { pod_id, peer });
-            self.outbound_ranges.insert(&key, INBOUND_BYPASS, 0)?;
+            self.outbound_ranges.insert(&key, PREFIX_BYPASS, 0)?;
         }
         Ok(())
     }
@@ -435,7 +435,7 @@ impl Maps {
     /// Where probes come from.
     pub fn set_probe_source(&mut self, peer: Addr) -> Result<()> {
         let key = Key::new(PodPeer::BITS, PodPeer { pod_id: EVERY_POD, peer });
-        Ok(self.inbound_ranges.insert(&key, INBOUND_BYPASS, 0)?)
+        Ok(self.inbound_ranges.insert(&key, PREFIX_BYPASS, 0)?)
     }
 
     /// The one connection of kubelet's that is noted.

@@ -567,7 +567,7 @@ impl Checks<'_> {
             let (flow, device) = (segment.receiver_flow(), world::own_device());
             state.hint = Some(Hint { flow, device, kind: kind.get() });
         }
-        if verdict.strays {
+        if verdict.fate == Fate::Leave {
             state.strays.0.insert(verdict.pod_id);
             state.strays.1 = true;
         }

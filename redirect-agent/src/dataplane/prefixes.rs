@@ -1,6 +1,6 @@
-//! Which inbound connections of a pod bypass the proxy, as keys of the maps `inbound_ports` and
-//! `inbound_ranges`, where the longest prefix wins. `outbound_ports` and `outbound_ranges` say the same about
-//! outbound connections, for the guard and for virtual interfaces.
+//! Which connections of a pod bypass the proxy, as keys of the maps `inbound_ports`, `inbound_ranges`,
+//! `outbound_ports` and `outbound_ranges`, where the longest prefix wins. Those of outbound connections are for
+//! the guard and for virtual interfaces.
 
 use std::{collections::BTreeMap, net::IpAddr};
 
@@ -14,8 +14,8 @@ use aya::{
 };
 use ipnet::IpNet;
 use redirect_ebpf::abi::{
-    Addr, EVERY_POD, INBOUND_BYPASS, INBOUND_REDIRECT, POD_BYPASS_INBOUND, POD_INBOUND_RULES,
-    POD_OUTBOUND_RULES, PodId, PodPeer, PodPort,
+    Addr, EVERY_POD, POD_BYPASS_INBOUND, POD_INBOUND_RULES, POD_OUTBOUND_RULES, PREFIX_BYPASS,
+    PREFIX_REDIRECT, PodId, PodPeer, PodPort,
 };
 
 use super::absent;
@@ -36,7 +36,7 @@ impl Prefix {
     }
 }
 
-/// Prefixes, each with one of `INBOUND_*`.
+/// Prefixes, each with one of `PREFIX_*`.
 pub(super) type Prefixes = BTreeMap<Prefix, u32>;
 
 /// The flags of a pod's row for these settings.
@@ -120,13 +120,13 @@ fn resolve<T>(selection: &Selection<T>, prefixes: impl Fn(&T) -> Vec<Prefix>) ->
     let except: Vec<Prefix> = selection.except.iter().flat_map(&prefixes).collect();
     let mut resolved = Prefixes::new();
     if let Some(only) = &selection.only {
-        resolved.insert(Prefix::ALL, INBOUND_BYPASS);
+        resolved.insert(Prefix::ALL, PREFIX_BYPASS);
         // An included range inside an excluded one stays excluded.
         let only = only.iter().flat_map(&prefixes);
         let only = only.filter(|prefix| !except.iter().any(|e| e.covers(prefix)));
-        resolved.extend(only.map(|prefix| (prefix, INBOUND_REDIRECT)));
+        resolved.extend(only.map(|prefix| (prefix, PREFIX_REDIRECT)));
     }
-    resolved.extend(except.into_iter().map(|prefix| (prefix, INBOUND_BYPASS)));
+    resolved.extend(except.into_iter().map(|prefix| (prefix, PREFIX_BYPASS)));
     resolved
 }
 
@@ -149,7 +149,7 @@ pub(super) type Trie<'a, K> = LpmTrie<&'a mut MapData, K, u32>;
 
 /// Replaces the entries that apply to every pod by `ranges`.
 pub(super) fn set_for_every_pod(trie: &mut Trie<'_, PodPeer>, ranges: &[IpNet]) -> Result<()> {
-    let wanted = ranges.iter().map(|range| (range_prefix(*range), INBOUND_BYPASS)).collect();
+    let wanted = ranges.iter().map(|range| (range_prefix(*range), PREFIX_BYPASS)).collect();
     set(trie, EVERY_POD, &wanted)
 }
 
@@ -192,12 +192,12 @@ pub(super) fn set<K: Entry>(
     let stale =
         |kind| present.iter().filter(move |(p, value)| **value == kind && !wanted.contains_key(p));
     // A redirection that is an exception to a bypass is added before that bypass, and removed after it.
-    put(trie, wanted, INBOUND_REDIRECT, key)?;
-    for (prefix, _) in stale(INBOUND_BYPASS) {
+    put(trie, wanted, PREFIX_REDIRECT, key)?;
+    for (prefix, _) in stale(PREFIX_BYPASS) {
         absent(trie.remove(&key(prefix))).context("write the inbound rules")?;
     }
-    put(trie, wanted, INBOUND_BYPASS, key)?;
-    for (prefix, _) in stale(INBOUND_REDIRECT) {
+    put(trie, wanted, PREFIX_BYPASS, key)?;
+    for (prefix, _) in stale(PREFIX_REDIRECT) {
         absent(trie.remove(&key(prefix))).context("write the inbound rules")?;
     }
     Ok(())
@@ -224,7 +224,7 @@ mod tests {
     fn decides(prefixes: &Prefixes, bits: u128) -> u32 {
         let key = Prefix { len: 128, bits };
         let longest = prefixes.iter().rfind(|(prefix, _)| prefix.covers(&key));
-        longest.map_or(INBOUND_REDIRECT, |(_, value)| *value)
+        longest.map_or(PREFIX_REDIRECT, |(_, value)| *value)
     }
 
     fn ports(text: &str) -> Vec<Ports> {
@@ -250,7 +250,7 @@ mod tests {
                 let selected = selection.only.as_ref().is_none_or(|only| within(only, port))
                     && !within(&selection.except, port);
                 let decided = decides(&prefixes, PodPort::new(1, port).bits());
-                assert_eq!(decided == INBOUND_REDIRECT, selected, "{port} of {selection:?}");
+                assert_eq!(decided == PREFIX_REDIRECT, selected, "{port} of {selection:?}");
             }
         }
     }
@@ -274,7 +274,7 @@ mod tests {
         ] {
             let peer: IpAddr = peer.parse().unwrap();
             let bits = u128::from_be_bytes(Addr::from(peer).octets);
-            assert_eq!(decides(&prefixes, bits) == INBOUND_REDIRECT, selected, "{peer}");
+            assert_eq!(decides(&prefixes, bits) == PREFIX_REDIRECT, selected, "{peer}");
         }
     }
 
