@@ -75,6 +75,8 @@ pub enum Command {
     Explain(ExplainArgs),
     /// Shows the datapath's verdicts as it makes them, connection by connection.
     Observe(ObserveArgs),
+    /// Shows the maps that the agent has pinned, how full they are, and how to read them with bpftool.
+    Maps(MapsArgs),
     /// Says whether this node can run the agent.
     Check(CheckArgs),
     /// Puts every pod of this node back and removes all that the agent keeps in the kernel, and its CNI
@@ -444,6 +446,24 @@ pub struct CheckArgs {
     /// See [`CniDirs`].
     #[command(flatten)]
     pub cni: CniDirs,
+    /// See [`BpffsDir`].
+    #[command(flatten)]
+    pub bpffs: BpffsDir,
+}
+
+/// `maps`
+#[derive(Debug, Args)]
+#[command(after_long_help = "\
+Examples:
+  redirect-agent maps
+  redirect-agent maps -o json
+
+Needs no running agent. ARCHITECTURE.md says what is in each map; links are pinned in the directory
+`links` beside the maps: bpftool link show pinned DIR/links/POD_ID/lookup.")]
+pub struct MapsArgs {
+    /// How to print it.
+    #[arg(short, long, value_name = "FORMAT", default_value = "table")]
+    pub output: Format,
     /// See [`BpffsDir`].
     #[command(flatten)]
     pub bpffs: BpffsDir,

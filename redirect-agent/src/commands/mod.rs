@@ -1,6 +1,7 @@
 //! The commands, each a function of its arguments.
 
 mod control;
+mod maps;
 
 use std::{
     collections::BTreeSet,
@@ -87,6 +88,7 @@ pub async fn execute(command: Command) -> Result<()> {
             | Command::Detach(_)
             | Command::Cleanup(_)
             | Command::Takeover(_)
+            | Command::Maps(_)
     );
     ensure!(!of_kernel || geteuid().is_root(), "run the command as root");
     match command {
@@ -102,6 +104,7 @@ pub async fn execute(command: Command) -> Result<()> {
         Command::Explain(args) => explain(args).await,
         Command::Observe(args) => observe(args).await,
         Command::Check(args) => check(&args),
+        Command::Maps(args) => maps::maps(&args),
         Command::Cleanup(args) => cleanup(&args),
         Command::Takeover(args) => take_over(args).await,
         Command::Completions(args) => print(&args.generate()),

@@ -36,7 +36,7 @@ use crate::{netns::Netns, traffic::Traffic};
 pub static OBJECT: &[u8] = aya::include_bytes_aligned!(concat!(env!("OUT_DIR"), "/redirect"));
 
 /// The maps that outlive the agent.
-const PINNED_MAPS: [&str; 28] = [
+pub(super) const PINNED_MAPS: [&str; 28] = [
     PODS,
     ADDRESSES,
     THIS_POD,

@@ -17,6 +17,7 @@ mod links;
 mod observe;
 mod owner;
 mod parts;
+pub mod pins;
 mod pod_locks;
 mod pod_netns;
 mod prefixes;

@@ -13,7 +13,8 @@ use redirect_tests::both_families;
 use redirect_tests::footprint::{assert_unchanged, footprint, programs};
 use redirect_tests::netns::Family;
 use redirect_tests::plain_proxy::{PlainProxy, Via};
-use redirect_tests::process::{binary, finish};
+use redirect_tests::process::{binary, finish, succeed};
+use serde_json::Value;
 use socket2::{Domain, Socket, Type};
 
 use crate::cluster::{Cluster, converse, echo};
@@ -210,5 +211,45 @@ fn namespace_attaches_itself_and_detaches_itself(family: Family) -> Result<()> {
         assert_eq!(proxy.relayed().len(), seen, "the proxy is still handed connections");
     }
     assert!(!Path::new(bpffs).exists(), "{bpffs} is left");
+    Ok(())
+}
+
+#[test]
+fn maps_are_shown_with_commands_that_print_them() -> Result<()> {
+    let cluster = Cluster::enrolled(&[])?;
+    let Cluster { node, .. } = &cluster;
+    let ask = |arguments: &[&str]| {
+        let mut command = node.command_without_agent("maps")?;
+        command.arg("--bpffs-dir").arg(node.bpffs()).args(arguments);
+        finish(&mut command)
+    };
+    let (done, table) = ask(&[])?;
+    ensure!(done, "{table}");
+    let commands: Vec<_> =
+        table.lines().filter_map(|line| line.find("bpftool").map(|at| &line[at..])).collect();
+    ensure!(commands.len() > 20, "{table}");
+    for line in commands {
+        let mut words = line.split_whitespace();
+        let bpftool = words.next().context("an empty command")?;
+        succeed(Command::new(bpftool).args(words))?;
+    }
+    let (done, json) = ask(&["-o", "json"])?;
+    ensure!(done, "{json}");
+    let json: Value = serde_json::from_str(&json)?;
+    let entries = |name: &str| {
+        let map = json["maps"].as_array()?.iter().find(|map| map["name"] == name)?;
+        map["entries"].as_u64()
+    };
+    // The client is on another node.
+    assert_eq!(entries("pods"), Some(1), "{json}");
+    // One of each family, and that of the link.
+    assert_eq!(entries("addresses"), Some(3), "{json}");
+    assert_eq!(entries("listeners"), Some(3), "{json}");
+    assert_eq!(entries("hints"), None, "{json}");
+
+    let empty = node.bpffs().join("nothing");
+    let mut command = node.command_without_agent("maps")?;
+    let (done, said) = finish(command.arg("--bpffs-dir").arg(empty))?;
+    ensure!(!done && said.contains("has no maps of the agent"), "{said}");
     Ok(())
 }
