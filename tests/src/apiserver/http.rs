@@ -24,8 +24,9 @@ use tokio::{
 
 use super::{
     Cut, Kind, Request, Shared, TOKEN,
+    proxy::proxy,
     status::Status,
-    store::{Change, FieldSelector, merge},
+    store::{Change, Selector, in_core, merge, shown},
 };
 
 /// Bodies are small.
@@ -48,6 +49,8 @@ struct Asked {
     namespace: String,
     name: String,
     subresource: String,
+    /// What is asked of the pod, if the request is passed on to it.
+    rest: String,
     query: HashMap<String, String>,
     content_type: String,
     /// Only the metadata is wanted.
@@ -79,6 +82,9 @@ async fn answer(State(shared): State<Arc<Shared>>, request: HttpRequest) -> Resp
     };
     let loses = verb == "patch" && shared.loses_answers.load(Ordering::Relaxed);
     let result = match asked {
+        Ok(asked) if asked.subresource == "proxy" => {
+            proxy(&shared, &asked.namespace, &asked.name, &asked.rest).await
+        }
         Ok(asked) => carry_out(&shared, verb, &asked),
         Err(status) => Err(status),
     };
@@ -128,17 +134,22 @@ fn take_apart(path: &str, query: &str, headers: &HeaderMap, body: &[u8]) -> Resu
     };
     let parts: Vec<&str> = rest.split('/').collect();
     let (namespace, plural, rest) = match parts.as_slice() {
+        ["namespaces", name] => ("", "namespaces", std::slice::from_ref(name)),
         ["namespaces", namespace, plural, rest @ ..] => (*namespace, *plural, rest),
         [plural, rest @ ..] => ("", *plural, rest),
         [] => return Err(unknown()),
     };
-    let kinds = [Kind::Pod, Kind::Namespace, Kind::Event, Kind::DaemonSet];
+    let kinds =
+        [Kind::Pod, Kind::Namespace, Kind::Node, Kind::ConfigMap, Kind::Event, Kind::DaemonSet];
+    // Events are written in their own group, and read in the core's, too.
+    let group = if plural == Kind::Event.plural() { Kind::Event.group() } else { group };
     let is_meant = |kind: &Kind| (kind.group(), kind.plural()) == (group, plural);
     let kind = kinds.into_iter().find(is_meant).ok_or_else(unknown)?;
     let (name, subresource) = match rest {
         [] => ("", ""),
         [name] => (*name, ""),
         [name, subresource] => (*name, *subresource),
+        [name, "proxy", _] => (*name, "proxy"),
         _ => return Err(unknown()),
     };
     let body = match body {
@@ -151,6 +162,7 @@ fn take_apart(path: &str, query: &str, headers: &HeaderMap, body: &[u8]) -> Resu
         namespace: namespace.to_owned(),
         name: name.to_owned(),
         subresource: subresource.to_owned(),
+        rest: path.split_once("/proxy").map_or("", |(_, rest)| rest).to_owned(),
         query: read_query(query),
         content_type: header(header::CONTENT_TYPE).to_owned(),
         metadata,
@@ -185,9 +197,9 @@ fn decode(text: &str) -> String {
 fn carry_out(shared: &Arc<Shared>, verb: &str, asked: &Asked) -> Result<Response, Status> {
     shared.store().check(verb, asked.kind, &asked.subresource)?;
     match (verb, asked.kind, asked.subresource.as_str()) {
-        ("list", Kind::Pod | Kind::Namespace, "") => list(shared, asked),
-        ("watch", Kind::Pod | Kind::Namespace, "") => watch_changes(shared, asked),
-        ("get", Kind::DaemonSet, "") => get(shared, asked),
+        ("list", Kind::Pod | Kind::Namespace | Kind::Node | Kind::Event, "") => list(shared, asked),
+        ("watch", Kind::Pod | Kind::Namespace | Kind::Node, "") => watch_changes(shared, asked),
+        ("get", Kind::DaemonSet | Kind::Namespace | Kind::ConfigMap, "") => get(shared, asked),
         ("patch", Kind::Pod, "status") => patch_pod_status(shared, asked),
         ("create", Kind::Event, "") => create_event(shared, asked),
         ("patch", Kind::Event, "") => patch_event(shared, asked),
@@ -195,24 +207,9 @@ fn carry_out(shared: &Arc<Shared>, verb: &str, asked: &Asked) -> Result<Response
     }
 }
 
-fn selector(asked: &Asked) -> Result<FieldSelector, Status> {
-    if asked.query.get("labelSelector").is_some_and(|labels| !labels.is_empty()) {
-        return Err(Status::bad_request("the stand-in knows no label selectors".to_owned()));
-    }
-    let fields = asked.query.get("fieldSelector").map_or("", String::as_str);
-    FieldSelector::parse(asked.kind, fields)
-}
-
-/// An object as it is asked for.
-fn shown(object: &Value, metadata: bool) -> Value {
-    if metadata {
-        json!({
-            "kind": "PartialObjectMetadata", "apiVersion": "meta.k8s.io/v1",
-            "metadata": object["metadata"],
-        })
-    } else {
-        object.clone()
-    }
+fn selector(asked: &Asked) -> Result<Selector, Status> {
+    let text = |key: &str| asked.query.get(key).map_or("", String::as_str);
+    Selector::parse(asked.kind, text("fieldSelector"), text("labelSelector"))
 }
 
 fn get(shared: &Shared, asked: &Asked) -> Result<Response, Status> {
@@ -257,14 +254,16 @@ fn list(shared: &Shared, asked: &Asked) -> Result<Response, Status> {
             None => drop(objects.remove(&key)),
         }
     }
-    let matching: Vec<&Value> = objects
+    let matching: Vec<Value> = objects
         .iter()
-        .filter(|((kind, namespace, _), object)| {
-            *kind == asked.kind
-                && (asked.namespace.is_empty() || asked.namespace == *namespace)
-                && selector.matches(object)
+        .filter(|((kind, namespace, _), _)| {
+            *kind == asked.kind && (asked.namespace.is_empty() || asked.namespace == *namespace)
         })
-        .map(|(_, object)| object)
+        .map(|(_, object)| match asked.kind {
+            Kind::Event => in_core(object),
+            _ => object.clone(),
+        })
+        .filter(|object| selector.matches(object))
         .collect();
     let page: Vec<Value> =
         matching.iter().skip(from).take(limit).map(|o| shown(o, asked.metadata)).collect();
@@ -276,6 +275,7 @@ fn list(shared: &Shared, asked: &Asked) -> Result<Response, Status> {
     }
     let (kind, api) = match asked.metadata {
         true => ("PartialObjectMetadataList".to_owned(), "meta.k8s.io/v1"),
+        false if asked.kind == Kind::Event => ("EventList".to_owned(), "v1"),
         false => (format!("{}List", asked.kind.name()), asked.kind.api_version()),
     };
     // As the real one: what is in a list of its own kind does not say its kind.
@@ -309,7 +309,7 @@ fn number<T: std::str::FromStr>(asked: &Asked, key: &str) -> Result<Option<T>, S
 struct Watch {
     shared: Arc<Shared>,
     kind: Kind,
-    selector: FieldSelector,
+    selector: Selector,
     metadata: bool,
     wants_bookmarks: bool,
     version: u64,

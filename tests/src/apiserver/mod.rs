@@ -3,6 +3,7 @@
 //! to forget.
 
 mod http;
+mod proxy;
 mod status;
 mod store;
 
@@ -28,6 +29,9 @@ use crate::process::wait_for;
 
 /// What the server says that a client presents.
 pub const TOKEN: &str = "the-agents-token";
+
+/// Annotation of a pod: the port that stands for each of its ports when the server passes a request on.
+pub const PORT: &str = "test/port";
 
 /// How long the server may take to go away.
 const PATIENCE: Duration = Duration::from_secs(10);

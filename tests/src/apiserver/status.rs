@@ -70,6 +70,10 @@ impl Status {
         Self::new(422, "Invalid", message)
     }
 
+    pub(super) fn unavailable(message: String) -> Self {
+        Self::new(503, "ServiceUnavailable", message)
+    }
+
     pub(super) fn too_new() -> Self {
         Self::new(504, "Timeout", "Too large resource version".to_owned())
     }

@@ -13,6 +13,10 @@ pub enum Kind {
     Namespace,
     /// `v1`.
     Pod,
+    /// `v1`, of the cluster.
+    Node,
+    /// `v1`.
+    ConfigMap,
     /// `events.k8s.io/v1`.
     Event,
     /// `apps/v1`.
@@ -25,6 +29,8 @@ impl Kind {
         match self {
             Kind::Namespace => "namespaces",
             Kind::Pod => "pods",
+            Kind::Node => "nodes",
+            Kind::ConfigMap => "configmaps",
             Kind::Event => "events",
             Kind::DaemonSet => "daemonsets",
         }
@@ -33,7 +39,7 @@ impl Kind {
     /// The API group, empty for the core.
     pub fn group(self) -> &'static str {
         match self {
-            Kind::Namespace | Kind::Pod => "",
+            Kind::Namespace | Kind::Pod | Kind::Node | Kind::ConfigMap => "",
             Kind::Event => "events.k8s.io",
             Kind::DaemonSet => "apps",
         }
@@ -41,7 +47,7 @@ impl Kind {
 
     pub(super) fn api_version(self) -> &'static str {
         match self {
-            Kind::Namespace | Kind::Pod => "v1",
+            Kind::Namespace | Kind::Pod | Kind::Node | Kind::ConfigMap => "v1",
             Kind::Event => "events.k8s.io/v1",
             Kind::DaemonSet => "apps/v1",
         }
@@ -51,6 +57,8 @@ impl Kind {
         match self {
             Kind::Namespace => "Namespace",
             Kind::Pod => "Pod",
+            Kind::Node => "Node",
+            Kind::ConfigMap => "ConfigMap",
             Kind::Event => "Event",
             Kind::DaemonSet => "DaemonSet",
         }
@@ -73,18 +81,36 @@ impl Kind {
                 "status.podIP",
                 "status.nominatedNodeName",
             ],
-            Kind::Event => &["metadata.name", "metadata.namespace", "reason"],
-            Kind::DaemonSet => &["metadata.name", "metadata.namespace"],
+            Kind::Node => &["metadata.name", "spec.unschedulable"],
+            // As `v1`, the only version that they are listed in.
+            Kind::Event => {
+                &["metadata.name", "metadata.namespace", "reason", "type", "reportingComponent"]
+            }
+            Kind::ConfigMap | Kind::DaemonSet => &["metadata.name", "metadata.namespace"],
         }
     }
 }
 
-/// `spec.nodeName=a,status.phase!=Failed`
+/// Fields, `spec.nodeName=a,status.phase!=Failed`, and labels, `app=a`.
 #[derive(Clone, Debug, Default)]
-pub(super) struct FieldSelector(Vec<(String, bool, String)>);
+pub(super) struct Selector {
+    fields: Vec<(String, bool, String)>,
+    labels: Vec<(String, String)>,
+}
 
-impl FieldSelector {
-    pub(super) fn parse(kind: Kind, text: &str) -> Result<Self, Status> {
+impl Selector {
+    pub(super) fn parse(kind: Kind, text: &str, labels: &str) -> Result<Self, Status> {
+        let equal = |term: &str| match term.split_once('=') {
+            Some((key, value)) if !key.ends_with('!') && !value.starts_with('=') => {
+                Ok((key.to_owned(), value.to_owned()))
+            }
+            _ => {
+                let message = format!("the stand-in does not know label selector {term:?}");
+                Err(Status::bad_request(message))
+            }
+        };
+        let labels = labels.split(',').filter(|term| !term.is_empty()).map(equal);
+        let labels = labels.collect::<Result<_, _>>()?;
         let mut terms = Vec::new();
         for term in text.split(',').filter(|term| !term.is_empty()) {
             let (field, equal, value) = if let Some((field, value)) = term.split_once("!=") {
@@ -99,19 +125,21 @@ impl FieldSelector {
             }
             terms.push((field.to_owned(), equal, value.to_owned()));
         }
-        Ok(Self(terms))
+        Ok(Self { fields: terms, labels })
     }
 
     pub(super) fn matches(&self, object: &Value) -> bool {
-        self.0.iter().all(|(field, equal, value)| {
-            let found = object.pointer(&format!("/{}", field.replace('.', "/")));
-            let found = match found {
-                Some(Value::String(text)) => text.clone(),
-                Some(other) => other.to_string(),
-                None => String::new(),
-            };
-            (found == *value) == *equal
-        })
+        let has = |(key, value): &(String, String)| object["metadata"]["labels"][key] == **value;
+        self.labels.iter().all(has)
+            && self.fields.iter().all(|(field, equal, value)| {
+                let found = object.pointer(&format!("/{}", field.replace('.', "/")));
+                let found = match found {
+                    Some(Value::String(text)) => text.clone(),
+                    Some(other) => other.to_string(),
+                    None => String::new(),
+                };
+                (found == *value) == *equal
+            })
     }
 }
 
@@ -186,7 +214,9 @@ impl Store {
                 None => format!("00000000-0000-4000-8000-{made:012x}").into(),
             };
         }
-        metadata["creationTimestamp"] = "2026-01-01T00:00:00Z".into();
+        if metadata["creationTimestamp"].is_null() {
+            metadata["creationTimestamp"] = "2026-01-01T00:00:00Z".into();
+        }
         metadata["managedFields"] = json!([{
             "manager": "kubelet", "operation": "Update", "apiVersion": "v1", "fieldsType": "FieldsV1",
             "subresource": "status", "time": "2026-01-01T00:00:00Z",
@@ -252,6 +282,34 @@ impl Store {
         }
         Ok(())
     }
+}
+
+/// An object as it is asked for.
+pub(super) fn shown(object: &Value, metadata: bool) -> Value {
+    if metadata {
+        json!({
+            "kind": "PartialObjectMetadata", "apiVersion": "meta.k8s.io/v1",
+            "metadata": object["metadata"],
+        })
+    } else {
+        object.clone()
+    }
+}
+
+/// An Event as the core's version has it. Source: Kubernetes `pkg/apis/events/v1/conversion.go`.
+pub(super) fn in_core(event: &Value) -> Value {
+    let mut event = event.clone();
+    for (name, in_core) in [
+        ("regarding", "involvedObject"),
+        ("note", "message"),
+        ("reportingController", "reportingComponent"),
+    ] {
+        event[in_core] = event[name].take();
+        if let Some(event) = event.as_object_mut() {
+            event.remove(name);
+        }
+    }
+    event
 }
 
 /// JSON merge patch. Source: RFC 7386.
