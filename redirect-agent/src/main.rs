@@ -6,9 +6,8 @@ use std::{
     process::ExitCode,
 };
 
-use clap::Parser as _;
 use redirect_agent::{
-    cli::{Cli, Command, LogFormat},
+    cli::{Command, LogFormat},
     cni::plugin,
     commands,
 };
@@ -18,13 +17,16 @@ use tracing_subscriber::EnvFilter;
 /// source, once; kube says it each time.
 const LOG: &str = "info,kube_client::client::builder=off,kube_runtime::watcher=off";
 
+/// The same for a command that says itself what goes wrong.
+const QUIET: &str = "warn,kube_client=off,kube_runtime=off";
+
 /// As many on a large node as on a small one: the agent has little to compute.
 const WORKERS: usize = 2;
 /// How many pods are set up at once. The kernel changes one network interface of the node at a time.
 const BLOCKING: usize = 16;
 
 fn main() -> ExitCode {
-    // The same program is the CNI plugin, by another name.
+    // The same program is the CNI plugin, by another name, and kubectl's (`Command::of_process`).
     if plugin::is_called() {
         return plugin::main();
     }
@@ -43,8 +45,8 @@ fn main() -> ExitCode {
 }
 
 async fn agent() -> ExitCode {
-    let cli = Cli::parse();
-    let json = matches!(&cli.command, Command::Run(args) if args.log_format == LogFormat::Json);
+    let command = Command::of_process();
+    let json = matches!(&command, Command::Run(args) if args.log_format == LogFormat::Json);
     let filter = match env::var(EnvFilter::DEFAULT_ENV) {
         Ok(directives) if !directives.is_empty() => match EnvFilter::try_new(directives) {
             Ok(filter) => filter,
@@ -55,6 +57,7 @@ async fn agent() -> ExitCode {
                 return ExitCode::FAILURE;
             }
         },
+        _ if matches!(command, Command::Cluster(_)) => EnvFilter::new(QUIET),
         _ => EnvFilter::new(LOG),
     };
     let log = tracing_subscriber::fmt()
@@ -66,11 +69,12 @@ async fn agent() -> ExitCode {
     } else {
         log.init();
     }
-    match commands::execute(cli.command).await {
-        Ok(()) => ExitCode::SUCCESS,
+    let failure = command.failure();
+    match commands::execute(command).await {
+        Ok(exit) => exit,
         Err(e) => {
             eprintln!("error: {e:#}");
-            ExitCode::FAILURE
+            ExitCode::from(failure)
         }
     }
 }

@@ -1,5 +1,6 @@
 //! The command line: every command with its options, its help and its examples.
 
+mod cluster;
 mod control;
 
 use std::{net::IpAddr, path::PathBuf, str::FromStr, time::Duration};
@@ -9,9 +10,12 @@ use clap::{ArgAction, Args, CommandFactory as _, Parser, Subcommand, ValueEnum};
 use clap_complete::Shell;
 use ipnet::IpNet;
 
-pub use self::control::{
-    AutoArgs, ControlSocket, Doing, ExplainArgs, For, ObserveArgs, OverrideArgs, PauseArgs,
-    ResumeArgs, StatusArgs,
+pub use self::{
+    cluster::{ClusterArgs, Plugin},
+    control::{
+        AutoArgs, ControlSocket, Doing, ExplainArgs, For, ObserveArgs, OverrideArgs, PauseArgs,
+        ResumeArgs, StatusArgs,
+    },
 };
 use crate::{
     cni::{self, entry::DaemonSet, install},
@@ -38,6 +42,7 @@ Examples:
   redirect-agent status
   redirect-agent explain shop/web shop/cart:8080
   redirect-agent unenroll shop/cart --for 10m
+  redirect-agent cluster
 
 The commands that change something are harmless when they are repeated. The exit status is 0 for
 success, 1 for failure, and 2 for a command line that cannot be understood."
@@ -77,6 +82,8 @@ pub enum Command {
     Observe(ObserveArgs),
     /// Shows the maps that the agent has pinned, how full they are, and how to read them with bpftool.
     Maps(MapsArgs),
+    /// Shows the pods of the whole cluster that should be in the mesh and are not, since when, and why.
+    Cluster(Box<ClusterArgs>),
     /// Says whether this node can run the agent.
     Check(CheckArgs),
     /// Puts every pod of this node back and removes all that the agent keeps in the kernel, and its CNI
@@ -95,6 +102,23 @@ pub enum SourceSpec {
     Kube,
     /// `dir:PATH`: a directory of manifests.
     Dir(PathBuf),
+}
+
+impl Command {
+    /// What this process was called for: a command, or, as kubectl's plugin, `cluster`. Ends the process when
+    /// the command line asks for help, or cannot be understood.
+    pub fn of_process() -> Self {
+        if Plugin::is_called() {
+            Self::Cluster(Box::new(Plugin::of_process().cluster))
+        } else {
+            Cli::parse().command
+        }
+    }
+
+    /// The exit status when the command fails: of `cluster`, 1 is an answer.
+    pub fn failure(&self) -> u8 {
+        if matches!(self, Self::Cluster(_)) { 2 } else { 1 }
+    }
 }
 
 impl FromStr for SourceSpec {

@@ -1,5 +1,6 @@
 //! The commands, each a function of its arguments.
 
+mod cluster;
 mod control;
 mod maps;
 
@@ -9,6 +10,7 @@ use std::{
     os::fd::AsFd as _,
     panic::resume_unwind,
     path::{Path, PathBuf},
+    process::ExitCode,
     sync::{
         Arc,
         atomic::{AtomicUsize, Ordering},
@@ -75,12 +77,12 @@ const STUCK: Duration = Duration::from_secs(1);
 /// How often a command that may have nothing to print checks whether anybody reads.
 const LOOK_FOR_READER: Duration = Duration::from_millis(500);
 
-/// Carries out a command.
+/// Carries out a command. Returns the exit status.
 ///
 /// # Errors
 ///
 /// What the command says when it fails.
-pub async fn execute(command: Command) -> Result<()> {
+pub async fn execute(command: Command) -> Result<ExitCode> {
     let of_kernel = matches!(
         command,
         Command::Run(_)
@@ -91,7 +93,8 @@ pub async fn execute(command: Command) -> Result<()> {
             | Command::Maps(_)
     );
     ensure!(!of_kernel || geteuid().is_root(), "run the command as root");
-    match command {
+    let done = match command {
+        Command::Cluster(args) => return cluster::cluster(*args).await,
         Command::Run(args) => run(*args).await,
         Command::Attach(args) => attach(&args),
         Command::Detach(args) => detach(&args),
@@ -108,7 +111,8 @@ pub async fn execute(command: Command) -> Result<()> {
         Command::Cleanup(args) => cleanup(&args),
         Command::Takeover(args) => take_over(args).await,
         Command::Completions(args) => print(&args.generate()),
-    }
+    };
+    done.map(|()| ExitCode::SUCCESS)
 }
 
 async fn run(args: RunArgs) -> Result<()> {

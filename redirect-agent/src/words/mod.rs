@@ -103,10 +103,8 @@ impl Reading {
         let mut found = Vec::new();
         if self.by_label {
             found.extend(labels(&on_pod, &pod.labels));
-            if let Some(Namespace { name, labels: of }) = namespace {
-                found.extend(labels(&format!("namespace {name}"), of));
-            }
         }
+        found.extend(namespace.into_iter().flat_map(|namespace| self.of_namespace(namespace)));
         found.extend(pod.annotations.iter().filter_map(|(key, value)| {
             let (what, meant) = self.annotation(key)?;
             Some(UnknownWord {
@@ -118,6 +116,14 @@ impl Reading {
             })
         }));
         found
+    }
+
+    /// The labels of a namespace that have no effect.
+    pub fn of_namespace(self, namespace: &Namespace) -> Vec<UnknownWord> {
+        match self.by_label {
+            true => labels(&format!("namespace {}", namespace.name), &namespace.labels),
+            false => Vec::new(),
+        }
     }
 
     /// What is wrong with the key of an annotation, and what was probably meant.

@@ -36,7 +36,7 @@ pub struct Managed {
 }
 
 impl Managed {
-    fn start() -> Result<Self> {
+    pub fn start() -> Result<Self> {
         let mut managed = Self::without_agent()?;
         managed.cluster.node.start_agent()?;
         managed.cluster.node.start_proxy()?;

@@ -8,6 +8,7 @@ mod bad_input;
 mod cgroup;
 mod clsact;
 mod cluster;
+mod cluster_view;
 mod cmdadd;
 mod cni;
 mod commands;

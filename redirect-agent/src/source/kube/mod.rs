@@ -9,6 +9,11 @@ mod owner;
 mod state;
 mod watch;
 
+pub(crate) use self::{
+    state::{Kept, UNREACHABLE, name, read_pod},
+    watch::follow,
+};
+
 use std::{
     collections::BTreeMap,
     error::Error as _,
@@ -43,7 +48,7 @@ use tracing::{info, warn};
 
 use self::{
     events::{Intake, Scribe},
-    state::{State, UNREACHABLE},
+    state::State,
 };
 use super::{ANNOTATION_REDIRECTION, Event, Inventory, Problem, Redirection, Source, Whom, report};
 use crate::{
@@ -79,7 +84,7 @@ const EVENT_RATE: (u64, Duration) = (10, Duration::from_secs(1));
 const QUEUE: usize = 256;
 
 /// Placeholder for the API server's address in messages.
-const SERVER: &str = "the API server";
+pub(crate) const SERVER: &str = "the API server";
 
 /// The rights that the agent's service account may lack.
 const ROLE: &str = "the agent's role needs: list, watch on pods and namespaces; patch on pods/status; \
@@ -248,7 +253,7 @@ pub async fn open(
 
 /// A client with a limited rate of requests, which leaves retries to us and calls `answered` whenever a
 /// request succeeds.
-fn client(
+pub(crate) fn client(
     mut config: Config,
     (requests, per): (u64, Duration),
     answered: impl Fn() + Clone + Send + 'static,
@@ -464,7 +469,7 @@ fn failure(error: &Error) -> anyhow::Error {
 }
 
 /// The error in one line, with what an operator can do about it.
-fn explain(error: &Error) -> String {
+pub(crate) fn explain(error: &Error) -> String {
     match error {
         Error::Api(status) if status.code == 403 => {
             format!("the API server forbids it: {}; {ROLE}", status.message)
@@ -507,7 +512,7 @@ fn no_connection(error: &Error) -> Option<&io::Error> {
 }
 
 /// The error and its causes, each once.
-fn chain(error: &dyn std::error::Error) -> String {
+pub(crate) fn chain(error: &dyn std::error::Error) -> String {
     let mut text = error.to_string();
     let mut cause = error.source();
     while let Some(error) = cause {

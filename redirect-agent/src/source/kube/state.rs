@@ -15,7 +15,7 @@ use super::super::{ANNOTATION_REDIRECTION, Inventory, Problem, without_conflicts
 use crate::membership::{Config, Namespace, Pod, PodKey};
 
 /// How a problem begins that affects everything alike: connecting failed.
-pub(super) const UNREACHABLE: &str = "cannot reach ";
+pub(crate) const UNREACHABLE: &str = "cannot reach ";
 
 /// kubectl's copy of the whole object. Nobody here reads it, and nothing else is as large.
 const ANNOTATION_LAST_APPLIED: &str = "kubectl.kubernetes.io/last-applied-configuration";
@@ -33,10 +33,10 @@ pub(super) struct State {
 
 /// Objects by name, and those of a list that is not complete yet. What was known before stays until it is
 /// complete.
-struct Kept<T> {
-    known: BTreeMap<String, T>,
+pub(crate) struct Kept<T> {
+    pub(crate) known: BTreeMap<String, T>,
     listing: Option<BTreeMap<String, T>>,
-    complete: bool,
+    pub(crate) complete: bool,
 }
 
 impl<T> Default for Kept<T> {
@@ -46,17 +46,17 @@ impl<T> Default for Kept<T> {
 }
 
 impl<T> Kept<T> {
-    fn init(&mut self) {
+    pub(crate) fn init(&mut self) {
         self.listing = Some(BTreeMap::new());
     }
 
-    fn init_done(&mut self) {
+    pub(crate) fn init_done(&mut self) {
         self.known = self.listing.take().unwrap_or_default();
         self.complete = true;
     }
 
     /// Where an event's object is stored: in the incomplete list, or among the known objects.
-    fn target(&mut self, listed: bool) -> &mut BTreeMap<String, T> {
+    pub(crate) fn target(&mut self, listed: bool) -> &mut BTreeMap<String, T> {
         match &mut self.listing {
             Some(listing) if listed => listing,
             _ => &mut self.known,
@@ -221,7 +221,8 @@ fn give_up_reused_addresses(pods: &mut BTreeMap<PodKey, Pod>) {
     }
 }
 
-fn name(metadata: &kube::api::ObjectMeta) -> String {
+/// `NAMESPACE/NAME`, or the name of an object without a namespace.
+pub(crate) fn name(metadata: &kube::api::ObjectMeta) -> String {
     let name = metadata.name.as_deref().unwrap_or_default();
     match &metadata.namespace {
         Some(namespace) => format!("{namespace}/{name}"),
@@ -250,7 +251,8 @@ impl Known {
     }
 }
 
-fn read_pod(mut object: DynamicObject) -> Result<Pod, String> {
+/// Reads a pod, without what only kubectl needs. The error is text.
+pub(crate) fn read_pod(mut object: DynamicObject) -> Result<Pod, String> {
     if let Some(annotations) = &mut object.metadata.annotations {
         annotations.remove(ANNOTATION_LAST_APPLIED);
     }

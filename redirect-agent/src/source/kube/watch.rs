@@ -18,7 +18,7 @@ const LONGEST_PAUSE: Duration = Duration::from_secs(10);
 
 /// Sends every event of `api`'s objects to `events`, and every failure with its reason, until nobody listens.
 /// Pauses after failures, for longer and longer.
-pub(super) async fn follow<K, T>(
+pub(crate) async fn follow<K, T>(
     api: Api<K>,
     config: watcher::Config,
     events: mpsc::Sender<T>,

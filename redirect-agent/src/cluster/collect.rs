@@ -1,0 +1,334 @@
+//! Reads the API server, page by page.
+
+use std::{
+    collections::BTreeMap,
+    path::{Path, PathBuf},
+    time::{Duration, SystemTime},
+};
+
+use anyhow::{Context as _, Result, anyhow};
+use futures_util::future::join_all;
+use http::Request;
+use k8s_openapi::api::core::v1 as k8s;
+use kube::{
+    Api, Client, Config, Error,
+    api::{ApiResource, DynamicObject, ListParams, ObjectList, ObjectMeta},
+    client::Body,
+    config::{KubeConfigOptions, Kubeconfig},
+};
+use tokio::time::timeout;
+
+use super::{
+    object::{AgentSeen, EventSeen, NamespaceSeen, PodSeen},
+    report::{NodeProblem, NodeRow},
+    seen::Seen,
+    settings::{Given, Settings},
+};
+use crate::{
+    membership::PodKey,
+    source::kube::{SERVER, chain, client, explain, name},
+};
+
+/// Requests per time. What lists a cluster of 1,000 nodes asks some hundreds of times.
+const RATE: (u64, Duration) = (100, Duration::from_secs(1));
+/// How often a list begins anew that took longer than the API server keeps its version.
+const RESTARTS: u32 = 3;
+/// A finished pod has no traffic.
+pub(super) const UNFINISHED: &str = "status.phase!=Succeeded,status.phase!=Failed";
+/// The agents' own Events: `kube::runtime` writes them under this name.
+const OF_AGENTS: &str = "reportingComponent=redirect-agent";
+/// The label of the agents' pods, by the chart.
+pub(super) const AGENTS: &str = "app=redirect-agent";
+/// Nodes where the DaemonSet does not run.
+const LABEL_OS: &str = "kubernetes.io/os";
+/// How many agents that look wrong are asked why, and how long one may take.
+const ASKED: usize = 20;
+const ANSWER: Duration = Duration::from_secs(5);
+/// The agent's port for health.
+const PORT: u16 = 15014;
+/// The longest answer that is shown.
+const LONGEST_ANSWER: usize = 500;
+
+/// What is asked.
+#[derive(Clone, Debug, Default)]
+pub struct Asked {
+    /// The namespace; `None`: all.
+    pub namespace: Option<String>,
+    /// The agents' namespace, where their pods cannot be listed in all.
+    pub agent_namespace: Option<String>,
+    /// What the operator says in place of the agents.
+    pub given: Given,
+    /// Whether to ask agents that look wrong for `/readyz`.
+    pub readyz: bool,
+    /// How many objects a page has.
+    pub chunk: u32,
+}
+
+/// The API server.
+#[derive(Clone)]
+pub struct Server {
+    pub(super) client: Client,
+    pub(super) url: String,
+}
+
+impl Server {
+    /// The one that the kubeconfig leads to, as for kubectl.
+    ///
+    /// # Errors
+    ///
+    /// When it leads to none.
+    pub async fn open(path: Option<PathBuf>, context: Option<String>) -> Result<Self> {
+        let config = config(path.as_deref(), context).await?;
+        let url = config.cluster_url.to_string();
+        Ok(Self { client: client(config, RATE, || ())?, url })
+    }
+
+    /// The error in one line, with what to do about it.
+    pub(super) fn failure(&self, what: &str, error: &Error) -> String {
+        match error {
+            Error::Api(status) if status.code == 403 => {
+                format!("{what}: the API server forbids it: {}", status.message)
+            }
+            Error::Api(status) if status.code == 401 => format!(
+                "{what}: the API server does not accept the credentials of the kubeconfig: {}; log in again, \
+                 or give --kubeconfig or --context",
+                status.message
+            ),
+            error => format!("{what}: {}", explain(error).replacen(SERVER, &self.url, 1)),
+        }
+    }
+
+    pub(super) fn pods(&self, namespace: Option<&str>) -> Api<DynamicObject> {
+        let resource = ApiResource::erase::<k8s::Pod>(&());
+        match namespace {
+            Some(namespace) => Api::namespaced_with(self.client.clone(), namespace, &resource),
+            None => Api::all_with(self.client.clone(), &resource),
+        }
+    }
+
+    pub(super) fn agents(&self, asked: &Asked) -> Api<k8s::Pod> {
+        self.in_namespace(asked.agent_namespace.as_deref())
+    }
+
+    fn in_namespace<K>(&self, namespace: Option<&str>) -> Api<K>
+    where
+        K: kube::Resource<DynamicType = (), Scope = kube::core::NamespaceResourceScope>,
+    {
+        match namespace {
+            Some(namespace) => Api::namespaced(self.client.clone(), namespace),
+            None => Api::all(self.client.clone()),
+        }
+    }
+}
+
+async fn config(path: Option<&Path>, context: Option<String>) -> Result<Config> {
+    let hint = "find the API server: give --kubeconfig PATH, or set $KUBECONFIG, as for kubectl";
+    let failed = |error: &dyn std::error::Error| anyhow!("{}", chain(error));
+    let kubeconfig = match (path, &context) {
+        (None, None) => return Config::infer().await.map_err(|e| failed(&e)).context(hint),
+        (None, Some(_)) => Kubeconfig::read().map_err(|e| failed(&e)).context(hint)?,
+        (Some(path), _) => Kubeconfig::read_from(path)
+            .map_err(|error| failed(&error))
+            .with_context(|| format!("use the kubeconfig {}", path.display()))?,
+    };
+    let options = KubeConfigOptions { context, ..KubeConfigOptions::default() };
+    let config = Config::from_custom_kubeconfig(kubeconfig, &options).await;
+    config.map_err(|error| failed(&error)).context("use the kubeconfig")
+}
+
+/// Reads everything. What is not indispensable and cannot be read becomes a note.
+///
+/// # Errors
+///
+/// When pods or namespaces cannot be listed.
+pub async fn collect(server: &Server, asked: &Asked) -> Result<Seen> {
+    let mut seen =
+        Seen { server: server.url.clone(), asked: asked.namespace.clone(), ..Seen::default() };
+    agents(server, asked, &mut seen).await;
+    settings(server, asked, &mut seen).await;
+    seen.namespaces = namespaces(server, asked).await?;
+    nodes(server, asked, &mut seen).await;
+    let reading = seen.settings.reading();
+    let pods = server.pods(asked.namespace.as_deref());
+    let params = ListParams::default().fields(UNFINISHED);
+    let read = |pod: DynamicObject| Some((name(&pod.metadata), PodSeen::read(pod, reading)));
+    let found = pages(asked.chunk, params, async |params| pods.list(params).await, read).await;
+    seen.pods = found.map_err(|error| needed(server, "list pods", &error))?;
+    look_into(server, asked, &mut seen).await;
+    Ok(seen)
+}
+
+/// Asks about what is wrong: for the agents' Events, and agents for `/readyz`.
+pub(super) async fn look_into(server: &Server, asked: &Asked, seen: &mut Seen) {
+    let report = seen.report(SystemTime::now());
+    if !report.wrong.is_empty() {
+        events(server, asked, seen).await;
+    }
+    if asked.readyz {
+        readyz(server, seen, &report.nodes).await;
+    }
+}
+
+/// Why what is indispensable cannot be read.
+fn needed(server: &Server, what: &str, error: &Error) -> anyhow::Error {
+    let hint = match error {
+        Error::Api(status) if status.code == 403 => {
+            "; this needs list on pods, and list on namespaces or, with -n, get"
+        }
+        _ => "",
+    };
+    anyhow!("{}{hint}", server.failure(what, error))
+}
+
+async fn agents(server: &Server, asked: &Asked, seen: &mut Seen) {
+    let api = server.agents(asked);
+    let params = ListParams::default().labels(AGENTS);
+    let read = |pod: k8s::Pod| Some((name(&pod.metadata), AgentSeen::read(&pod)?));
+    match pages(asked.chunk, params, async |params| api.list(params).await, read).await {
+        Ok(agents) => {
+            if agents.is_empty() {
+                seen.notes.push(format!("no pod has the label {AGENTS}: is the agent installed?"));
+            }
+            seen.agents = Some(agents);
+        }
+        Err(error) => {
+            let failed = server.failure("list the agents", &error);
+            let hint = "whether nodes have an agent is unknown; give --agent-namespace";
+            seen.notes.push(format!("{failed}; {hint}"));
+        }
+    }
+}
+
+/// The settings of the newest agent.
+async fn settings(server: &Server, asked: &Asked, seen: &mut Seen) {
+    let agents = seen.agents.iter().flat_map(BTreeMap::values);
+    let newest = agents.max_by_key(|agent| agent.created).cloned();
+    let newest = match newest {
+        None => None,
+        Some(agent) => {
+            let mut written = agent.written.clone();
+            let maps: Api<k8s::ConfigMap> = server.in_namespace(Some(&agent.key.namespace));
+            for map in &agent.written.config_maps {
+                match maps.get_opt(map).await {
+                    Ok(found) => written.add(found.and_then(|map| map.data).unwrap_or_default()),
+                    Err(error) => {
+                        let what = format!("get the agents' ConfigMap {map}");
+                        let failed = server.failure(&what, &error);
+                        let hint = "give --excluded-namespaces and --enablement-selectors";
+                        seen.notes.push(format!("{failed}; {hint}"));
+                    }
+                }
+            }
+            Some((agent.key.to_string(), written))
+        }
+    };
+    let from = newest.as_ref().map(|(from, written)| (from.clone(), written));
+    seen.settings = Settings::new(asked.given.clone(), from);
+}
+
+async fn namespaces(server: &Server, asked: &Asked) -> Result<BTreeMap<String, NamespaceSeen>> {
+    let api: Api<k8s::Namespace> = Api::all(server.client.clone());
+    let read = |metadata: ObjectMeta| Some((name(&metadata), NamespaceSeen::from(metadata)));
+    let Some(namespace) = &asked.namespace else {
+        let page = async |params: &ListParams| api.list_metadata(params).await;
+        let read = |namespace: kube::core::PartialObjectMeta<_>| read(namespace.metadata);
+        let found = pages(asked.chunk, ListParams::default(), page, read).await;
+        return found.map_err(|error| needed(server, "list namespaces", &error));
+    };
+    let what = format!("get namespace {namespace}");
+    let found = api.get_metadata_opt(namespace).await;
+    let found = found.map_err(|error| needed(server, &what, &error))?;
+    let found = found.with_context(|| format!("there is no namespace {namespace}"))?;
+    Ok(read(found.metadata).into_iter().collect())
+}
+
+async fn nodes(server: &Server, asked: &Asked, seen: &mut Seen) {
+    let api: Api<k8s::Node> = Api::all(server.client.clone());
+    let page = async |params: &ListParams| api.list_metadata(params).await;
+    let read = |node: kube::core::PartialObjectMeta<_>| Some((needs_agent(&node.metadata)?, ()));
+    match pages(asked.chunk, ListParams::default(), page, read).await {
+        Ok(nodes) => seen.nodes = Some(nodes),
+        Err(error) => {
+            let failed = server.failure("list nodes", &error);
+            seen.notes.push(format!("{failed}; nodes without pods and agents are not shown"));
+        }
+    }
+}
+
+/// The node's name, if the DaemonSet would run on it.
+pub(super) fn needs_agent(metadata: &ObjectMeta) -> Option<String> {
+    let os = metadata.labels.as_ref().and_then(|labels| labels.get(LABEL_OS));
+    os.is_none_or(|os| os == "linux").then(|| metadata.name.clone()).flatten()
+}
+
+/// What the agents have said about pods. Events last for an hour.
+async fn events(server: &Server, asked: &Asked, seen: &mut Seen) {
+    let api: Api<k8s::Event> = server.in_namespace(asked.namespace.as_deref());
+    let params = ListParams::default().fields(OF_AGENTS);
+    let read = |event: k8s::Event| Some((name(&event.metadata), EventSeen::read(event)?));
+    match pages(asked.chunk, params, async |params| api.list(params).await, read).await {
+        Ok(events) => seen.take_events(events.into_values()),
+        Err(error) => {
+            let failed = server.failure("list the agents' Events", &error);
+            seen.notes.retain(|note| *note != failed);
+            seen.notes.push(failed);
+        }
+    }
+}
+
+/// Asks agents that are not ready for what they wait.
+async fn readyz(server: &Server, seen: &mut Seen, nodes: &[NodeRow]) {
+    let not_ready = nodes.iter().filter(|node| node.problem == Some(NodeProblem::AgentNotReady));
+    let agents: Vec<&PodKey> = not_ready.filter_map(|node| node.agent.as_ref()).collect();
+    let answers = agents.iter().take(ASKED).map(|agent| async {
+        let answer = match timeout(ANSWER, ask(&server.client, agent)).await {
+            Ok(Ok(answer)) => answer,
+            Ok(Err(error)) => server.failure("get /readyz", &error),
+            Err(_) => format!("/readyz did not answer within {ANSWER:?}"),
+        };
+        ((*agent).clone(), answer)
+    });
+    let answers = join_all(answers).await;
+    seen.answers = answers.into_iter().collect();
+}
+
+async fn ask(client: &Client, agent: &PodKey) -> Result<String, Error> {
+    let PodKey { namespace, name } = agent;
+    let path = format!("/api/v1/namespaces/{namespace}/pods/{name}:{PORT}/proxy/readyz");
+    let request = Request::get(path).body(Body::empty()).map_err(Error::HttpError)?;
+    let response = client.send(request).await?;
+    let status = response.status();
+    let body = response.into_body().collect_bytes().await?;
+    let text: String = String::from_utf8_lossy(&body).chars().take(LONGEST_ANSWER).collect();
+    // 503 with a line for each condition is the agent's own; the rest is the API server's, as a Status.
+    let refusal = serde_json::from_str::<kube::core::Status>(&text).map(|status| status.message);
+    let said = refusal.unwrap_or_else(|_| text.trim().replace('\n', ", "));
+    Ok(format!("/readyz says {}: {said}", status.as_u16()))
+}
+
+/// Reads a list page by page; of each object what `read` makes of it, by its name.
+async fn pages<K: Clone, T>(
+    chunk: u32,
+    params: ListParams,
+    page: impl AsyncFn(&ListParams) -> Result<ObjectList<K>, Error>,
+    read: impl Fn(K) -> Option<(String, T)>,
+) -> Result<BTreeMap<String, T>, Error> {
+    let first = params.limit(chunk);
+    let (mut params, mut found, mut restarts) = (first.clone(), BTreeMap::new(), 0);
+    loop {
+        let list = match page(&params).await {
+            // The version that the first page was of is gone.
+            Err(Error::Api(status)) if status.code == 410 && restarts < RESTARTS => {
+                restarts += 1;
+                (params, found) = (first.clone(), BTreeMap::new());
+                continue;
+            }
+            list => list?,
+        };
+        found.extend(list.items.into_iter().filter_map(&read));
+        match list.metadata.continue_.filter(|token| !token.is_empty()) {
+            Some(token) => params = first.clone().continue_token(&token),
+            None => return Ok(found),
+        }
+    }
+}

@@ -1,0 +1,276 @@
+//! What is known of the cluster, and what follows from it.
+
+use std::{
+    collections::{BTreeMap, BTreeSet},
+    time::{Duration, SystemTime},
+};
+
+use super::{
+    object::{AgentSeen, EventSeen, NamespaceSeen, PodSeen},
+    report::{ByVersion, Counts, NodeProblem, NodeRow, PodRow, Report, Standing, Why},
+    settings::Settings,
+};
+use crate::{
+    explain::API_VERSION,
+    membership::{Decision, PodKey, Reason, decide},
+    overrides::Moment,
+    source::{EventKind, Redirection},
+};
+
+/// How long a pod that should be in the mesh may take to get there.
+const GRACE: Duration = Duration::from_secs(30);
+
+/// What is known of the cluster. Objects go by `NAMESPACE/NAME`, or by their name.
+#[derive(Clone, Debug, Default)]
+pub struct Seen {
+    /// The API server.
+    pub server: String,
+    /// The namespace that is asked for; `None`: all.
+    pub asked: Option<String>,
+    /// By what the agents decide.
+    pub settings: Settings,
+    /// The pods, or why one cannot be used.
+    pub pods: BTreeMap<String, Result<PodSeen, String>>,
+    /// The namespaces.
+    pub namespaces: BTreeMap<String, NamespaceSeen>,
+    /// The nodes that need an agent; `None`: they cannot be listed.
+    pub nodes: Option<BTreeMap<String, ()>>,
+    /// The agents' pods; `None`: they cannot be listed.
+    pub agents: Option<BTreeMap<String, AgentSeen>>,
+    /// The last Event of each pod, by its uid.
+    pub events: BTreeMap<String, EventSeen>,
+    /// What agents that are not ready say at `/readyz`, by the agent's name.
+    pub answers: BTreeMap<PodKey, String>,
+    /// What could not be read.
+    pub notes: Vec<String>,
+}
+
+impl Seen {
+    /// What follows from it.
+    pub fn report(&self, now: SystemTime) -> Report {
+        let mut nodes = self.nodes();
+        let mut pods = Counts::default();
+        let (mut wrong, mut words, mut notes) =
+            (Vec::new(), BTreeSet::new(), self.settings.notes.clone());
+        notes.extend(self.notes.iter().cloned());
+        for (name, seen) in &self.pods {
+            let seen = match seen {
+                Ok(seen) => seen,
+                Err(problem) => {
+                    notes.push(format!("pod {name} is left out: {problem}"));
+                    continue;
+                }
+            };
+            words.extend(seen.words.iter().cloned());
+            let (decision, standing, since) = self.standing(seen, now);
+            pods.add(standing);
+            if let Some(node) = &seen.pod.node_name {
+                let row = nodes.entry(node.clone()).or_insert_with(|| self.node(node, None));
+                row.pods.add(standing);
+            }
+            if standing.is_wrong() {
+                wrong.push((seen, decision.reason, standing, since));
+            }
+        }
+        let reading = self.settings.reading();
+        for seen in self.namespaces.values() {
+            words.extend(reading.of_namespace(&seen.namespace));
+        }
+        let rows = wrong.into_iter().map(|(seen, reason, state, since)| {
+            let node = seen.pod.node_name.as_ref().and_then(|node| nodes.get(node));
+            self.row(seen, reason, state, since, node)
+        });
+        let wrong: Vec<PodRow> = rows.collect();
+        let counts = |node: &NodeRow| self.asked.is_none() || node.pods.total() > 0;
+        let nodes: Vec<NodeRow> = nodes.into_values().filter(counts).collect();
+        Report {
+            api_version: API_VERSION.to_owned(),
+            kind: "ClusterReport".to_owned(),
+            time: Moment::of(now),
+            server: self.server.clone(),
+            namespace: self.asked.clone(),
+            ok: wrong.is_empty() && !nodes.iter().any(NodeRow::is_wrong),
+            settings: self.settings.row(),
+            pods,
+            versions: versions(&nodes),
+            nodes,
+            wrong,
+            unknown_words: words.into_iter().collect(),
+            notes,
+        }
+    }
+
+    /// The nodes, without pods yet.
+    fn nodes(&self) -> BTreeMap<String, NodeRow> {
+        // During an upgrade a node may have two: the one that stays is the newer one.
+        let mut agents: BTreeMap<&str, &AgentSeen> = BTreeMap::new();
+        for agent in self.agents.iter().flat_map(BTreeMap::values) {
+            match agents.get(agent.node.as_str()) {
+                Some(other) if other.created > agent.created => {}
+                _ => drop(agents.insert(&agent.node, agent)),
+            }
+        }
+        let known = self.nodes.iter().flat_map(BTreeMap::keys).map(String::as_str);
+        let names: BTreeSet<&str> = known.chain(agents.keys().copied()).collect();
+        let row = |name: &str| (name.to_owned(), self.node(name, agents.get(name).copied()));
+        names.into_iter().map(row).collect()
+    }
+
+    fn node(&self, name: &str, agent: Option<&AgentSeen>) -> NodeRow {
+        let mut row = NodeRow { name: name.to_owned(), ..NodeRow::default() };
+        match agent {
+            // A node that is not needed, or one that nobody can tell about.
+            None if self.agents.is_none() => {}
+            None => row.problem = Some(NodeProblem::NoAgent),
+            Some(agent) => {
+                row.agent = Some(agent.key.clone());
+                row.version = Some(agent.version.clone());
+                if !agent.ready {
+                    row.problem = Some(NodeProblem::AgentNotReady);
+                    row.since = agent.since;
+                    let said = [agent.message.as_ref(), self.answers.get(&agent.key)];
+                    let said: Vec<&str> = said.into_iter().flatten().map(String::as_str).collect();
+                    row.message = (!said.is_empty()).then(|| said.join("; "));
+                }
+            }
+        }
+        row
+    }
+
+    /// Where a pod should be, where it is, and since when at the earliest.
+    fn standing(&self, seen: &PodSeen, now: SystemTime) -> (Decision, Standing, Option<Moment>) {
+        let PodSeen { pod, redirection, started, labeled, .. } = seen;
+        let namespace = self.namespaces.get(&pod.key.namespace);
+        let of_namespace = namespace.map(|namespace| &namespace.namespace);
+        let decision = decide(of_namespace, pod, &self.settings.membership);
+        let labeled = match decision.reason {
+            Reason::PodLabelAmbient => *labeled,
+            Reason::NamespaceLabelAmbient => namespace.and_then(|namespace| namespace.labeled),
+            _ => None,
+        };
+        // Nobody can bring a pod into the mesh that has not started on a node.
+        let started = started.filter(|_| pod.node_name.is_some());
+        let since = started.map(|started| labeled.map_or(started, |time| time.max(started)));
+        let enabled = redirection.as_deref() == Some(Redirection::Enabled.as_str());
+        let had_time = since.is_some_and(|since| since.until(now) >= GRACE);
+        let standing = match (decision.enrolled, redirection) {
+            _ if pod.deleting => Standing::Leaving,
+            (true, Some(_)) if enabled => Standing::Enrolled,
+            (true, _) if !had_time => Standing::Starting,
+            (true, Some(_)) => Standing::Pending,
+            (true, None) => Standing::Missing,
+            (false, Some(_)) => Standing::Leftover,
+            (false, None) => Standing::Bypassing,
+        };
+        (decision, standing, since)
+    }
+
+    fn row(
+        &self,
+        seen: &PodSeen,
+        reason: Reason,
+        state: Standing,
+        since: Option<Moment>,
+        node: Option<&NodeRow>,
+    ) -> PodRow {
+        let PodKey { namespace, name } = seen.pod.key.clone();
+        let event = self.events.get(&seen.pod.uid);
+        let (why, message) = self.why(state, node, event);
+        let agent = node.and_then(|node| node.agent.as_ref());
+        let next = match (why, agent) {
+            (Why::NoAgent, _) => node.map(|node| format!("kubectl describe node {}", node.name)),
+            (_, None) => None,
+            (Why::AgentNotReady, Some(agent)) => {
+                Some(format!("kubectl --namespace {} logs {}", agent.namespace, agent.name))
+            }
+            (Why::Event | Why::Unknown, Some(agent)) => Some(format!(
+                "kubectl --namespace {} exec {} -- redirect-agent explain {namespace}/{name}",
+                agent.namespace, agent.name
+            )),
+        };
+        PodRow {
+            namespace,
+            name,
+            uid: seen.pod.uid.clone(),
+            node: seen.pod.node_name.clone(),
+            state,
+            reason,
+            redirection: seen.redirection.clone(),
+            since: since.filter(|_| state != Standing::Leftover),
+            why,
+            message,
+            next,
+        }
+    }
+
+    /// What keeps a pod from where it should be.
+    fn why(
+        &self,
+        state: Standing,
+        node: Option<&NodeRow>,
+        event: Option<&EventSeen>,
+    ) -> (Why, String) {
+        let said = event.map(said);
+        let problem = node.and_then(|node| node.problem);
+        match (problem, said) {
+            (Some(NodeProblem::NoAgent), _) => {
+                (Why::NoAgent, NodeProblem::NoAgent.as_str().to_owned())
+            }
+            (Some(NodeProblem::AgentNotReady), said) => {
+                let said = said.map_or_else(String::new, |said| format!("; {said}"));
+                (Why::AgentNotReady, format!("the agent of its node is not ready{said}"))
+            }
+            (None, Some(said)) => (Why::Event, said),
+            (None, None) if self.agents.is_none() => {
+                (Why::Unknown, "the agents cannot be listed".to_owned())
+            }
+            (None, None) => {
+                let text = match state {
+                    Standing::Leftover => "no Event; it may have been enrolled by an operator",
+                    Standing::Pending => "no Event; the proxy of its node does not serve it yet",
+                    _ => "no Event; the agent of its node is ready",
+                };
+                (Why::Unknown, text.to_owned())
+            }
+        }
+    }
+
+    /// Takes what the agents have said, the last of each pod.
+    pub fn take_events(&mut self, events: impl IntoIterator<Item = (String, EventSeen)>) {
+        self.events.clear();
+        // Of one second, the one that says who did it.
+        let rank = |event: &EventSeen| (event.last, event.reason != EventKind::Unenrolled.as_str());
+        for (uid, event) in events {
+            match self.events.get(&uid) {
+                Some(other) if rank(other) >= rank(&event) => {}
+                _ => drop(self.events.insert(uid, event)),
+            }
+        }
+    }
+}
+
+/// The Event in a line.
+fn said(event: &EventSeen) -> String {
+    let EventSeen { reason, note, last, count } = event;
+    let at = last.map_or_else(String::new, |last| format!(" at {last}"));
+    let times = if *count > 1 { format!(" ({count} times)") } else { String::new() };
+    format!("{reason}{at}{times}: {note}")
+}
+
+/// The nodes by the version of their agents; those without one come last.
+fn versions(nodes: &[NodeRow]) -> Vec<ByVersion> {
+    let mut versions: BTreeMap<(bool, Option<&String>), ByVersion> = BTreeMap::new();
+    for node in nodes {
+        let version = node.version.as_ref();
+        let row = versions.entry((version.is_none(), version)).or_insert_with(|| ByVersion {
+            version: version.cloned(),
+            nodes: 0,
+            ready: 0,
+            pods: Counts::default(),
+        });
+        row.nodes += 1;
+        row.ready += usize::from(version.is_some() && node.problem.is_none());
+        row.pods.merge(&node.pods);
+    }
+    versions.into_values().collect()
+}
