@@ -22,11 +22,11 @@ Examples:
   redirect-agent cluster --context production --readyz
   redirect-agent cluster -o json | jq '.wrong[] | .message'
 
-As kubectl-redirect in $PATH, the same is `kubectl redirect`. It reads the API server only, with your
-kubeconfig: no root, no agent on this machine. States: enrolled, pending (the proxy does not serve
-the pod yet), missing (should be in the mesh and is not), leftover (has the annotation and should
-not), starting (for less than 30 s), leaving (is being deleted), bypassing. Finished pods are left
-out.
+As kubectl-redirect in $PATH, the same is `kubectl redirect`. It reads the API server only, with
+your kubeconfig: no root, no agent on this machine. States: enrolled, pending (the proxy does not
+serve the pod yet), missing (should be in the mesh and is not), leftover (has the annotation and
+should not), starting (for less than 30 s), leaving (is being deleted), bypassing. Finished pods are
+left out.
 
 It needs list on pods and namespaces, or, with -n, list on pods there and get on the namespace. If
 granted, it uses list on nodes and events, get on the agents' ConfigMap, and, for --readyz, get on

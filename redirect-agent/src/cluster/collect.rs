@@ -13,10 +13,11 @@ use k8s_openapi::api::core::v1 as k8s;
 use kube::{
     Api, Client, Config, Error,
     api::{ApiResource, DynamicObject, ListParams, ObjectList, ObjectMeta},
-    client::Body,
+    client::{Body, ClientBuilder, retry::RetryPolicy},
     config::{KubeConfigOptions, Kubeconfig},
 };
 use tokio::time::timeout;
+use tower::{buffer::BufferLayer, retry::RetryLayer};
 
 use super::{
     object::{AgentSeen, EventSeen, NamespaceSeen, PodSeen},
@@ -26,11 +27,11 @@ use super::{
 };
 use crate::{
     membership::PodKey,
-    source::kube::{SERVER, chain, client, explain, name},
+    source::kube::{SERVER, chain, explain, limit, name},
 };
 
-/// Requests per time. What lists a cluster of 1,000 nodes asks some hundreds of times.
-const RATE: (u64, Duration) = (100, Duration::from_secs(1));
+/// How many requests may wait to be sent.
+const BUFFER: usize = 64;
 /// How often a list begins anew that took longer than the API server keeps its version.
 const RESTARTS: u32 = 3;
 /// A finished pod has no traffic.
@@ -68,6 +69,8 @@ pub struct Asked {
 #[derive(Clone)]
 pub struct Server {
     pub(super) client: Client,
+    /// Takes every answer as it is: 503 is one of an agent that is not ready.
+    impatient: Client,
     pub(super) url: String,
 }
 
@@ -80,7 +83,18 @@ impl Server {
     pub async fn open(path: Option<PathBuf>, context: Option<String>) -> Result<Self> {
         let config = config(path.as_deref(), context).await?;
         let url = config.cluster_url.to_string();
-        Ok(Self { client: client(config, RATE, || ())?, url })
+        let builder = || {
+            let mut config = config.clone();
+            limit(&mut config);
+            ClientBuilder::try_from(config)
+                .map_err(|error| anyhow!("{}", chain(&error)))
+                .context("use the API server's address and credentials")
+        };
+        // A server that is busy, and says so, is asked again.
+        let patient = RetryLayer::new(RetryPolicy::default());
+        // What is asked again has to be cloned, and a buffer can be.
+        let client = builder()?.with_layer(&BufferLayer::new(BUFFER)).with_layer(&patient).build();
+        Ok(Self { client, impatient: builder()?.build(), url })
     }
 
     /// The error in one line, with what to do about it.
@@ -281,7 +295,7 @@ async fn readyz(server: &Server, seen: &mut Seen, nodes: &[NodeRow]) {
     let not_ready = nodes.iter().filter(|node| node.problem == Some(NodeProblem::AgentNotReady));
     let agents: Vec<&PodKey> = not_ready.filter_map(|node| node.agent.as_ref()).collect();
     let answers = agents.iter().take(ASKED).map(|agent| async {
-        let answer = match timeout(ANSWER, ask(&server.client, agent)).await {
+        let answer = match timeout(ANSWER, ask(&server.impatient, agent)).await {
             Ok(Ok(answer)) => answer,
             Ok(Err(error)) => server.failure("get /readyz", &error),
             Err(_) => format!("/readyz did not answer within {ANSWER:?}"),

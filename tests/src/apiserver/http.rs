@@ -81,7 +81,9 @@ async fn answer(State(shared): State<Arc<Shared>>, request: HttpRequest) -> Resp
         Err(_) => ("", String::new(), String::new(), Value::Null),
     };
     let loses = verb == "patch" && shared.loses_answers.load(Ordering::Relaxed);
+    let busy = shared.busy.fetch_update(Ordering::Relaxed, Ordering::Relaxed, |n| n.checked_sub(1));
     let result = match asked {
+        Ok(_) if busy.is_ok() => Err(Status::too_many_requests()),
         Ok(asked) if asked.subresource == "proxy" => {
             proxy(&shared, &asked.namespace, &asked.name, &asked.rest).await
         }

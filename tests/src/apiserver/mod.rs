@@ -62,6 +62,8 @@ struct Shared {
     /// No token is valid any more.
     knows_nobody: AtomicBool,
     delay_ms: AtomicU64,
+    /// How many more requests are refused with 429.
+    busy: AtomicU64,
 }
 
 /// How a watch ends.
@@ -105,6 +107,7 @@ impl ApiServer {
             uid_conflicts: AtomicBool::new(true),
             knows_nobody: AtomicBool::new(false),
             delay_ms: AtomicU64::new(0),
+            busy: AtomicU64::new(0),
         });
         let mut server =
             Self { shared, address: SocketAddr::from((Ipv4Addr::LOCALHOST, 0)), runtime: None };
@@ -259,6 +262,11 @@ impl ApiServer {
     pub fn slow_down(&self, delay: Duration) {
         let delay = u64::try_from(delay.as_millis()).unwrap_or(u64::MAX);
         self.shared.delay_ms.store(delay, Ordering::Relaxed);
+    }
+
+    /// Is too busy for the next requests.
+    pub fn be_busy(&self, requests: u64) {
+        self.shared.busy.store(requests, Ordering::Relaxed);
     }
 
     /// The requests so far.

@@ -70,6 +70,11 @@ impl Status {
         Self::new(422, "Invalid", message)
     }
 
+    pub(super) fn too_many_requests() -> Self {
+        let message = "too many requests, please try again later";
+        Self::new(429, "TooManyRequests", message.to_owned())
+    }
+
     pub(super) fn unavailable(message: String) -> Self {
         Self::new(503, "ServiceUnavailable", message)
     }

@@ -253,16 +253,12 @@ pub async fn open(
 
 /// A client with a limited rate of requests, which leaves retries to us and calls `answered` whenever a
 /// request succeeds.
-pub(crate) fn client(
+fn client(
     mut config: Config,
     (requests, per): (u64, Duration),
     answered: impl Fn() + Clone + Send + 'static,
 ) -> Result<Client> {
-    config.default_retry = false;
-    config.connect_timeout = Some(CONNECT_TIMEOUT);
-    config.read_timeout = Some(READ_TIMEOUT);
-    // The time that a connection was idle before is not the server's.
-    config.reset_reader_on_write = true;
+    limit(&mut config);
     let builder = ClientBuilder::try_from(config)
         .map_err(|error| anyhow!("{}", chain(&error)))
         .context("use the API server's address and credentials")?;
@@ -273,6 +269,15 @@ pub(crate) fn client(
         response
     });
     Ok(builder.with_layer(&RateLimitLayer::new(requests, per)).with_layer(&look).build())
+}
+
+/// Limits how long a client waits, and leaves retries to us.
+pub(crate) fn limit(config: &mut Config) {
+    config.default_retry = false;
+    config.connect_timeout = Some(CONNECT_TIMEOUT);
+    config.read_timeout = Some(READ_TIMEOUT);
+    // The time that a connection was idle before is not the server's.
+    config.reset_reader_on_write = true;
 }
 
 /// Applies an update. Returns whether the inventory may have changed.
