@@ -14,7 +14,7 @@ use super::kernels::Kernel;
 use crate::process::{find, run};
 
 /// What the tests call.
-const PROGRAMS: [&str; 3] = ["ip", "tc", "bpftool"];
+const PROGRAMS: [&str; 4] = ["ip", "ss", "tc", "bpftool"];
 
 /// What Debian's kernels have as modules, in an order in which they can be loaded.
 const MODULES: [&str; 7] = ["llc", "stp", "bridge", "veth", "dummy", "sch_ingress", "cls_bpf"];
