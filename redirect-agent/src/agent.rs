@@ -38,6 +38,7 @@ use crate::{
     reconcile::{Admission, Observer, Reconciler, Settings},
     source::{Event, EventKind, Inventory, Problem, Source, dir, kube},
     verdicts,
+    verify::{self, Verification},
     words::{self, Reading},
     zds,
 };
@@ -462,6 +463,15 @@ impl<S: Source> control::Agent for Agent<S> {
             overrides: &overrides,
         };
         answerer.explain(request).await
+    }
+
+    async fn verify(&self, request: verify::Request, by: Author) -> Result<Verification> {
+        let verify::Request { pod, to } = request;
+        let asked = explain::Request { pod: pod.clone(), to: None };
+        let explanation = control::Agent::explain(self, asked).await?;
+        let peer = &by.peer;
+        info!(%pod, uid = peer.uid, pid = peer.pid, process = peer.process, "audit: verify");
+        verify::run::verify(self.observer()?, &self.verdicts, &pod, explanation, to).await
     }
 
     fn observe(

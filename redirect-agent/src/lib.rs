@@ -33,5 +33,6 @@ pub mod takeover;
 mod text;
 pub mod traffic;
 pub mod verdicts;
+pub mod verify;
 pub mod words;
 pub mod zds;

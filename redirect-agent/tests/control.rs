@@ -28,6 +28,7 @@ use redirect_agent::{
     overrides::{Change, Mode, Store, Target},
     probes::InForce,
     verdicts,
+    verify::{self, Verification},
 };
 use tempfile::TempDir;
 use tokio::task::JoinHandle;
@@ -61,6 +62,10 @@ impl Agent for Overridden {
 
     async fn explain(&self, request: explain::Request) -> anyhow::Result<Explanation> {
         anyhow::bail!("asked for {} and {:?}", request.pod, request.to.map(String::from))
+    }
+
+    async fn verify(&self, request: verify::Request, by: Author) -> anyhow::Result<Verification> {
+        anyhow::bail!("uid {:?} asked for {} and {:?}", by.peer.uid, request.pod, request.to)
     }
 
     fn observe(
@@ -281,6 +286,8 @@ async fn a_request_that_makes_no_sense_is_refused_and_nothing_changes() {
         ("/explain", r#"{"pod":"cart"}"#, "400"),
         ("/explain", r#"{"pod":"shop/cart","to":"shop"}"#, "400"),
         ("/explain", r#"{"pod":"shop/cart","to":"10.0.0.2:80"}"#, "500"),
+        ("/verify", r#"{"pod":"shop/cart","to":"10.0.0.2"}"#, "400"),
+        ("/verify", r#"{"pod":"shop/cart","to":"10.0.0.2:80"}"#, "500"),
         ("/remaining", "{}", "405"),
         ("/nowhere", "{}", "404"),
     ] {

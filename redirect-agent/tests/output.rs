@@ -324,6 +324,12 @@ fn a_command_line_that_makes_no_sense_is_refused() {
         &["status", "Shop"],
         &["status", "-l", "app within (a)"],
         &["status", "--watch", "--exit-code"],
+        &["verify"],
+        &["verify", "shop"],
+        &["verify", "shop/cart", "--all"],
+        &["verify", "--all", "--to", "10.0.0.7:80"],
+        &["verify", "shop/cart", "--to", "10.0.0.7"],
+        &["verify", "shop/cart", "--to", "[fd00::7]:0"],
     ] {
         let error = Cli::try_parse_from(["redirect-agent"].iter().chain(wrong)).unwrap_err();
         assert!(error.use_stderr() && error.exit_code() == 2, "{wrong:?}");

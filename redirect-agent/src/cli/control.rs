@@ -1,6 +1,6 @@
 //! The commands that ask the running agent, or tell it something.
 
-use std::{path::PathBuf, time::Duration};
+use std::{net::SocketAddr, path::PathBuf, time::Duration};
 
 use clap::{Args, builder::PossibleValuesParser};
 use redirect_ebpf::abi::Counter;
@@ -270,6 +270,56 @@ pub struct ObserveArgs {
     /// See [`ControlSocket`].
     #[command(flatten)]
     pub control: ControlSocket,
+}
+
+/// `verify`
+#[derive(Debug, Args)]
+#[command(after_long_help = "\
+Examples:
+  redirect-agent verify shop/cart
+  redirect-agent verify shop/cart --to 10.0.0.7:5432
+  redirect-agent verify shop/cart -o json > cart.json
+  redirect-agent verify --all
+
+The agent opens a connection in the pod, in each family that it has, to an address that nobody has
+(192.0.2.1 and 2001:db8::1, port 9), and one from the node to a port on which the application
+listens, and says what the datapath did with them. They carry no data and are closed at once.
+
+Results:
+  captured      handed to the proxy
+  excluded      left alone, because settings say so
+  bypassing     nothing of the agent saw it; the pod is not to be in the mesh
+  refused       refused or dropped: it did not get past the proxy, nor to it
+  not-captured  it should have been handed to the proxy, and was not
+  unknown       cannot be told: no verdict, and nothing that shows where it went
+
+The exit status is 0 for a pod that is to be in the mesh and is captured or excluded, and for one
+that is not to be in the mesh and bypasses; otherwise it is 1. A call that cannot be made, because
+nothing listens, say, makes no difference where another one was made. The application may see a
+connection that ends without data, as from a TCP probe; the proxy logs one call for each.")]
+pub struct VerifyArgs {
+    /// The pod.
+    #[arg(value_name = "NAMESPACE/POD", required_unless_present = "all", conflicts_with = "all")]
+    pub pod: Option<PodKey>,
+    /// Every pod of this node that is to be in the mesh.
+    #[arg(long)]
+    pub all: bool,
+    /// What the pod calls, in place of an address that nobody has.
+    #[arg(long, value_name = "ADDRESS:PORT", conflicts_with = "all", value_parser = endpoint)]
+    pub to: Option<SocketAddr>,
+    /// How to print it.
+    #[arg(short, long, value_name = "FORMAT", default_value = "text")]
+    pub output: TextFormat,
+    /// See [`ControlSocket`].
+    #[command(flatten)]
+    pub control: ControlSocket,
+}
+
+fn endpoint(s: &str) -> Result<SocketAddr, String> {
+    match s.parse::<SocketAddr>() {
+        Ok(at) if at.port() > 0 => Ok(SocketAddr::new(at.ip().to_canonical(), at.port())),
+        _ => Err("give an address and a port, like 10.0.0.7:5432 or [fd00::7]:5432".to_owned()),
+    }
 }
 
 fn verdict_names() -> PossibleValuesParser {

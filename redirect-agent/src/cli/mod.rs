@@ -14,7 +14,7 @@ pub use self::{
     cluster::{ClusterArgs, Plugin},
     control::{
         AutoArgs, ControlSocket, Doing, ExplainArgs, For, ObserveArgs, OverrideArgs, PauseArgs,
-        ResumeArgs, StatusArgs,
+        ResumeArgs, StatusArgs, VerifyArgs,
     },
 };
 use crate::{
@@ -84,6 +84,8 @@ pub enum Command {
     Maps(MapsArgs),
     /// Shows the pods of the whole cluster that should be in the mesh and are not, since when, and why.
     Cluster(Box<ClusterArgs>),
+    /// Proves by real calls of a pod, and to it, that the datapath captures them.
+    Verify(VerifyArgs),
     /// Says whether this node can run the agent.
     Check(CheckArgs),
     /// Puts every pod of this node back and removes all that the agent keeps in the kernel, and its CNI

@@ -3,6 +3,7 @@
 mod cluster;
 mod control;
 mod maps;
+mod verify;
 
 use std::{
     collections::BTreeSet,
@@ -32,7 +33,10 @@ use tokio::{
 use tokio_util::sync::CancellationToken;
 use tracing::{info, warn};
 
-use self::control::{auto, explain, observe, pause, put_override, resume, status};
+use self::{
+    control::{auto, explain, observe, pause, put_override, resume, status},
+    verify::verify,
+};
 use crate::{
     agent,
     cli::{
@@ -106,6 +110,7 @@ pub async fn execute(command: Command) -> Result<ExitCode> {
         Command::Status(args) => status(args).await,
         Command::Explain(args) => explain(args).await,
         Command::Observe(args) => observe(args).await,
+        Command::Verify(args) => verify(args).await,
         Command::Check(args) => check(&args),
         Command::Maps(args) => maps::maps(&args),
         Command::Cleanup(args) => cleanup(&args),

@@ -22,9 +22,11 @@ pub(super) struct PodLinks {
 /// What a pinned link is attached to, and what it runs. Source: Linux `kernel/bpf/syscall.c`,
 /// `kernel/bpf/tcx.c`, `kernel/bpf/net_namespace.c` and `kernel/bpf/cgroup.c`, their `show_fdinfo`.
 #[derive(Debug, Default, PartialEq, Eq)]
-struct LinkView {
+pub(super) struct LinkView {
     id: u32,
-    program_id: u32,
+    pub(super) program_id: u32,
+    /// The hash of its instructions, in hexadecimal.
+    pub(super) program_tag: String,
     /// The interface's index, the namespace's inode number, or the cgroup's id; 0 once its target is gone.
     target: u64,
 }
@@ -107,6 +109,20 @@ impl PodLinks {
     /// Whether there are pins and all of their links are dead.
     pub(super) fn are_left(&self) -> Result<bool> {
         Ok(!self.pins()?.is_empty() && self.are_dead()?)
+    }
+
+    /// The links that are attached, each with the name of its pin.
+    pub(super) fn attached(&self) -> Result<Vec<(String, LinkView)>> {
+        let mut links = Vec::new();
+        for pin in self.pins()? {
+            let Some(name) = pin.file_name().and_then(|name| name.to_str()) else { continue };
+            if let Some(link) = open(&pin)? {
+                links.push((name.to_owned(), view(&link)?));
+            }
+        }
+        links.retain(|(_, view)| view.target != 0);
+        links.sort_by(|(a, _), (b, _)| a.cmp(b));
+        Ok(links)
     }
 
     /// Removes the links of interfaces that are gone.
@@ -290,9 +306,10 @@ fn view(link: &OwnedFd) -> Result<LinkView> {
 
 fn parse_fdinfo(text: &str) -> LinkView {
     let mut view = LinkView::default();
-    for (key, value) in text.lines().filter_map(|line| line.split_once(':')) {
-        let value: u64 = value.trim().parse().unwrap_or(0);
+    for (key, text) in text.lines().filter_map(|line| line.split_once(':')) {
+        let value: u64 = text.trim().parse().unwrap_or(0);
         match key {
+            "prog_tag" => text.trim().clone_into(&mut view.program_tag),
             "link_id" => view.id = u32::try_from(value).unwrap_or(0),
             "prog_id" => view.program_id = u32::try_from(value).unwrap_or(0),
             "ifindex" | "netns_ino" | "cgroup_id" => view.target = value,
@@ -309,11 +326,15 @@ mod tests {
     #[test]
     fn fdinfo_of_every_kind_of_link_names_program_and_target() {
         let tcx = "pos:\t0\nflags:\t02000002\nlink_type:\ttcx\nlink_id:\t7\nprog_tag:\tab\nprog_id:\t42\nifindex:\t3\nattach_type:\t46 (tcx_ingress)\n";
-        assert_eq!(parse_fdinfo(tcx), LinkView { id: 7, program_id: 42, target: 3 });
+        let view = |id, program_id, program_tag: &str, target| {
+            let program_tag = program_tag.to_owned();
+            LinkView { id, program_id, program_tag, target }
+        };
+        assert_eq!(parse_fdinfo(tcx), view(7, 42, "ab", 3));
         let lookup = "link_type:\tnetns\nlink_id:\t8\nprog_id:\t43\nnetns_ino:\t4026532001\nattach_type:\t36\n";
-        assert_eq!(parse_fdinfo(lookup), LinkView { id: 8, program_id: 43, target: 4_026_532_001 });
+        assert_eq!(parse_fdinfo(lookup), view(8, 43, "", 4_026_532_001));
         let cgroup = "link_type:\tcgroup\nlink_id:\t9\nprog_id:\t44\ncgroup_id:\t4294967297\nattach_type:\t3\n";
-        assert_eq!(parse_fdinfo(cgroup), LinkView { id: 9, program_id: 44, target: 4_294_967_297 });
+        assert_eq!(parse_fdinfo(cgroup), view(9, 44, "", 4_294_967_297));
     }
 
     #[test]

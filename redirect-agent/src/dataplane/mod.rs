@@ -22,6 +22,7 @@ mod pod_locks;
 mod pod_netns;
 mod prefixes;
 pub mod probe;
+mod programs;
 mod proxies;
 mod reroute;
 mod routes;
@@ -68,6 +69,7 @@ pub use self::{
     owner::{Owned, Owner},
     parts::{Inspection, Part, PartKind},
     pod_netns::PodNetns,
+    programs::Program,
     sockets::{VMLINUX_BTF, offsets as sock_offsets},
     verdicts::Verdicts,
     watch::Watch,

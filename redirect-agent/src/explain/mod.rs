@@ -22,6 +22,7 @@ use std::{
 use serde::{Deserialize, Serialize};
 
 pub use self::print::text;
+pub(crate) use self::verdict::application_listens;
 use crate::{
     dataplane::PartKind,
     journal::Entry,

@@ -406,7 +406,7 @@ fn application(pod: &PodPart, role: Role) -> Option<Finding> {
 }
 
 /// Where the application listens, and not the proxy.
-pub(super) fn application_listens(pod: &PodPart) -> Option<Vec<SocketAddr>> {
+pub(crate) fn application_listens(pod: &PodPart) -> Option<Vec<SocketAddr>> {
     let proxys = |at: &&SocketAddr| pod.kernel.is_some() && PROXY_PORTS.contains(&at.port());
     Some(pod.listens.as_ref()?.iter().filter(|at| !proxys(at)).copied().collect())
 }

@@ -8,13 +8,14 @@ use std::{
     time::SystemTime,
 };
 
-use anyhow::Result;
+use anyhow::{Context as _, Result};
 use tokio::sync::watch;
 
 use super::{Observer, View, blocking};
 use crate::{
-    dataplane::{Dataplane, Observation, PodNetns},
+    dataplane::{Dataplane, Observation, PodNetns, Program},
     explain::listeners,
+    finder::Finder,
     journal::Journal,
     membership::{Decision, Pod, PodKey},
     output::PodState,
@@ -81,12 +82,7 @@ impl<S: Source> Observer<S> {
             (Arc::clone(&self.shared.dataplane), Arc::clone(&self.shared.settings.finder));
         let overridden = overrides.find(key, SystemTime::now());
         blocking(move || {
-            let has_own = !view.pod.host_network && !view.pod.phase.is_finished();
-            let netns = match view.netns.clone() {
-                Some(netns) => Ok(netns),
-                None if !has_own => Err(anyhow::anyhow!("it has no network namespace of its own")),
-                None => finder.find(&view.pod, |inode| dataplane.is_linked(inode)).map(Arc::new),
-            };
+            let netns = netns_of(&view, &finder, &dataplane);
             let found = netns.and_then(|netns| look_inside(&dataplane, &view, &netns));
             let inode = found.as_ref().map(|found| found.netns).ok().or(view.noted);
             let mut counters = dataplane.counters()?;
@@ -103,6 +99,24 @@ impl<S: Source> Observer<S> {
                 counters: counters.into_iter().filter(|(_, value)| *value > 0).collect(),
                 pod: view.pod,
             }))
+        })
+        .await
+    }
+
+    /// The network namespace of a pod of this node, and the programs that are attached in it.
+    ///
+    /// # Errors
+    ///
+    /// When it is not known, cannot be found, or cannot be entered.
+    pub async fn inside(&self, key: &PodKey) -> Result<(Arc<PodNetns>, Vec<Program>)> {
+        let view = self.shared.views().get(key).cloned();
+        let view = view.with_context(|| format!("there is no pod {key} on this node"))?;
+        let (dataplane, finder) =
+            (Arc::clone(&self.shared.dataplane), Arc::clone(&self.shared.settings.finder));
+        blocking(move || {
+            let netns = netns_of(&view, &finder, &dataplane)?;
+            let programs = dataplane.programs(&netns)?;
+            Ok((netns, programs))
         })
         .await
     }
@@ -167,6 +181,15 @@ impl<S: Source> Observer<S> {
     /// Tells whoever looks at a pod, and the journal, what happened to it.
     pub fn record(&self, pod: &Pod, event: Event) {
         self.shared.record(pod, event);
+    }
+}
+
+fn netns_of(view: &View, finder: &Finder, dataplane: &Dataplane) -> Result<Arc<PodNetns>> {
+    let has_own = !view.pod.host_network && !view.pod.phase.is_finished();
+    match view.netns.clone() {
+        Some(netns) => Ok(netns),
+        None if !has_own => Err(anyhow::anyhow!("it has no network namespace of its own")),
+        None => finder.find(&view.pod, |inode| dataplane.is_linked(inode)).map(Arc::new),
     }
 }
 

@@ -52,7 +52,7 @@ impl Request {
 }
 
 /// Whether the packet did not get where its sender wanted it, by the name of the verdict.
-fn is_refusal(verdict: &str) -> bool {
+pub(crate) fn is_refusal(verdict: &str) -> bool {
     verdict.starts_with("refused_") || verdict.starts_with("dropped_") || verdict == "no_listener"
 }
 

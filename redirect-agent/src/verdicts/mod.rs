@@ -24,6 +24,7 @@ use tokio::{
 };
 use tokio_util::sync::CancellationToken;
 
+pub(crate) use self::line::is_refusal;
 pub use self::line::{Endpoint, Line, Request, To, Verdict};
 use crate::{
     dataplane::{Dataplane, Verdicts, monotonic_ns},
@@ -103,12 +104,19 @@ impl Hub {
         // Left over from the last observer.
         drop(verdicts.take(usize::MAX));
         let mut lost = self.dataplane.verdicts_lost()?;
-        let (mut number, mut more) = (0, false);
+        // The first batch, which may be empty, says that the programs tell their verdicts from now on.
+        let (mut number, mut more) = (0, true);
         while self.batches.receiver_count() > 0 {
             self.dataplane.want_verdicts(LEASE)?;
             if !more {
-                let Ok(waited) = timeout(LOOK, verdicts.wait()).await else { continue };
-                waited?;
+                tokio::select! {
+                    waited = timeout(LOOK, verdicts.wait()) => match waited {
+                        Ok(waited) => waited?,
+                        Err(_) => continue,
+                    },
+                    // Somebody has come, or waits for what there is.
+                    () = self.came.notified() => {}
+                }
             }
             let events = verdicts.take(BATCH);
             // The kernel announces nothing new before the ring buffer was empty.
@@ -125,7 +133,13 @@ impl Hub {
         Ok(())
     }
 
-    /// What the request asks for, from now on until shutdown.
+    /// Makes an item come to each who observes, with what the programs have told up to now.
+    pub fn nudge(&self) {
+        self.came.notify_one();
+    }
+
+    /// What the request asks for, until shutdown. The first item comes at once, and may be empty: whatever is
+    /// decided after it will be told.
     ///
     /// # Errors
     ///

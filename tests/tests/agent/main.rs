@@ -47,4 +47,5 @@ mod takeover;
 mod toggles;
 mod traffic;
 mod untouched;
+mod verify;
 mod vm;

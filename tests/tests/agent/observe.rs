@@ -64,7 +64,7 @@ impl Observer {
 }
 
 /// Whether the programs tell their verdicts.
-fn is_told(cluster: &Cluster) -> Result<bool> {
+pub fn is_told(cluster: &Cluster) -> Result<bool> {
     let map = MapData::from_pin(cluster.node.bpffs().join("verdicts_wanted"))?;
     let wanted: Array<_, u64> = Map::Array(map).try_into()?;
     Ok(wanted.get(&0, 0)? != 0)

@@ -6,6 +6,7 @@
 //! | `GET /status` | [`Status`] |
 //! | `POST /status` with [`StatusRequest`] | [`Status`] of those pods |
 //! | `POST /explain` with [`explain::Request`] | [`Explanation`] |
+//! | `POST /verify` with [`verify::Request`] | [`Verification`] |
 //! | `POST /observe` with [`verdicts::Request`] | [`verdicts::Line`]s, each on a line, as they come |
 //! | `GET /remaining` | [`Remaining`] |
 //! | `POST /overrides` with [`OverrideRequest`] | [`Answer`] |
@@ -14,32 +15,29 @@
 //!
 //! What went wrong is `{"error":"…"}` with a status from 400 up.
 
+mod client;
+
 use std::{
     collections::BTreeMap,
-    io,
-    ops::ControlFlow,
-    path::{Path, PathBuf},
+    path::Path,
     sync::Arc,
     time::{Duration, SystemTime},
 };
 
-use anyhow::{Context as _, bail};
 use axum::{
     Json, Router,
     body::Body,
     extract::{ConnectInfo, Request, State, rejection::JsonRejection},
-    http::{Method, StatusCode, header},
+    http::{StatusCode, header},
     response::{IntoResponse, Response},
     routing::{get, post},
 };
-use futures_util::{FutureExt as _, Stream, StreamExt as _, TryStreamExt as _};
-use http_body_util::{BodyExt as _, Full};
-use hyper::body::{Bytes, Incoming};
-use hyper_util::rt::TokioIo;
-use serde::{Deserialize, Serialize, de::DeserializeOwned};
-use tokio::{io::AsyncBufReadExt as _, net::UnixStream};
-use tokio_util::{io::StreamReader, sync::CancellationToken, task::AbortOnDropHandle};
+use futures_util::{Stream, StreamExt as _};
+use serde::{Deserialize, Serialize};
+use tokio_util::sync::CancellationToken;
 
+pub(crate) use self::client::exchange;
+pub use self::client::{Client, Observing};
 use crate::{
     explain::{self, Explanation},
     membership::{Pod, PodKey},
@@ -48,13 +46,11 @@ use crate::{
     root_socket::{self, Peer, RootSocket},
     selector::LabelSelector,
     verdicts,
+    verify::{self, Verification},
 };
 
 /// Where the agent listens unless the operator says otherwise.
 pub const DEFAULT_SOCKET: &str = "/run/redirect-agent/control.sock";
-
-/// The agent answers within this time, or something is wrong with it.
-const DEADLINE: Duration = Duration::from_secs(10);
 
 /// How long a reason may be, in characters: it is one line of the log.
 const REASON: usize = 500;
@@ -69,6 +65,13 @@ pub trait Agent: Send + Sync + 'static {
         &self,
         request: explain::Request,
     ) -> impl Future<Output = anyhow::Result<Explanation>> + Send;
+
+    /// Makes calls from and to a pod, and says what the datapath did with them.
+    fn verify(
+        &self,
+        request: verify::Request,
+        by: Author,
+    ) -> impl Future<Output = anyhow::Result<Verification>> + Send;
 
     /// The datapath's verdicts from now on; the stream ends when the agent does.
     fn observe(
@@ -226,6 +229,7 @@ fn router<A: Agent>(agent: Arc<A>) -> Router {
         .route("/healthz", get(|| async { Json(Health { ok: true }) }))
         .route("/status", get(status::<A>).post(status_of::<A>))
         .route("/explain", post(explain_of::<A>))
+        .route("/verify", post(verify_pod::<A>))
         .route("/observe", post(observe::<A>))
         .route("/remaining", get(remaining::<A>))
         .route("/overrides", post(overrides::<A>))
@@ -284,6 +288,17 @@ async fn explain_of<A: Agent>(
 ) -> Response {
     match request {
         Ok(Json(request)) => answer(agent.explain(request).await),
+        Err(error) => failure(StatusCode::BAD_REQUEST, error.body_text()),
+    }
+}
+
+async fn verify_pod<A: Agent>(
+    State(agent): State<Arc<A>>,
+    ConnectInfo(peer): ConnectInfo<Peer>,
+    request: Result<Json<verify::Request>, JsonRejection>,
+) -> Response {
+    match request {
+        Ok(Json(request)) => answer(agent.verify(request, Author { peer, reason: None }).await),
         Err(error) => failure(StatusCode::BAD_REQUEST, error.body_text()),
     }
 }
@@ -372,224 +387,4 @@ fn until(for_seconds: Option<u64>) -> Result<Option<Moment>, String> {
         .map(|seconds| Moment::after(SystemTime::now(), Duration::from_secs(seconds)))
         .transpose()
         .map_err(|error| format!("{error:#}"))
-}
-
-/// The commands' end of the control socket.
-#[derive(Clone, Debug)]
-pub struct Client {
-    path: PathBuf,
-}
-
-impl Client {
-    /// Talks to the agent that listens at `path`.
-    pub fn new(path: impl Into<PathBuf>) -> Client {
-        Client { path: path.into() }
-    }
-
-    /// What the agent knows.
-    ///
-    /// # Errors
-    ///
-    /// When the agent cannot be reached, or says no.
-    pub async fn status(&self) -> anyhow::Result<Status> {
-        self.call(Method::GET, "/status", None::<&()>).await
-    }
-
-    /// What the agent knows of some pods.
-    ///
-    /// # Errors
-    ///
-    /// As for [`Client::status`].
-    pub async fn status_of(&self, request: &StatusRequest) -> anyhow::Result<Status> {
-        if request.is_all() {
-            return self.status().await;
-        }
-        self.call(Method::POST, "/status", Some(request)).await
-    }
-
-    /// Why a pod is in the mesh or not, and how a call goes.
-    ///
-    /// # Errors
-    ///
-    /// As for [`Client::status`].
-    pub async fn explain(&self, request: &explain::Request) -> anyhow::Result<Explanation> {
-        self.call(Method::POST, "/explain", Some(request)).await
-    }
-
-    /// The datapath's verdicts from now on.
-    ///
-    /// # Errors
-    ///
-    /// As for [`Client::status`].
-    pub async fn observe(&self, request: &verdicts::Request) -> anyhow::Result<Observing> {
-        let stream = self.connect().await?;
-        let sending = send(stream, Method::POST, "/observe", Some(request));
-        let (response, connection) = self.in_time(sending).await?;
-        let status = response.status();
-        let body = response.into_body();
-        if !status.is_success() {
-            return Err(self.refusal(status, &body.collect().await?.to_bytes()));
-        }
-        Ok(Observing { body, path: self.path.clone(), _connection: connection })
-    }
-
-    /// Which pods do not bypass yet.
-    ///
-    /// # Errors
-    ///
-    /// As for [`Client::status`].
-    pub async fn remaining(&self) -> anyhow::Result<Remaining> {
-        self.call(Method::GET, "/remaining", None::<&()>).await
-    }
-
-    /// Sets an override, or takes it back.
-    ///
-    /// # Errors
-    ///
-    /// As for [`Client::status`].
-    pub async fn set_override(&self, request: &OverrideRequest) -> anyhow::Result<Answer> {
-        self.call(Method::POST, "/overrides", Some(request)).await
-    }
-
-    /// Lets the whole node bypass.
-    ///
-    /// # Errors
-    ///
-    /// As for [`Client::status`].
-    pub async fn pause(&self, request: &PauseRequest) -> anyhow::Result<Answer> {
-        self.call(Method::POST, "/pause", Some(request)).await
-    }
-
-    /// Ends the pause.
-    ///
-    /// # Errors
-    ///
-    /// As for [`Client::status`].
-    pub async fn resume(&self, request: &ResumeRequest) -> anyhow::Result<Answer> {
-        self.call(Method::POST, "/resume", Some(request)).await
-    }
-
-    /// Succeeds when the agent answers.
-    ///
-    /// # Errors
-    ///
-    /// As for [`Client::status`].
-    pub async fn healthz(&self) -> anyhow::Result<()> {
-        self.call::<Health>(Method::GET, "/healthz", None::<&()>).await.map(drop)
-    }
-
-    async fn call<T: DeserializeOwned>(
-        &self,
-        method: Method,
-        uri: &str,
-        body: Option<&impl Serialize>,
-    ) -> anyhow::Result<T> {
-        let path = self.path.display();
-        let stream = self.connect().await?;
-        let (status, content) = self.in_time(exchange(stream, method, uri, body)).await?;
-        if !status.is_success() {
-            return Err(self.refusal(status, &content));
-        }
-        serde_json::from_slice(&content).with_context(|| {
-            format!("read the answer of the agent at {path}: is it of another version?")
-        })
-    }
-
-    /// What the agent answers before [`DEADLINE`].
-    async fn in_time<T>(
-        &self,
-        answer: impl Future<Output = anyhow::Result<T>>,
-    ) -> anyhow::Result<T> {
-        tokio::time::timeout(DEADLINE, answer)
-            .await
-            .map_err(|_| anyhow::anyhow!("it did not answer within {DEADLINE:?}"))
-            .flatten()
-            .with_context(|| format!("ask the agent at {}", self.path.display()))
-    }
-
-    async fn connect(&self) -> anyhow::Result<UnixStream> {
-        let path = self.path.display();
-        UnixStream::connect(&self.path).await.map_err(|error| match error.kind() {
-            io::ErrorKind::PermissionDenied => anyhow::anyhow!(
-                "cannot reach the agent at {path}: permission denied: run the command as root"
-            ),
-            _ => anyhow::anyhow!(
-                "cannot reach the agent at {path}: {error}: is `redirect-agent run` running on \
-                 this node? --control-socket names another socket"
-            ),
-        })
-    }
-
-    /// What the agent says in place of an answer.
-    fn refusal(&self, status: StatusCode, content: &[u8]) -> anyhow::Error {
-        let error = match serde_json::from_slice::<ErrorBody>(content) {
-            Ok(body) => body.error,
-            Err(_) => status.to_string(),
-        };
-        anyhow::anyhow!("the agent at {} says: {error}", self.path.display())
-    }
-}
-
-/// The answer to [`Client::observe`].
-#[derive(Debug)]
-pub struct Observing {
-    body: Incoming,
-    path: PathBuf,
-    _connection: AbortOnDropHandle<()>,
-}
-
-impl Observing {
-    /// Calls `each` for every line, until that says to stop.
-    ///
-    /// # Errors
-    ///
-    /// When the agent ends, or `each` fails.
-    pub async fn each(
-        self,
-        mut each: impl FnMut(verdicts::Line) -> anyhow::Result<ControlFlow<()>>,
-    ) -> anyhow::Result<()> {
-        let body = self.body.into_data_stream().map_err(io::Error::other);
-        let mut lines = StreamReader::new(body).lines();
-        let path = self.path.display();
-        let read = || format!("read what the agent at {path} says");
-        while let Some(line) = lines.next_line().await.with_context(read)? {
-            if each(serde_json::from_str(&line).with_context(read)?)?.is_break() {
-                return Ok(());
-            }
-        }
-        bail!("the agent at {path} has ended")
-    }
-}
-
-/// One request on a connection, and the answer to it.
-pub(crate) async fn exchange(
-    stream: UnixStream,
-    method: Method,
-    uri: &str,
-    body: Option<&impl Serialize>,
-) -> anyhow::Result<(StatusCode, Bytes)> {
-    let (response, _connection) = send(stream, method, uri, body).await?;
-    let status = response.status();
-    Ok((status, response.into_body().collect().await?.to_bytes()))
-}
-
-/// One request on a connection, and the head of the answer; the rest comes while the connection is held.
-async fn send(
-    stream: UnixStream,
-    method: Method,
-    uri: &str,
-    body: Option<&impl Serialize>,
-) -> anyhow::Result<(hyper::Response<Incoming>, AbortOnDropHandle<()>)> {
-    let request = hyper::Request::builder().method(method).uri(uri).header(header::HOST, "agent");
-    let request = match body {
-        Some(body) => request
-            .header(header::CONTENT_TYPE, "application/json")
-            .body(Full::<Bytes>::from(serde_json::to_vec(body)?))?,
-        None => request.body(Full::default())?,
-    };
-    let (mut sender, connection) =
-        hyper::client::conn::http1::handshake(TokioIo::new(stream)).await?;
-    // Its errors are those of the answer.
-    let connection = AbortOnDropHandle::new(tokio::spawn(connection.map(drop)));
-    Ok((sender.send_request(request).await?, connection))
 }

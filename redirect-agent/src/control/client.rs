@@ -1,0 +1,256 @@
+//! The commands' end of the control socket.
+
+use std::{io, ops::ControlFlow, path::PathBuf, time::Duration};
+
+use anyhow::{Context as _, bail};
+use axum::http::{Method, StatusCode, header};
+use futures_util::{FutureExt as _, TryStreamExt as _};
+use http_body_util::{BodyExt as _, Full};
+use hyper::body::{Bytes, Incoming};
+use hyper_util::rt::TokioIo;
+use serde::{Serialize, de::DeserializeOwned};
+use tokio::{io::AsyncBufReadExt as _, net::UnixStream};
+use tokio_util::{io::StreamReader, task::AbortOnDropHandle};
+
+use super::{
+    Answer, ErrorBody, Health, OverrideRequest, PauseRequest, Remaining, ResumeRequest,
+    StatusRequest,
+};
+use crate::{
+    explain::{self, Explanation},
+    output::Status,
+    verdicts,
+    verify::{self, Verification},
+};
+
+/// The agent answers within this time, or something is wrong with it.
+const DEADLINE: Duration = Duration::from_secs(10);
+
+/// The commands' end of the control socket.
+#[derive(Clone, Debug)]
+pub struct Client {
+    path: PathBuf,
+}
+
+impl Client {
+    /// Talks to the agent that listens at `path`.
+    pub fn new(path: impl Into<PathBuf>) -> Client {
+        Client { path: path.into() }
+    }
+
+    /// What the agent knows.
+    ///
+    /// # Errors
+    ///
+    /// When the agent cannot be reached, or says no.
+    pub async fn status(&self) -> anyhow::Result<Status> {
+        self.call(Method::GET, "/status", None::<&()>).await
+    }
+
+    /// What the agent knows of some pods.
+    ///
+    /// # Errors
+    ///
+    /// As for [`Client::status`].
+    pub async fn status_of(&self, request: &StatusRequest) -> anyhow::Result<Status> {
+        if request.is_all() {
+            return self.status().await;
+        }
+        self.call(Method::POST, "/status", Some(request)).await
+    }
+
+    /// Why a pod is in the mesh or not, and how a call goes.
+    ///
+    /// # Errors
+    ///
+    /// As for [`Client::status`].
+    pub async fn explain(&self, request: &explain::Request) -> anyhow::Result<Explanation> {
+        self.call(Method::POST, "/explain", Some(request)).await
+    }
+
+    /// What the datapath does with calls from and to a pod.
+    ///
+    /// # Errors
+    ///
+    /// As for [`Client::status`].
+    pub async fn verify(&self, request: &verify::Request) -> anyhow::Result<Verification> {
+        self.call(Method::POST, "/verify", Some(request)).await
+    }
+
+    /// The datapath's verdicts from now on.
+    ///
+    /// # Errors
+    ///
+    /// As for [`Client::status`].
+    pub async fn observe(&self, request: &verdicts::Request) -> anyhow::Result<Observing> {
+        let stream = self.connect().await?;
+        let sending = send(stream, Method::POST, "/observe", Some(request));
+        let (response, connection) = self.in_time(sending).await?;
+        let status = response.status();
+        let body = response.into_body();
+        if !status.is_success() {
+            return Err(self.refusal(status, &body.collect().await?.to_bytes()));
+        }
+        Ok(Observing { body, path: self.path.clone(), _connection: connection })
+    }
+
+    /// Which pods do not bypass yet.
+    ///
+    /// # Errors
+    ///
+    /// As for [`Client::status`].
+    pub async fn remaining(&self) -> anyhow::Result<Remaining> {
+        self.call(Method::GET, "/remaining", None::<&()>).await
+    }
+
+    /// Sets an override, or takes it back.
+    ///
+    /// # Errors
+    ///
+    /// As for [`Client::status`].
+    pub async fn set_override(&self, request: &OverrideRequest) -> anyhow::Result<Answer> {
+        self.call(Method::POST, "/overrides", Some(request)).await
+    }
+
+    /// Lets the whole node bypass.
+    ///
+    /// # Errors
+    ///
+    /// As for [`Client::status`].
+    pub async fn pause(&self, request: &PauseRequest) -> anyhow::Result<Answer> {
+        self.call(Method::POST, "/pause", Some(request)).await
+    }
+
+    /// Ends the pause.
+    ///
+    /// # Errors
+    ///
+    /// As for [`Client::status`].
+    pub async fn resume(&self, request: &ResumeRequest) -> anyhow::Result<Answer> {
+        self.call(Method::POST, "/resume", Some(request)).await
+    }
+
+    /// Succeeds when the agent answers.
+    ///
+    /// # Errors
+    ///
+    /// As for [`Client::status`].
+    pub async fn healthz(&self) -> anyhow::Result<()> {
+        self.call::<Health>(Method::GET, "/healthz", None::<&()>).await.map(drop)
+    }
+
+    async fn call<T: DeserializeOwned>(
+        &self,
+        method: Method,
+        uri: &str,
+        body: Option<&impl Serialize>,
+    ) -> anyhow::Result<T> {
+        let path = self.path.display();
+        let stream = self.connect().await?;
+        let (status, content) = self.in_time(exchange(stream, method, uri, body)).await?;
+        if !status.is_success() {
+            return Err(self.refusal(status, &content));
+        }
+        serde_json::from_slice(&content).with_context(|| {
+            format!("read the answer of the agent at {path}: is it of another version?")
+        })
+    }
+
+    /// What the agent answers before [`DEADLINE`].
+    async fn in_time<T>(
+        &self,
+        answer: impl Future<Output = anyhow::Result<T>>,
+    ) -> anyhow::Result<T> {
+        tokio::time::timeout(DEADLINE, answer)
+            .await
+            .map_err(|_| anyhow::anyhow!("it did not answer within {DEADLINE:?}"))
+            .flatten()
+            .with_context(|| format!("ask the agent at {}", self.path.display()))
+    }
+
+    async fn connect(&self) -> anyhow::Result<UnixStream> {
+        let path = self.path.display();
+        UnixStream::connect(&self.path).await.map_err(|error| match error.kind() {
+            io::ErrorKind::PermissionDenied => anyhow::anyhow!(
+                "cannot reach the agent at {path}: permission denied: run the command as root"
+            ),
+            _ => anyhow::anyhow!(
+                "cannot reach the agent at {path}: {error}: is `redirect-agent run` running on \
+                 this node? --control-socket names another socket"
+            ),
+        })
+    }
+
+    /// What the agent says in place of an answer.
+    fn refusal(&self, status: StatusCode, content: &[u8]) -> anyhow::Error {
+        let error = match serde_json::from_slice::<ErrorBody>(content) {
+            Ok(body) => body.error,
+            Err(_) => status.to_string(),
+        };
+        anyhow::anyhow!("the agent at {} says: {error}", self.path.display())
+    }
+}
+
+/// The answer to [`Client::observe`].
+#[derive(Debug)]
+pub struct Observing {
+    body: Incoming,
+    path: PathBuf,
+    _connection: AbortOnDropHandle<()>,
+}
+
+impl Observing {
+    /// Calls `each` for every line, until that says to stop.
+    ///
+    /// # Errors
+    ///
+    /// When the agent ends, or `each` fails.
+    pub async fn each(
+        self,
+        mut each: impl FnMut(verdicts::Line) -> anyhow::Result<ControlFlow<()>>,
+    ) -> anyhow::Result<()> {
+        let body = self.body.into_data_stream().map_err(io::Error::other);
+        let mut lines = StreamReader::new(body).lines();
+        let path = self.path.display();
+        let read = || format!("read what the agent at {path} says");
+        while let Some(line) = lines.next_line().await.with_context(read)? {
+            if each(serde_json::from_str(&line).with_context(read)?)?.is_break() {
+                return Ok(());
+            }
+        }
+        bail!("the agent at {path} has ended")
+    }
+}
+
+/// One request on a connection, and the answer to it.
+pub(crate) async fn exchange(
+    stream: UnixStream,
+    method: Method,
+    uri: &str,
+    body: Option<&impl Serialize>,
+) -> anyhow::Result<(StatusCode, Bytes)> {
+    let (response, _connection) = send(stream, method, uri, body).await?;
+    let status = response.status();
+    Ok((status, response.into_body().collect().await?.to_bytes()))
+}
+
+/// One request on a connection, and the head of the answer; the rest comes while the connection is held.
+async fn send(
+    stream: UnixStream,
+    method: Method,
+    uri: &str,
+    body: Option<&impl Serialize>,
+) -> anyhow::Result<(hyper::Response<Incoming>, AbortOnDropHandle<()>)> {
+    let request = hyper::Request::builder().method(method).uri(uri).header(header::HOST, "agent");
+    let request = match body {
+        Some(body) => request
+            .header(header::CONTENT_TYPE, "application/json")
+            .body(Full::<Bytes>::from(serde_json::to_vec(body)?))?,
+        None => request.body(Full::default())?,
+    };
+    let (mut sender, connection) =
+        hyper::client::conn::http1::handshake(TokioIo::new(stream)).await?;
+    // Its errors are those of the answer.
+    let connection = AbortOnDropHandle::new(tokio::spawn(connection.map(drop)));
+    Ok((sender.send_request(request).await?, connection))
+}
