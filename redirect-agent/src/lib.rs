@@ -16,6 +16,7 @@ pub mod health;
 pub mod journal;
 pub mod kubelet;
 pub mod latest;
+pub mod log;
 pub mod membership;
 pub mod metrics;
 pub mod netns;

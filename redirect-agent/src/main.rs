@@ -1,24 +1,12 @@
 //! `redirect-agent`: wiring only.
 
-use std::{
-    env,
-    io::{IsTerminal as _, stderr},
-    process::ExitCode,
-};
+use std::process::ExitCode;
 
 use redirect_agent::{
     cli::{Command, LogFormat},
     cni::plugin,
-    commands,
+    commands, log,
 };
-use tracing_subscriber::EnvFilter;
-
-/// What is logged unless RUST_LOG says otherwise. What goes wrong with the API server is said by the
-/// source, once; kube says it each time.
-const LOG: &str = "info,kube_client::client::builder=off,kube_runtime::watcher=off";
-
-/// The same for a command that says itself what goes wrong.
-const QUIET: &str = "warn,kube_client=off,kube_runtime=off";
 
 /// As many on a large node as on a small one: the agent has little to compute.
 const WORKERS: usize = 2;
@@ -47,27 +35,10 @@ fn main() -> ExitCode {
 async fn agent() -> ExitCode {
     let command = Command::of_process();
     let json = matches!(&command, Command::Run(args) if args.log_format == LogFormat::Json);
-    let filter = match env::var(EnvFilter::DEFAULT_ENV) {
-        Ok(directives) if !directives.is_empty() => match EnvFilter::try_new(directives) {
-            Ok(filter) => filter,
-            Err(e) => {
-                eprintln!(
-                    "error: RUST_LOG is invalid: {e}; give a level, such as debug, or module=level"
-                );
-                return ExitCode::FAILURE;
-            }
-        },
-        _ if matches!(command, Command::Cluster(_)) => EnvFilter::new(QUIET),
-        _ => EnvFilter::new(LOG),
-    };
-    let log = tracing_subscriber::fmt()
-        .with_env_filter(filter)
-        .with_ansi(stderr().is_terminal())
-        .with_writer(stderr);
-    if json {
-        log.json().init();
-    } else {
-        log.init();
+    let default = if matches!(command, Command::Cluster(_)) { log::QUIET } else { log::DEFAULT };
+    if let Err(e) = log::start(json, default) {
+        eprintln!("error: {e:#}");
+        return ExitCode::FAILURE;
     }
     let failure = command.failure();
     match commands::execute(command).await {

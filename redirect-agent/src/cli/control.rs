@@ -135,6 +135,36 @@ pub struct PauseArgs {
     pub control: ControlSocket,
 }
 
+/// `log-level`
+#[derive(Debug, Args)]
+#[command(after_long_help = "\
+Examples:
+  redirect-agent log-level
+  redirect-agent log-level debug --for 10m
+  redirect-agent log-level info,redirect_agent::zds=debug
+  redirect-agent log-level --reset
+
+Until the agent ends, or until the end of --for. The environment variable RUST_LOG says what an agent
+logs from its start (`logging.level` of the Helm chart).")]
+pub struct LogLevelArgs {
+    /// error, warn, info, debug, trace, or MODULE=LEVEL, several of them separated by commas. Without it, prints
+    /// what is logged.
+    #[arg(value_name = "FILTER", conflicts_with = "reset")]
+    pub filter: Option<String>,
+    /// Logs again what RUST_LOG says.
+    #[arg(long)]
+    pub reset: bool,
+    /// Ends by itself after this time: 90s, 10m.
+    #[arg(long = "for", value_name = "TIME", value_parser = whole_seconds, requires = "filter")]
+    pub duration: Option<Duration>,
+    /// How to print it.
+    #[arg(short, long, value_name = "FORMAT", default_value = "text")]
+    pub output: TextFormat,
+    /// See [`ControlSocket`].
+    #[command(flatten)]
+    pub control: ControlSocket,
+}
+
 /// `resume`
 #[derive(Debug, Args)]
 #[command(after_long_help = "\

@@ -13,8 +13,8 @@ use ipnet::IpNet;
 pub use self::{
     cluster::{ClusterArgs, Plugin},
     control::{
-        AutoArgs, ControlSocket, Doing, ExplainArgs, For, ObserveArgs, OverrideArgs, PauseArgs,
-        ResumeArgs, StatusArgs, VerifyArgs,
+        AutoArgs, ControlSocket, Doing, ExplainArgs, For, LogLevelArgs, ObserveArgs, OverrideArgs,
+        PauseArgs, ResumeArgs, StatusArgs, VerifyArgs,
     },
 };
 use crate::{
@@ -86,6 +86,8 @@ pub enum Command {
     Cluster(Box<ClusterArgs>),
     /// Proves by real calls of a pod, and to it, that the datapath captures them.
     Verify(VerifyArgs),
+    /// Shows what the running agent logs, or changes it.
+    LogLevel(LogLevelArgs),
     /// Says whether this node can run the agent.
     Check(CheckArgs),
     /// Puts every pod of this node back and removes all that the agent keeps in the kernel, and its CNI

@@ -12,9 +12,12 @@ use tokio::time::{Instant, sleep};
 use super::{print, print_to_reader, reader_leaves};
 use crate::{
     cli::{
-        AutoArgs, Doing, ExplainArgs, ObserveArgs, OverrideArgs, PauseArgs, ResumeArgs, StatusArgs,
+        AutoArgs, Doing, ExplainArgs, LogLevelArgs, ObserveArgs, OverrideArgs, PauseArgs,
+        ResumeArgs, StatusArgs,
     },
-    control::{Answer, Client, OverrideRequest, PauseRequest, ResumeRequest, StatusRequest},
+    control::{
+        Answer, Client, LogRequest, OverrideRequest, PauseRequest, ResumeRequest, StatusRequest,
+    },
     explain::{self, Area, Place},
     membership::{Config, PodKey},
     output::{self, Format, PodState, PodStatus, Status, TextFormat},
@@ -62,6 +65,25 @@ pub(super) async fn resume(args: ResumeArgs) -> Result<()> {
     let client = Client::new(args.control.control_socket);
     let answer = client.resume(&ResumeRequest { reason: args.doing.reason }).await?;
     tell(&client, answer, args.doing.wait).await
+}
+
+pub(super) async fn log_level(args: LogLevelArgs) -> Result<()> {
+    let client = Client::new(args.control.control_socket);
+    let level = if args.filter.is_none() && !args.reset {
+        client.log().await?
+    } else {
+        let for_seconds = args.duration.map(|d| d.as_secs());
+        client.set_log(&LogRequest { filter: args.filter, for_seconds }).await?
+    };
+    let text = match args.output {
+        TextFormat::Json => output::json(&level)?,
+        TextFormat::Text => {
+            let until =
+                level.until.map(|until| format!(", until {}", until.clock(SystemTime::now())));
+            format!("{}{}\n", level.filter, until.unwrap_or_default())
+        }
+    };
+    print(text.as_bytes())
 }
 
 /// Prints what the agent says, and waits, if that is asked for, until it is so.

@@ -34,7 +34,7 @@ use tokio_util::sync::CancellationToken;
 use tracing::{info, warn};
 
 use self::{
-    control::{auto, explain, observe, pause, put_override, resume, status},
+    control::{auto, explain, log_level, observe, pause, put_override, resume, status},
     verify::verify,
 };
 use crate::{
@@ -111,6 +111,7 @@ pub async fn execute(command: Command) -> Result<ExitCode> {
         Command::Explain(args) => explain(args).await,
         Command::Observe(args) => observe(args).await,
         Command::Verify(args) => verify(args).await,
+        Command::LogLevel(args) => log_level(args).await,
         Command::Check(args) => check(&args),
         Command::Maps(args) => maps::maps(&args),
         Command::Cleanup(args) => cleanup(&args),

@@ -13,11 +13,12 @@ use tokio::{io::AsyncBufReadExt as _, net::UnixStream};
 use tokio_util::{io::StreamReader, task::AbortOnDropHandle};
 
 use super::{
-    Answer, ErrorBody, Health, OverrideRequest, PauseRequest, Remaining, ResumeRequest,
+    Answer, ErrorBody, Health, LogRequest, OverrideRequest, PauseRequest, Remaining, ResumeRequest,
     StatusRequest,
 };
 use crate::{
     explain::{self, Explanation},
+    log::Level,
     output::Status,
     verdicts,
     verify::{self, Verification},
@@ -128,6 +129,24 @@ impl Client {
     /// As for [`Client::status`].
     pub async fn resume(&self, request: &ResumeRequest) -> anyhow::Result<Answer> {
         self.call(Method::POST, "/resume", Some(request)).await
+    }
+
+    /// What the agent logs.
+    ///
+    /// # Errors
+    ///
+    /// As for [`Client::status`].
+    pub async fn log(&self) -> anyhow::Result<Level> {
+        self.call(Method::GET, "/log", None::<&()>).await
+    }
+
+    /// Changes what the agent logs.
+    ///
+    /// # Errors
+    ///
+    /// As for [`Client::status`].
+    pub async fn set_log(&self, request: &LogRequest) -> anyhow::Result<Level> {
+        self.call(Method::POST, "/log", Some(request)).await
     }
 
     /// Succeeds when the agent answers.

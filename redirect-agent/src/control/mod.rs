@@ -12,6 +12,7 @@
 //! | `POST /overrides` with [`OverrideRequest`] | [`Answer`] |
 //! | `POST /pause` with [`PauseRequest`] | [`Answer`] |
 //! | `POST /resume` with [`ResumeRequest`] | [`Answer`] |
+//! | `GET /log`, `POST /log` with [`LogRequest`] | [`Level`] |
 //!
 //! What went wrong is `{"error":"…"}` with a status from 400 up.
 
@@ -35,11 +36,13 @@ use axum::{
 use futures_util::{Stream, StreamExt as _};
 use serde::{Deserialize, Serialize};
 use tokio_util::sync::CancellationToken;
+use tracing::info;
 
 pub(crate) use self::client::exchange;
 pub use self::client::{Client, Observing};
 use crate::{
     explain::{self, Explanation},
+    log::{self, Level},
     membership::{Pod, PodKey},
     output::Status,
     overrides::{Change, Mode, Moment, Override, Pause, Target},
@@ -185,6 +188,17 @@ pub struct ResumeRequest {
     pub reason: Option<String>,
 }
 
+/// Body of `POST /log`.
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct LogRequest {
+    /// See [`Level::filter`]; `None`: what RUST_LOG says.
+    pub filter: Option<String>,
+    /// For how long, in seconds.
+    #[serde(default)]
+    pub for_seconds: Option<u64>,
+}
+
 #[derive(Serialize, Deserialize)]
 struct Health {
     ok: bool,
@@ -235,6 +249,7 @@ fn router<A: Agent>(agent: Arc<A>) -> Router {
         .route("/overrides", post(overrides::<A>))
         .route("/pause", post(pause::<A>))
         .route("/resume", post(resume::<A>))
+        .route("/log", get(|| async { answer(log::level()) }).post(set_log))
         .fallback(|request: Request| async move {
             failure(
                 StatusCode::NOT_FOUND,
@@ -363,6 +378,30 @@ async fn resume<A: Agent>(
     let reason = request.map_err(|error| error.body_text());
     let reason = reason.map(|request| request.and_then(|Json(request)| request.reason));
     apply(agent, peer, reason.map(|reason| (Change::Resume, reason))).await
+}
+
+async fn set_log(
+    ConnectInfo(peer): ConnectInfo<Peer>,
+    request: Result<Json<LogRequest>, JsonRejection>,
+) -> Response {
+    let request = request.map_err(|error| error.body_text());
+    let changed = request.and_then(|Json(LogRequest { filter, for_seconds })| {
+        log::set(filter, until(for_seconds)?).map_err(|error| format!("{error:#}"))
+    });
+    match changed {
+        Ok(level) => {
+            let Level { filter, .. } = &level;
+            info!(
+                filter,
+                uid = peer.uid,
+                pid = peer.pid,
+                process = peer.process,
+                "audit: log-level"
+            );
+            Json(level).into_response()
+        }
+        Err(error) => failure(StatusCode::BAD_REQUEST, error),
+    }
 }
 
 async fn apply<A: Agent>(

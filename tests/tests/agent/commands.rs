@@ -13,11 +13,11 @@ use redirect_tests::both_families;
 use redirect_tests::footprint::{assert_unchanged, footprint, programs};
 use redirect_tests::netns::Family;
 use redirect_tests::plain_proxy::{PlainProxy, Via};
-use redirect_tests::process::{binary, finish, succeed};
+use redirect_tests::process::{binary, finish, succeed, wait_for};
 use serde_json::Value;
 use socket2::{Domain, Socket, Type};
 
-use crate::cluster::{Cluster, converse, echo};
+use crate::cluster::{Cluster, SOON, converse, echo};
 
 both_families! {
     cleanup_waits_for_the_agents_end_and_then_puts_everything_back,
@@ -251,5 +251,31 @@ fn maps_are_shown_with_commands_that_print_them() -> Result<()> {
     let mut command = node.command_without_agent("maps")?;
     let (done, said) = finish(command.arg("--bpffs-dir").arg(empty))?;
     ensure!(!done && said.contains("has no maps of the agent"), "{said}");
+    Ok(())
+}
+
+#[test]
+fn log_level_is_changed_while_the_agent_runs_and_ends_by_itself() -> Result<()> {
+    let cluster = Cluster::start()?;
+    let Cluster { node, server, .. } = &cluster;
+    let told = |from: usize| Ok::<_, anyhow::Error>(node.agent_log()?[from..].to_owned());
+    let before = node.tell("log-level", &[])?;
+
+    assert_eq!(node.tell("log-level", &["error"])?, "error\n");
+    let from = node.agent_log()?.len();
+    node.enroll(server)?;
+    ensure!(!told(from)?.contains("INFO"), "{}", told(from)?);
+    let answer = node.tell("log-level", &["info", "--for", "1s"])?;
+    ensure!(answer.starts_with("info, until "), "{answer}");
+    ensure!(told(from)?.contains("audit: log-level"), "{}", told(from)?);
+    wait_for("the end of the level", SOON, || {
+        Ok((node.tell("log-level", &[])? == before).then_some(()))
+    })?;
+    node.tell("log-level", &["error"])?;
+    assert_eq!(node.tell("log-level", &["--reset"])?, before);
+
+    let (done, said) = finish(node.command("log-level")?.arg("a=b=c"))?;
+    ensure!(!done && said.contains("give a level, such as debug"), "{said}");
+    assert_eq!(node.tell("log-level", &[])?, before);
     Ok(())
 }
