@@ -428,9 +428,14 @@ fn start_of(sk: *mut bpf_sock) -> Option<u32> {
     if sk.is_null() {
         return None;
     }
-    // SAFETY: the helper checks what it is given; what it returns is a live socket.
+    // SAFETY: the helpers check what they are given; what they return is a live socket.
     unsafe {
-        let tcp = bpf_tcp_sock(sk);
+        let full = bpf_sk_fullsock(sk);
+        // The kernel answers for all namespaces from one raw socket for each CPU, which has the protocol of TCP.
+        if full.is_null() || (*full).type_ != SOCK_STREAM {
+            return None;
+        }
+        let tcp = bpf_tcp_sock(full);
         if tcp.is_null() {
             return None;
         }

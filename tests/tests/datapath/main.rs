@@ -5,6 +5,7 @@
 mod addresses;
 mod attack;
 mod bad_input;
+mod between_pods;
 mod clsact;
 mod enrollment;
 mod first_packets;
