@@ -388,21 +388,27 @@ pub struct Connection {
 /// numbered places of their own.
 pub const HALF_OPEN_PLACES: u16 = 256;
 
+/// How many of these places a connection can have.
+pub const HALF_OPEN_CHOICES: u16 = 4;
+
 /// Key of the map `half_open`: one of a pod's places.
 #[repr(C)]
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, Pod, Zeroable)]
 pub struct HalfOpenKey {
     /// The pod.
     pub pod_id: PodId,
-    /// The number of the place: [`Flow::remote_port`] modulo [`HALF_OPEN_PLACES`].
+    /// The number of the place.
     pub place: u32,
 }
 
 impl HalfOpenKey {
-    /// The place of a connection.
+    /// One of a connection's places; which one is `choice` modulo [`HALF_OPEN_CHOICES`].
     #[inline(always)]
-    pub fn new(pod_id: PodId, flow: &Flow) -> Self {
-        Self { pod_id, place: u32::from(flow.remote_port % HALF_OPEN_PLACES) }
+    pub fn new(pod_id: PodId, flow: &Flow, choice: u32) -> Self {
+        const GROUPS: u16 = HALF_OPEN_PLACES / HALF_OPEN_CHOICES;
+        let choices = u32::from(HALF_OPEN_CHOICES);
+        let place = u32::from(flow.remote_port % GROUPS) * choices + choice % choices;
+        Self { pod_id, place }
     }
 }
 
@@ -649,7 +655,8 @@ pub struct SavedSysctls {
 pub const SYSCTL_ABSENT: i32 = i32::MIN;
 
 /// Offsets in the kernel's `struct sock_common`, `struct net`, `struct sk_buff`, `struct net_device`,
-/// `struct sock`, `struct cgroup`, `struct kernfs_node`, `struct tcp_sock` and `struct tcp_request_sock`, bytes. Source: the running kernel's BTF.
+/// `struct sock`, `struct cgroup`, `struct kernfs_node`, `struct tcp_sock` and `struct tcp_request_sock`, bytes.
+/// Source: the running kernel's BTF.
 #[repr(C)]
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Pod, Zeroable)]
 pub struct KernelOffsets {

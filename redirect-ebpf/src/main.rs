@@ -30,10 +30,10 @@ use aya_ebpf::{
 use redirect_ebpf::{
     abi::{
         Addr, Connection, Counter, DECISION_ENROLLED, DnsFlow, DnsKey, EVERY_POD, FOUND_KNOWN,
-        FOUND_NEW, FOUND_NOTHING, Flow, HALF_OPEN_NS, HINT_NONE, HINT_QUESTION, HalfOpenKey, Hint,
-        LOOPBACK_IFINDEX, ListenerKey, MARK_PROXY, MARK_REDIRECTED, OwnAddress, POD_ENROLLED,
-        PORT_PROXY_DNS, PREFIX_BYPASS, PodId, PodPeer, PodPort, QUESTION_AT, QUESTION_CLIENT,
-        QUESTION_ENTER, QUESTION_KIND, QUESTION_V4, VirtualInterface, WAY_DIRECT,
+        FOUND_NEW, FOUND_NOTHING, Flow, HALF_OPEN_CHOICES, HALF_OPEN_NS, HINT_NONE, HINT_QUESTION,
+        HalfOpenKey, Hint, LOOPBACK_IFINDEX, ListenerKey, MARK_PROXY, MARK_REDIRECTED, OwnAddress,
+        POD_ENROLLED, PORT_PROXY_DNS, PREFIX_BYPASS, PodId, PodPeer, PodPort, QUESTION_AT,
+        QUESTION_CLIENT, QUESTION_ENTER, QUESTION_KIND, QUESTION_V4, VirtualInterface, WAY_DIRECT,
     },
     dns::{self, Dns, DnsEnv, Entry, Message},
     verdict::{
@@ -70,6 +70,9 @@ pub fn redirect_lo(ctx: TcContext) -> i32 {
     }
     if parsed.message.tcp && switch::holds_sent(&ctx, parsed) {
         return TC_ACT_SHOT;
+    }
+    if parsed.segment().opens && parsed.message.tcp {
+        no_longer_direct(&ctx, parsed.segment());
     }
     if dns::concerns(&parsed.message) {
         let segment = *parsed.segment();
@@ -322,7 +325,8 @@ fn on_egress(ctx: &TcContext, readable: bool, parsed: &Parsed, sender: Sender, s
     let verdict = verdict::on_egress_of(sender, mark(ctx), message, &Tc { ctx, sends });
     let recorded = match verdict.settle {
         Some(way) if parsed.segment().accepts && way.get() == WAY_DIRECT => {
-            let flow = parsed.segment().sender_flow();
+            let known = if sends { sockets::half_open(ctx) } else { None };
+            let flow = known.unwrap_or_else(|| parsed.segment().sender_flow());
             enter_half_open(
                 verdict.pod_id,
                 &Connection { flow, start: parsed.sequence().wrapping_add(1) },
@@ -526,24 +530,42 @@ fn is_own(pod_id: PodId, addr: &Addr) -> bool {
 
 #[inline(never)]
 fn is_noted_direct(ctx: &TcContext, pod_id: PodId, segment: &Segment) -> bool {
+    let socket = sockets::packets_socket(ctx);
+    let Some(connection) = sockets::connection(socket) else { return false };
     let flow = segment.sender_flow();
-    sockets::start(ctx).is_some_and(|start| was_half_open(pod_id, &Connection { flow, start }))
+    // Under SYN cookies, only the packet is known, whose port netfilter in the pod may have translated.
+    was_half_open(pod_id, &connection)
+        || was_half_open(pod_id, &Connection { flow, ..connection })
         || switch::is_noted_direct(pod_id, flow)
 }
 
 /// Records a direct connection that has no socket yet. Without memory, it ends.
 #[inline(never)]
 fn enter_half_open(pod_id: PodId, connection: &Connection) {
-    let key = HalfOpenKey::new(pod_id, &connection.flow);
-    let _full = HALF_OPEN.insert(&key, connection, u64::from(BPF_ANY));
+    // If all places are taken, it takes one at random: most of the others have been open for long.
+    let mut place = HalfOpenKey::new(pod_id, &connection.flow, connection.start);
+    for choice in 0..u32::from(HALF_OPEN_CHOICES) {
+        let key = HalfOpenKey::new(pod_id, &connection.flow, choice);
+        // SAFETY: the pointer is to a live map value; entries are replaced as a whole.
+        if HALF_OPEN.get_ptr(&key).is_none_or(|known| unsafe { (*known).flow == connection.flow }) {
+            place = key;
+            break;
+        }
+    }
+    let _full = HALF_OPEN.insert(&place, connection, u64::from(BPF_ANY));
 }
 
 /// Whether the connection that a socket has now was recorded before it had the socket.
-#[inline(always)]
+#[inline(never)]
 fn was_half_open(pod_id: PodId, connection: &Connection) -> bool {
-    let known = HALF_OPEN.get_ptr(&HalfOpenKey::new(pod_id, &connection.flow));
-    // SAFETY: the pointer is to a live map value; entries are replaced as a whole.
-    known.is_some_and(|known| unsafe { *known == *connection })
+    for choice in 0..u32::from(HALF_OPEN_CHOICES) {
+        let known = HALF_OPEN.get_ptr(&HalfOpenKey::new(pod_id, &connection.flow, choice));
+        // SAFETY: the pointer is to a live map value; entries are replaced as a whole.
+        if known.is_some_and(|known| unsafe { *known == *connection }) {
+            return true;
+        }
+    }
+    false
 }
 
 #[inline(always)]
@@ -578,6 +600,13 @@ fn receiver(ctx: &TcContext, segment: &Segment) -> Receiver {
 #[inline(never)]
 fn has_proxy_sent(ctx: &TcContext, segment: &Segment) -> bool {
     ask(ctx, &answer_to(segment), sockets::is_proxys_connection)
+}
+
+/// The socket that opens a connection by `lo` may have had a direct one before, with the same addresses and ports:
+/// after 4 GiB, it also starts with the same number.
+#[inline(never)]
+fn no_longer_direct(ctx: &TcContext, segment: &Segment) {
+    ask(ctx, &answer_to(segment), sockets::no_longer_direct);
 }
 
 /// A segment of whom this one is sent to.

@@ -21,7 +21,8 @@ use redirect_ebpf::{
     abi::{
         ANY_CGROUP, Addr, Connection, Flow, HINT_QUESTION, LISTENER_HBONE, LISTENER_INBOUND,
         LISTENER_OUTBOUND, ListenerKey, MARK_DIRECT, MARK_PROXY, PORT_HBONE, PORT_INBOUND,
-        PORT_OUTBOUND, PORT_PROXY_DNS, PodId, Settled, WAY_MARKED, WAY_PROXYS,
+        PORT_OUTBOUND, PORT_PROXY_DNS, PodId, Settled, WAY_DIRECT, WAY_MARKED, WAY_PROXYS,
+        WAY_REDIRECTED,
     },
     dns::Message,
     verdict::{Proxy, Receiver, Segment, Sender, mesh_mark},
@@ -223,7 +224,7 @@ pub fn sends(ctx: &TcContext) -> bool {
 
 /// The packet's socket, of whatever namespace.
 #[inline(always)]
-fn packets_socket(ctx: &TcContext) -> *mut bpf_sock {
+pub fn packets_socket(ctx: &TcContext) -> *mut bpf_sock {
     // SAFETY: the context is valid while the program runs.
     unsafe { (*ctx.skb.skb).__bindgen_anon_2.sk }
 }
@@ -251,9 +252,14 @@ pub fn cgroup_id(cgroup: u64) -> u64 {
 /// Eight bytes at `offset` of the kernel's `struct sock`.
 #[inline(always)]
 fn field(sk: *mut bpf_sock, offset: u32) -> u64 {
-    // The verifier forbids arithmetic on a socket's address. Read back from memory, it is a plain number.
+    packet::kernel::<u64>(address(sk) + u64::from(offset))
+}
+
+/// The verifier forbids arithmetic on a socket's address. Read back from memory, it is a plain number.
+#[inline(always)]
+fn address(sk: *mut bpf_sock) -> u64 {
     let slot = core::hint::black_box(sk);
-    packet::kernel::<u64>(packet::kernel::<u64>(ptr::from_ref(&slot) as u64) + u64::from(offset))
+    packet::kernel(ptr::from_ref(&slot) as u64)
 }
 
 /// Who owns the socket that [`sends`] the packet, or the listener for which it answers.
@@ -339,17 +345,41 @@ fn is_mark_enough() -> bool {
 /// Whether the socket that receives this segment is the proxy's. The caller sets the hint first.
 #[inline(always)]
 pub fn is_proxys_connection(ctx: *mut c_void, segment: &Segment) -> bool {
-    let Segment { src, dst, src_port, dst_port, .. } = segment;
+    // SAFETY: the socket is a live one.
+    with_receiver(ctx, segment, |sk| unsafe { (*sk).state != TCP_LISTEN && is_proxys(sk) })
+        .unwrap_or(false)
+}
+
+/// What was recorded as direct for the socket that receives this segment is redirected. The caller sets the hint
+/// first.
+#[inline(always)]
+pub fn no_longer_direct(ctx: *mut c_void, segment: &Segment) {
+    with_receiver(ctx, segment, |sk| {
+        // SAFETY: the pointer is to a live map value.
+        if let Some(settled) = storage(sk, ptr::null_mut(), 0)
+            && unsafe { (*settled).way } == WAY_DIRECT
+        {
+            unsafe { (*settled).way = WAY_REDIRECTED }
+        }
+    });
+}
+
+#[inline(always)]
+fn with_receiver<T>(
+    ctx: *mut c_void,
+    Segment { src, dst, src_port, dst_port, .. }: &Segment,
+    f: impl FnOnce(*mut bpf_sock) -> T,
+) -> Option<T> {
     let (mut tuple, len) = tuple(src, *src_port, dst, *dst_port);
     // SAFETY: the tuple is initialized for `len` bytes; the reference is released.
     unsafe {
         let sk = bpf_sk_lookup_tcp(ctx, &raw mut tuple, len, BPF_F_CURRENT_NETNS as u64, 0);
         if sk.is_null() {
-            return false;
+            return None;
         }
-        let found = (*sk).state != TCP_LISTEN && is_proxys(sk);
+        let outcome = f(sk);
         bpf_sk_release(sk.cast());
-        found
+        Some(outcome)
     }
 }
 
@@ -381,33 +411,48 @@ pub fn settle(ctx: &TcContext, way: u32) -> bool {
     connection(sk).is_none_or(|connection| settle_for(sk, &connection, way))
 }
 
-/// The sequence number with which the socket that [`sends`] the packet started its connection.
+/// The half-open connection that [`sends`] the packet.
 #[inline(always)]
-pub fn start(ctx: &TcContext) -> Option<u32> {
-    start_of(packets_socket(ctx))
+pub fn half_open(ctx: &TcContext) -> Option<Flow> {
+    let sk = packets_socket(ctx);
+    // SAFETY: the packet's socket is a live one.
+    let is_one = !sk.is_null() && unsafe { (*sk).state } == TCP_NEW_SYN_RECV;
+    is_one.then(|| flow_at(address(sk)))
 }
 
 /// The connection of a TCP socket, as the iterators read it with [`flow_at`]. `None` if it is half open, or in
 /// TIME_WAIT. Netfilter in the pod may have given its packets other addresses and ports.
 #[inline(always)]
-fn connection(sk: *mut bpf_sock) -> Option<Connection> {
-    let start = start_of(sk)?;
-    // SAFETY: the helper checks what it is given; what it returns is a live socket. All fields are read before
+pub fn connection(sk: *mut bpf_sock) -> Option<Connection> {
+    if sk.is_null() {
+        return None;
+    }
+    // SAFETY: the helpers check what they are given; what they return is a live socket. All fields are read before
     // any is chosen: the verifier does not let the compiler choose between their addresses.
     unsafe {
         let sk = bpf_sk_fullsock(sk);
-        if sk.is_null() {
+        // The kernel answers for all namespaces from one raw socket for each CPU, which has the protocol of TCP.
+        if sk.is_null() || (*sk).type_ != SOCK_STREAM {
+            return None;
+        }
+        let tcp = bpf_tcp_sock(sk);
+        if tcp.is_null() {
             return None;
         }
         macro_rules! read {
-            ($field:ident $([$i:literal])?) => {
-                (&raw const (*sk).$field $([$i])?).read_volatile()
+            ($sk:ident.$field:ident) => {
+                (&raw const (*$sk).$field).read_volatile()
             };
         }
-        let v4 = [read!(src_ip4), read!(dst_ip4)];
-        let local = [read!(src_ip6[0]), read!(src_ip6[1]), read!(src_ip6[2]), read!(src_ip6[3])];
-        let remote = [read!(dst_ip6[0]), read!(dst_ip6[1]), read!(dst_ip6[2]), read!(dst_ip6[3])];
-        let [local, remote] = if read!(family) == AF_INET {
+        macro_rules! words {
+            ($field:ident) => {
+                [0, 1, 2, 3].map(|i| (&raw const (*sk).$field[i]).read_volatile())
+            };
+        }
+        let start = read!(tcp.snd_una).wrapping_sub(read!(tcp.bytes_acked) as u32);
+        let v4 = [read!(sk.src_ip4), read!(sk.dst_ip4)];
+        let (local, remote) = (words!(src_ip6), words!(dst_ip6));
+        let [local, remote] = if read!(sk.family) == AF_INET {
             v4.map(|ip| Addr::v4(ip.to_ne_bytes()))
         } else {
             [Addr::from_words(local), Addr::from_words(remote)]
@@ -415,33 +460,10 @@ fn connection(sk: *mut bpf_sock) -> Option<Connection> {
         let flow = Flow {
             local,
             remote,
-            local_port: read!(src_port) as u16,
-            remote_port: u16::from_be(read!(dst_port)),
+            local_port: read!(sk.src_port) as u16,
+            remote_port: u16::from_be(read!(sk.dst_port)),
         };
         Some(Connection { flow, start })
-    }
-}
-
-/// The sequence number with which a TCP socket started its connection.
-#[inline(always)]
-fn start_of(sk: *mut bpf_sock) -> Option<u32> {
-    if sk.is_null() {
-        return None;
-    }
-    // SAFETY: the helpers check what they are given; what they return is a live socket.
-    unsafe {
-        let full = bpf_sk_fullsock(sk);
-        // The kernel answers for all namespaces from one raw socket for each CPU, which has the protocol of TCP.
-        if full.is_null() || (*full).type_ != SOCK_STREAM {
-            return None;
-        }
-        let tcp = bpf_tcp_sock(full);
-        if tcp.is_null() {
-            return None;
-        }
-        let acknowledged = (&raw const (*tcp).bytes_acked).read_volatile();
-        let unacknowledged = (&raw const (*tcp).snd_una).read_volatile();
-        Some(unacknowledged.wrapping_sub(acknowledged as u32))
     }
 }
 

@@ -105,7 +105,7 @@ fn connection_that_waits_for_its_clients_data_survives_the_end_of_the_setting_th
 }
 
 /// Adds a rule of the application's to its own table of NAT.
-fn translate(pod: &Pod, family: Family, rule: &str) -> Result<()> {
+pub fn translate(pod: &Pod, family: Family, rule: &str) -> Result<()> {
     let tool = match family {
         Family::V4 => "iptables",
         Family::V6 => "ip6tables",

@@ -10,6 +10,7 @@ mod clsact;
 mod enrollment;
 mod first_packets;
 mod held_attacks;
+mod identity;
 mod idle;
 mod isolation;
 mod load;
