@@ -536,7 +536,7 @@ fn is_noted_direct(ctx: &TcContext, pod_id: PodId, segment: &Segment) -> bool {
     // Under SYN cookies, only the packet is known, whose port netfilter in the pod may have translated.
     was_half_open(pod_id, &connection)
         || was_half_open(pod_id, &Connection { flow, ..connection })
-        || switch::is_noted_direct(pod_id, flow)
+        || switch::is_noted_direct(ctx, flow)
 }
 
 /// Records a direct connection that has no socket yet. Without memory, it ends.

@@ -90,10 +90,11 @@ fn holds(ctx: &TcContext, parsed: &Parsed) -> bool {
     }
 }
 
-/// Whether a connection is noted as direct, while its pod is in a switch.
+/// Whether a connection is noted as direct, while its pod is in a switch. An agent that is killed leaves its notes
+/// behind, and later connections may have the same addresses and ports.
 #[inline(always)]
-pub fn is_noted_direct(pod_id: PodId, flow: Flow) -> bool {
-    is_on() && noted(pod_id, flow) == Some(WAY_DIRECT)
+pub fn is_noted_direct(ctx: &TcContext, flow: Flow) -> bool {
+    is_on() && switching_pod(ctx).is_some_and(|pod_id| noted(pod_id, flow) == Some(WAY_DIRECT))
 }
 
 /// Whether any pod of the node may be in a switch.

@@ -207,7 +207,12 @@ impl<'a> Attached<'a> {
         succeed(&mut self.command("detach")?).map(drop)
     }
 
-    fn command(&self, verb: &str) -> Result<Command> {
+    /// A command of the agent's program for the pod.
+    ///
+    /// # Errors
+    ///
+    /// None so far.
+    pub fn command(&self, verb: &str) -> Result<Command> {
         let mut command = Command::new(&self.agent);
         command.arg(verb).arg("--netns").arg(self.pod.netns_path());
         command.arg("--bpffs-dir").arg(&self.bpffs);

@@ -3,6 +3,7 @@
 use std::io::{ErrorKind, Read as _, Write as _};
 use std::net::{SocketAddr, TcpListener, TcpStream};
 use std::os::fd::AsFd as _;
+use std::process::Command;
 use std::thread;
 use std::time::Duration;
 
@@ -12,10 +13,12 @@ use nix::sys::socket::setsockopt;
 use nix::{setsockopt_impl, sockopt_impl};
 use redirect_tests::netns::Family;
 use redirect_tests::plain_proxy::{PlainProxy, Via};
-use redirect_tests::process::{Attached, wait_for};
+use redirect_tests::process::{Attached, succeed, wait_for};
+use redirect_tests::raw::{ACK, Segment, Wire};
 use redirect_tests::sniff::Sniffer;
 use redirect_tests::sockets::{PATIENCE, bound, converse, defer_accept, listen};
 use rustix::net::connect_unspec;
+use serde_json::Value;
 use socket2::Socket;
 
 use crate::attack::translate;
@@ -164,4 +167,61 @@ fn half_open_connection_from_before_the_agent_survives_enrollment() -> Result<()
         assert_heard(&opened, &listener)?;
     }
     Ok(())
+}
+
+/// The agent is killed in a switch, during which an accomplice has sent a segment to a listener of the pod: it is noted
+/// as direct. Needs NET_RAW, to change the mark.
+#[test]
+fn note_that_a_killed_agent_has_left_opens_no_way_past_the_proxy() -> Result<()> {
+    for family in FAMILIES {
+        let Pair { client, server, topology } = &Pair::new()?;
+        let proxy = PlainProxy::start(&server.netns)?;
+        let attached = Attached::new(topology, server)?;
+        let (own, to) = (server.addr(family, 9000), client.addr(family, 8443));
+        let listener = listen(server, own)?;
+        let wire = Wire::open(topology, server)?;
+        let mut command = attached.command("attach")?;
+        let addresses = [server.v4.to_string(), server.v6.to_string()];
+        command.args(["--address", &addresses[0], "--address", &addresses[1]]);
+        let mut agent = command.args(["--exclude-outbound-ports", "9999"]).spawn()?;
+        wait_for("a switch", PATIENCE, || {
+            let ack =
+                Segment { src: to, dst: own, seq: 1, ack: 1, flags: ACK, payload: Vec::new() };
+            wire.send_segment(&ack)?;
+            Ok(has_notes(&attached)?.then_some(()))
+        })?;
+        agent.kill()?;
+        agent.wait()?;
+        drop(listener);
+        // The programs end the switch by themselves.
+        thread::sleep(Duration::from_millis(2_200));
+        ensure!(has_notes(&attached)?, "the switch has ended in order");
+
+        let target = listen(client, to)?;
+        let socket = bound(server, own)?;
+        socket.connect_timeout(&to.into(), PATIENCE).context("connect")?;
+        let (accepted, peer) = target.accept()?;
+        ensure!(peer != own && proxy.relayed_via(Via::Outbound).len() == 1, "it is direct");
+        drop((accepted, proxy));
+        thread::sleep(Duration::from_millis(300));
+        let _proxy = PlainProxy::start(&server.netns)?;
+        socket.set_mark(1)?;
+        let wire = Sniffer::start(&client.netns, "eth0")?;
+        let _reset = (&TcpStream::from(socket)).write_all(SECRET);
+        thread::sleep(Duration::from_secs(1));
+        let seen = wire.finish();
+        let leaked: Vec<_> = seen
+            .iter()
+            .filter(|seen| seen.segment.src == own && !seen.segment.payload.is_empty())
+            .collect();
+        ensure!(leaked.is_empty(), "past the proxy: {leaked:?}");
+    }
+    Ok(())
+}
+
+/// Whether the map `ways` has any entry.
+fn has_notes(attached: &Attached<'_>) -> Result<bool> {
+    let ways = attached.bpffs().join("ways");
+    let dumped = succeed(Command::new("bpftool").args(["-j", "map", "dump", "pinned"]).arg(ways))?;
+    Ok(!serde_json::from_slice::<Vec<Value>>(&dumped.stdout)?.is_empty())
 }
