@@ -17,6 +17,7 @@ use redirect_tests::process::{Attached, succeed, wait_for};
 use redirect_tests::raw::{ACK, Segment, Wire};
 use redirect_tests::sniff::Sniffer;
 use redirect_tests::sockets::{PATIENCE, bound, converse, defer_accept, listen};
+use redirect_tests::topology::Pod;
 use rustix::net::connect_unspec;
 use serde_json::Value;
 use socket2::Socket;
@@ -25,22 +26,72 @@ use crate::attack::translate;
 use crate::{PORT, Pair};
 
 const FAMILIES: [Family; 2] = [Family::V4, Family::V6];
+const OWN_PORT: u16 = 30_000;
 const SECRET: &[u8] = b"Authorization: Bearer secret";
 
 // Source: Linux `include/uapi/linux/tcp.h`.
+const TCP_RECV_QUEUE: c_int = 1;
 const TCP_SEND_QUEUE: c_int = 2;
+const NO_WINDOW_PROBE: c_int = -1;
 sockopt_impl!(Repair, SetOnly, libc::IPPROTO_TCP, libc::TCP_REPAIR, c_int);
 sockopt_impl!(RepairQueue, SetOnly, libc::IPPROTO_TCP, libc::TCP_REPAIR_QUEUE, c_int);
 sockopt_impl!(QueueSeq, SetOnly, libc::IPPROTO_TCP, libc::TCP_QUEUE_SEQ, c_int);
+// `struct tcp_repair_window`.
+sockopt_impl!(RepairWindow, SetOnly, libc::IPPROTO_TCP, libc::TCP_REPAIR_WINDOW, [u32; 5]);
 
 /// Its next connection starts with this number. This stands for what needs no capability: a disconnected socket
 /// goes on where it was, and after 4 GiB it is there again.
 fn start_with(socket: &Socket, sequence: u32) -> Result<()> {
+    repair(socket, sequence)?;
+    setsockopt(&socket.as_fd(), Repair, &0).context("unset TCP_REPAIR")
+}
+
+/// Puts the socket under repair, with this number to start with.
+fn repair(socket: &Socket, sequence: u32) -> Result<()> {
     let fd = socket.as_fd();
     setsockopt(&fd, Repair, &1).context("set TCP_REPAIR")?;
-    setsockopt(&fd, RepairQueue, &TCP_SEND_QUEUE).context("set TCP_REPAIR_QUEUE")?;
-    setsockopt(&fd, QueueSeq, &sequence.cast_signed()).context("set TCP_QUEUE_SEQ")?;
-    setsockopt(&fd, Repair, &0).context("unset TCP_REPAIR")
+    for (queue, sequence) in [(TCP_RECV_QUEUE, 0), (TCP_SEND_QUEUE, sequence.cast_signed())] {
+        setsockopt(&fd, RepairQueue, &queue).context("set TCP_REPAIR_QUEUE")?;
+        setsockopt(&fd, QueueSeq, &sequence).context("set TCP_QUEUE_SEQ")?;
+    }
+    Ok(())
+}
+
+/// A socket of the server's that has had an excluded connection, which has ended, as has the setting; what its SYN
+/// began with.
+fn formerly_direct(
+    family: Family,
+    pair: &Pair,
+    target: &TcpListener,
+    proxy: &PlainProxy,
+    attached: &Attached<'_>,
+) -> Result<(Socket, u32)> {
+    let Pair { client, server, .. } = pair;
+    attached.set(&["--exclude-outbound-ports", &PORT.to_string()])?;
+    let wire = Sniffer::start(&client.netns, "eth0")?;
+    let own = server.addr(family, OWN_PORT);
+    let socket = bound(server, own)?;
+    let to = client.addr(family, PORT);
+    socket.connect_timeout(&to.into(), PATIENCE).context("connect directly")?;
+    let (_, peer) = target.accept()?;
+    ensure!(peer == own && proxy.relayed().is_empty(), "it is not direct");
+    connect_unspec(&socket).context("disconnect")?;
+    attached.again()?;
+    let seen = wire.finish();
+    let syn = seen.iter().find(|seen| seen.is_syn()).context("no SYN")?;
+    Ok((socket, syn.segment.seq))
+}
+
+/// Sends something, and checks that it does not come to the client from this very address and port.
+fn assert_stays(socket: Socket, own: SocketAddr, client: &Pod) -> Result<()> {
+    let wire = Sniffer::start(&client.netns, "eth0")?;
+    let _reset = (&TcpStream::from(socket)).write_all(SECRET);
+    thread::sleep(Duration::from_secs(1));
+    let seen = wire.finish();
+    let is_leaked = |segment: &Segment| segment.src == own && !segment.payload.is_empty();
+    let leaked: Vec<_> = seen.iter().filter(|seen| is_leaked(&seen.segment)).collect();
+    ensure!(leaked.is_empty(), "past the proxy: {leaked:?}");
+    Ok(())
 }
 
 /// No capability. The record of an excluded connection outlives it. The socket makes another one that starts with
@@ -48,37 +99,45 @@ fn start_with(socket: &Socket, sequence: u32) -> Result<()> {
 #[test]
 fn record_of_a_former_connection_with_the_same_start_opens_no_way_past_the_proxy() -> Result<()> {
     for family in FAMILIES {
-        let Pair { client, server, topology } = &Pair::new()?;
-        let target = listen(client, client.addr(family, PORT))?;
+        let pair = &Pair::new()?;
+        let Pair { client, server, topology } = pair;
+        let (own, to) = (server.addr(family, OWN_PORT), client.addr(family, PORT));
+        let target = listen(client, to)?;
         let proxy = PlainProxy::start(&server.netns)?;
         let attached = Attached::new(topology, server)?;
-        attached.set(&["--exclude-outbound-ports", &PORT.to_string()])?;
-        let (own, to) = (server.addr(family, 30_000), client.addr(family, PORT));
-        let wire = Sniffer::start(&client.netns, "eth0")?;
-        let socket = bound(server, own)?;
-        socket.connect_timeout(&to.into(), PATIENCE).context("connect directly")?;
-        let (_, peer) = target.accept()?;
-        ensure!(peer == own && proxy.relayed().is_empty(), "it is not direct");
-        connect_unspec(&socket).context("disconnect")?;
-        attached.again()?;
-        let seen = wire.finish();
-        let syn = seen.iter().find(|seen| seen.is_syn()).context("no SYN")?;
+        let (socket, start) = formerly_direct(family, pair, &target, &proxy, &attached)?;
 
-        start_with(&socket, syn.segment.seq)?;
+        start_with(&socket, start)?;
         socket.connect_timeout(&to.into(), PATIENCE).context("connect by the proxy")?;
         let (_accepted, peer) = target.accept()?;
         ensure!(peer != own && proxy.relayed_via(Via::Outbound).len() == 1, "it is direct");
         ensure!(socket.mark()? == 0);
         attached.set(&["--exclude-outbound-ports", "9999"])?;
-        let wire = Sniffer::start(&client.netns, "eth0")?;
-        (&TcpStream::from(socket)).write_all(SECRET)?;
-        thread::sleep(Duration::from_secs(1));
-        let seen = wire.finish();
-        let leaked: Vec<_> = seen
-            .iter()
-            .filter(|seen| seen.segment.src == own && !seen.segment.payload.is_empty())
-            .collect();
-        ensure!(leaked.is_empty(), "past the proxy: {leaked:?}");
+        assert_stays(socket, own, client)?;
+    }
+    Ok(())
+}
+
+/// NET_ADMIN, and a server that cooperates. The next connection has no SYN.
+#[test]
+#[ignore = "a hole: a repaired connection takes the record of an excluded one before it"]
+fn record_of_a_former_connection_is_not_that_of_a_repaired_one() -> Result<()> {
+    for family in FAMILIES {
+        let pair = &Pair::new()?;
+        let Pair { client, server, topology } = pair;
+        let (own, to) = (server.addr(family, OWN_PORT), client.addr(family, PORT));
+        let target = listen(client, to)?;
+        let proxy = PlainProxy::start(&server.netns)?;
+        let attached = Attached::new(topology, server)?;
+        let (socket, start) = formerly_direct(family, pair, &target, &proxy, &attached)?;
+
+        repair(&socket, start)?;
+        socket.connect(&to.into()).context("connect without a SYN")?;
+        socket.set_mark(1)?;
+        let windows = [0, 65_535, 65_535, 65_535, 0];
+        setsockopt(&socket.as_fd(), RepairWindow, &windows).context("set TCP_REPAIR_WINDOW")?;
+        setsockopt(&socket.as_fd(), Repair, &NO_WINDOW_PROBE).context("unset TCP_REPAIR")?;
+        assert_stays(socket, own, client)?;
     }
     Ok(())
 }
@@ -206,15 +265,7 @@ fn note_that_a_killed_agent_has_left_opens_no_way_past_the_proxy() -> Result<()>
         thread::sleep(Duration::from_millis(300));
         let _proxy = PlainProxy::start(&server.netns)?;
         socket.set_mark(1)?;
-        let wire = Sniffer::start(&client.netns, "eth0")?;
-        let _reset = (&TcpStream::from(socket)).write_all(SECRET);
-        thread::sleep(Duration::from_secs(1));
-        let seen = wire.finish();
-        let leaked: Vec<_> = seen
-            .iter()
-            .filter(|seen| seen.segment.src == own && !seen.segment.payload.is_empty())
-            .collect();
-        ensure!(leaked.is_empty(), "past the proxy: {leaked:?}");
+        assert_stays(socket, own, client)?;
     }
     Ok(())
 }
