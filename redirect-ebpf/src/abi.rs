@@ -379,9 +379,16 @@ pub struct PodFlow {
 pub struct Connection {
     /// Its addresses and ports, as its socket has them.
     pub flow: Flow,
-    /// The sequence number with which its socket started: that of the SYN of a socket that connects, and one
-    /// more than that of the SYN-ACK of a socket that accepts.
-    pub start: u32,
+    /// The socket's first sequence number: the ISN if it connects, ISN + 1 if it accepts.
+    pub first_seq: u32,
+}
+
+impl Connection {
+    /// A socket's first sequence number, from `snd_una` and `bytes_acked` of its `struct tcp_sock`.
+    #[inline(always)]
+    pub const fn first_seq(snd_una: u32, bytes_acked: u64) -> u32 {
+        snd_una.wrapping_sub(bytes_acked as u32)
+    }
 }
 
 /// How many half-open connections of one pod the map `half_open` can have at once. Like DNS flows, they have
@@ -692,11 +699,11 @@ pub struct KernelOffsets {
     /// `id` of `struct kernfs_node`, u64: the inode number of the cgroup's directory.
     pub node_id: u32,
     /// `snd_una` of `struct tcp_sock`, u32: the first sequence number that is not acknowledged.
-    pub unacknowledged: u32,
+    pub snd_una: u32,
     /// `bytes_acked` of `struct tcp_sock`, u64: how many sequence numbers have been acknowledged.
-    pub acknowledged: u32,
+    pub bytes_acked: u32,
     /// `snt_isn` of `struct tcp_request_sock`, u32: the sequence number of the SYN-ACK.
-    pub accepted_with: u32,
+    pub snt_isn: u32,
 }
 
 const _: () = {

@@ -25,9 +25,9 @@ pub static KERNEL_OFFSETS: KernelOffsets = KernelOffsets {
     socket_cgroup: 0,
     cgroup_node: 0,
     node_id: 0,
-    unacknowledged: 0,
-    acknowledged: 0,
-    accepted_with: 0,
+    snd_una: 0,
+    bytes_acked: 0,
+    snt_isn: 0,
 };
 
 pub use redirect_ebpf::abi::KernelOffsets;

@@ -197,7 +197,7 @@ fn mark_connection(
         return 0;
     }
     let Open { pod_id, flow, .. } = connection;
-    let this = Connection { flow, start: common.start() };
+    let this = Connection { flow, first_seq: common.first_seq() };
     let way = match settled_by(sk.0.cast(), &this) {
         Some(way) => way,
         None => {
@@ -233,8 +233,8 @@ fn note_half_open(
         && !connection.is_internal()
         && choose(&connection, noted(pod_id, flow)) == Some(WAY_DIRECT)
     {
-        let start = common.read::<u32>(offset!(accepted_with)).wrapping_add(1);
-        enter_half_open(pod_id, &Connection { flow, start });
+        let first_seq = common.read::<u32>(offset!(snt_isn)).wrapping_add(1);
+        enter_half_open(pod_id, &Connection { flow, first_seq });
     }
     0
 }
@@ -288,11 +288,10 @@ impl Common {
         self.read::<u8>(offset!(state)).into()
     }
 
-    /// The sequence number with which a full socket started its connection.
+    /// [`Connection::first_seq`] of a full socket.
     #[inline(always)]
-    fn start(&self) -> u32 {
-        let acknowledged: u64 = self.read(offset!(acknowledged));
-        self.read::<u32>(offset!(unacknowledged)).wrapping_sub(acknowledged as u32)
+    fn first_seq(&self) -> u32 {
+        Connection::first_seq(self.read(offset!(snd_una)), self.read(offset!(bytes_acked)))
     }
 
     /// The id of the cgroup (v2) that it belongs to.

@@ -329,7 +329,7 @@ fn on_egress(ctx: &TcContext, readable: bool, parsed: &Parsed, sender: Sender, s
             let flow = known.unwrap_or_else(|| parsed.segment().sender_flow());
             enter_half_open(
                 verdict.pod_id,
-                &Connection { flow, start: parsed.sequence().wrapping_add(1) },
+                &Connection { flow, first_seq: parsed.sequence().wrapping_add(1) },
             );
             true
         }
@@ -543,7 +543,7 @@ fn is_noted_direct(ctx: &TcContext, pod_id: PodId, segment: &Segment) -> bool {
 #[inline(never)]
 fn enter_half_open(pod_id: PodId, connection: &Connection) {
     // If all places are taken, it takes one at random: most of the others have been open for long.
-    let mut place = HalfOpenKey::new(pod_id, &connection.flow, connection.start);
+    let mut place = HalfOpenKey::new(pod_id, &connection.flow, connection.first_seq);
     for choice in 0..u32::from(HALF_OPEN_CHOICES) {
         let key = HalfOpenKey::new(pod_id, &connection.flow, choice);
         // SAFETY: the pointer is to a live map value; entries are replaced as a whole.
@@ -778,7 +778,7 @@ impl Env for Tc<'_> {
 
     #[inline(always)]
     fn is_noted_direct(&self, pod_id: PodId, segment: &Segment) -> bool {
-        self.sends && is_noted_direct(self.ctx, pod_id, segment)
+        is_noted_direct(self.ctx, pod_id, segment)
     }
 
     #[inline(always)]

@@ -449,7 +449,7 @@ pub fn connection(sk: *mut bpf_sock) -> Option<Connection> {
                 [0, 1, 2, 3].map(|i| (&raw const (*sk).$field[i]).read_volatile())
             };
         }
-        let start = read!(tcp.snd_una).wrapping_sub(read!(tcp.bytes_acked) as u32);
+        let first_seq = Connection::first_seq(read!(tcp.snd_una), read!(tcp.bytes_acked));
         let v4 = [read!(sk.src_ip4), read!(sk.dst_ip4)];
         let (local, remote) = (words!(src_ip6), words!(dst_ip6));
         let [local, remote] = if read!(sk.family) == AF_INET {
@@ -463,7 +463,7 @@ pub fn connection(sk: *mut bpf_sock) -> Option<Connection> {
             local_port: read!(sk.src_port) as u16,
             remote_port: u16::from_be(read!(sk.dst_port)),
         };
-        Some(Connection { flow, start })
+        Some(Connection { flow, first_seq })
     }
 }
 

@@ -63,9 +63,9 @@ fn read_offsets() -> Result<KernelOffsets> {
         socket_cgroup: offset_in("sock", "sk_cgrp_data.cgroup")?,
         cgroup_node: offset_in("cgroup", "kn")?,
         node_id: offset_in("kernfs_node", "id")?,
-        unacknowledged: offset_in("tcp_sock", "snd_una")?,
-        acknowledged: offset_in("tcp_sock", "bytes_acked")?,
-        accepted_with: offset_in("tcp_request_sock", "snt_isn")?,
+        snd_una: offset_in("tcp_sock", "snd_una")?,
+        bytes_acked: offset_in("tcp_sock", "bytes_acked")?,
+        snt_isn: offset_in("tcp_request_sock", "snt_isn")?,
     })
 }
 
