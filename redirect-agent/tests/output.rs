@@ -3,7 +3,7 @@
 
 mod support;
 
-use std::{collections::BTreeMap, path::Path, time::Duration};
+use std::{collections::BTreeMap, fs, path::Path, process, time::Duration};
 
 use clap::{CommandFactory as _, Parser as _, error::ErrorKind};
 use redirect_agent::{
@@ -344,5 +344,33 @@ fn completions_are_there_for_every_shell() {
         let args = CompletionsArgs { shell: shell.parse().unwrap() };
         let script = String::from_utf8(args.generate()).unwrap();
         assert!(script.contains("unenroll"), "{shell}");
+    }
+}
+
+#[test]
+fn bash_completes_commands_flags_and_values() {
+    let script = CompletionsArgs { shell: "bash".parse().unwrap() }.generate();
+    let dir = tempfile::tempdir().unwrap();
+    let file = dir.path().join("completions");
+    fs::write(&file, script).unwrap();
+    let complete = |words: &[&str]| {
+        // What bash itself does when somebody presses Tab.
+        let run = r#"source "$1"; shift; COMP_WORDS=("$@"); COMP_CWORD=$((${#COMP_WORDS[@]} - 1))
+            read -ra how <<< "$(complete -p redirect-agent)"
+            "${how[-2]}" "$1" "${COMP_WORDS[COMP_CWORD]}" "${COMP_WORDS[COMP_CWORD - 1]}"
+            echo "${COMPREPLY[@]}""#;
+        let mut bash = process::Command::new("bash");
+        bash.args(["-c", run, "bash"]).arg(&file).arg("redirect-agent").args(words);
+        String::from_utf8(bash.output().unwrap().stdout).unwrap().trim_end().to_owned()
+    };
+    for (words, completed) in [
+        (&["st"][..], "status"),
+        (&["status", "--not"], "--not-ready"),
+        (&["status", "-o", ""], "table wide json"),
+        (&["log-level", "--re"], "--reset"),
+        (&["verify", "--al"], "--all"),
+        (&["observe", "--verdict", "hbo"], "hbone"),
+    ] {
+        assert_eq!(complete(words), completed, "{words:?}");
     }
 }

@@ -566,6 +566,12 @@ impl CompletionsArgs {
     pub fn generate(&self) -> Vec<u8> {
         let mut out = Vec::new();
         clap_complete::generate(self.shell, &mut Cli::command(), "redirect-agent", &mut out);
+        if self.shell == Shell::Bash {
+            // The labels of its commands do not match what it looks for when the program's name has a hyphen.
+            // Source: clap-rs/clap#6421.
+            let script = String::from_utf8_lossy(&out);
+            return script.replace("redirect__subcmd__agent", "redirect__agent").into_bytes();
+        }
         out
     }
 }
