@@ -412,10 +412,10 @@ pub fn json(value: &impl Serialize) -> anyhow::Result<String> {
 }
 
 /// A table without lines, a row to a line, as `kubectl` prints them; an empty cell is a `-`.
-pub fn table(header: &[&str], rows: impl IntoIterator<Item = Vec<String>>) -> String {
+pub fn table(header: &[impl AsRef<str>], rows: impl IntoIterator<Item = Vec<String>>) -> String {
     let mut table = Table::new();
     table.load_style(presets::NOTHING);
-    table.set_header(header.iter().copied());
+    table.set_header(header.iter().map(AsRef::as_ref));
     for row in rows {
         table.add_row(row.into_iter().map(|cell| match printable(&cell) {
             cell if cell.is_empty() => "-".to_owned(),

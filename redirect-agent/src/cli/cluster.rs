@@ -20,20 +20,28 @@ Examples:
   redirect-agent cluster
   redirect-agent cluster -n shop --watch
   redirect-agent cluster --context production --readyz
-  redirect-agent cluster -o json | jq '.wrong[] | .message'
+  redirect-agent cluster -o json | jq '.unexpected[] | .message'
 
 As kubectl-redirect in $PATH, the same is `kubectl redirect`. It reads the API server only, with
-your kubeconfig: no root, no agent on this machine. States: enrolled, pending (the proxy does not
-serve the pod yet), missing (should be in the mesh and is not), leftover (has the annotation and
-should not), starting (for less than 30 s), leaving (is being deleted), bypassing. Finished pods are
-left out.
+your kubeconfig: no root, no agent on this machine. docs/operations.md lists the RBAC permissions
+that it uses; without an optional one, it prints a note.
 
-It needs list on pods and namespaces, or, with -n, list on pods there and get on the namespace. If
-granted, it uses list on nodes and events, get on the agents' ConfigMap, and, for --readyz, get on
-pods/proxy; a note says what is missing. --watch needs watch, too, and list on namespaces.
+States of pods; finished ones are left out:
+  enrolled   in the mesh, as it should be
+  pending    redirected, but the proxy does not serve it yet
+  missing    should be in the mesh and is not
+  stale      has the annotation and should not
+  starting   should be in the mesh, and is not scheduled or not started yet, for however long; or it
+             was started or labeled less than 30 s ago
+  leaving    is being deleted, or was labeled out of the mesh (with none) less than 30 s ago
+  bypassing  not in the mesh, as it should be
+The API server does not record when a label was removed: such a pod is stale at once, until its
+agent has removed it from the mesh, after --drain.
 
-The exit status is 0 when every pod is where it should be, and every node that has pods of the mesh
-has an agent that is ready; 1 when not; 2 for an error.";
+The exit status is 0 when no pod is pending, missing or stale, every agent is ready, and every node
+with pods of the mesh has an agent; 1 when not; 2 for an error. With -n, only nodes with pods of the
+namespace count. --watch ends when nobody reads its output; its exit status is then 0, whatever it
+has printed.";
 
 /// `cluster`
 #[derive(Clone, Debug, Args)]
@@ -61,7 +69,7 @@ pub struct ClusterArgs {
     /// Ask agents that are not ready what they wait for, 20 at most, through the API server.
     #[arg(long)]
     pub readyz: bool,
-    /// Go on, and print a line whenever something becomes wrong, and when it no longer is.
+    /// Go on, and print a line whenever a pod or node becomes unexpected, and when that is resolved.
     #[arg(short, long)]
     pub watch: bool,
     /// How many objects the API server sends at once.

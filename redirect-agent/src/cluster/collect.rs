@@ -22,8 +22,8 @@ use tower::{buffer::BufferLayer, retry::RetryLayer};
 use super::{
     object::{AgentSeen, EventSeen, NamespaceSeen, PodSeen},
     report::{NodeProblem, NodeRow},
-    seen::Seen,
-    settings::{Given, Settings},
+    settings::{Settings, SettingsOverrides},
+    snapshot::Snapshot,
 };
 use crate::{
     membership::PodKey,
@@ -32,7 +32,7 @@ use crate::{
 
 /// How many requests may wait to be sent.
 const BUFFER: usize = 64;
-/// How often a list begins anew that took longer than the API server keeps its version.
+/// Restarts allowed when a list's continue token expires (410 Gone).
 const RESTARTS: u32 = 3;
 /// A finished pod has no traffic.
 pub(super) const UNFINISHED: &str = "status.phase!=Succeeded,status.phase!=Failed";
@@ -42,7 +42,7 @@ const OF_AGENTS: &str = "reportingComponent=redirect-agent";
 pub(super) const AGENTS: &str = "app=redirect-agent";
 /// Nodes where the DaemonSet does not run.
 const LABEL_OS: &str = "kubernetes.io/os";
-/// How many agents that look wrong are asked why, and how long one may take.
+/// How many agents that are not ready are asked why, and how long one may take.
 const ASKED: usize = 20;
 const ANSWER: Duration = Duration::from_secs(5);
 /// The agent's port for health.
@@ -52,14 +52,14 @@ const LONGEST_ANSWER: usize = 500;
 
 /// What is asked.
 #[derive(Clone, Debug, Default)]
-pub struct Asked {
+pub struct Query {
     /// The namespace; `None`: all.
     pub namespace: Option<String>,
     /// The agents' namespace, where their pods cannot be listed in all.
     pub agent_namespace: Option<String>,
     /// What the operator says in place of the agents.
-    pub given: Given,
-    /// Whether to ask agents that look wrong for `/readyz`.
+    pub overrides: SettingsOverrides,
+    /// Whether to ask agents that are not ready for `/readyz`.
     pub readyz: bool,
     /// How many objects a page has.
     pub chunk: u32,
@@ -70,7 +70,7 @@ pub struct Asked {
 pub struct Server {
     pub(super) client: Client,
     /// Takes every answer as it is: 503 is one of an agent that is not ready.
-    impatient: Client,
+    no_retry: Client,
     pub(super) url: String,
 }
 
@@ -94,7 +94,7 @@ impl Server {
         let patient = RetryLayer::new(RetryPolicy::default());
         // What is asked again has to be cloned, and a buffer can be.
         let client = builder()?.with_layer(&BufferLayer::new(BUFFER)).with_layer(&patient).build();
-        Ok(Self { client, impatient: builder()?.build(), url })
+        Ok(Self { client, no_retry: builder()?.build(), url })
     }
 
     /// The error in one line, with what to do about it.
@@ -120,8 +120,8 @@ impl Server {
         }
     }
 
-    pub(super) fn agents(&self, asked: &Asked) -> Api<k8s::Pod> {
-        self.in_namespace(asked.agent_namespace.as_deref())
+    pub(super) fn agents(&self, query: &Query) -> Api<k8s::Pod> {
+        self.in_namespace(query.agent_namespace.as_deref())
     }
 
     fn in_namespace<K>(&self, namespace: Option<&str>) -> Api<K>
@@ -155,31 +155,34 @@ async fn config(path: Option<&Path>, context: Option<String>) -> Result<Config> 
 /// # Errors
 ///
 /// When pods or namespaces cannot be listed.
-pub async fn collect(server: &Server, asked: &Asked) -> Result<Seen> {
-    let mut seen =
-        Seen { server: server.url.clone(), asked: asked.namespace.clone(), ..Seen::default() };
-    agents(server, asked, &mut seen).await;
-    settings(server, asked, &mut seen).await;
-    seen.namespaces = namespaces(server, asked).await?;
-    nodes(server, asked, &mut seen).await;
-    let reading = seen.settings.reading();
-    let pods = server.pods(asked.namespace.as_deref());
+pub async fn collect(server: &Server, query: &Query) -> Result<Snapshot> {
+    let mut snapshot = Snapshot {
+        server: server.url.clone(),
+        namespace: query.namespace.clone(),
+        ..Snapshot::default()
+    };
+    agents(server, query, &mut snapshot).await;
+    settings(server, query, &mut snapshot).await;
+    snapshot.namespaces = namespaces(server, query).await?;
+    nodes(server, query, &mut snapshot).await;
+    let reading = snapshot.settings.reading();
+    let pods = server.pods(query.namespace.as_deref());
     let params = ListParams::default().fields(UNFINISHED);
     let read = |pod: DynamicObject| Some((name(&pod.metadata), PodSeen::read(pod, reading)));
-    let found = pages(asked.chunk, params, async |params| pods.list(params).await, read).await;
-    seen.pods = found.map_err(|error| needed(server, "list pods", &error))?;
-    look_into(server, asked, &mut seen).await;
-    Ok(seen)
+    let found = pages(query.chunk, params, async |params| pods.list(params).await, read).await;
+    snapshot.pods = found.map_err(|error| needed(server, "list pods", &error))?;
+    look_into(server, query, &mut snapshot).await;
+    Ok(snapshot)
 }
 
-/// Asks about what is wrong: for the agents' Events, and agents for `/readyz`.
-pub(super) async fn look_into(server: &Server, asked: &Asked, seen: &mut Seen) {
-    let report = seen.report(SystemTime::now());
-    if !report.wrong.is_empty() {
-        events(server, asked, seen).await;
+/// Asks about what is unexpected: for the agents' Events, and agents for `/readyz`.
+pub(super) async fn look_into(server: &Server, query: &Query, snapshot: &mut Snapshot) {
+    let report = snapshot.report(SystemTime::now());
+    if !report.unexpected.is_empty() {
+        events(server, query, snapshot).await;
     }
-    if asked.readyz {
-        readyz(server, seen, &report.nodes).await;
+    if query.readyz {
+        readyz(server, snapshot, &report.nodes).await;
     }
 }
 
@@ -194,59 +197,58 @@ fn needed(server: &Server, what: &str, error: &Error) -> anyhow::Error {
     anyhow!("{}{hint}", server.failure(what, error))
 }
 
-async fn agents(server: &Server, asked: &Asked, seen: &mut Seen) {
-    let api = server.agents(asked);
+async fn agents(server: &Server, query: &Query, snapshot: &mut Snapshot) {
+    let api = server.agents(query);
     let params = ListParams::default().labels(AGENTS);
     let read = |pod: k8s::Pod| Some((name(&pod.metadata), AgentSeen::read(&pod)?));
-    match pages(asked.chunk, params, async |params| api.list(params).await, read).await {
+    match pages(query.chunk, params, async |params| api.list(params).await, read).await {
         Ok(agents) => {
             if agents.is_empty() {
-                seen.notes.push(format!("no pod has the label {AGENTS}: is the agent installed?"));
+                snapshot
+                    .notes
+                    .push(format!("no pod has the label {AGENTS}: is the agent installed?"));
             }
-            seen.agents = Some(agents);
+            snapshot.agents = Some(agents);
         }
         Err(error) => {
             let failed = server.failure("list the agents", &error);
             let hint = "whether nodes have an agent is unknown; give --agent-namespace";
-            seen.notes.push(format!("{failed}; {hint}"));
+            snapshot.notes.push(format!("{failed}; {hint}"));
         }
     }
 }
 
 /// The settings of the newest agent.
-async fn settings(server: &Server, asked: &Asked, seen: &mut Seen) {
-    let agents = seen.agents.iter().flat_map(BTreeMap::values);
-    let newest = agents.max_by_key(|agent| agent.created).cloned();
-    let newest = match newest {
-        None => None,
-        Some(agent) => {
-            let mut written = agent.written.clone();
-            let maps: Api<k8s::ConfigMap> = server.in_namespace(Some(&agent.key.namespace));
-            for map in &agent.written.config_maps {
-                match maps.get_opt(map).await {
-                    Ok(found) => written.add(found.and_then(|map| map.data).unwrap_or_default()),
-                    Err(error) => {
-                        let what = format!("get the agents' ConfigMap {map}");
-                        let failed = server.failure(&what, &error);
-                        let hint = "give --excluded-namespaces and --enablement-selectors";
-                        seen.notes.push(format!("{failed}; {hint}"));
-                    }
-                }
-            }
-            Some((agent.key.to_string(), written))
-        }
+async fn settings(server: &Server, query: &Query, snapshot: &mut Snapshot) {
+    let overrides = query.overrides.clone();
+    let agents = snapshot.agents.iter().flat_map(BTreeMap::values);
+    let Some(agent) = agents.max_by_key(|agent| agent.created) else {
+        snapshot.settings = Settings::new(overrides, None);
+        return;
     };
-    let from = newest.as_ref().map(|(from, written)| (from.clone(), written));
-    seen.settings = Settings::new(asked.given.clone(), from);
+    let mut args = agent.args.clone();
+    let maps: Api<k8s::ConfigMap> = server.in_namespace(Some(&agent.key.namespace));
+    let needed = agent.args.needed_config_maps();
+    for map in needed.into_iter().filter(|_| !overrides.is_complete()) {
+        match maps.get_opt(map).await {
+            Ok(found) => args.add(map, found.and_then(|map| map.data).unwrap_or_default()),
+            Err(error) => {
+                let failed = server.failure(&format!("get the agents' ConfigMap {map}"), &error);
+                let hint = "give --excluded-namespaces and --enablement-selectors";
+                snapshot.notes.push(format!("{failed}; {hint}"));
+            }
+        }
+    }
+    snapshot.settings = Settings::new(overrides, Some((agent.key.to_string(), &args)));
 }
 
-async fn namespaces(server: &Server, asked: &Asked) -> Result<BTreeMap<String, NamespaceSeen>> {
+async fn namespaces(server: &Server, query: &Query) -> Result<BTreeMap<String, NamespaceSeen>> {
     let api: Api<k8s::Namespace> = Api::all(server.client.clone());
     let read = |metadata: ObjectMeta| Some((name(&metadata), NamespaceSeen::from(metadata)));
-    let Some(namespace) = &asked.namespace else {
+    let Some(namespace) = &query.namespace else {
         let page = async |params: &ListParams| api.list_metadata(params).await;
         let read = |namespace: kube::core::PartialObjectMeta<_>| read(namespace.metadata);
-        let found = pages(asked.chunk, ListParams::default(), page, read).await;
+        let found = pages(query.chunk, ListParams::default(), page, read).await;
         return found.map_err(|error| needed(server, "list namespaces", &error));
     };
     let what = format!("get namespace {namespace}");
@@ -256,15 +258,15 @@ async fn namespaces(server: &Server, asked: &Asked) -> Result<BTreeMap<String, N
     Ok(read(found.metadata).into_iter().collect())
 }
 
-async fn nodes(server: &Server, asked: &Asked, seen: &mut Seen) {
+async fn nodes(server: &Server, query: &Query, snapshot: &mut Snapshot) {
     let api: Api<k8s::Node> = Api::all(server.client.clone());
     let page = async |params: &ListParams| api.list_metadata(params).await;
     let read = |node: kube::core::PartialObjectMeta<_>| Some((needs_agent(&node.metadata)?, ()));
-    match pages(asked.chunk, ListParams::default(), page, read).await {
-        Ok(nodes) => seen.nodes = Some(nodes),
+    match pages(query.chunk, ListParams::default(), page, read).await {
+        Ok(nodes) => snapshot.nodes = Some(nodes),
         Err(error) => {
             let failed = server.failure("list nodes", &error);
-            seen.notes.push(format!("{failed}; nodes without pods and agents are not shown"));
+            snapshot.notes.push(format!("{failed}; nodes without pods and agents are not shown"));
         }
     }
 }
@@ -276,26 +278,26 @@ pub(super) fn needs_agent(metadata: &ObjectMeta) -> Option<String> {
 }
 
 /// What the agents have said about pods. Events last for an hour.
-async fn events(server: &Server, asked: &Asked, seen: &mut Seen) {
-    let api: Api<k8s::Event> = server.in_namespace(asked.namespace.as_deref());
+async fn events(server: &Server, query: &Query, snapshot: &mut Snapshot) {
+    let api: Api<k8s::Event> = server.in_namespace(query.namespace.as_deref());
     let params = ListParams::default().fields(OF_AGENTS);
     let read = |event: k8s::Event| Some((name(&event.metadata), EventSeen::read(event)?));
-    match pages(asked.chunk, params, async |params| api.list(params).await, read).await {
-        Ok(events) => seen.take_events(events.into_values()),
+    match pages(query.chunk, params, async |params| api.list(params).await, read).await {
+        Ok(events) => snapshot.take_events(events.into_values()),
         Err(error) => {
             let failed = server.failure("list the agents' Events", &error);
-            seen.notes.retain(|note| *note != failed);
-            seen.notes.push(failed);
+            snapshot.notes.retain(|note| *note != failed);
+            snapshot.notes.push(failed);
         }
     }
 }
 
 /// Asks agents that are not ready for what they wait.
-async fn readyz(server: &Server, seen: &mut Seen, nodes: &[NodeRow]) {
+async fn readyz(server: &Server, snapshot: &mut Snapshot, nodes: &[NodeRow]) {
     let not_ready = nodes.iter().filter(|node| node.problem == Some(NodeProblem::AgentNotReady));
     let agents: Vec<&PodKey> = not_ready.filter_map(|node| node.agent.as_ref()).collect();
     let answers = agents.iter().take(ASKED).map(|agent| async {
-        let answer = match timeout(ANSWER, ask(&server.impatient, agent)).await {
+        let answer = match timeout(ANSWER, ask(&server.no_retry, agent)).await {
             Ok(Ok(answer)) => answer,
             Ok(Err(error)) => server.failure("get /readyz", &error),
             Err(_) => format!("/readyz did not answer within {ANSWER:?}"),
@@ -303,7 +305,7 @@ async fn readyz(server: &Server, seen: &mut Seen, nodes: &[NodeRow]) {
         ((*agent).clone(), answer)
     });
     let answers = join_all(answers).await;
-    seen.answers = answers.into_iter().collect();
+    snapshot.answers = answers.into_iter().collect();
 }
 
 async fn ask(client: &Client, agent: &PodKey) -> Result<String, Error> {

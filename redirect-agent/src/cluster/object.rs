@@ -7,7 +7,7 @@ use k8s_openapi::{
 use kube::api::{DynamicObject, ObjectMeta};
 use serde_json::Value;
 
-use super::settings::Written;
+use super::settings::AgentArgs;
 use crate::{
     membership::{ANNOTATION_SIDECAR_STATUS, LABEL_DATAPLANE_MODE, Namespace, Phase, Pod, PodKey},
     overrides::Moment,
@@ -107,7 +107,7 @@ pub struct AgentSeen {
     /// Why its container does not run, if it does not.
     pub message: Option<String>,
     /// Its flags.
-    pub(super) written: Written,
+    pub(super) args: AgentArgs,
 }
 
 impl AgentSeen {
@@ -140,7 +140,7 @@ impl AgentSeen {
                 Some(_) => Some("it is being deleted".to_owned()),
                 None => waiting,
             },
-            written: Written::of(container),
+            args: AgentArgs::of(container),
         })
     }
 }

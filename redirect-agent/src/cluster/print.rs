@@ -5,7 +5,7 @@ use std::{
     fmt::{self, Write as _},
 };
 
-use super::report::{Counts, NodeRow, PodRow, Report, Standing};
+use super::report::{Counts, NodeRow, PodRow, Report, State};
 use crate::{
     membership::PodKey,
     output::{Format, json, printable, table},
@@ -14,9 +14,12 @@ use crate::{
 /// How many rows are shown of a table that may have thousands; `-o wide` shows all.
 const SHOWN: usize = 50;
 
-/// The states as columns.
-const COLUMNS: [&str; 7] =
-    ["ENROLLED", "PENDING", "MISSING", "LEFTOVER", "STARTING", "LEAVING", "BYPASSING"];
+/// The names of columns, and then, if `states`, each state.
+fn header(first: &[&str], states: bool) -> Vec<String> {
+    let states = State::ALL.into_iter().filter(|_| states);
+    let states = states.map(|state| state.as_str().to_ascii_uppercase());
+    first.iter().map(|name| (*name).to_owned()).chain(states).collect()
+}
 
 /// Prints the report in `format`.
 ///
@@ -38,7 +41,7 @@ fn write(report: &Report, wide: bool, out: &mut String) -> fmt::Result {
     write!(out, "excluded namespaces: {}", settings.excluded_namespaces.join(", "))?;
     let selected = if settings.enablement_selectors { "; by enablement selectors" } else { "" };
     writeln!(out, "{selected}\n")?;
-    let header: Vec<&str> = ["VERSION", "NODES", "READY"].into_iter().chain(COLUMNS).collect();
+    let header = header(&["VERSION", "NODES", "READY"], true);
     let rows = report.versions.iter().map(|row| {
         let version = row.version.clone().unwrap_or_else(|| "no agent".to_owned());
         let mut cells = vec![version, row.nodes.to_string(), row.ready.to_string()];
@@ -61,20 +64,17 @@ fn write(report: &Report, wide: bool, out: &mut String) -> fmt::Result {
 }
 
 fn counts(pods: &Counts) -> impl Iterator<Item = String> {
-    pods.each().into_iter().map(|(_, count)| count.to_string())
+    pods.each().map(|(_, count)| count.to_string())
 }
 
-/// The nodes on which something is wrong, or, if it is to be wide, all.
+/// The nodes that have a problem, or, if it is to be wide, all.
 fn write_nodes(report: &Report, wide: bool, out: &mut String) -> fmt::Result {
     let nodes: Vec<&NodeRow> =
         report.nodes.iter().filter(|node| wide || node.problem.is_some()).collect();
     if nodes.is_empty() {
         return Ok(());
     }
-    let mut header = vec!["NODE", "AGENT", "VERSION", "SINCE", "PROBLEM"];
-    if wide {
-        header.extend(COLUMNS);
-    }
+    let header = header(&["NODE", "AGENT", "VERSION", "SINCE", "PROBLEM"], wide);
     let shown = if wide { nodes.len() } else { SHOWN };
     let rows = nodes.iter().take(shown).map(|node| {
         let mut cells = vec![
@@ -94,7 +94,7 @@ fn write_nodes(report: &Report, wide: bool, out: &mut String) -> fmt::Result {
 }
 
 fn write_pods(report: &Report, wide: bool, out: &mut String) -> fmt::Result {
-    let pods = &report.wrong;
+    let pods = &report.unexpected;
     if pods.is_empty() {
         return Ok(());
     }
@@ -137,14 +137,15 @@ fn more(all: usize, shown: usize, out: &mut String) -> fmt::Result {
 
 /// The last line.
 fn summary(report: &Report) -> String {
-    let states = report.pods.each().into_iter().filter(|(_, count)| *count > 0);
+    let states = report.pods.each().filter(|(_, count)| *count > 0);
     let states: Vec<String> =
         states.map(|(state, count)| format!("{count} {}", state.as_str())).collect();
-    let pods = match (report.pods.total(), report.pods.wrong()) {
+    let pods = match (report.pods.total(), report.pods.unexpected()) {
         (0, _) => "no pods".to_owned(),
         (all, 0) => format!("{}: {}", number(all, "pod"), states.join(", ")),
-        (all, wrong) => {
-            format!("{}: {}; {wrong} not in place", number(all, "pod"), states.join(", "))
+        (all, unexpected) => {
+            let (pods, states) = (number(all, "pod"), states.join(", "));
+            format!("{pods}: {states}; {unexpected} of {pods} not in the expected state")
         }
     };
     let ready: usize = report.versions.iter().map(|version| version.ready).sum();
@@ -161,8 +162,8 @@ fn number(count: usize, what: &str) -> String {
     if count == 1 { format!("1 {what}") } else { format!("{count} {what}s") }
 }
 
-/// A line for each pod and node that has become wrong, is wrong in another way, or no longer is: for people,
-/// or as a JSON object.
+/// A line for each pod and node that has become unexpected, is so in another way, or no longer is: for
+/// people, or as a JSON object.
 pub fn changes(before: &Report, after: &Report, format: Format) -> String {
     let (old, new) = (things(before), things(after));
     let mut out = String::new();
@@ -177,19 +178,19 @@ pub fn changes(before: &Report, after: &Report, format: Format) -> String {
     out
 }
 
-/// What is wrong: a pod's state, if it is a pod, and the particulars.
-type Thing = (Option<Standing>, String);
+/// What is unexpected: a pod's state, if it is a pod, and the particulars.
+type Thing = (Option<State>, String);
 
-/// Everything that is wrong, by its name.
+/// Everything that is unexpected, by its name.
 fn things(report: &Report) -> BTreeMap<String, Thing> {
-    let pods = report.wrong.iter().map(|pod| {
+    let pods = report.unexpected.iter().map(|pod| {
         let name = format!("pod {}/{}", pod.namespace, pod.name);
         (name, (Some(pod.state), pod.message.clone()))
     });
     let nodes = report
         .nodes
         .iter()
-        .filter(|node| node.is_wrong())
+        .filter(|node| node.is_unexpected())
         .map(|node| (format!("node {}", node.name), (None, problem(node))));
     pods.chain(nodes).collect()
 }
@@ -208,14 +209,14 @@ fn line(report: &Report, object: &str, thing: Option<&Thing>, format: Format, ou
     let state = thing.and_then(|(state, _)| *state);
     let message = thing.map(|(_, message)| message.as_str());
     let text = if format == Format::Json {
-        let wrong = thing.is_some();
+        let unexpected = thing.is_some();
         serde_json::json!({
-            "time": time, "object": object, "wrong": wrong, "state": state, "message": message,
+            "time": time, "object": object, "unexpected": unexpected, "state": state, "message": message,
         })
         .to_string()
     } else {
         let state = state.map_or(String::new(), |state| format!("   {}", state.as_str()));
-        let message = message.unwrap_or("no longer wrong");
+        let message = message.unwrap_or("resolved");
         printable(&format!("{time}   {object}{state}   {message}"))
     };
     out.push_str(&text);

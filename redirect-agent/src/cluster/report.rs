@@ -1,5 +1,10 @@
 //! What the cluster view shows.
 
+use std::{
+    collections::BTreeMap,
+    ops::{Index, IndexMut},
+};
+
 use serde::{Deserialize, Serialize};
 
 use crate::{
@@ -22,7 +27,8 @@ pub struct Report {
     pub server: String,
     /// The namespace that was asked for; `None`: all.
     pub namespace: Option<String>,
-    /// Whether every pod is where it should be, and every node that needs an agent has one that is ready.
+    /// Whether every pod is in the state that is expected, every agent is ready, and every node with pods of
+    /// the mesh has an agent: what the exit status tells.
     pub ok: bool,
     /// By what settings the agents decide.
     pub settings: SettingsRow,
@@ -32,8 +38,8 @@ pub struct Report {
     pub versions: Vec<ByVersion>,
     /// Every node; if a namespace was asked for, those with pods of it.
     pub nodes: Vec<NodeRow>,
-    /// The pods that are not where they should be.
-    pub wrong: Vec<PodRow>,
+    /// The pods that are not in the state that is expected.
+    pub unexpected: Vec<PodRow>,
     /// Misspelled labels and annotations.
     pub unknown_words: Vec<UnknownWord>,
     /// What could not be read, and what follows from that.
@@ -55,7 +61,7 @@ pub struct SettingsRow {
 /// Where a pod is, as far as the API server shows it.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Serialize, Deserialize)]
 #[serde(rename_all = "lowercase")]
-pub enum Standing {
+pub enum State {
     /// Should be in the mesh, and is.
     Enrolled,
     /// Should be in the mesh, and is redirected, but the proxy does not serve it yet.
@@ -63,98 +69,106 @@ pub enum Standing {
     /// Should be in the mesh, and has no annotation.
     Missing,
     /// Has the annotation and should not.
-    Leftover,
-    /// Should be in the mesh, and has not had the time yet.
+    Stale,
+    /// Should be in the mesh, and has not had the time yet: it has not started on a node, or was started or
+    /// labeled just now.
     Starting,
-    /// Is being deleted.
+    /// Is being deleted, or has just been labeled to leave the mesh.
     Leaving,
     /// Not in the mesh, as it should be.
     Bypassing,
 }
 
-impl Standing {
+impl State {
+    /// Each, in the order of the columns.
+    pub const ALL: [State; 7] = [
+        State::Enrolled,
+        State::Pending,
+        State::Missing,
+        State::Stale,
+        State::Starting,
+        State::Leaving,
+        State::Bypassing,
+    ];
+
     /// The name in the output.
     pub fn as_str(self) -> &'static str {
         match self {
-            Standing::Enrolled => "enrolled",
-            Standing::Pending => "pending",
-            Standing::Missing => "missing",
-            Standing::Leftover => "leftover",
-            Standing::Starting => "starting",
-            Standing::Leaving => "leaving",
-            Standing::Bypassing => "bypassing",
+            State::Enrolled => "enrolled",
+            State::Pending => "pending",
+            State::Missing => "missing",
+            State::Stale => "stale",
+            State::Starting => "starting",
+            State::Leaving => "leaving",
+            State::Bypassing => "bypassing",
         }
     }
 
     /// Whether somebody has to act.
-    pub fn is_wrong(self) -> bool {
-        matches!(self, Standing::Pending | Standing::Missing | Standing::Leftover)
+    pub fn is_unexpected(self) -> bool {
+        matches!(self, State::Pending | State::Missing | State::Stale)
     }
 }
 
 /// How many pods are in each state.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
-#[expect(missing_docs, reason = "they are the states")]
-pub struct Counts {
-    pub enrolled: usize,
-    pub pending: usize,
-    pub missing: usize,
-    pub leftover: usize,
-    pub starting: usize,
-    pub leaving: usize,
-    pub bypassing: usize,
-}
+#[serde(from = "BTreeMap<State, usize>", into = "BTreeMap<State, usize>")]
+pub struct Counts([usize; State::ALL.len()]);
 
 impl Counts {
-    /// Counts a pod.
-    pub fn add(&mut self, standing: Standing) {
-        *match standing {
-            Standing::Enrolled => &mut self.enrolled,
-            Standing::Pending => &mut self.pending,
-            Standing::Missing => &mut self.missing,
-            Standing::Leftover => &mut self.leftover,
-            Standing::Starting => &mut self.starting,
-            Standing::Leaving => &mut self.leaving,
-            Standing::Bypassing => &mut self.bypassing,
-        } += 1;
-    }
-
     /// Each state and how many pods are in it, in the order of the columns.
-    pub fn each(&self) -> [(Standing, usize); 7] {
-        [
-            (Standing::Enrolled, self.enrolled),
-            (Standing::Pending, self.pending),
-            (Standing::Missing, self.missing),
-            (Standing::Leftover, self.leftover),
-            (Standing::Starting, self.starting),
-            (Standing::Leaving, self.leaving),
-            (Standing::Bypassing, self.bypassing),
-        ]
+    pub fn each(&self) -> impl Iterator<Item = (State, usize)> {
+        State::ALL.into_iter().zip(self.0)
     }
 
     /// How many pods there are.
     pub fn total(&self) -> usize {
-        self.each().into_iter().map(|(_, count)| count).sum()
+        self.0.iter().sum()
     }
 
-    /// How many of them are not where they should be.
-    pub fn wrong(&self) -> usize {
-        self.each().into_iter().filter(|(state, _)| state.is_wrong()).map(|(_, count)| count).sum()
+    /// How many of them are not in the state that is expected.
+    pub fn unexpected(&self) -> usize {
+        self.each().filter(|(state, _)| state.is_unexpected()).map(|(_, count)| count).sum()
     }
 
     /// How many of them should be in the mesh and are known to have a node.
     pub(super) fn of_the_mesh(&self) -> usize {
-        self.enrolled + self.pending + self.missing + self.starting
+        [State::Enrolled, State::Pending, State::Missing, State::Starting]
+            .into_iter()
+            .map(|state| self[state])
+            .sum()
     }
 
     pub(super) fn merge(&mut self, other: &Counts) {
-        self.enrolled += other.enrolled;
-        self.pending += other.pending;
-        self.missing += other.missing;
-        self.leftover += other.leftover;
-        self.starting += other.starting;
-        self.leaving += other.leaving;
-        self.bypassing += other.bypassing;
+        for (state, count) in other.each() {
+            self[state] += count;
+        }
+    }
+}
+
+impl Index<State> for Counts {
+    type Output = usize;
+
+    fn index(&self, state: State) -> &usize {
+        &self.0[state as usize]
+    }
+}
+
+impl IndexMut<State> for Counts {
+    fn index_mut(&mut self, state: State) -> &mut usize {
+        &mut self.0[state as usize]
+    }
+}
+
+impl From<BTreeMap<State, usize>> for Counts {
+    fn from(counts: BTreeMap<State, usize>) -> Self {
+        Self(State::ALL.map(|state| counts.get(&state).copied().unwrap_or_default()))
+    }
+}
+
+impl From<Counts> for BTreeMap<State, usize> {
+    fn from(counts: Counts) -> Self {
+        counts.each().collect()
     }
 }
 
@@ -193,9 +207,9 @@ pub struct NodeRow {
 }
 
 impl NodeRow {
-    /// Whether somebody has to act. A node without a pod that should be in the mesh needs no agent: the
-    /// DaemonSet may leave it out.
-    pub fn is_wrong(&self) -> bool {
+    /// Whether somebody has to act. An agent that is there has to be ready. A node without a pod that should
+    /// be in the mesh needs none: the DaemonSet may leave it out.
+    pub fn is_unexpected(&self) -> bool {
         match self.problem {
             None => false,
             Some(NodeProblem::AgentNotReady) => true,
@@ -224,7 +238,7 @@ impl NodeProblem {
     }
 }
 
-/// A pod that is not where it should be.
+/// A pod that is not in the state that is expected.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "camelCase")]
 pub struct PodRow {
@@ -237,12 +251,13 @@ pub struct PodRow {
     /// The node that it is on.
     pub node: Option<String>,
     /// Where it is.
-    pub state: Standing,
+    pub state: State,
     /// Why it should be in the mesh, or not.
     pub reason: Reason,
     /// The value of the annotation.
     pub redirection: Option<String>,
-    /// Since when at the earliest: the start of the pod, or when the label was set, whichever is later.
+    /// Since when at the earliest: the start of the pod, or when the label was set, whichever is later; if it
+    /// should not be in the mesh, when the label was set.
     pub since: Option<Moment>,
     /// What stands in the way.
     pub why: Why,

@@ -1,9 +1,9 @@
-//! Follows the API server, and says what becomes wrong and what no longer is.
+//! Follows the API server, and says what becomes unexpected and what no longer is.
 
 use std::{
     collections::BTreeMap,
     fmt::Debug,
-    mem::swap,
+    mem::take,
     time::{Duration, SystemTime},
 };
 
@@ -22,14 +22,14 @@ use tokio::{
 };
 
 use super::{
-    collect::{AGENTS, Asked, Server, UNFINISHED, look_into, needs_agent},
+    collect::{AGENTS, Query, Server, UNFINISHED, look_into, needs_agent},
     object::{AgentSeen, NamespaceSeen, PodSeen},
     report::Report,
-    seen::Seen,
+    snapshot::Snapshot,
 };
 use crate::{
     output::printable,
-    source::kube::{Kept, SERVER, UNREACHABLE, follow, name},
+    source::kube::{Identity, Kept, SERVER, UNREACHABLE, follow},
     words::Reading,
 };
 
@@ -64,7 +64,7 @@ struct Followed {
     told: BTreeMap<String, Instant>,
 }
 
-/// Follows what `seen` knows, and gives each new report to `each`, until that says that it is enough.
+/// Follows what `snapshot` knows, and gives each new report to `each`, until that says that it is enough.
 /// Settings are those that were read first.
 ///
 /// # Errors
@@ -72,13 +72,13 @@ struct Followed {
 /// What `each` returns.
 pub async fn watch(
     server: &Server,
-    asked: &Asked,
-    mut seen: Seen,
+    query: &Query,
+    mut snapshot: Snapshot,
     mut each: impl FnMut(Report) -> Result<()>,
 ) -> Result<()> {
     let (sender, mut updates) = mpsc::channel(QUEUE);
-    let _followers = start(server, asked, &seen, &sender);
-    let reading = seen.settings.reading();
+    let _followers = start(server, query, &snapshot, &sender);
+    let reading = snapshot.settings.reading();
     let mut followed = Followed::default();
     let mut last = Instant::now();
     // Each look lists all Events of the agents.
@@ -97,13 +97,13 @@ pub async fn watch(
             }
         }
         last = Instant::now();
-        followed.exchange(&mut seen);
+        followed.lend(&mut snapshot);
         if looked.is_none_or(|looked| last - looked >= AT_LEAST) {
-            look_into(server, asked, &mut seen).await;
+            look_into(server, query, &mut snapshot).await;
             looked = Some(last);
         }
-        each(seen.report(SystemTime::now()))?;
-        followed.exchange(&mut seen);
+        each(snapshot.report(SystemTime::now()))?;
+        followed.take_back(&mut snapshot);
     }
 }
 
@@ -140,69 +140,58 @@ impl Start<'_> {
 
 fn start(
     server: &Server,
-    asked: &Asked,
-    seen: &Seen,
+    query: &Query,
+    snapshot: &Snapshot,
     sender: &mpsc::Sender<Update>,
 ) -> JoinSet<()> {
-    let all = watcher::Config::default().timeout(WATCH_TIMEOUT).page_size(asked.chunk);
+    let all = watcher::Config::default().timeout(WATCH_TIMEOUT).page_size(query.chunk);
     let mut start = Start { url: &server.url, sender, followers: JoinSet::new() };
-    let pods = server.pods(asked.namespace.as_deref());
+    let pods = server.pods(query.namespace.as_deref());
     start.follow("pods", pods, all.clone().fields(UNFINISHED), Update::Pod);
     let of_one = |namespace: &String| format!("metadata.name={namespace}");
-    let of_one = asked.namespace.as_ref().map_or_else(String::new, of_one);
+    let of_one = query.namespace.as_ref().map_or_else(String::new, of_one);
     let namespaces = Api::all(server.client.clone());
     start.follow("namespaces", namespaces, all.clone().fields(&of_one), Update::Namespace);
-    if seen.nodes.is_some() {
+    if snapshot.nodes.is_some() {
         start.follow("nodes", Api::all(server.client.clone()), all.clone(), Update::Node);
     }
-    if seen.agents.is_some() {
-        start.follow("agents", server.agents(asked), all.labels(AGENTS), |event| {
+    if snapshot.agents.is_some() {
+        start.follow("agents", server.agents(query), all.labels(AGENTS), |event| {
             Update::Agent(Box::new(event))
         });
     }
     start.followers
 }
 
-/// Applies an event; of an object that does not count any more, `read` makes nothing.
-fn apply<K: Resource, T>(kept: &mut Kept<T>, event: Event<K>, read: impl FnOnce(K) -> Option<T>) {
-    let listed = matches!(event, Event::InitApply(_));
-    match event {
-        Event::Init => kept.init(),
-        Event::InitDone => kept.init_done(),
-        Event::InitApply(object) | Event::Apply(object) => {
-            let name = name(object.meta());
-            let target = kept.target(listed);
-            match read(object) {
-                Some(read) => drop(target.insert(name, read)),
-                None => drop(target.remove(&name)),
-            }
-        }
-        Event::Delete(object) => drop(kept.known.remove(&name(object.meta()))),
+impl Identity for Result<PodSeen, String> {
+    fn uid(&self) -> Option<&str> {
+        self.as_ref().ok().map(|pod| pod.pod.uid.as_str())
     }
 }
+
+impl Identity for NamespaceSeen {}
+
+impl Identity for () {}
+
+impl Identity for AgentSeen {}
 
 impl Followed {
     /// Applies an update. Returns whether something may have changed.
     fn take(&mut self, update: Update, reading: Reading) -> bool {
         match update {
             Update::Pod(event) => {
-                apply(&mut self.pods, event, |pod| Some(PodSeen::read(pod, reading)));
+                self.pods.apply(event, |pod, _| Some(PodSeen::read(pod, reading)));
             }
-            Update::Namespace(event) => apply(&mut self.namespaces, event, |namespace| {
-                Some(NamespaceSeen::from(namespace.metadata))
-            }),
+            Update::Namespace(event) => self
+                .namespaces
+                .apply(event, |namespace, _| Some(NamespaceSeen::from(namespace.metadata))),
             Update::Node(event) => {
-                apply(&mut self.nodes, event, |node| needs_agent(&node.metadata).map(drop));
+                self.nodes.apply(event, |node, _| needs_agent(&node.metadata).map(drop));
             }
-            Update::Agent(event) => {
-                apply(&mut self.agents, *event, |pod| AgentSeen::read(&pod));
-            }
+            Update::Agent(event) => self.agents.apply(*event, |pod, _| AgentSeen::read(&pod)),
             Update::Trouble(why) => {
-                let now = Instant::now();
-                let told = self.told.get(&why).is_some_and(|told| now - *told < AGAIN);
-                if !told {
+                if self.is_news(&why, Instant::now()) {
                     eprintln!("{}; retrying", printable(&why));
-                    self.told.insert(why, now);
                 }
                 return false;
             }
@@ -210,19 +199,97 @@ impl Followed {
         true
     }
 
-    /// Exchanges what has been listed once for what was known before. There may be 100,000 pods.
-    fn exchange(&mut self, seen: &mut Seen) {
-        if self.pods.complete {
-            swap(&mut seen.pods, &mut self.pods.known);
+    /// Whether the trouble has not been told for a while; then it counts as told.
+    fn is_news(&mut self, why: &str, now: Instant) -> bool {
+        self.told.retain(|_, told| now - *told < AGAIN);
+        let is_news = !self.told.contains_key(why);
+        if is_news {
+            self.told.insert(why.to_owned(), now);
         }
-        if self.namespaces.complete {
-            swap(&mut seen.namespaces, &mut self.namespaces.known);
+        is_news
+    }
+
+    /// Moves what has been listed once into the snapshot, in place of what was known before. There may be
+    /// 100,000 pods: they are neither copied nor kept twice.
+    fn lend(&mut self, snapshot: &mut Snapshot) {
+        move_if(self.pods.complete, &mut self.pods.known, &mut snapshot.pods);
+        move_if(self.namespaces.complete, &mut self.namespaces.known, &mut snapshot.namespaces);
+        if let Some(nodes) = &mut snapshot.nodes {
+            move_if(self.nodes.complete, &mut self.nodes.known, nodes);
         }
-        if self.nodes.complete {
-            swap(seen.nodes.get_or_insert_default(), &mut self.nodes.known);
+        if let Some(agents) = &mut snapshot.agents {
+            move_if(self.agents.complete, &mut self.agents.known, agents);
         }
-        if self.agents.complete {
-            swap(seen.agents.get_or_insert_default(), &mut self.agents.known);
+    }
+
+    /// Moves it back.
+    fn take_back(&mut self, snapshot: &mut Snapshot) {
+        move_if(self.pods.complete, &mut snapshot.pods, &mut self.pods.known);
+        move_if(self.namespaces.complete, &mut snapshot.namespaces, &mut self.namespaces.known);
+        if let Some(nodes) = &mut snapshot.nodes {
+            move_if(self.nodes.complete, nodes, &mut self.nodes.known);
         }
+        if let Some(agents) = &mut snapshot.agents {
+            move_if(self.agents.complete, agents, &mut self.agents.known);
+        }
+    }
+}
+
+fn move_if<T: Default>(moves: bool, from: &mut T, to: &mut T) {
+    if moves {
+        *to = take(from);
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use serde_json::json;
+
+    fn pod(name: &str) -> DynamicObject {
+        serde_json::from_value(json!({
+            "apiVersion": "v1", "kind": "Pod",
+            "metadata": {"namespace": "shop", "name": name, "uid": name},
+            "spec": {"nodeName": "n1", "containers": []}, "status": {"phase": "Running"},
+        }))
+        .unwrap()
+    }
+
+    #[test]
+    fn what_was_known_before_stays_until_the_list_is_complete_and_then_goes() {
+        let mut snapshot = Snapshot::default();
+        let reading = snapshot.settings.reading();
+        snapshot.pods.insert("shop/before".to_owned(), PodSeen::read(pod("before"), reading));
+        let mut followed = Followed::default();
+        let names = |snapshot: &Snapshot| snapshot.pods.keys().cloned().collect::<Vec<_>>();
+        let take = |followed: &mut Followed, event| followed.take(Update::Pod(event), reading);
+        take(&mut followed, Event::Init);
+        take(&mut followed, Event::InitApply(pod("now")));
+        followed.lend(&mut snapshot);
+        assert_eq!(names(&snapshot), ["shop/before"]);
+        followed.take_back(&mut snapshot);
+        assert_eq!(names(&snapshot), ["shop/before"]);
+        take(&mut followed, Event::InitDone);
+        followed.lend(&mut snapshot);
+        assert_eq!(names(&snapshot), ["shop/now"]);
+        assert!(followed.pods.known.is_empty(), "nothing is kept twice");
+        followed.take_back(&mut snapshot);
+        assert!(snapshot.pods.is_empty(), "nothing is kept twice");
+        take(&mut followed, Event::Apply(pod("more")));
+        followed.lend(&mut snapshot);
+        assert_eq!(names(&snapshot), ["shop/more", "shop/now"]);
+        assert!(snapshot.nodes.is_none(), "they cannot be listed");
+    }
+
+    #[test]
+    fn trouble_is_told_again_after_a_while_and_is_not_kept_for_ever() {
+        let mut followed = Followed::default();
+        let start = Instant::now();
+        assert!(followed.is_news("pods: 403", start));
+        assert!(!followed.is_news("pods: 403", start + AGAIN / 2));
+        assert!(followed.is_news("nodes: 403", start + AGAIN / 2));
+        assert!(followed.is_news("pods: 403", start + AGAIN));
+        assert!(followed.is_news("agents: 403", start + 3 * AGAIN));
+        assert_eq!(followed.told.len(), 1);
     }
 }

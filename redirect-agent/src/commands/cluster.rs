@@ -9,26 +9,26 @@ use crate::{
     cli::ClusterArgs,
     cluster::{
         changes,
-        collect::{Asked, Server, collect},
-        settings::Given,
+        collect::{Query, Server, collect},
+        settings::SettingsOverrides,
         text, watch,
     },
 };
 
 pub(super) async fn cluster(args: ClusterArgs) -> Result<ExitCode> {
     let server = Server::open(args.kubeconfig, args.context).await?;
-    let asked = Asked {
+    let query = Query {
         namespace: args.namespace,
         agent_namespace: args.agent_namespace,
-        given: Given {
+        overrides: SettingsOverrides {
             excluded_namespaces: args.excluded_namespaces,
             selectors: args.enablement_selectors,
         },
         readyz: args.readyz,
         chunk: args.chunk_size,
     };
-    let seen = collect(&server, &asked).await?;
-    let mut report = seen.report(SystemTime::now());
+    let snapshot = collect(&server, &query).await?;
+    let mut report = snapshot.report(SystemTime::now());
     print(text(&report, args.output)?.as_bytes())?;
     if !args.watch {
         return Ok(if report.ok { ExitCode::SUCCESS } else { ExitCode::FAILURE });
@@ -39,7 +39,7 @@ pub(super) async fn cluster(args: ClusterArgs) -> Result<ExitCode> {
         print(lines.as_bytes())
     };
     tokio::select! {
-        ended = watch(&server, &asked, seen, each) => ended?,
+        ended = watch(&server, &query, snapshot, each) => ended?,
         () = reader_leaves() => {}
     }
     Ok(ExitCode::SUCCESS)

@@ -9,7 +9,7 @@ use std::thread;
 use std::time::Duration;
 
 use anyhow::{Context as _, Result, ensure};
-use redirect_agent::cluster::{Report, Standing, Why};
+use redirect_agent::cluster::{Report, State, Why};
 use redirect_tests::apiserver::{ApiServer, Kind, PORT};
 use redirect_tests::process::{Process, binary, wait_for};
 use serde_json::{Value, json};
@@ -136,11 +136,14 @@ fn exit_status_tells_whether_everything_is_in_also_of_lists_with_many_pages() ->
 
     fleet.add_pod("missing", "n2", None);
     let (code, report) = fleet.report(&["--chunk-size", "2"])?;
-    assert_eq!((code, report.ok, report.wrong.len()), (1, false, 1));
-    assert_eq!((report.wrong[0].state, report.wrong[0].why), (Standing::Missing, Why::Unknown));
+    assert_eq!((code, report.ok, report.unexpected.len()), (1, false, 1));
+    assert_eq!(
+        (report.unexpected[0].state, report.unexpected[0].why),
+        (State::Missing, Why::Unknown)
+    );
     let next = "kubectl --namespace istio-system exec redirect-agent-2 -- redirect-agent explain \
                 shop/missing";
-    assert_eq!(report.wrong[0].next.as_deref(), Some(next));
+    assert_eq!(report.unexpected[0].next.as_deref(), Some(next));
     assert_eq!(fleet.run(&["-n", "istio-system"])?.0, 0, "another namespace");
     assert_eq!(fleet.run(&["-n", "shop"])?.0, 1);
     Ok(())
@@ -233,12 +236,14 @@ fn settings_are_those_of_the_agents_unless_they_are_given() -> Result<()> {
     let (_, report) = fleet.report(&[])?;
     assert_eq!(report.settings.excluded_namespaces, ["kube-system", "shop"]);
     // They would be excluded, and have the annotation.
-    assert_eq!((report.pods.leftover, report.pods.missing, report.pods.bypassing), (5, 0, 4));
+    let pods = |states: [State; 3]| states.map(|state| report.pods[state]);
+    assert_eq!(pods([State::Stale, State::Missing, State::Bypassing]), [5, 0, 4]);
     let (_, report) = fleet.report(&["--excluded-namespaces", "kube-system"])?;
-    assert_eq!((report.pods.leftover, report.pods.missing, report.pods.enrolled), (0, 1, 5));
+    let pods = |states: [State; 3]| states.map(|state| report.pods[state]);
+    assert_eq!(pods([State::Stale, State::Missing, State::Enrolled]), [0, 1, 5]);
     let nobody = ["--excluded-namespaces", "x", "--enablement-selectors", "[]"];
     let (_, report) = fleet.report(&nobody)?;
-    assert_eq!((report.pods.leftover, report.settings.from.as_str()), (5, "the command line"));
+    assert_eq!((report.pods[State::Stale], report.settings.from.as_str()), (5, "the command line"));
     assert!(report.settings.enablement_selectors);
     Ok(())
 }
@@ -331,9 +336,9 @@ fn what_a_real_agent_writes_is_understood() -> Result<()> {
     managed.put(&Manifest::of(client).mode("ambient"));
     managed.wait_for_event(server, "EnrollmentFailed")?;
     let (code, report) = view()?;
-    let why: Vec<_> = report.wrong.iter().map(|pod| (pod.name.as_str(), pod.why)).collect();
+    let why: Vec<_> = report.unexpected.iter().map(|pod| (pod.name.as_str(), pod.why)).collect();
     assert_eq!((code, why), (1, vec![("client", Why::NoAgent), ("server", Why::Event)]));
-    let message = &report.wrong[1].message;
+    let message = &report.unexpected[1].message;
     assert!(message.starts_with("EnrollmentFailed at 20"), "{message}");
     assert!(message.contains("patch on pods/status"), "{message}");
 
@@ -341,16 +346,16 @@ fn what_a_real_agent_writes_is_understood() -> Result<()> {
     managed.wait_for_redirection(server, Some("enabled"))?;
     managed.put(&Manifest::of(client));
     let (code, report) = view()?;
-    assert_eq!((code, report.pods.enrolled, report.pods.bypassing), (0, 1, 2));
+    assert_eq!((code, report.pods[State::Enrolled], report.pods[State::Bypassing]), (0, 1, 2));
 
     // An operator's override is an Event, and no fault of the agent's.
     managed.cluster.node.tell("unenroll", &[&server.to_string(), "--reason", "INC-42"])?;
     managed.wait_for_redirection(server, None)?;
     managed.wait_for_event(server, "Unenrolled")?;
     let (code, report) = view()?;
-    assert_eq!((code, report.wrong.len(), report.wrong[0].why), (1, 1, Why::Event));
+    assert_eq!((code, report.unexpected.len(), report.unexpected[0].why), (1, 1, Why::Event));
     // Both Events are of that second or the next.
-    let message = &report.wrong[0].message;
+    let message = &report.unexpected[0].message;
     let told = ["uid 0 (redirect-agent", "an operator took it out of the mesh"];
     assert!(told.iter().any(|told| message.contains(told)), "{message}");
     Ok(())
@@ -369,15 +374,15 @@ fn watching_prints_what_becomes_wrong_and_what_no_longer_is() -> Result<()> {
     fleet.ready(2, false);
     watching.wait_for_log("node n2   its agent is not ready", SOON)?;
     fleet.api.delete(Kind::Pod, "shop", "web-1");
-    watching.wait_for_log("pod shop/web-1   no longer wrong", SOON)?;
+    watching.wait_for_log("pod shop/web-1   resolved", SOON)?;
     fleet.api.go_away()?;
     watching.wait_for_log("connection refused; retrying", SOON)?;
     fleet.api.come_back()?;
     fleet.ready(2, true);
-    watching.wait_for_log("node n2   no longer wrong", SOON)?;
+    watching.wait_for_log("node n2   resolved", SOON)?;
     let labels = json!({"istio.io/dataplane-mode": "none"});
     fleet.api.put(Kind::Namespace, json!({"metadata": {"name": "shop", "labels": labels}}));
-    watching.wait_for_log("pod shop/web-2   leftover", SOON)?;
+    watching.wait_for_log("pod shop/web-2   stale", SOON)?;
     let log = watching.log()?;
     assert_eq!(log.matches("cannot reach").count(), 1, "{log}");
     assert_eq!(log.matches("\n20").count(), 8, "a line for each change: {log}");
@@ -405,7 +410,7 @@ fn kubectl_has_it_as_a_plugin() -> Result<()> {
     fleet.add_pod("missing", "n2", None);
     let (code, text, _) = kubectl(&["-n", "shop", "-o", "json"])?;
     let report: Report = serde_json::from_str(&text).context("read it")?;
-    assert_eq!((code, report.wrong[0].name.as_str()), (1, "missing"));
+    assert_eq!((code, report.unexpected[0].name.as_str()), (1, "missing"));
     let (code, text, _) = kubectl(&["--help"])?;
     assert_eq!(code, 0);
     assert!(text.contains("Usage: kubectl redirect [OPTIONS]"), "{text}");

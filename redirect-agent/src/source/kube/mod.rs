@@ -10,7 +10,7 @@ mod state;
 mod watch;
 
 pub(crate) use self::{
-    state::{Kept, UNREACHABLE, name, read_pod},
+    state::{Identity, Kept, UNREACHABLE, name, read_pod},
     watch::follow,
 };
 

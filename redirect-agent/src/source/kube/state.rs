@@ -5,6 +5,7 @@ use std::net::IpAddr;
 
 use k8s_openapi::api::core::v1 as k8s;
 use kube::{
+    Resource,
     api::{DynamicObject, PartialObjectMeta},
     runtime::watcher::Event,
 };
@@ -46,21 +47,62 @@ impl<T> Default for Kept<T> {
 }
 
 impl<T> Kept<T> {
-    pub(crate) fn init(&mut self) {
-        self.listing = Some(BTreeMap::new());
-    }
-
-    pub(crate) fn init_done(&mut self) {
-        self.known = self.listing.take().unwrap_or_default();
-        self.complete = true;
-    }
-
-    /// Where an event's object is stored: in the incomplete list, or among the known objects.
-    pub(crate) fn target(&mut self, listed: bool) -> &mut BTreeMap<String, T> {
-        match &mut self.listing {
-            Some(listing) if listed => listing,
-            _ => &mut self.known,
+    /// Applies an event. `read` makes of an object what is kept of it, given what was known by its name; of
+    /// one that does not count, nothing.
+    pub(crate) fn apply<K: Resource>(
+        &mut self,
+        event: Event<K>,
+        read: impl FnOnce(K, Option<&T>) -> Option<T>,
+    ) where
+        T: Identity,
+    {
+        match event {
+            Event::Init => self.listing = Some(BTreeMap::new()),
+            Event::InitDone => {
+                self.known = self.listing.take().unwrap_or_default();
+                self.complete = true;
+            }
+            Event::InitApply(object) => {
+                let (name, listing) = (name(object.meta()), self.listing.get_or_insert_default());
+                put(listing, &name, read(object, self.known.get(&name)));
+            }
+            Event::Apply(object) => {
+                let name = name(object.meta());
+                let read = read(object, self.known.get(&name));
+                put(&mut self.known, &name, read);
+            }
+            Event::Delete(object) => {
+                let is = |known: &T, uid: &String| known.uid().is_none_or(|known| known == uid);
+                if let Entry::Occupied(known) = self.known.entry(name(object.meta()))
+                    && object.meta().uid.as_ref().is_none_or(|uid| is(known.get(), uid))
+                {
+                    known.remove();
+                }
+            }
         }
+    }
+}
+
+fn put<T>(target: &mut BTreeMap<String, T>, name: &str, read: Option<T>) {
+    match read {
+        Some(read) => drop(target.insert(name.to_owned(), read)),
+        None => drop(target.remove(name)),
+    }
+}
+
+/// What tells objects of one name apart.
+pub(crate) trait Identity {
+    /// The object's uid; `None`: it is not kept, and the name has to do.
+    fn uid(&self) -> Option<&str> {
+        None
+    }
+}
+
+impl Identity for Namespace {}
+
+impl Identity for Known {
+    fn uid(&self) -> Option<&str> {
+        Some(&self.uid)
     }
 }
 
@@ -102,59 +144,35 @@ impl State {
 
     /// Applies an event of a pod. Returns whether the inventory may have changed.
     pub(super) fn pod(&mut self, event: Event<DynamicObject>) -> bool {
-        let listed = matches!(event, Event::InitApply(_));
-        let changes = !listed && !matches!(event, Event::Init);
-        match event {
-            Event::Init => self.pods.init(),
-            Event::InitDone => self.pods.init_done(),
-            Event::InitApply(object) | Event::Apply(object) => {
-                let name = name(&object.metadata);
-                let pod = Known::read(object, self.pods.known.get(&name));
-                // The server was asked for this node's pods only, but a proxy in front of it may ignore that.
-                if pod.pod.as_ref().is_none_or(|p| p.node_name.as_ref() == Some(&self.node)) {
-                    self.pods.target(listed).insert(name, pod);
-                }
-            }
-            Event::Delete(object) => {
-                if let Entry::Occupied(known) = self.pods.known.entry(name(&object.metadata))
-                    && object.metadata.uid.as_ref().is_none_or(|uid| *uid == known.get().uid)
-                {
-                    known.remove();
-                }
-            }
-        }
+        let changes = !matches!(event, Event::Init | Event::InitApply(_));
+        let node = &self.node;
+        self.pods.apply(event, |object, last| {
+            let known = Known::read(object, last);
+            // The server was asked for this node's pods only, but a proxy in front of it may ignore that.
+            let is_here = |pod: &Pod| pod.node_name.as_ref() == Some(node);
+            known.pod.as_ref().is_none_or(is_here).then_some(known)
+        });
         changes
     }
 
     /// Applies an event of a namespace. Only labels that matter for the decision are kept, and nothing of a
     /// namespace without any. Returns whether the inventory may have changed.
     pub(super) fn namespace(&mut self, event: Event<PartialObjectMeta<k8s::Namespace>>) -> bool {
-        let listed = matches!(event, Event::InitApply(_));
-        match event {
-            Event::Init => {
-                self.namespaces.init();
-                false
-            }
-            Event::InitDone => {
-                self.namespaces.init_done();
-                true
-            }
-            Event::InitApply(object) | Event::Apply(object) => {
-                let name = name(&object.metadata);
-                let mut labels = object.metadata.labels.unwrap_or_default();
-                labels.retain(|key, _| self.membership.reads_namespace_label(key));
-                let target = self.namespaces.target(listed);
-                let before = if labels.is_empty() {
-                    target.remove(&name)
-                } else {
-                    target.insert(name.clone(), Namespace { name: name.clone(), labels })
-                };
-                !listed && before.as_ref() != target.get(&name)
-            }
-            Event::Delete(object) => {
-                self.namespaces.known.remove(&name(&object.metadata)).is_some()
-            }
-        }
+        let complete = matches!(event, Event::InitDone);
+        let changed = match &event {
+            Event::Apply(object) | Event::Delete(object) => Some(name(&object.metadata)),
+            Event::Init | Event::InitApply(_) | Event::InitDone => None,
+        };
+        let before = changed.as_ref().and_then(|name| self.namespaces.known.get(name)).cloned();
+        let membership = &self.membership;
+        self.namespaces.apply(event, |object, _| {
+            let name = name(&object.metadata);
+            let mut labels = object.metadata.labels.unwrap_or_default();
+            labels.retain(|key, _| membership.reads_namespace_label(key));
+            (!labels.is_empty()).then_some(Namespace { name, labels })
+        });
+        let after = changed.as_ref().and_then(|name| self.namespaces.known.get(name));
+        complete || before.as_ref() != after
     }
 
     /// What the annotation of every existing pod says, by uid.
@@ -272,6 +290,7 @@ fn part<T: DeserializeOwned>(data: &mut Value, name: &str) -> Result<Option<T>, 
 #[cfg(test)]
 mod tests {
     use super::*;
+    use serde_json::json;
 
     #[test]
     fn a_server_that_cannot_be_reached_is_one_problem_and_keeps_nothing_in_force_at_first() {
@@ -297,5 +316,53 @@ mod tests {
             assert!(state.trouble(what, None));
         }
         assert!(state.problems().is_empty());
+    }
+    /// A pod as the API server shows it, with this uid, of this node.
+    fn pod(uid: &str, node: &str) -> DynamicObject {
+        serde_json::from_value(json!({
+            "apiVersion": "v1", "kind": "Pod",
+            "metadata": {"namespace": "shop", "name": "web", "uid": uid},
+            "spec": {"nodeName": node, "containers": []},
+            "status": {"phase": "Running", "podIPs": [{"ip": "10.0.0.2"}]},
+        }))
+        .unwrap()
+    }
+
+    #[test]
+    fn a_deletion_is_of_the_pod_with_that_uid_only() {
+        let mut state = State::new("n1".to_owned(), Config::default());
+        let known = |state: &State| -> Vec<String> {
+            state.redirections().map(|(uid, _)| uid.to_owned()).collect()
+        };
+        state.pod(Event::Init);
+        state.pod(Event::InitApply(pod("a", "n1")));
+        assert_eq!(known(&state), [""; 0], "the list is not complete");
+        assert!(state.pod(Event::InitDone));
+        state.pod(Event::Apply(pod("b", "n1")));
+        state.pod(Event::Delete(pod("a", "n1")));
+        assert_eq!(known(&state), ["b"]);
+        state.pod(Event::Delete(pod("b", "n1")));
+        assert_eq!(known(&state), [""; 0]);
+        state.pod(Event::Apply(pod("c", "n2")));
+        assert_eq!(known(&state), [""; 0], "it is another node's");
+    }
+
+    #[test]
+    fn only_what_matters_of_a_namespace_is_a_change() {
+        let mut state = State::new("n1".to_owned(), Config::default());
+        let namespace = |labels: Value| -> PartialObjectMeta<k8s::Namespace> {
+            let metadata = json!({"name": "shop", "labels": labels});
+            serde_json::from_value(json!({"metadata": metadata})).unwrap()
+        };
+        let ambient = || namespace(json!({"istio.io/dataplane-mode": "ambient"}));
+        assert!(!state.namespace(Event::Init));
+        assert!(!state.namespace(Event::InitApply(ambient())));
+        assert!(state.namespace(Event::InitDone));
+        let and_team = json!({"istio.io/dataplane-mode": "ambient", "team": "a"});
+        assert!(!state.namespace(Event::Apply(namespace(and_team))));
+        assert!(state.namespace(Event::Apply(namespace(json!({"team": "a"})))));
+        assert!(!state.namespace(Event::Delete(namespace(json!({"team": "a"})))));
+        assert!(state.namespace(Event::Apply(ambient())));
+        assert!(state.namespace(Event::Delete(ambient())));
     }
 }

@@ -7,7 +7,7 @@ use std::{
 
 use super::{
     object::{AgentSeen, EventSeen, NamespaceSeen, PodSeen},
-    report::{ByVersion, Counts, NodeProblem, NodeRow, PodRow, Report, Standing, Why},
+    report::{ByVersion, Counts, NodeProblem, NodeRow, PodRow, Report, State, Why},
     settings::Settings,
 };
 use crate::{
@@ -17,16 +17,16 @@ use crate::{
     source::{EventKind, Redirection},
 };
 
-/// How long a pod that should be in the mesh may take to get there.
+/// How long a pod may take to get into the mesh, or out of it.
 const GRACE: Duration = Duration::from_secs(30);
 
 /// What is known of the cluster. Objects go by `NAMESPACE/NAME`, or by their name.
 #[derive(Clone, Debug, Default)]
-pub struct Seen {
+pub struct Snapshot {
     /// The API server.
     pub server: String,
     /// The namespace that is asked for; `None`: all.
-    pub asked: Option<String>,
+    pub namespace: Option<String>,
     /// By what the agents decide.
     pub settings: Settings,
     /// The pods, or why one cannot be used.
@@ -45,12 +45,12 @@ pub struct Seen {
     pub notes: Vec<String>,
 }
 
-impl Seen {
+impl Snapshot {
     /// What follows from it.
     pub fn report(&self, now: SystemTime) -> Report {
         let mut nodes = self.nodes();
         let mut pods = Counts::default();
-        let (mut wrong, mut words, mut notes) =
+        let (mut unexpected, mut words, mut notes) =
             (Vec::new(), BTreeSet::new(), self.settings.notes.clone());
         notes.extend(self.notes.iter().cloned());
         for (name, seen) in &self.pods {
@@ -62,39 +62,39 @@ impl Seen {
                 }
             };
             words.extend(seen.words.iter().cloned());
-            let (decision, standing, since) = self.standing(seen, now);
-            pods.add(standing);
+            let (decision, state, since) = self.state(seen, now);
+            pods[state] += 1;
             if let Some(node) = &seen.pod.node_name {
                 let row = nodes.entry(node.clone()).or_insert_with(|| self.node(node, None));
-                row.pods.add(standing);
+                row.pods[state] += 1;
             }
-            if standing.is_wrong() {
-                wrong.push((seen, decision.reason, standing, since));
+            if state.is_unexpected() {
+                unexpected.push((seen, decision.reason, state, since));
             }
         }
         let reading = self.settings.reading();
         for seen in self.namespaces.values() {
             words.extend(reading.of_namespace(&seen.namespace));
         }
-        let rows = wrong.into_iter().map(|(seen, reason, state, since)| {
+        let rows = unexpected.into_iter().map(|(seen, reason, state, since)| {
             let node = seen.pod.node_name.as_ref().and_then(|node| nodes.get(node));
             self.row(seen, reason, state, since, node)
         });
-        let wrong: Vec<PodRow> = rows.collect();
-        let counts = |node: &NodeRow| self.asked.is_none() || node.pods.total() > 0;
+        let unexpected: Vec<PodRow> = rows.collect();
+        let counts = |node: &NodeRow| self.namespace.is_none() || node.pods.total() > 0;
         let nodes: Vec<NodeRow> = nodes.into_values().filter(counts).collect();
         Report {
             api_version: API_VERSION.to_owned(),
             kind: "ClusterReport".to_owned(),
             time: Moment::of(now),
             server: self.server.clone(),
-            namespace: self.asked.clone(),
-            ok: wrong.is_empty() && !nodes.iter().any(NodeRow::is_wrong),
+            namespace: self.namespace.clone(),
+            ok: unexpected.is_empty() && !nodes.iter().any(NodeRow::is_unexpected),
             settings: self.settings.row(),
             pods,
             versions: versions(&nodes),
             nodes,
-            wrong,
+            unexpected,
             unknown_words: words.into_iter().collect(),
             notes,
         }
@@ -138,44 +138,52 @@ impl Seen {
     }
 
     /// Where a pod should be, where it is, and since when at the earliest.
-    fn standing(&self, seen: &PodSeen, now: SystemTime) -> (Decision, Standing, Option<Moment>) {
+    fn state(&self, seen: &PodSeen, now: SystemTime) -> (Decision, State, Option<Moment>) {
         let PodSeen { pod, redirection, started, labeled, .. } = seen;
         let namespace = self.namespaces.get(&pod.key.namespace);
         let of_namespace = namespace.map(|namespace| &namespace.namespace);
         let decision = decide(of_namespace, pod, &self.settings.membership);
+        let of_label = namespace.and_then(|namespace| namespace.labeled);
         let labeled = match decision.reason {
-            Reason::PodLabelAmbient => *labeled,
-            Reason::NamespaceLabelAmbient => namespace.and_then(|namespace| namespace.labeled),
+            Reason::PodLabelAmbient | Reason::PodLabelNone => *labeled,
+            Reason::NamespaceLabelAmbient => of_label,
+            // Labels that say something else. Of one that was removed, nobody knows when.
+            Reason::NotLabeled => of_label.max(*labeled),
             _ => None,
         };
         // Nobody can bring a pod into the mesh that has not started on a node.
         let started = started.filter(|_| pod.node_name.is_some());
-        let since = started.map(|started| labeled.map_or(started, |time| time.max(started)));
-        let enabled = redirection.as_deref() == Some(Redirection::Enabled.as_str());
-        let had_time = since.is_some_and(|since| since.until(now) >= GRACE);
-        let standing = match (decision.enrolled, redirection) {
-            _ if pod.deleting => Standing::Leaving,
-            (true, Some(_)) if enabled => Standing::Enrolled,
-            (true, _) if !had_time => Standing::Starting,
-            (true, Some(_)) => Standing::Pending,
-            (true, None) => Standing::Missing,
-            (false, Some(_)) => Standing::Leftover,
-            (false, None) => Standing::Bypassing,
+        let since = match decision.enrolled {
+            true => started.map(|started| labeled.map_or(started, |time| time.max(started))),
+            false => labeled,
         };
-        (decision, standing, since)
+        let age = since.map(|since| since.until(now));
+        let enabled = redirection.as_deref() == Some(Redirection::Enabled.as_str());
+        let state = match (decision.enrolled, redirection) {
+            _ if pod.deleting => State::Leaving,
+            (true, Some(_)) if enabled => State::Enrolled,
+            (true, _) if age.is_none_or(|age| age < GRACE) => State::Starting,
+            (true, Some(_)) => State::Pending,
+            (true, None) => State::Missing,
+            // The agent takes the annotation away when connections have had the time to end.
+            (false, Some(_)) if age.is_some_and(|age| age < GRACE) => State::Leaving,
+            (false, Some(_)) => State::Stale,
+            (false, None) => State::Bypassing,
+        };
+        (decision, state, since)
     }
 
     fn row(
         &self,
         seen: &PodSeen,
         reason: Reason,
-        state: Standing,
+        state: State,
         since: Option<Moment>,
         node: Option<&NodeRow>,
     ) -> PodRow {
         let PodKey { namespace, name } = seen.pod.key.clone();
         let event = self.events.get(&seen.pod.uid);
-        let (why, message) = self.why(state, node, event);
+        let (why, message) = self.why((state, since), node, event);
         let agent = node.and_then(|node| node.agent.as_ref());
         let next = match (why, agent) {
             (Why::NoAgent, _) => node.map(|node| format!("kubectl describe node {}", node.name)),
@@ -196,7 +204,7 @@ impl Seen {
             state,
             reason,
             redirection: seen.redirection.clone(),
-            since: since.filter(|_| state != Standing::Leftover),
+            since,
             why,
             message,
             next,
@@ -206,7 +214,7 @@ impl Seen {
     /// What keeps a pod from where it should be.
     fn why(
         &self,
-        state: Standing,
+        (state, since): (State, Option<Moment>),
         node: Option<&NodeRow>,
         event: Option<&EventSeen>,
     ) -> (Why, String) {
@@ -226,8 +234,11 @@ impl Seen {
             }
             (None, None) => {
                 let text = match state {
-                    Standing::Leftover => "no Event; it may have been enrolled by an operator",
-                    Standing::Pending => "no Event; the proxy of its node does not serve it yet",
+                    State::Stale if since.is_none() => {
+                        "no Event; its label may just have been removed, or an operator enrolled it"
+                    }
+                    State::Stale => "no Event; an operator may have enrolled it",
+                    State::Pending => "no Event; the proxy of its node does not serve it yet",
                     _ => "no Event; the agent of its node is ready",
                 };
                 (Why::Unknown, text.to_owned())
