@@ -66,8 +66,10 @@ impl Effect<'_> {
             Change::Set { target, value } => {
                 let until = self.until(value.until);
                 match (value.mode, changed) {
-                    (Mode::Enroll, false) => format!("{target} is enrolled already{until}"),
-                    (Mode::Unenroll, false) => format!("{target} is unenrolled already{until}"),
+                    (mode, false) => format!(
+                        "{target} has this override already{until}{}",
+                        self.without_effect(mode)
+                    ),
                     (mode, true) => self.set(target, mode, &until),
                 }
             }
@@ -110,6 +112,16 @@ impl Effect<'_> {
             (Mode::Unenroll, true) => format!("{target} stays out of the mesh{until}"),
             (Mode::Enroll, false) => format!("{target} is to be in the mesh{until}"),
             (Mode::Unenroll, false) => format!("{target} is to be out of the mesh{until}"),
+        }
+    }
+
+    /// What an override that is in force cannot bring about. The notes say why.
+    fn without_effect(&self, mode: Mode) -> &'static str {
+        let mut pods = self.pods().peekable();
+        match mode {
+            _ if pods.peek().is_none() => "; no pod of this node matches",
+            Mode::Enroll if pods.all(|(.., after)| !after) => "; it stays out of the mesh",
+            _ => "",
         }
     }
 
@@ -212,7 +224,7 @@ mod tests {
             ]),
             [
                 "shop/a leaves the mesh until 19:03:20 UTC; open connections have 5s",
-                "shop/a is unenrolled already until 19:03:20 UTC",
+                "shop/a has this override already until 19:03:20 UTC",
                 "shop/a stays out of the mesh",
                 "1 pod of shop leaves the mesh; open connections have 5s",
                 "bank/c stays out of the mesh",

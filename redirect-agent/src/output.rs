@@ -11,6 +11,7 @@ use comfy_table::{Table, presets};
 use serde::{Deserialize, Serialize};
 
 use crate::{
+    explain::API_VERSION,
     membership::Reason,
     overrides::{Mode, Moment, Override, Pause, Target},
     probes::InForce,
@@ -211,7 +212,7 @@ pub fn status(status: &Status, format: Format, not_ready: bool) -> anyhow::Resul
     pods.sort_by_key(|pod| (&pod.namespace, &pod.name));
     if format == Format::Json {
         let ordered = Status { pods: pods.into_iter().cloned().collect(), ..status.clone() };
-        return json(&ordered);
+        return document("Status", &ordered);
     }
     let wide = format == Format::Wide;
     let mut out = String::new();
@@ -409,6 +410,23 @@ impl PodChange<'_> {
 /// When JSON cannot express `value`.
 pub fn json(value: &impl Serialize) -> anyhow::Result<String> {
     Ok(serde_json::to_string_pretty(value)? + "\n")
+}
+
+/// The same for a document that is read by itself: with its version and kind.
+///
+/// # Errors
+///
+/// As for [`json`].
+pub fn document(kind: &str, value: &impl Serialize) -> anyhow::Result<String> {
+    #[derive(Serialize)]
+    #[serde(rename_all = "camelCase")]
+    struct Document<'a, T> {
+        api_version: &'a str,
+        kind: &'a str,
+        #[serde(flatten)]
+        value: &'a T,
+    }
+    json(&Document { api_version: API_VERSION, kind, value })
 }
 
 /// A table without lines, a row to a line, as `kubectl` prints them; an empty cell is a `-`.

@@ -34,7 +34,6 @@ use crate::{
     name = "redirect-agent",
     version,
     propagate_version = true,
-    disable_help_subcommand = true,
     after_long_help = "\
 Examples:
   redirect-agent check

@@ -6,7 +6,7 @@ use std::{
     time::{Duration, SystemTime},
 };
 
-use anyhow::{Result, bail};
+use anyhow::{Result, bail, ensure};
 use tokio::time::{Instant, sleep};
 
 use super::{print, print_to_reader, reader_leaves};
@@ -51,20 +51,46 @@ async fn put(
     let for_seconds = duration.map(|d| d.as_secs());
     let request = OverrideRequest { target, mode, for_seconds, reason: doing.reason };
     let answer = client.set_override(&request).await?;
-    tell(client, answer, doing.wait).await
+    let Some(patience) = doing.wait else { return tell(&answer) };
+    tell(&answer)?;
+    ensure!(
+        !answer.wanted.is_empty(),
+        "no pod of this node matches {}: there is nothing to wait for",
+        request.target
+    );
+    if mode == Some(Mode::Enroll) {
+        let out: Vec<_> = answer
+            .wanted
+            .iter()
+            .filter(|(_, wanted)| !**wanted)
+            .map(|(pod, _)| pod.to_string())
+            .collect();
+        ensure!(out.is_empty(), "{} cannot enter the mesh: the notes say why", out.join(", "));
+    }
+    wait_until_so(client, &answer.wanted, patience).await
+}
+
+/// The same for a change that concerns the whole node.
+async fn tell_of_node(client: &Client, answer: &Answer, wait: Option<Duration>) -> Result<()> {
+    tell(answer)?;
+    match wait {
+        Some(_) if answer.wanted.is_empty() => print(b"there is nothing to wait for\n"),
+        Some(patience) => wait_until_so(client, &answer.wanted, patience).await,
+        None => Ok(()),
+    }
 }
 
 pub(super) async fn pause(args: PauseArgs) -> Result<()> {
     let client = Client::new(args.control.control_socket);
     let for_seconds = args.duration.duration.map(|d| d.as_secs());
     let answer = client.pause(&PauseRequest { for_seconds, reason: args.doing.reason }).await?;
-    tell(&client, answer, args.doing.wait).await
+    tell_of_node(&client, &answer, args.doing.wait).await
 }
 
 pub(super) async fn resume(args: ResumeArgs) -> Result<()> {
     let client = Client::new(args.control.control_socket);
     let answer = client.resume(&ResumeRequest { reason: args.doing.reason }).await?;
-    tell(&client, answer, args.doing.wait).await
+    tell_of_node(&client, &answer, args.doing.wait).await
 }
 
 pub(super) async fn log_level(args: LogLevelArgs) -> Result<()> {
@@ -86,19 +112,15 @@ pub(super) async fn log_level(args: LogLevelArgs) -> Result<()> {
     print(text.as_bytes())
 }
 
-/// Prints what the agent says, and waits, if that is asked for, until it is so.
-async fn tell(client: &Client, answer: Answer, wait: Option<Duration>) -> Result<()> {
+/// Prints what the agent says.
+fn tell(answer: &Answer) -> Result<()> {
     let mut text = format!("{}\n", output::printable(&answer.message));
     for note in &answer.notes {
         text.push_str("note: ");
         text.push_str(&output::printable(note));
         text.push('\n');
     }
-    print(text.as_bytes())?;
-    match wait {
-        Some(patience) => wait_until_so(client, &answer.wanted, patience).await,
-        None => Ok(()),
-    }
+    print(text.as_bytes())
 }
 
 async fn wait_until_so(
@@ -109,9 +131,6 @@ async fn wait_until_so(
     let began = Instant::now();
     let targets = wanted.keys().cloned().map(Target::Pod).collect();
     let request = StatusRequest { targets, selector: None };
-    if wanted.is_empty() {
-        return print(b"there is nothing to wait for\n");
-    }
     loop {
         let status = client.status_of(&request).await?;
         let is_there = |pod: &&PodStatus| {
@@ -132,7 +151,7 @@ async fn wait_until_so(
             let why = first.message.as_ref().map_or_else(String::new, |why| format!(": {why}"));
             let left = status.pods.iter().filter(|pod| !is_there(pod)).count();
             bail!(
-                "{left} of {} pods are not there after {}; {}/{} is {}{}",
+                "{left} of {} pods are not in the expected state after {}; {}/{} is {}{}",
                 wanted.len(),
                 humantime::format_duration(patience),
                 first.namespace,

@@ -7,7 +7,6 @@ use super::print;
 use crate::{
     cli::MapsArgs,
     dataplane::pins::{PinnedMap, pinned_maps},
-    explain::API_VERSION,
     output::{self, Format},
 };
 
@@ -18,7 +17,7 @@ pub(super) fn maps(args: &MapsArgs) -> Result<()> {
 
 fn shown(maps: &[PinnedMap], format: Format) -> Result<String> {
     if format == Format::Json {
-        return output::json(&json!({ "apiVersion": API_VERSION, "maps": maps }));
+        return output::document("Maps", &json!({ "maps": maps }));
     }
     let rows = maps.iter().map(|map| {
         let (entries, most) = match map.entries {

@@ -510,7 +510,7 @@ fn taken_over(lines: &[(&PodStatus, takeover::Answer)], format: Format) -> Resul
                 })
             })
             .collect();
-        return output::json(&json!({ "pods": pods }));
+        return output::document("Takeover", &json!({ "pods": pods }));
     }
     if lines.is_empty() {
         return Ok("nothing of istio-cni's is in any pod of this node\n".to_owned());

@@ -27,6 +27,8 @@ const LATELY: Duration = Duration::from_secs(10 * 60);
 const PROXY_PORTS: [u16; 4] = [PORT_OUTBOUND, PORT_INBOUND, PORT_HBONE, PORT_PROXY_DNS];
 const HBONE: &str = "HBONE";
 const PLAINTEXT: &str = "plaintext";
+/// The caller's proxy decides.
+const UNKNOWN: &str = "unknown";
 
 /// A pod's role in the question.
 #[derive(Clone, Copy, PartialEq, Eq)]
@@ -453,8 +455,12 @@ fn path(from: &PodPart, to: &Destination) -> Option<Path> {
         }
     };
     let Some(called) = called else {
-        why.push(format!("no pod has address {}, so nothing is known of the other end", to.asked));
-        let protocol = PLAINTEXT.to_owned();
+        why.push(format!(
+            "no pod of this node has address {}; for a Service or a pod of another node, the caller's proxy \
+             chooses the pod and the protocol",
+            to.asked
+        ));
+        let protocol = if by_callers_proxy { UNKNOWN } else { PLAINTEXT }.to_owned();
         return Some(Path { protocol, by_callers_proxy, to_proxy_port: None, why });
     };
     if called.place == Place::Unknown || called.place == Place::LeftOut {

@@ -116,7 +116,7 @@ impl Report {
     /// Never in practice: when JSON cannot express it.
     pub fn print(&self, format: Format) -> Result<String> {
         if format == Format::Json {
-            return output::json(self);
+            return output::document("Check", self);
         }
         let header = ["CHECK", "ANSWER", "NEEDED", "SINCE", "DETAIL"];
         let rows = self.checks.iter().map(|check| {
