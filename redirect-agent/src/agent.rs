@@ -9,7 +9,7 @@ use std::{
 };
 
 use anyhow::{Context as _, Result, bail};
-use futures_util::Stream;
+use futures_util::{Stream, StreamExt as _};
 use tokio::{
     task::{JoinSet, spawn_blocking},
     time::interval,
@@ -480,7 +480,7 @@ impl<S: Source> control::Agent for Agent<S> {
     ) -> Result<impl Stream<Item = Vec<verdicts::Line>> + Send + 'static> {
         let (hub, node) = (Arc::clone(&self.verdicts), self.options.node.clone());
         let names = move || self.observer.get().map(|o| o.names()).unwrap_or_default();
-        hub.observe(request, node, names)
+        Ok(hub.observe(request, node, names)?.map(|told| told.lines))
     }
 
     fn remaining(&self) -> Result<Remaining> {

@@ -73,7 +73,7 @@ impl Agent for Overridden {
         request: verdicts::Request,
     ) -> anyhow::Result<impl Stream<Item = Vec<verdicts::Line>> + Send + 'static> {
         let lines = request.port.into_iter().flat_map(|port| 0..u64::from(port));
-        let lines = lines.map(|left_out| vec![verdicts::Line::LeftOut { left_out }]);
+        let lines = lines.map(|dropped| vec![verdicts::Line::Dropped { dropped }]);
         Ok(stream::iter(lines.collect::<Vec<_>>()))
     }
 
@@ -150,7 +150,7 @@ async fn verdicts_come_line_by_line_until_one_of_both_ends() {
     // The agent's end is not what was asked for.
     let error = observe.await.unwrap_err().to_string();
     assert!(error.contains("has ended"), "{error}");
-    assert_eq!(told, [0, 1, 2].map(|left_out| verdicts::Line::LeftOut { left_out }));
+    assert_eq!(told, [0, 1, 2].map(|dropped| verdicts::Line::Dropped { dropped }));
 
     let many = verdicts::Request { port: Some(60_000), ..verdicts::Request::default() };
     let mut count = 0;

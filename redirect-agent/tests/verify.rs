@@ -36,7 +36,7 @@ fn verifications_of_all_pods_are_a_table() {
     cart.pod.name = "shop/cart".to_owned();
     cart.calls.retain(|call| call.outcome == Outcome::Captured);
     (cart.result, cart.ok, cart.finding) = (Outcome::Captured, true, None);
-    cart.message = "3 of 3 calls".to_owned();
+    cart.message = "3 of 3 connections".to_owned();
     let all = Verifications {
         api_version: API_VERSION.to_owned(),
         kind: "VerificationList".to_owned(),

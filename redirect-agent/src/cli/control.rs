@@ -270,8 +270,9 @@ Examples:
   redirect-agent observe shop -o json --limit 100
 
 A line for each connection, and for each packet that is refused or dropped: what `status` and the
-metrics count. Packets of open connections are not shown. The datapath tells verdicts only while
-somebody observes. When there are too many at once, some are left out, and a line says how many.")]
+metrics count. Packets of open connections are not shown. The datapath reports verdicts only
+while somebody observes. When there are too many at once, some are dropped, and a line says how
+many.")]
 pub struct ObserveArgs {
     /// Only in these pods: NAMESPACE/POD, or NAMESPACE for all its pods.
     #[arg(value_name = "NAMESPACE[/POD]")]
@@ -316,17 +317,18 @@ The agent opens a connection in the pod, in each family that it has, to an addre
 listens, and says what the datapath did with them. They carry no data and are closed at once.
 
 Results:
-  captured      handed to the proxy
+  captured      handed to the proxy, every one that could be made
   excluded      left alone, because settings say so
   bypassing     nothing of the agent saw it; the pod is not to be in the mesh
   refused       refused or dropped: it did not get past the proxy, nor to it
   not-captured  it should have been handed to the proxy, and was not
+  partial       some captured or excluded, and others unknown
   unknown       cannot be told: no verdict, and nothing that shows where it went
 
 The exit status is 0 for a pod that is to be in the mesh and is captured or excluded, and for one
-that is not to be in the mesh and bypasses; otherwise it is 1. A call that cannot be made, because
-nothing listens, say, makes no difference where another one was made. The application may see a
-connection that ends without data, as from a TCP probe; the proxy logs one call for each.")]
+that is not to be in the mesh and bypasses; otherwise it is 1. A connection to an application
+that does not listen in that family cannot be made and does not count. The application may see a
+connection that ends without data, as from a TCP probe; the proxy logs each connection.")]
 pub struct VerifyArgs {
     /// The pod.
     #[arg(value_name = "NAMESPACE/POD", required_unless_present = "all", conflicts_with = "all")]
@@ -334,7 +336,7 @@ pub struct VerifyArgs {
     /// Every pod of this node that is to be in the mesh.
     #[arg(long)]
     pub all: bool,
-    /// What the pod calls, in place of an address that nobody has.
+    /// What the pod connects to, instead of an address that nobody has.
     #[arg(long, value_name = "ADDRESS:PORT", conflicts_with = "all", value_parser = endpoint)]
     pub to: Option<SocketAddr>,
     /// How to print it.

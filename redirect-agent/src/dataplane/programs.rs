@@ -12,7 +12,8 @@ pub struct Program {
     pub at: String,
     /// Its id.
     pub id: u32,
-    /// The hash of its instructions: the same code has the same tag on every node.
+    /// The hash of its instructions: the same code has the same tag on every node. A pod's own `sk_lookup` has the
+    /// pod id in it, so its tag differs from pod to pod; `shared` has the code behind it.
     pub tag: String,
 }
 

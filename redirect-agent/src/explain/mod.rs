@@ -218,6 +218,31 @@ pub struct PodPart {
     pub elsewhere: Vec<String>,
 }
 
+/// Why a connection of a pod bypasses its proxy, although the pod is captured.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum Bypass {
+    /// It stays in the pod.
+    InPod,
+    /// Its destination is link-local, in fe80::/10.
+    LinkLocal,
+    /// Settings exclude it.
+    Settings,
+}
+
+impl PodPart {
+    /// Why a connection to this address, and this port if it is known, bypasses the pod's proxy, if it does.
+    pub(crate) fn bypass_to(&self, ip: IpAddr, port: Option<u16>) -> Option<Bypass> {
+        if ip.is_loopback() || self.ips.contains(&ip) {
+            return Some(Bypass::InPod);
+        }
+        if matches!(ip, IpAddr::V6(ip) if ip.is_unicast_link_local()) {
+            return Some(Bypass::LinkLocal);
+        }
+        let excludes = |traffic: &Traffic| !traffic.redirects_call_to(ip, port);
+        self.traffic.as_ref().is_some_and(excludes).then_some(Bypass::Settings)
+    }
+}
+
 /// Whether a pod is in the mesh, and why.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "camelCase")]

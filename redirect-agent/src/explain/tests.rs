@@ -101,6 +101,12 @@ fn way(from: &PodPart, asked: &str, called: PodPart) -> (String, bool, Option<u1
 }
 
 #[test]
+fn a_call_to_a_link_local_address_is_direct() {
+    let direct = ("plaintext".to_owned(), false, Some(15006));
+    assert_eq!(way(&a(), "[fe80::1]:80", b()), direct);
+}
+
+#[test]
 fn a_call_goes_by_the_proxies_of_those_that_have_one() {
     let hbone = |by: bool, port| ("HBONE".to_owned(), by, Some(port));
     let plain = |by: bool, port| ("plaintext".to_owned(), by, port);

@@ -9,7 +9,7 @@ use redirect_ebpf::abi::{PORT_HBONE, PORT_INBOUND, PORT_OUTBOUND, PORT_PROXY_DNS
 use strsim::damerau_levenshtein;
 
 use super::{
-    Area, Cause, Destination, Finding, KernelPart, NodePart, Path, Place, PodPart, Weight,
+    Area, Bypass, Cause, Destination, Finding, KernelPart, NodePart, Path, Place, PodPart, Weight,
     listeners::is_called,
 };
 use crate::{
@@ -416,7 +416,7 @@ pub(crate) fn application_listens(pod: &PodPart) -> Option<Vec<SocketAddr>> {
 /// Whether a pod calls loopback, or itself by its address.
 fn calls_itself(from: &PodPart, to: &Destination) -> bool {
     let own = to.pod.as_ref().is_some_and(|pod| pod.name == from.name);
-    own || matches!(to.asked.whom, Whom::At(ip) if ip.is_loopback() || from.ips.contains(&ip))
+    own || matches!(to.asked.whom, Whom::At(ip) if from.bypass_to(ip, None) == Some(Bypass::InPod))
 }
 
 /// Which way a call takes; `None` if unknown.
@@ -436,20 +436,27 @@ fn path(from: &PodPart, to: &Destination) -> Option<Path> {
         return Some(Path { protocol, by_callers_proxy: false, to_proxy_port: None, why });
     }
     let mut why = Vec::new();
-    let traffic = from.traffic.clone().unwrap_or_default();
-    let by_callers_proxy = match (is_captured(from), ip) {
+    let bypass = ip.and_then(|ip| from.bypass_to(ip, port));
+    let by_callers_proxy = match (is_captured(from), bypass) {
         (false, _) => {
             why.push(format!("{} is not in the mesh, so it calls directly", from.name));
             false
         }
-        (true, Some(ip)) if !traffic.redirects_call_to(ip, port) => {
+        (true, Some(Bypass::LinkLocal)) => {
+            why.push(format!(
+                "link-local addresses (fe80::/10) are not redirected, so {} calls directly",
+                from.name
+            ));
+            false
+        }
+        (true, Some(_)) => {
             why.push(format!(
                 "settings of {} exclude {}, so it calls directly",
                 from.name, to.asked
             ));
             false
         }
-        (true, _) => {
+        (true, None) => {
             why.push(format!("{} is in the mesh: its proxy makes the call", from.name));
             true
         }

@@ -26,6 +26,17 @@ use crate::{
     zds::{Answer, Away},
 };
 
+/// The network namespace of a pod, and what is in it.
+#[derive(Debug)]
+pub struct Inside {
+    /// The pod's uid.
+    pub uid: String,
+    /// Its network namespace.
+    pub netns: Arc<PodNetns>,
+    /// The programs that are attached there.
+    pub programs: Vec<Program>,
+}
+
 /// What is known of a pod, and what was found in it.
 #[derive(Debug)]
 pub struct Look {
@@ -103,12 +114,12 @@ impl<S: Source> Observer<S> {
         .await
     }
 
-    /// The network namespace of a pod of this node, and the programs that are attached in it.
+    /// A pod of this node, from inside.
     ///
     /// # Errors
     ///
     /// When it is not known, cannot be found, or cannot be entered.
-    pub async fn inside(&self, key: &PodKey) -> Result<(Arc<PodNetns>, Vec<Program>)> {
+    pub async fn inside(&self, key: &PodKey) -> Result<Inside> {
         let view = self.shared.views().get(key).cloned();
         let view = view.with_context(|| format!("there is no pod {key} on this node"))?;
         let (dataplane, finder) =
@@ -116,7 +127,7 @@ impl<S: Source> Observer<S> {
         blocking(move || {
             let netns = netns_of(&view, &finder, &dataplane)?;
             let programs = dataplane.programs(&netns)?;
-            Ok((netns, programs))
+            Ok(Inside { uid: view.pod.uid, netns, programs })
         })
         .await
     }

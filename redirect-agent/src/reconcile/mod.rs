@@ -31,7 +31,7 @@ use tracing::warn;
 
 pub use self::{
     admission::Admission,
-    look::{Found, Look},
+    look::{Found, Inside, Look},
 };
 use self::{plan::Standing, pod::PodTask};
 use crate::{

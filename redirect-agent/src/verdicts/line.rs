@@ -103,10 +103,10 @@ crate::text::by_text!(To);
 pub enum Line {
     /// A verdict.
     Verdict(Box<Verdict>),
-    /// There were more than could be told.
-    LeftOut {
+    /// There were more than could be reported.
+    Dropped {
         /// How many verdicts, asked for or not, are missing here.
-        left_out: u64,
+        dropped: u64,
     },
 }
 
@@ -114,8 +114,8 @@ impl fmt::Display for Line {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         match self {
             Line::Verdict(verdict) => verdict.fmt(f),
-            Line::LeftOut { left_out } => {
-                write!(f, "({left_out} verdicts left out: too many at once)")
+            Line::Dropped { dropped } => {
+                write!(f, "({dropped} verdicts dropped: too many at once)")
             }
         }
     }
@@ -279,10 +279,10 @@ mod tests {
         assert_eq!((&unread.source, &unread.destination, &unread.pod), (&None, &None, &None));
         assert!(unread.to_string().contains("netns 8 "), "{unread}");
         assert_eq!(
-            Line::LeftOut { left_out: 3 }.to_string(),
-            "(3 verdicts left out: too many at once)"
+            Line::Dropped { dropped: 3 }.to_string(),
+            "(3 verdicts dropped: too many at once)"
         );
-        for line in [Line::Verdict(Box::new(v4)), Line::LeftOut { left_out: 3 }] {
+        for line in [Line::Verdict(Box::new(v4)), Line::Dropped { dropped: 3 }] {
             let json = super::super::to_json(std::slice::from_ref(&line)).unwrap();
             assert_eq!(serde_json::from_slice::<Line>(&json).unwrap(), line);
         }

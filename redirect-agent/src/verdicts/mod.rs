@@ -1,7 +1,7 @@
 //! The datapath's verdicts, one by one, for whoever observes: `redirect-agent observe`.
 //!
-//! The programs tell a verdict only while somebody observes. What finds no room, in the ring buffer or
-//! with an observer that is slow, is left out and counted.
+//! The programs report verdicts only while somebody observes. What finds no room, in the ring buffer or
+//! with an observer that is slow, is dropped and counted.
 
 mod line;
 
@@ -35,8 +35,8 @@ use crate::{
 const GATHER: Duration = Duration::from_millis(20);
 /// How often it is looked whether anybody still observes, while there are no verdicts.
 const LOOK: Duration = Duration::from_millis(500);
-/// How many verdicts are passed on at once. With [`GATHER`] it bounds what a flood costs; the rest is left
-/// out.
+/// How many verdicts are passed on at once. With [`GATHER`] it bounds what a flood costs; the rest is
+/// dropped.
 const BATCH: usize = 512;
 /// How many batches an observer may lag behind.
 const BATCHES: usize = 16;
@@ -60,8 +60,19 @@ struct Batch {
     /// The number of the first event; those that were lost are counted, too.
     first: u64,
     events: Vec<VerdictEvent>,
+    /// Whether the ring buffer may hold more.
+    more: bool,
     /// The same instant by both clocks; CLOCK_MONOTONIC in ns.
     now: (SystemTime, u64),
+}
+
+/// What an observer gets at once.
+#[derive(Debug, Default)]
+pub struct Lines {
+    /// The verdicts, and how many were dropped before them.
+    pub lines: Vec<Line>,
+    /// Whether there may be more that were made before this was read; they follow at once.
+    pub more: bool,
 }
 
 /// Passes the verdicts on to whoever observes.
@@ -104,7 +115,7 @@ impl Hub {
         // Left over from the last observer.
         drop(verdicts.take(usize::MAX));
         let mut lost = self.dataplane.verdicts_lost()?;
-        // The first batch, which may be empty, says that the programs tell their verdicts from now on.
+        // The first batch, which may be empty, says that the programs report verdicts from now on.
         let (mut number, mut more) = (0, true);
         while self.batches.receiver_count() > 0 {
             self.dataplane.want_verdicts(LEASE)?;
@@ -127,19 +138,20 @@ impl Hub {
             number = first + events.len() as u64;
             lost = lost_now;
             // Nobody may be there any more.
-            let _nobody = self.batches.send(Arc::new(Batch { first, events, now }));
+            let _nobody = self.batches.send(Arc::new(Batch { first, events, more, now }));
             sleep(GATHER).await;
         }
         Ok(())
     }
 
-    /// Makes an item come to each who observes, with what the programs have told up to now.
-    pub fn nudge(&self) {
+    /// Makes items come to each who observes, up to the first without [`Lines::more`]: with it, everything has come
+    /// that the programs have reported by now.
+    pub fn flush(&self) {
         self.came.notify_one();
     }
 
     /// What the request asks for, until shutdown. The first item comes at once, and may be empty: whatever is
-    /// decided after it will be told.
+    /// decided after it is reported.
     ///
     /// # Errors
     ///
@@ -149,7 +161,7 @@ impl Hub {
         request: Request,
         node: String,
         names: N,
-    ) -> Result<impl Stream<Item = Vec<Line>> + Send + use<N>> {
+    ) -> Result<impl Stream<Item = Lines> + Send + use<N>> {
         ensure!(
             self.batches.receiver_count() < OBSERVERS,
             "{OBSERVERS} others observe already; end one of them"
@@ -177,7 +189,7 @@ struct Observer<N> {
 
 impl<N: Fn() -> Names> Observer<N> {
     /// What the next batch has for it; nothing more comes after `None`.
-    async fn lines(&mut self) -> Option<Vec<Line>> {
+    async fn lines(&mut self) -> Option<Lines> {
         let batch = loop {
             match self.batches.recv().await {
                 Ok(batch) => break batch,
@@ -188,10 +200,10 @@ impl<N: Fn() -> Names> Observer<N> {
         };
         let next = self.next.unwrap_or(batch.first);
         self.next = Some(batch.first + batch.events.len() as u64);
-        let left_out = batch.first.saturating_sub(next);
+        let dropped = batch.first.saturating_sub(next);
         let mut lines = Vec::new();
-        if left_out > 0 {
-            lines.push(Line::LeftOut { left_out });
+        if dropped > 0 {
+            lines.push(Line::Dropped { dropped });
         }
         let names = (self.names)();
         let verdicts = batch.events.iter().filter_map(|event| {
@@ -199,7 +211,7 @@ impl<N: Fn() -> Names> Observer<N> {
                 .filter(|verdict| self.request.selects(verdict))
         });
         lines.extend(verdicts.map(|verdict| Line::Verdict(Box::new(verdict))));
-        Some(lines)
+        Some(Lines { lines, more: batch.more })
     }
 }
 
@@ -235,11 +247,16 @@ mod tests {
             dst_port: 0,
             protocol: 0,
         };
-        Arc::new(Batch { first, events: vec![event; events], now: (SystemTime::UNIX_EPOCH, 0) })
+        Arc::new(Batch {
+            first,
+            events: vec![event; events],
+            more: false,
+            now: (SystemTime::UNIX_EPOCH, 0),
+        })
     }
 
     #[tokio::test]
-    async fn what_is_lost_and_what_a_slow_observer_misses_is_said_to_be_left_out() {
+    async fn what_is_lost_and_what_a_slow_observer_misses_is_said_to_be_dropped() {
         let (sender, batches) = broadcast::channel(4);
         let mut observer = Observer {
             batches,
@@ -249,12 +266,12 @@ mod tests {
             names: Names::default,
         };
         let mut told = async || {
-            let lines = observer.lines().await.unwrap();
-            let left_out = lines.iter().find_map(|line| match line {
-                Line::LeftOut { left_out } => Some(*left_out),
+            let Lines { lines, .. } = observer.lines().await.unwrap();
+            let dropped = lines.iter().find_map(|line| match line {
+                Line::Dropped { dropped } => Some(*dropped),
                 Line::Verdict(_) => None,
             });
-            (left_out, lines.len() - usize::from(left_out.is_some()))
+            (dropped, lines.len() - usize::from(dropped.is_some()))
         };
         // What was before does not concern it.
         sender.send(batch(100, 2)).unwrap();

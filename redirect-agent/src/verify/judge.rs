@@ -4,25 +4,22 @@ use std::net::{IpAddr, SocketAddr};
 
 use super::{Call, Connection, Direction, Outcome};
 use crate::{
-    explain::PodPart,
+    explain::{Bypass, PodPart},
     verdicts::{Verdict, is_refusal},
 };
 
 /// Why a call is left alone.
 const SETTINGS: &str = "settings exclude it";
 const IN_THE_POD: &str = "it stays in the pod";
+const LINK_LOCAL: &str = "link-local addresses (fe80::/10) are not redirected";
 
 /// Why a call of the pod is to be left alone, if it is.
 pub(super) fn excludes_outbound(pod: &PodPart, to: SocketAddr) -> Option<&'static str> {
-    let ip = to.ip();
-    let traffic = pod.traffic.clone().unwrap_or_default();
-    if ip.is_loopback() || pod.ips.contains(&ip) {
-        return Some(IN_THE_POD);
-    }
-    if matches!(ip, IpAddr::V6(ip) if ip.is_unicast_link_local()) {
-        return Some("calls to link-local addresses (fe80::/10) are left alone");
-    }
-    (!traffic.redirects_call_to(ip, Some(to.port()))).then_some(SETTINGS)
+    Some(match pod.bypass_to(to.ip(), Some(to.port()))? {
+        Bypass::InPod => IN_THE_POD,
+        Bypass::LinkLocal => LINK_LOCAL,
+        Bypass::Settings => SETTINGS,
+    })
 }
 
 /// Why a call from there to a port of the pod is to be left alone, if it is.
@@ -45,18 +42,21 @@ pub(super) struct Facts<'a> {
     pub connection: &'a Connection,
     /// The verdicts about it.
     pub verdicts: &'a [Verdict],
-    /// How many verdicts, of whatever, could not be told meanwhile.
-    pub left_out: u64,
+    /// Why a verdict about it may be missing, if one may.
+    pub unread: Option<&'a str>,
 }
 
-/// Judges a call. Of several verdicts, the last one counts: a SYN that was dropped is sent again.
+/// Judges a call. Of several verdicts, the last one counts: a SYN that was dropped is sent again. Those about the
+/// connection that the proxy makes for it, with the caller's address and perhaps its port, do not.
 pub(super) fn call(facts: &Facts<'_>) -> (Outcome, Option<String>) {
-    let Some(last) = facts.verdicts.last() else { return without_verdict(facts) };
+    let is_its = |verdict: &&Verdict| verdict.verdict != "from_proxy";
+    let last = facts.verdicts.iter().rfind(is_its).or(facts.verdicts.last());
+    let Some(last) = last else { return without_verdict(facts) };
     let excluded = |why: &str| (Outcome::Excluded, Some(why.to_owned()));
     match last.verdict.as_str() {
         "redirected_outbound" | "rescued_outbound" if is_rescued(facts.verdicts) => {
-            let why = "the guard brought it there: the pod's marks, rules or routes, or a missing rule of \
-                       ours, led past the proxy";
+            let why = "redirected by the egress guard only: the pod's marks, rules or routes (or a missing \
+                       agent rule) bypass the capture rules";
             (Outcome::Captured, Some(why.to_owned()))
         }
         "redirected_outbound" | "redirected_inbound" | "hbone" | "redirected_dns" => {
@@ -80,8 +80,8 @@ fn is_rescued(verdicts: &[Verdict]) -> bool {
 fn without_verdict(facts: &Facts<'_>) -> (Outcome, Option<String>) {
     let unknown = |why: String| (Outcome::Unknown, Some(why));
     let answered = matches!(facts.connection, Connection::Connected | Connection::Refused);
-    if facts.left_out > 0 {
-        return unknown(format!("{} verdicts were left out: too many at once", facts.left_out));
+    if let Some(why) = facts.unread {
+        return unknown(why.to_owned());
     }
     if facts.direction == Direction::Inbound && !answered {
         return unknown("it did not get to the pod; does a NetworkPolicy forbid it?".to_owned());
@@ -92,7 +92,7 @@ fn without_verdict(facts: &Facts<'_>) -> (Outcome, Option<String>) {
     if let Some(why) = facts.excluded {
         return (Outcome::Excluded, Some(why.to_owned()));
     }
-    (Outcome::NotCaptured, Some("no program of ours decided about it".to_owned()))
+    (Outcome::NotCaptured, Some("no redirect-agent program saw this connection".to_owned()))
 }
 
 /// What the calls say about their pod, whether that is as it should be, and that in a sentence.
@@ -124,19 +124,39 @@ pub(super) fn all(pod: &PodPart, calls: &[Call]) -> (Outcome, bool, String) {
             let why = call.why.as_deref().or(verdict).unwrap_or("unknown");
             (outcome, false, format!("{}: {why}", call.name()))
         }
-        (true, Some((outcome, _))) => (outcome, true, count(calls, outcome)),
+        (true, Some((outcome, _))) => match calls.iter().find(|call| is_open(pod, call)) {
+            None => (outcome, true, count(calls, outcome)),
+            Some(open) => {
+                let why = open.why.as_deref().unwrap_or("unknown");
+                let message = format!(
+                    "{} {}; {}: {why}",
+                    count(calls, outcome),
+                    outcome.as_str(),
+                    open.name()
+                );
+                (Outcome::Partial, false, message)
+            }
+        },
         (true, None) => {
             let why = calls.iter().find_map(|call| call.why.as_deref());
-            let why = why.or(pod.message.as_deref()).unwrap_or("there was nothing to call");
-            (Outcome::Unknown, false, format!("no call says anything: {why}"))
+            let why = why.or(pod.message.as_deref()).unwrap_or("there was nothing to connect to");
+            (Outcome::Unknown, false, format!("no connection was conclusive: {why}"))
         }
     }
 }
 
-/// `2 of 4 calls, 2 unknown`.
+/// Whether it cannot be told what becomes of such a connection. Where the application does not listen, there is
+/// none.
+fn is_open(pod: &PodPart, call: &Call) -> bool {
+    let nothing_listens =
+        call.direction == Direction::Inbound && call.destination.is_none() && pod.listens.is_some();
+    call.outcome == Outcome::Unknown && !nothing_listens
+}
+
+/// `2 of 4 connections, 2 unknown`.
 fn count(calls: &[Call], main: Outcome) -> String {
     let count = |outcome| calls.iter().filter(|call| call.outcome == outcome).count();
-    let mut text = format!("{} of {} calls", count(main), calls.len());
+    let mut text = format!("{} of {} connections", count(main), calls.len());
     for other in [Outcome::Excluded, Outcome::Unknown].into_iter().filter(|other| *other != main) {
         match count(other) {
             0 => {}
@@ -152,7 +172,7 @@ fn count(calls: &[Call], main: Outcome) -> String {
 impl Call {
     fn name(&self) -> String {
         let to = self.destination.map_or_else(String::new, |to| format!(" to {to}"));
-        format!("the {} call{to}", self.direction.as_str())
+        format!("the {} connection{to}", self.direction.as_str())
     }
 }
 
@@ -185,7 +205,7 @@ mod tests {
         excluded: None,
         connection: &Connection::TimedOut,
         verdicts: &[],
-        left_out: 0,
+        unread: None,
     };
     const INBOUND: Facts<'_> = Facts { direction: Direction::Inbound, ..OUTBOUND };
 
@@ -201,6 +221,7 @@ mod tests {
             (&["rescued_direct"], Outcome::Excluded),
             (&["local"], Outcome::Excluded),
             (&["forwarded"], Outcome::NotCaptured),
+            (&["from_proxy"], Outcome::NotCaptured),
         ] {
             assert_eq!(outcome(OUTBOUND, names), expected, "{names:?}");
         }
@@ -213,10 +234,12 @@ mod tests {
             ("no_listener", Outcome::Refused),
         ] {
             assert_eq!(outcome(INBOUND, &[name]), expected, "{name}");
+            // The proxy calls with the caller's address, and perhaps from its port.
+            assert_eq!(outcome(INBOUND, &[name, "from_proxy"]), expected, "{name}");
         }
         let rescued = verdicts(&["rescued_outbound", "redirected_outbound"]);
         let (_, why) = call(&Facts { verdicts: &rescued, ..OUTBOUND });
-        assert!(why.is_some_and(|why| why.contains("the guard brought it there")));
+        assert!(why.is_some_and(|why| why.contains("by the egress guard only")));
     }
 
     #[test]
@@ -228,7 +251,7 @@ mod tests {
             (Facts { connection: refused, ..OUTBOUND }, Outcome::NotCaptured),
             (Facts { excluded, ..OUTBOUND }, Outcome::Excluded),
             (Facts { wanted: false, ..OUTBOUND }, Outcome::Bypassing),
-            (Facts { left_out: 3, ..OUTBOUND }, Outcome::Unknown),
+            (Facts { unread: Some("3 verdicts were dropped"), ..OUTBOUND }, Outcome::Unknown),
             (INBOUND, Outcome::Unknown),
             (Facts { connection: refused, ..INBOUND }, Outcome::NotCaptured),
             (Facts { connection: &Connection::Connected, ..INBOUND }, Outcome::NotCaptured),
@@ -247,7 +270,7 @@ mod tests {
             ("[::1]:9", Some(IN_THE_POD)),
             ("[fd00::2]:9", Some(IN_THE_POD)),
             ("[2001:db8::1]:9", None),
-            ("[fe80::1]:9", Some("calls to link-local addresses (fe80::/10) are left alone")),
+            ("[fe80::1]:9", Some(LINK_LOCAL)),
         ] {
             assert_eq!(excludes_outbound(&pod, to.parse().unwrap()), expected, "{to}");
         }
@@ -279,12 +302,12 @@ mod tests {
 
     #[test]
     fn one_call_that_is_not_captured_is_enough() {
-        use Outcome::{Bypassing, Captured, Excluded, NotCaptured, Refused, Unknown};
+        use Outcome::{Bypassing, Captured, Excluded, NotCaptured, Partial, Refused, Unknown};
         for (outcomes, expected) in [
             (&[Captured, Captured][..], (Captured, true)),
-            (&[Captured, Unknown], (Captured, true)),
+            (&[Captured, Unknown], (Partial, false)),
             (&[Excluded, Captured], (Captured, true)),
-            (&[Excluded, Unknown], (Excluded, true)),
+            (&[Excluded, Unknown], (Partial, false)),
             (&[Captured, NotCaptured, Refused], (NotCaptured, false)),
             (&[Captured, Refused], (Refused, false)),
             (&[Unknown], (Unknown, false)),
@@ -299,6 +322,36 @@ mod tests {
             (&[Refused], (Refused, false)),
         ] {
             assert_eq!(judged(false, outcomes), expected, "{outcomes:?}");
+        }
+    }
+
+    #[test]
+    fn captured_means_every_connection_that_can_be_made() {
+        let call = |direction, destination: Option<&str>, outcome| Call {
+            direction,
+            family: "ipv4".to_owned(),
+            source: None,
+            destination: destination.map(|at| at.parse().unwrap()),
+            connection: None,
+            verdicts: Vec::new(),
+            outcome,
+            why: Some("the reason".to_owned()),
+        };
+        let captured = call(Direction::Outbound, Some("192.0.2.1:9"), Outcome::Captured);
+        let nothing_to_call = call(Direction::Inbound, None, Outcome::Unknown);
+        let did_not_arrive = call(Direction::Inbound, Some("10.0.0.2:80"), Outcome::Unknown);
+        let no_such_family = call(Direction::Outbound, None, Outcome::Unknown);
+        let silent = PodPart { listens: Some(Vec::new()), ..pod(true) };
+        let unknown = PodPart { listens: None, ..pod(true) };
+        for (pod, other, expected) in [
+            (&silent, &nothing_to_call, (Outcome::Captured, true)),
+            (&unknown, &nothing_to_call, (Outcome::Partial, false)),
+            (&silent, &did_not_arrive, (Outcome::Partial, false)),
+            (&silent, &no_such_family, (Outcome::Partial, false)),
+        ] {
+            let (result, ok, message) = all(pod, &[captured.clone(), other.clone()]);
+            assert_eq!((result, ok), expected, "{message}");
+            assert!(ok || message.ends_with("the reason"), "{message}");
         }
     }
 }

@@ -108,7 +108,7 @@ pub struct Call {
     pub direction: Direction,
     /// `ipv4` or `ipv6`.
     pub family: String,
-    /// The caller's end, where it is known.
+    /// The caller's end; `None`: it sent nothing.
     pub source: Option<SocketAddr>,
     /// The other end; `None`: there was nothing to call.
     pub destination: Option<SocketAddr>,
@@ -144,12 +144,14 @@ pub enum Outcome {
     Captured,
     /// It was left alone, because settings say so.
     Excluded,
-    /// Nothing of ours saw it, and the pod is not to be in the mesh.
+    /// No redirect-agent program saw it, and the pod is not to be in the mesh.
     Bypassing,
     /// It was refused or dropped, and did not get past the proxy.
     Refused,
     /// It should have been captured, and was not.
     NotCaptured,
+    /// Of all of them: some were captured or excluded, and what became of others cannot be told.
+    Partial,
     /// That cannot be told.
     Unknown,
 }
@@ -163,6 +165,7 @@ impl Outcome {
             Outcome::Bypassing => "bypassing",
             Outcome::Refused => "refused",
             Outcome::NotCaptured => "not-captured",
+            Outcome::Partial => "partial",
             Outcome::Unknown => "unknown",
         }
     }

@@ -1,4 +1,4 @@
-//! Which calls to make: such that harm nobody.
+//! Picks harmless test connections.
 
 use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr};
 
@@ -14,7 +14,7 @@ const NOBODY: [IpAddr; 2] = [
     IpAddr::V4(Ipv4Addr::new(192, 0, 2, 1)),
     IpAddr::V6(Ipv6Addr::new(0x2001, 0xdb8, 0, 0, 0, 0, 0, 1)),
 ];
-/// On this port, discard, unless settings exclude it. Source: RFC 863.
+/// Port 9 (discard), unless excluded. Source: RFC 863.
 const DISCARD: u16 = 9;
 
 /// A call that is to be made.

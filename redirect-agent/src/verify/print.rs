@@ -21,7 +21,7 @@ fn write(found: &Verification, out: &mut String) -> fmt::Result {
     let head = format!("{} on {}, uid {uid}, at {time}", pod.name, node.name);
     writeln!(out, "{}", printable(&head))?;
     let mut kernel = match &pod.kernel {
-        None => "nothing of ours".to_owned(),
+        None => "nothing of the agent".to_owned(),
         Some(kernel) => {
             let all = kernel.present.len() + kernel.missing.len();
             let mut text = format!("{}/{all}; netns {}", kernel.present.len(), kernel.netns);

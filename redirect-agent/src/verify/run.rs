@@ -2,14 +2,18 @@
 
 use std::{
     io,
-    net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr},
+    net::{self, IpAddr, SocketAddr},
+    os::fd::AsFd as _,
     pin::pin,
     sync::Arc,
     time::Duration,
 };
 
-use anyhow::{Context as _, Result, bail};
-use futures_util::{Stream, StreamExt as _, future::join_all};
+use anyhow::{Context as _, Result, bail, ensure};
+use futures_util::{
+    Stream, StreamExt as _,
+    future::{join_all, poll_immediate},
+};
 use nix::sys::utsname::uname;
 use tokio::{
     net::TcpSocket,
@@ -26,17 +30,19 @@ use crate::{
     dataplane::PodNetns,
     explain::{API_VERSION, Cause, Explanation, Place, PodPart},
     membership::PodKey,
-    reconcile::Observer,
+    reconcile::{Inside, Observer},
     source::Source,
-    verdicts::{self, Hub, Line, Verdict},
+    verdicts::{self, Hub, Line, Lines, Verdict},
 };
 
 /// How long a call may take.
 const CALL: Duration = Duration::from_secs(1);
 /// How long its verdict may take after that: they are gathered, and the node may be busy.
 const VERDICT: Duration = Duration::from_secs(1);
-/// How long it may take until everything that was told has been read, however busy the node is.
+/// How long it may take until everything that was reported has been read, however busy the node is.
 const READ: Duration = Duration::from_secs(5);
+/// Why no more verdicts come.
+const ENDS: &str = "the agent is ending";
 /// How long a further verdict about the same packet may take.
 const FURTHER: Duration = Duration::from_millis(50);
 
@@ -63,14 +69,18 @@ pub async fn verify<S: Source>(
     }
     let (mut calls, mut programs) = (Vec::new(), Vec::new());
     match observer.inside(key).await {
-        Ok((netns, found)) => {
+        Ok(inside) => {
+            ensure_same(&pod, &inside)?;
+            let netns = &inside.netns;
             let names = Arc::clone(observer);
             let all = verdicts::Request::default();
             let verdicts = hub.observe(all, node.name.clone(), move || names.names())?;
             let planned = plan(&pod, to).into_iter();
-            let ready = join_all(planned.map(|planned| open(planned, &netns))).await;
+            let ready = join_all(planned.map(|planned| open(planned, netns))).await;
             calls = make(&pod, netns.netns.inode(), ready, hub, verdicts).await?;
-            programs = found;
+            let after = observer.inside(key).await;
+            ensure_same(&pod, &after.with_context(|| replaced(&pod.name))?)?;
+            programs = inside.programs;
         }
         Err(error) => {
             pod.message.get_or_insert(format!("{error:#}"));
@@ -95,11 +105,26 @@ pub async fn verify<S: Source>(
     })
 }
 
+/// Fails when the pod that was explained is not the one that has been entered.
+fn ensure_same(explained: &PodPart, inside: &Inside) -> Result<()> {
+    ensure!(is_same(explained, &inside.uid, inside.netns.netns.inode()), replaced(&explained.name));
+    Ok(())
+}
+
+fn is_same(explained: &PodPart, uid: &str, netns: u32) -> bool {
+    explained.uid.as_deref() == Some(uid)
+        && explained.kernel.as_ref().is_none_or(|kernel| kernel.netns == netns)
+}
+
+fn replaced(pod: &str) -> String {
+    format!("{pod} was recreated or its network namespace changed meanwhile: run verify again")
+}
+
 /// A call that is about to be made.
 struct Ready {
     planned: Planned,
-    /// The caller's socket and its port; or why there is none.
-    socket: Result<(TcpSocket, u16), String>,
+    /// The caller's socket; or why there is none.
+    socket: Result<TcpSocket, String>,
 }
 
 /// Opens the socket where the caller is: in the pod, or beside the agent.
@@ -120,25 +145,24 @@ async fn open(planned: Planned, pod: &Arc<PodNetns>) -> Ready {
     Ready { planned, socket: opened.map_err(|error| format!("{error:#}")) }
 }
 
-/// An ordinary socket with a port of its own, in the network namespace of the calling thread. It belongs there
+/// An ordinary socket, in the network namespace of the calling thread. It belongs there
 /// wherever it is used. Once it is closed, nothing is left of its connection, not even TIME_WAIT.
-fn socket(to: IpAddr) -> io::Result<(TcpSocket, u16)> {
-    let (socket, any): (_, IpAddr) = match to {
-        IpAddr::V4(_) => (TcpSocket::new_v4()?, Ipv4Addr::UNSPECIFIED.into()),
-        IpAddr::V6(_) => (TcpSocket::new_v6()?, Ipv6Addr::UNSPECIFIED.into()),
+fn socket(to: IpAddr) -> io::Result<TcpSocket> {
+    let socket = match to {
+        IpAddr::V4(_) => TcpSocket::new_v4()?,
+        IpAddr::V6(_) => TcpSocket::new_v6()?,
     };
     socket.set_zero_linger()?;
-    socket.bind(SocketAddr::new(any, 0))?;
-    let port = socket.local_addr()?.port();
-    Ok((socket, port))
+    Ok(socket)
 }
 
 /// A call that is made.
 struct Made {
     planned: Planned,
-    /// The caller's port.
-    port: Option<u16>,
+    /// The caller's end.
     source: Option<SocketAddr>,
+    /// Why there was no socket to call with.
+    failed: Option<String>,
     connection: Option<Connection>,
     verdicts: Vec<Verdict>,
 }
@@ -151,16 +175,14 @@ impl Made {
         };
         verdict.netns == netns
             && verdict.protocol.as_deref() == Some("tcp")
-            && self.port == Some(source.port)
+            && self.source == Some(SocketAddr::new(source.ip, source.port))
             && self.planned.to == Ok(SocketAddr::new(destination.ip, destination.port))
     }
 
     /// What became of it.
-    fn judge(self, pod: &PodPart, left_out: u64) -> Call {
-        let Made { planned: Planned { direction, ip, to }, source, connection, verdicts, .. } =
+    fn judge(self, pod: &PodPart, unread: Option<&str>) -> Call {
+        let Made { planned: Planned { direction, ip, to }, source, failed, connection, verdicts } =
             self;
-        let told = verdicts.first().and_then(|verdict| verdict.source.as_ref());
-        let source = source.or(told.map(|end| SocketAddr::new(end.ip, end.port)));
         let (outcome, why) = match (&to, &connection) {
             (Ok(to), Some(connection)) => {
                 let excluded = match direction {
@@ -171,10 +193,10 @@ impl Made {
                 };
                 let wanted = pod.decision.as_ref().is_some_and(|decision| decision.enrolled);
                 let verdicts = &verdicts;
-                let facts = Facts { direction, wanted, excluded, connection, verdicts, left_out };
+                let facts = Facts { direction, wanted, excluded, connection, verdicts, unread };
                 judge::call(&facts)
             }
-            (Ok(_), None) => (Outcome::Unknown, None),
+            (Ok(_), None) => (Outcome::Unknown, failed),
             (Err(why), _) => (Outcome::Unknown, Some(why.clone())),
         };
         let family = family(ip).to_owned();
@@ -187,14 +209,15 @@ impl Made {
 struct Calls {
     netns: u32,
     made: Vec<Made>,
-    left_out: u64,
+    /// How many verdicts, of whatever, were dropped.
+    dropped: u64,
 }
 
 impl Calls {
     fn take(&mut self, lines: Vec<Line>) {
         for line in lines {
             match line {
-                Line::LeftOut { left_out } => self.left_out += left_out,
+                Line::Dropped { dropped } => self.dropped += dropped,
                 Line::Verdict(verdict) => {
                     let netns = self.netns;
                     let of = self.made.iter_mut().find(|made| made.is_meant(netns, &verdict));
@@ -206,9 +229,23 @@ impl Calls {
         }
     }
 
+    /// Reads what the programs have reported before the [`Hub::flush`] that was just asked for.
+    async fn take_rest(
+        &mut self,
+        verdicts: &mut (impl Stream<Item = Lines> + Unpin),
+    ) -> Result<()> {
+        loop {
+            let Lines { lines, more } = verdicts.next().await.context(ENDS)?;
+            self.take(lines);
+            if !more {
+                return Ok(());
+            }
+        }
+    }
+
     /// Whether something was decided about each.
     fn are_decided(&self) -> bool {
-        self.made.iter().all(|made| made.port.is_none() || !made.verdicts.is_empty())
+        self.made.iter().all(|made| made.source.is_none() || !made.verdicts.is_empty())
     }
 }
 
@@ -218,26 +255,27 @@ async fn make(
     netns: u32,
     ready: Vec<Ready>,
     hub: &Hub,
-    verdicts: impl Stream<Item = Vec<Line>>,
+    verdicts: impl Stream<Item = Lines>,
 ) -> Result<Vec<Call>> {
-    const ENDS: &str = "the agent is ending";
     let mut verdicts = pin!(verdicts);
-    // The first item says that they are told from now on.
+    // The first item says that they are reported from now on.
     verdicts.next().await.context(ENDS)?;
     let (mut made, mut calling) = (Vec::new(), Vec::new());
-    for Ready { mut planned, socket } in ready {
-        let mut port = None;
+    for Ready { planned, socket } in ready {
+        let (mut source, mut failed) = (None, None);
         match (socket, &planned.to) {
-            (Ok((socket, its)), Ok(to)) => {
-                calling.push(connect(made.len(), socket, *to));
-                port = Some(its);
+            (Ok(socket), Ok(to)) => {
+                let number = made.len();
+                let (its, connecting) = begin(socket, *to).await;
+                calling.push(async move { (number, connecting.await) });
+                source = its;
             }
-            (Err(why), _) => planned.to = Err(why),
+            (Err(why), _) => failed = Some(why),
             (_, Err(_)) => {}
         }
-        made.push(Made { planned, port, source: None, connection: None, verdicts: Vec::new() });
+        made.push(Made { planned, source, failed, connection: None, verdicts: Vec::new() });
     }
-    let mut calls = Calls { netns, made, left_out: 0 };
+    let mut calls = Calls { netns, made, dropped: 0 };
     let mut calling = pin!(join_all(calling));
     let (mut done, mut until) = (false, Instant::now() + CALL + VERDICT);
     loop {
@@ -245,13 +283,12 @@ async fn make(
             // What is there is taken before the time is up.
             biased;
             ends = &mut calling, if !done => {
-                for (number, source, connection) in ends {
-                    let made = &mut calls.made[number];
-                    (made.source, made.connection) = (source, Some(connection));
+                for (number, connection) in ends {
+                    calls.made[number].connection = Some(connection);
                 }
                 (done, until) = (true, Instant::now() + VERDICT);
             }
-            lines = verdicts.next() => calls.take(lines.context(ENDS)?),
+            read = verdicts.next() => calls.take(read.context(ENDS)?.lines),
             () = sleep_until(until) => break,
         }
         if done && calls.are_decided() {
@@ -259,28 +296,138 @@ async fn make(
         }
     }
     // That there is no verdict counts only when all have been read.
-    hub.nudge();
-    let lines = timeout(READ, verdicts.next()).await;
-    let busy = "read the datapath's verdicts: the node is too busy; try again";
-    calls.take(lines.context(busy)?.context(ENDS)?);
-    let Calls { made, left_out, .. } = calls;
-    Ok(made.into_iter().map(|made| made.judge(pod, left_out)).collect())
+    hub.flush();
+    let unread = match timeout(READ, calls.take_rest(&mut verdicts)).await {
+        Err(_) => {
+            Some("not all verdicts could be read: the node is too busy; try again".to_owned())
+        }
+        Ok(read) => {
+            read?;
+            let dropped = calls.dropped;
+            (dropped > 0).then(|| format!("{dropped} verdicts were dropped: too many at once"))
+        }
+    };
+    Ok(calls.made.into_iter().map(|made| made.judge(pod, unread.as_deref())).collect())
+}
+
+/// Sends the SYN. Says where from, and what comes of it.
+async fn begin(
+    socket: TcpSocket,
+    to: SocketAddr,
+) -> (Option<SocketAddr>, impl Future<Output = Connection>) {
+    // The address is known once the SYN is sent, and may not be any more after a failure.
+    let same = socket.as_fd().try_clone_to_owned().map(net::TcpStream::from);
+    let mut connecting = Box::pin(connect(socket, to));
+    let ended = poll_immediate(&mut connecting).await;
+    let source = same.and_then(|same| same.local_addr()).ok();
+    let source = source.filter(|source| !source.ip().is_unspecified());
+    let source = source.map(|source| SocketAddr::new(source.ip(), source.port()));
+    let end = async {
+        match ended {
+            Some(connection) => connection,
+            None => connecting.await,
+        }
+    };
+    (source, end)
 }
 
 /// Calls, and closes what it has established.
-async fn connect(
-    number: usize,
-    socket: TcpSocket,
-    to: SocketAddr,
-) -> (usize, Option<SocketAddr>, Connection) {
-    let (source, connection) = match timeout(CALL, socket.connect(to)).await {
-        Ok(Ok(stream)) => (stream.local_addr().ok(), Connection::Connected),
+async fn connect(socket: TcpSocket, to: SocketAddr) -> Connection {
+    match timeout(CALL, socket.connect(to)).await {
+        Ok(Ok(_)) => Connection::Connected,
         Ok(Err(error)) => match error.kind() {
-            io::ErrorKind::ConnectionRefused => (None, Connection::Refused),
-            io::ErrorKind::TimedOut => (None, Connection::TimedOut),
-            _ => (None, Connection::Failed(error.to_string())),
+            io::ErrorKind::ConnectionRefused => Connection::Refused,
+            io::ErrorKind::TimedOut => Connection::TimedOut,
+            _ => Connection::Failed(error.to_string()),
         },
-        Err(_) => (None, Connection::TimedOut),
-    };
-    (number, source, connection)
+        Err(_) => Connection::TimedOut,
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use futures_util::stream;
+
+    use super::*;
+    use crate::{explain::KernelPart, verdicts::Endpoint};
+
+    const TO: &str = "10.0.0.2:80";
+
+    fn made(source: &str) -> Calls {
+        let to: SocketAddr = TO.parse().unwrap();
+        let made = Made {
+            planned: Planned { direction: Direction::Inbound, ip: to.ip(), to: Ok(to) },
+            source: source.parse().ok(),
+            failed: None,
+            connection: Some(Connection::Connected),
+            verdicts: Vec::new(),
+        };
+        Calls { netns: 7, made: vec![made], dropped: 0 }
+    }
+
+    fn verdict(name: &str, source: &str) -> Line {
+        let end = |at: &str| {
+            let at: SocketAddr = at.parse().unwrap();
+            Some(Endpoint { ip: at.ip(), port: at.port(), pod: None })
+        };
+        Line::Verdict(Box::new(Verdict {
+            time: "2026-08-01T12:00:00.000000Z".to_owned(),
+            node: "n1".to_owned(),
+            pod: None,
+            netns: 7,
+            verdict: name.to_owned(),
+            protocol: Some("tcp".to_owned()),
+            source: end(source),
+            destination: end(TO),
+        }))
+    }
+
+    #[test]
+    fn recreated_pod_of_the_same_name_is_another_one() {
+        let kernel = |netns| Some(KernelPart { netns, ..KernelPart::default() });
+        let pod = |kernel| PodPart { uid: Some("a".to_owned()), kernel, ..PodPart::default() };
+        assert!(is_same(&pod(kernel(7)), "a", 7) && is_same(&pod(None), "a", 7));
+        assert!(!is_same(&pod(kernel(7)), "b", 7) && !is_same(&pod(None), "b", 7));
+        assert!(!is_same(&pod(kernel(7)), "a", 8));
+    }
+
+    #[test]
+    fn another_client_with_the_same_port_does_not_count() {
+        let mut calls = made("10.0.0.1:40000");
+        calls.take(vec![verdict("redirected_inbound", "10.0.0.3:40000")]);
+        assert!(!calls.are_decided());
+        calls.take(vec![verdict("bypassed_inbound", "10.0.0.1:40000")]);
+        let names: Vec<&str> =
+            calls.made[0].verdicts.iter().map(|verdict| verdict.verdict.as_str()).collect();
+        assert_eq!(names, ["bypassed_inbound"]);
+    }
+
+    #[tokio::test]
+    async fn verdict_behind_many_others_is_read() {
+        let other = || verdict("forwarded", "10.0.0.3:40000");
+        let batches = [
+            Lines { lines: vec![other()], more: true },
+            Lines { lines: vec![Line::Dropped { dropped: 2 }, other()], more: true },
+            Lines { lines: vec![verdict("redirected_inbound", "10.0.0.1:40000")], more: false },
+        ];
+        let mut calls = made("10.0.0.1:40000");
+        calls.take_rest(&mut stream::iter(batches)).await.unwrap();
+        assert!(calls.are_decided() && calls.dropped == 2);
+        // It does not wait for what comes later.
+        let mut later = stream::iter([Lines::default()]).chain(stream::pending());
+        calls.take_rest(&mut later).await.unwrap();
+    }
+
+    #[tokio::test]
+    async fn source_is_known_whether_or_not_somebody_answers() {
+        let listener = net::TcpListener::bind("127.0.0.1:0").unwrap();
+        let open = listener.local_addr().unwrap();
+        let closed = net::TcpListener::bind("127.0.0.1:0").unwrap().local_addr().unwrap();
+        for (to, expected) in [(open, Connection::Connected), (closed, Connection::Refused)] {
+            let (source, connecting) = begin(socket(to.ip()).unwrap(), to).await;
+            assert_eq!(connecting.await, expected);
+            let source = source.unwrap();
+            assert!(source.ip() == to.ip() && source.port() > 0, "{source}");
+        }
+    }
 }

@@ -57,7 +57,7 @@ impl Observer {
         ensure!(status.success(), "observe: {status}");
         let verdict = |line: &str| match serde_json::from_str(line)? {
             Line::Verdict(verdict) => Ok(*verdict),
-            Line::LeftOut { left_out } => anyhow::bail!("{left_out} left out"),
+            Line::Dropped { dropped } => anyhow::bail!("{dropped} dropped"),
         };
         text.lines().map(verdict).collect()
     }

@@ -129,7 +129,7 @@ fn pod_in_the_mesh_is_captured_both_ways_and_nothing_is_left_behind() -> Result<
 
     let (ok, said) = text(node, &[&pod])?;
     ensure!(ok && said.contains("redirected_outbound, connected"), "{said}");
-    ensure!(said.contains("\nresult     captured: 4 of 4 calls\n"), "{said}");
+    ensure!(said.contains("\nresult     captured: 4 of 4 connections\n"), "{said}");
     Ok(())
 }
 
