@@ -10,6 +10,7 @@ use crate::{
     explain::API_VERSION,
     membership::PodKey,
     output::{self, TextFormat},
+    overrides::Mode,
     verify::{self, Request, Verifications},
 };
 
@@ -31,7 +32,7 @@ async fn one(client: &Client, request: Request, format: TextFormat) -> Result<()
         TextFormat::Json => output::json(&found)?,
     };
     print(text.as_bytes())?;
-    ensure!(found.ok, "{} is {}", found.pod.name, found.result.as_str());
+    ensure!(found.ok, "verification of {} failed: {}", found.pod.name, found.result.as_str());
     Ok(())
 }
 
@@ -41,6 +42,12 @@ async fn all(client: &Client, format: TextFormat) -> Result<()> {
     if let Some(waiting) = &status.waiting {
         bail!("the agent does not know the pods yet: {}", output::printable(waiting));
     }
+    let is_unenrolled = status.overrides.iter().any(|o| o.found.mode == Mode::Unenroll);
+    let kept_out = match (&status.pause, is_unenrolled) {
+        (Some(_), _) => Some("the node is paused"),
+        (None, true) => Some("overrides keep pods out of the mesh"),
+        (None, false) => None,
+    };
     let mut pods: Vec<PodKey> = status
         .pods
         .into_iter()
@@ -69,8 +76,14 @@ async fn all(client: &Client, format: TextFormat) -> Result<()> {
         TextFormat::Json => output::json(&found)?,
     };
     print(text.as_bytes())?;
+    if found.items.is_empty() && found.failed.is_empty() {
+        match kept_out {
+            Some(why) => bail!("no pod to verify: {why}, see `redirect-agent status`"),
+            None => eprintln!("no pod of this node is to be in the mesh"),
+        }
+    }
     let all = found.items.len() + found.failed.len();
     let wrong = found.items.iter().filter(|found| !found.ok).count() + found.failed.len();
-    ensure!(wrong == 0, "{wrong} of {all} pods are not as they should be");
+    ensure!(wrong == 0, "verification failed for {wrong} of {all} pods");
     Ok(())
 }

@@ -47,9 +47,12 @@ pub(super) struct Facts<'a> {
 }
 
 /// Judges a call. Of several verdicts, the last one counts: a SYN that was dropped is sent again. Those about the
-/// connection that the proxy makes for it, with the caller's address and perhaps its port, do not.
+/// connection that the proxy makes for it, with the caller's address and perhaps its port, do not, and neither do
+/// packets that a switch holds back: TCP sends them again.
 pub(super) fn call(facts: &Facts<'_>) -> (Outcome, Option<String>) {
-    let is_its = |verdict: &&Verdict| verdict.verdict != "from_proxy";
+    let is_its = |verdict: &&Verdict| {
+        !matches!(verdict.verdict.as_str(), "from_proxy" | "held_in_transition")
+    };
     let last = facts.verdicts.iter().rfind(is_its).or(facts.verdicts.last());
     let Some(last) = last else { return without_verdict(facts) };
     let excluded = |why: &str| (Outcome::Excluded, Some(why.to_owned()));
@@ -217,6 +220,7 @@ mod tests {
             (&["rescued_outbound", "refused_proxy_away"], Outcome::Refused),
             (&["dropped_proxy_away", "redirected_outbound"], Outcome::Captured),
             (&["held_in_transition"], Outcome::Refused),
+            (&["redirected_outbound", "held_in_transition"], Outcome::Captured),
             (&["refused_unknown_pod"], Outcome::Refused),
             (&["rescued_direct"], Outcome::Excluded),
             (&["local"], Outcome::Excluded),

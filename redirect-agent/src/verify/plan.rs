@@ -60,7 +60,8 @@ pub(super) fn plan(pod: &PodPart, to: Option<SocketAddr>) -> Vec<Planned> {
 fn outbound_port(traffic: &Traffic, ip: IpAddr) -> u16 {
     let only = traffic.selections.outbound_ports.only.iter().flatten().map(|ports| ports.first);
     let is_redirected = |port: &u16| traffic.redirects_call_to(ip, Some(*port));
-    [DISCARD].into_iter().chain(only).find(is_redirected).unwrap_or(DISCARD)
+    let mut ports = [DISCARD].into_iter().chain(only).chain(1..=u16::MAX);
+    ports.find(is_redirected).unwrap_or(DISCARD)
 }
 
 /// A port on which the application listens, and which is redirected if any of those is.
