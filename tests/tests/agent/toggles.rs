@@ -31,7 +31,7 @@ fn enroll_unenroll_and_auto_go_over_the_labels_and_repeat_harmlessly(family: Fam
     assert_eq!(node.tell("enroll", &["shop/server"])?, "shop/server enters the mesh\n");
     node.wait_until_enrolled(server)?;
     cluster.assert_redirected(family)?;
-    assert_eq!(node.tell("enroll", &["shop/server"])?, "shop/server is enrolled already\n");
+    assert_eq!(node.tell("enroll", &["shop/server"])?, "shop/server has this override already\n");
     let status = node.pod(server)?.context("no status")?;
     assert_eq!(status.reason, Reason::OverrideEnrolled);
     let overridden = status.overridden.context("no override")?;
@@ -59,7 +59,7 @@ fn enroll_unenroll_and_auto_go_over_the_labels_and_repeat_harmlessly(family: Fam
     let status = node.wait_for_state(server, PodState::Bypassing)?;
     assert_eq!(status.reason, Reason::OverrideBypass);
     assert_eq!(status.overridden.context("no override")?.target.to_string(), "shop");
-    assert_eq!(node.tell("unenroll", &["shop"])?, "shop is unenrolled already\n");
+    assert_eq!(node.tell("unenroll", &["shop"])?, "shop has this override already\n");
     cluster.assert_direct(family)?;
     assert_unchanged(&server.netns, &before)?;
 
@@ -174,7 +174,10 @@ fn changes_are_written_down_and_can_be_waited_for() -> Result<()> {
     cluster.node.tell("unenroll", &["shop/server", "--wait"])?;
     let mut enroll = cluster.node.command("enroll")?;
     let (ok, said) = finish(enroll.args(["shop/server", "--wait=1s"]))?;
-    assert!(!ok && said.contains("1 of 1 pods are not there after 1s; shop/server is "), "{said}");
+    assert!(
+        !ok && said.contains("1 of 1 pods are not in the expected state after 1s; shop/server is "),
+        "{said}"
+    );
     Ok(())
 }
 
