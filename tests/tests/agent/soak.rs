@@ -35,6 +35,8 @@ const ANY_SEED: u64 = 0x9e37_79b9_7f4a_7c15;
 
 /// The clients' ports, which no proxy chooses by itself: `net.ipv4.ip_local_port_range` begins above.
 const PORTS: Range<u16> = 20_000..30_000;
+/// How many of a client's ports are for its long connections.
+const LONG: u16 = 100;
 /// What is wrong at any time.
 const PAST: &str = "past the proxy";
 /// How long a caller waits between two calls.
@@ -180,11 +182,14 @@ struct Caller<'a> {
 impl Caller<'_> {
     fn run(&self) -> Result<Tally> {
         let mut tally = Tally::default();
-        let mut ports = self.ports.clone().cycle();
-        let mut next = || self.from.addr(self.family, ports.next().unwrap_or(self.ports.start));
+        // A short connection never gets the port of the long one, which is still open.
+        let border = self.ports.end - LONG;
+        let mut short = (self.ports.start..border).cycle();
+        let mut long = (border..self.ports.end).cycle();
+        let address = |port: Option<u16>| self.from.addr(self.family, port.unwrap_or(border));
         let mut old = None;
         while !self.load.done.load(Ordering::Relaxed) {
-            let (source, began) = (next(), Instant::now());
+            let (source, began) = (address(short.next()), Instant::now());
             let called = Call::to(self.to.addr(self.family, PORT)).from(source);
             let wrong = match called.make(&self.from.netns)? {
                 Outcome::Answered(answer) if self.is_past_the_proxy(&answer) => {
@@ -193,8 +198,9 @@ impl Caller<'_> {
                 Outcome::Answered(answer) if answer.by == self.to.name => None,
                 other => Some(other.to_string()),
             };
-            let wrong =
-                wrong.or_else(|| self.talk(&mut old, &mut next).err().map(|e| format!("{e:#}")));
+            let wrong = wrong.or_else(|| {
+                self.talk(&mut old, || address(long.next())).err().map(|e| format!("{e:#}"))
+            });
             match wrong {
                 None => tally.answered += 1,
                 Some(wrong) if !wrong.contains(PAST) && self.load.had_outage(began) => {
@@ -217,7 +223,7 @@ impl Caller<'_> {
     fn talk(
         &self,
         old: &mut Option<Conversation>,
-        next: &mut impl FnMut() -> SocketAddr,
+        next: impl FnOnce() -> SocketAddr,
     ) -> Result<()> {
         let Some(mut open) = old.take() else {
             let call = Call::to(self.to.addr(self.family, PORT)).from(next());
