@@ -63,15 +63,9 @@ pub fn pinned_maps(dir: &Path) -> Result<Vec<PinnedMap>> {
 
 /// bpftool's name of a type, and the number of entries.
 fn measure(name: &str, kind: MapType, data: MapData) -> Result<(&'static str, Option<usize>)> {
-    let hash = |data| match kind {
-        MapType::LruHash => ("lru_hash", Map::LruHashMap(data)),
-        _ => ("hash", Map::HashMap(data)),
-    };
     Ok(match kind {
-        MapType::Hash | MapType::LruHash => {
-            let (kind, map) = hash(data);
-            (kind, Some(entries(name, map)?))
-        }
+        MapType::Hash => ("hash", Some(entries(name, Map::HashMap(data))?)),
+        MapType::LruHash => ("lru_hash", Some(entries(name, Map::LruHashMap(data))?)),
         MapType::PerCpuHash => {
             let map = PerCpuHashMap::<_, CounterKey, u64>::try_from(Map::PerCpuHashMap(data))?;
             ("percpu_hash", Some(count(map.keys())?))
@@ -120,9 +114,6 @@ fn prefixes(name: &str, map: Map) -> Result<usize> {
 }
 
 /// The programs may add and delete keys meanwhile.
-fn count<K>(keys: impl Iterator<Item = Result<K, MapError>>) -> Result<usize> {
-    keys.map(|key| key.map(drop))
-        .collect::<Result<Vec<()>, _>>()
-        .map(|keys| keys.len())
-        .map_err(Into::into)
+fn count<K>(mut keys: impl Iterator<Item = Result<K, MapError>>) -> Result<usize> {
+    Ok(keys.try_fold(0, |count, key| key.map(|_| count + 1))?)
 }
