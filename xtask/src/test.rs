@@ -202,7 +202,9 @@ impl Summary {
         const LINES: usize = 20;
         let of_it = self.said.iter().filter(move |(test, _)| test == name);
         let lines: Vec<_> = of_it
-            .flat_map(|(_, lines)| lines.split(|line| line.trim() == "stack backtrace:").next())
+            .flat_map(|(_, lines)| {
+                lines.split(|line| line.trim().eq_ignore_ascii_case("stack backtrace:")).next()
+            })
             .flatten()
             .filter(|line| !line.is_empty())
             .collect();
@@ -236,7 +238,7 @@ mod tests {
             "",
             "Caused by:",
             "    it is away",
-            "stack backtrace:",
+            "Stack backtrace:",
             "   0: somewhere",
             "",
             "failures:",
