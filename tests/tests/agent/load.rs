@@ -53,6 +53,11 @@ impl<'a> Load<'a> {
         Self { seen_as: Some(pod), ..self }
     }
 
+    /// It lasts for minutes: the proxy may choose a port that is taken, as for [`Self::keeping_old`].
+    pub fn for_long(self) -> Self {
+        Self { may_close: self.may_close + PORT_TAKEN, ..self }
+    }
+
     /// So many times a proxy ends, which closes what it has not accepted by then.
     pub fn while_proxies_end(self, times: usize) -> Self {
         Self { may_close: times * AT_ONCE, ..self }
@@ -91,6 +96,8 @@ impl<'a> Load<'a> {
                             {
                                 closed += 1;
                             } else if !is_right(&outcome, from, self.seen_as, to, addr) {
+                                // With --nocapture, it is seen beside what happens meanwhile.
+                                println!("load: {from} to {addr}, after {at:?}: {outcome}");
                                 failures.push(format!("after {at:?}: {outcome}"));
                             }
                         }
