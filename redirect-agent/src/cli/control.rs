@@ -233,8 +233,8 @@ pub struct ExplainArgs {
     /// The pod, or the one that calls.
     #[arg(value_name = "NAMESPACE/POD")]
     pub pod: PodKey,
-    /// What it calls: NAMESPACE/POD or an address, with a port where that matters.
-    #[arg(value_name = "NAMESPACE/POD[:PORT]|ADDRESS[:PORT]", conflicts_with = "file")]
+    /// What it calls: a pod, a Service (cart.shop.svc, too), or an address, with a port where that matters.
+    #[arg(value_name = "NAMESPACE/NAME[:PORT]|ADDRESS[:PORT]", conflicts_with = "file")]
     pub to: Option<To>,
     /// Ask these manifests, a file or a directory, and no agent: what will be decided for the pod, or for
     /// those of a Deployment of that name.

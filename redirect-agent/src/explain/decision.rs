@@ -1,12 +1,12 @@
 //! What is known about a pod from its objects alone: the decision rule by rule, its settings, its waypoint.
 
-use std::time::SystemTime;
+use std::{collections::BTreeMap, time::SystemTime};
 
 use super::{DecisionPart, PodPart, Rule, Waypoint};
 use crate::{
     membership::{
         ANNOTATION_SIDECAR_STATUS, Config, Decision, LABEL_DATAPLANE_MODE, LABEL_USE_WAYPOINT,
-        LABEL_USE_WAYPOINT_NAMESPACE, Line, Namespace, Pod, Question, Reason, weigh,
+        LABEL_USE_WAYPOINT_NAMESPACE, Line, Namespace, Pod, PodKey, Question, Reason, weigh,
     },
     overrides::{Mode, Overrides},
     source::ANNOTATION_REDIRECTION,
@@ -39,7 +39,7 @@ impl Rules<'_> {
             settings,
             traffic: Some(traffic).filter(|traffic| *traffic != Traffic::default()),
             redirection: pod.annotations.get(ANNOTATION_REDIRECTION).cloned(),
-            waypoint: waypoint(namespace, pod),
+            waypoint: waypoint("pod", &pod.key, &pod.labels, namespace),
             unknown_words: reading.unknown(namespace, pod),
             ..PodPart::default()
         }
@@ -104,20 +104,23 @@ fn rule(pod: &Pod, line: Line<'_>) -> Rule {
     Rule { object, asks, found, decides: line.decides.map(side) }
 }
 
-/// The waypoint for calls to the pod: by its label, otherwise by its namespace's. Source: Istio
+/// The waypoint for calls to a pod, or to a Service: by its label, otherwise by its namespace's. Source: Istio
 /// `pilot/pkg/serviceregistry/kube/controller/ambient/waypoints.go`, `getWaypointForTarget`.
-fn waypoint(namespace: Option<&Namespace>, pod: &Pod) -> Option<Waypoint> {
-    let of_pod = (format!("pod {}", pod.key), &pod.labels);
+pub(super) fn waypoint(
+    kind: &str,
+    key: &PodKey,
+    labels: &BTreeMap<String, String>,
+    namespace: Option<&Namespace>,
+) -> Option<Waypoint> {
+    let own = (format!("{kind} {key}"), labels);
     let of_namespace = namespace.map(|n| (format!("namespace {}", n.name), &n.labels));
-    for (object, labels) in [Some(of_pod), of_namespace].into_iter().flatten() {
-        let is_pod = object.starts_with("pod ");
+    for (n, (object, labels)) in [Some(own), of_namespace].into_iter().flatten().enumerate() {
         let name = labels.get(LABEL_USE_WAYPOINT).filter(|name| !name.is_empty());
         match name.map(String::as_str) {
-            Some(NO_WAYPOINT) if is_pod => return Some(Waypoint { gateway: None, object }),
+            Some(NO_WAYPOINT) if n == 0 => return Some(Waypoint { gateway: None, object }),
             Some(NO_WAYPOINT) | None => {}
             Some(name) => {
-                let namespace =
-                    labels.get(LABEL_USE_WAYPOINT_NAMESPACE).unwrap_or(&pod.key.namespace);
+                let namespace = labels.get(LABEL_USE_WAYPOINT_NAMESPACE).unwrap_or(&key.namespace);
                 return Some(Waypoint { gateway: Some(format!("{namespace}/{name}")), object });
             }
         }

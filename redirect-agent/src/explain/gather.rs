@@ -5,14 +5,14 @@ use std::time::SystemTime;
 use anyhow::Result;
 
 use super::{
-    API_VERSION, Destination, Explanation, KernelPart, NodePart, Place, PodPart, Request,
-    decision::Rules, verdict::judge,
+    API_VERSION, Bypass, Destination, Explanation, KernelPart, NodePart, Place, PodPart, Request,
+    ServicePart, To, decision::Rules, service, verdict::judge,
 };
 use crate::{
     membership::{Config, DATAPLANE_MODE_AMBIENT, LABEL_DATAPLANE_MODE, Pod, PodKey},
     overrides::{Moment, Overrides},
     reconcile::{Look, Observer},
-    source::{Inventory, Source, Whom},
+    source::{Endpoint, Inventory, Source, Whom},
     traffic::{Settings, Traffic},
 };
 
@@ -40,17 +40,51 @@ impl<S: Source> Answerer<'_, S> {
         let now = SystemTime::now();
         let inventory = self.observer.inventory();
         let pod = self.pod(&request.pod, &inventory, now).await?;
+        let node = self.node(&inventory);
         let to = match request.to {
-            Some(to) => {
-                let pod = match &to.whom {
-                    Whom::Named(key) => Some(self.pod(key, &inventory, now).await?),
-                    Whom::At(_) => self.pod_at(&to.whom, &inventory, now).await?,
-                };
-                Some(Destination { asked: to, pod })
-            }
+            Some(to) => Some(self.destination(&node, &pod, to, &inventory, now).await?),
             None => None,
         };
-        Ok(conclude(self.node(&inventory), pod, to, now))
+        Ok(conclude(node, pod, to, now))
+    }
+
+    async fn destination(
+        &self,
+        node: &NodePart,
+        from: &PodPart,
+        asked: To,
+        inventory: &Inventory,
+        now: SystemTime,
+    ) -> Result<Destination> {
+        let pod = match &asked.whom {
+            Whom::Named(key) => Some(self.pod(key, inventory, now).await?),
+            Whom::Service(_) => None,
+            Whom::At(_) => self.pod_at(&asked.whom, inventory, now).await?,
+        };
+        let unknown = pod.as_ref().is_none_or(|pod| pod.place == Place::Unknown);
+        let found = match &asked.whom {
+            // It stays in the pod.
+            Whom::At(ip) if from.bypass_to(*ip, None) == Some(Bypass::InPod) => None,
+            whom if unknown => self.observer.find_service(whom).await?,
+            _ => None,
+        };
+        let Some(found) = found else { return Ok(Destination { asked, service: None, pod }) };
+        let service = service::describe(&found, inventory.namespaces.get(&found.key.namespace));
+        let is_elsewhere = |endpoint: &&Endpoint| {
+            !endpoint.pod.as_ref().is_some_and(|pod| inventory.pods.contains_key(pod))
+        };
+        let mut endpoints: Vec<&Endpoint> = found.endpoints.iter().collect();
+        endpoints.sort_by_key(|endpoint| (is_elsewhere(endpoint), !endpoint.ready));
+        let mut pods = Vec::new();
+        for endpoint in endpoints.iter().take(service::LOOKED_AT) {
+            pods.push(match &endpoint.pod {
+                Some(key) => Some(self.pod(key, inventory, now).await?),
+                None => None,
+            });
+        }
+        let parts = endpoints.iter().map(|e| service::endpoint(&found, asked.port, e)).collect();
+        let service = ServicePart { endpoints: parts, ..service };
+        Ok(service::choose(node, from, &asked, service, &pods, now))
     }
 
     fn node(&self, inventory: &Inventory) -> NodePart {

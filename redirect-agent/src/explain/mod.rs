@@ -8,6 +8,7 @@ pub mod file;
 pub mod gather;
 pub mod listeners;
 mod print;
+mod service;
 #[cfg(test)]
 mod tests;
 mod verdict;
@@ -49,11 +50,12 @@ pub struct Request {
     pub to: Option<To>,
 }
 
-/// What is called: `NAMESPACE/POD[:PORT]`, `10.0.0.2[:PORT]`, `fd00::2`, `[fd00::2]:PORT`.
+/// What is called: `NAMESPACE/NAME[:PORT]` of a pod or a Service, `NAME.NAMESPACE.svc[.DOMAIN][:PORT]` of a
+/// Service, `10.0.0.2[:PORT]`, `fd00::2`, `[fd00::2]:PORT`.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(into = "String", try_from = "String")]
 pub struct To {
-    /// The pod, or the address.
+    /// The pod, the Service, or the address.
     pub whom: Whom,
     /// The port, where one is named.
     pub port: Option<u16>,
@@ -70,18 +72,31 @@ impl FromStr for To {
             let port = Some(at.port());
             return Ok(Self { whom: Whom::At(at.ip().to_canonical()), port });
         }
-        let (pod, port) = match s.split_once(':') {
-            Some((pod, port)) => {
+        let (name, port) = match s.split_once(':') {
+            Some((name, port)) => {
                 let port = port.parse().ok().filter(|port| *port != 0);
-                (pod, Some(port.ok_or_else(|| format!("{s:?} has no port from 1 to 65535"))?))
+                (name, Some(port.ok_or_else(|| format!("{s:?} has no port from 1 to 65535"))?))
             }
             None => (s, None),
         };
-        let key = pod.parse().map_err(|_| {
-            format!("{s:?} is neither NAMESPACE/POD[:PORT] nor an address like 10.0.0.2:80 or [fd00::2]:80")
+        if let Some(key) = service_of_host(name) {
+            return Ok(Self { whom: Whom::Service(key), port });
+        }
+        let key = name.parse().map_err(|_| {
+            format!(
+                "{s:?} is none of NAMESPACE/POD[:PORT], NAMESPACE/SERVICE[:PORT], a host name like \
+                 cart.shop.svc:80, and an address like 10.0.0.2:80 or [fd00::2]:80"
+            )
         })?;
         Ok(Self { whom: Whom::Named(key), port })
     }
+}
+
+/// The Service that has this name in the cluster's DNS: `cart.shop.svc`, `cart.shop.svc.cluster.local`.
+fn service_of_host(host: &str) -> Option<PodKey> {
+    let mut labels = host.trim_end_matches('.').split('.');
+    let (name, namespace) = (labels.next()?, labels.next()?);
+    (labels.next() == Some("svc")).then(|| PodKey::new(namespace, name).ok()).flatten()
 }
 
 impl fmt::Display for To {
@@ -89,6 +104,10 @@ impl fmt::Display for To {
         match (&self.whom, self.port) {
             (Whom::Named(key), None) => key.fmt(f),
             (Whom::Named(key), Some(port)) => write!(f, "{key}:{port}"),
+            (Whom::Service(key), None) => write!(f, "{}.{}.svc", key.name, key.namespace),
+            (Whom::Service(key), Some(port)) => {
+                write!(f, "{}.{}.svc:{port}", key.name, key.namespace)
+            }
             (Whom::At(ip), None) => ip.fmt(f),
             (Whom::At(ip), Some(port)) => SocketAddr::new(*ip, port).fmt(f),
         }
@@ -149,8 +168,76 @@ pub struct NodePart {
 pub struct Destination {
     /// As it was asked for.
     pub asked: To,
-    /// The pod, unless it is an address that no pod has.
+    /// The Service, if it is one.
+    pub service: Option<ServicePart>,
+    /// The pod, unless it is an address that no pod has. Of a Service, the endpoint that is worst off.
     pub pod: Option<PodPart>,
+}
+
+impl Destination {
+    /// Where the caller's packets are addressed to, as far as is known.
+    pub(crate) fn dialed(&self) -> (Option<IpAddr>, Option<u16>) {
+        let first = |ips: &[IpAddr]| ips.first().copied();
+        let ip = match (&self.asked.whom, &self.service) {
+            (Whom::At(ip), _) => Some(*ip),
+            (_, Some(service)) if !service.ips.is_empty() => first(&service.ips),
+            _ => self.pod.as_ref().and_then(|pod| first(&pod.ips)),
+        };
+        (ip, self.asked.port)
+    }
+
+    /// Where they arrive: a Service stands before its endpoint.
+    pub(crate) fn arrives_at(&self) -> (Option<IpAddr>, Option<u16>) {
+        match (&self.service, &self.asked.whom) {
+            (Some(service), _) => match service.chosen() {
+                Some(endpoint) => (Some(endpoint.ip), endpoint.port),
+                None => (None, None),
+            },
+            (None, Whom::At(ip)) => (Some(*ip), self.asked.port),
+            (None, _) => (None, self.asked.port),
+        }
+    }
+}
+
+/// A Service that is called.
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "camelCase")]
+pub struct ServicePart {
+    /// `NAMESPACE/NAME`.
+    pub name: String,
+    /// Its cluster IPs; a headless Service has none.
+    pub ips: Vec<IpAddr>,
+    /// Its TCP ports.
+    pub ports: Vec<u16>,
+    /// The waypoint that its labels, or its namespace's, name.
+    pub waypoint: Option<Waypoint>,
+    /// The pods behind it.
+    pub endpoints: Vec<EndpointPart>,
+}
+
+impl ServicePart {
+    /// The endpoint that stands for all of them.
+    fn chosen(&self) -> Option<&EndpointPart> {
+        self.endpoints.iter().find(|endpoint| endpoint.chosen)
+    }
+}
+
+/// A pod behind a Service.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "camelCase")]
+pub struct EndpointPart {
+    /// The pod, if it is one.
+    pub pod: Option<String>,
+    /// Its address.
+    pub ip: IpAddr,
+    /// The port that the asked port of the Service leads to; `None`: it cannot be told.
+    pub port: Option<u16>,
+    /// Whether it gets new connections.
+    pub ready: bool,
+    /// What is wrong when it is called; `None`: it was not looked at.
+    pub verdict: Option<Cause>,
+    /// Whether it is the one that is explained in full.
+    pub chosen: bool,
 }
 
 /// Where a pod is known from.
@@ -407,6 +494,12 @@ causes! {
     WrongNamespace = "wrong-namespace",
     /// No pod of that name is known.
     NoSuchPod = "no-such-pod",
+    /// There is no such Service.
+    NoSuchService = "no-such-service",
+    /// The Service does not have that port.
+    NoSuchServicePort = "no-such-service-port",
+    /// The Service has no endpoint that gets new connections.
+    NoReadyEndpoint = "no-ready-endpoint",
     /// Two pods have one address, or one uid.
     TwoPodsOneAddress = "two-pods-one-address",
     /// No interface of the pod has its address.

@@ -1,9 +1,20 @@
 //! The explanation as text.
 
-use std::fmt::{self, Write as _};
+use std::{
+    fmt::{self, Write as _},
+    net::SocketAddr,
+};
 
-use super::{Explanation, Finding, NodePart, Place, PodPart, Rule, verdict::application_listens};
-use crate::{membership::Reason, output::printable, traffic::Traffic, zds::Answer};
+use super::{
+    Cause, Explanation, Finding, NodePart, Place, PodPart, Rule, ServicePart, Waypoint,
+    service::LOOKED_AT, verdict::application_listens,
+};
+use crate::{
+    membership::{LABEL_USE_WAYPOINT, Reason},
+    output::printable,
+    traffic::Traffic,
+    zds::Answer,
+};
 
 /// The column after the headings.
 const COLUMN: usize = 15;
@@ -20,9 +31,13 @@ fn write(explanation: &Explanation, out: &mut String) -> fmt::Result {
     write_pod(node, pod, out)?;
     if let Some(to) = to {
         writeln!(out)?;
+        if let Some(service) = &to.service {
+            write_service(service, out)?;
+        }
         match &to.pod {
             Some(called) => write_pod(node, called, out)?,
-            None => writeln!(out, "{}: no pod has this address", to.asked)?,
+            None if to.service.is_some() => {}
+            None => writeln!(out, "{}: not known here", to.asked)?,
         }
         writeln!(out)?;
         let asked = format!("{} -> {}", pod.name, to.asked);
@@ -33,12 +48,12 @@ fn write(explanation: &Explanation, out: &mut String) -> fmt::Result {
                     line(out, "", why)?;
                 }
             }
-            None => line(out, "call", &format!("{asked}: cannot be told"))?,
+            None => line(out, "call", &format!("{asked}: unknown"))?,
         }
     }
     writeln!(out)?;
     write_finding(verdict, "verdict", out)?;
-    for also in findings.iter().skip(1).filter(|f| f.cause != super::Cause::NothingFound) {
+    for also in findings.iter().skip(1).filter(|f| f.cause != Cause::NothingFound) {
         write_finding(also, "also", out)?;
     }
     Ok(())
@@ -56,6 +71,45 @@ fn write_finding(finding: &Finding, word: &str, out: &mut String) -> fmt::Result
 /// A heading and its text. Text from objects must not contain control characters.
 fn line(out: &mut String, word: &str, text: &str) -> fmt::Result {
     writeln!(out, "{word:<COLUMN$}{}", printable(text))
+}
+
+fn write_service(service: &ServicePart, out: &mut String) -> fmt::Result {
+    let mut head = format!("Service {}", service.name);
+    for ip in &service.ips {
+        write!(head, ", {ip}")?;
+    }
+    if service.ips.is_empty() {
+        head.push_str(", headless");
+    }
+    writeln!(out, "{}", printable(&head))?;
+    write_waypoint(service.waypoint.as_ref(), out)?;
+    for (n, endpoint) in service.endpoints.iter().take(LOOKED_AT).enumerate() {
+        let pod = endpoint.pod.as_deref().unwrap_or("no pod");
+        let at = match endpoint.port {
+            Some(port) => SocketAddr::new(endpoint.ip, port).to_string(),
+            None => endpoint.ip.to_string(),
+        };
+        let ready = if endpoint.ready { "ready" } else { "not ready" };
+        let verdict = endpoint.verdict.map_or("not looked at", Cause::as_str);
+        let shown = if endpoint.chosen { ", explained below" } else { "" };
+        let word = if n == 0 { "  endpoints" } else { "" };
+        line(out, word, &format!("{pod} at {at}, {ready}: {verdict}{shown}"))?;
+    }
+    let more = service.endpoints.len().saturating_sub(LOOKED_AT);
+    if more > 0 {
+        line(out, "", &format!("and {more} more, which were not looked at"))?;
+    }
+    writeln!(out)
+}
+
+fn write_waypoint(waypoint: Option<&Waypoint>, out: &mut String) -> fmt::Result {
+    let Some(waypoint) = waypoint else { return Ok(()) };
+    let gateway = waypoint.gateway.as_deref().unwrap_or("none, opted out");
+    line(
+        out,
+        "  waypoint",
+        &format!("{gateway}, by label {LABEL_USE_WAYPOINT} of {}", waypoint.object),
+    )
 }
 
 fn write_pod(node: &NodePart, pod: &PodPart, out: &mut String) -> fmt::Result {
@@ -97,11 +151,7 @@ fn write_pod(node: &NodePart, pod: &PodPart, out: &mut String) -> fmt::Result {
         let text = redirection.unwrap_or("no annotation: peers use plaintext");
         line(out, "  peers", &format!("ambient.istio.io/redirection: {text}"))?;
     }
-    if let Some(waypoint) = &pod.waypoint {
-        let gateway = waypoint.gateway.as_deref().unwrap_or("none, opted out");
-        let text = format!("{gateway}, by label istio.io/use-waypoint of {}", waypoint.object);
-        line(out, "  waypoint", &text)?;
-    }
+    write_waypoint(pod.waypoint.as_ref(), out)?;
     for word in &pod.unknown_words {
         line(out, "  unknown", &word.to_string())?;
     }

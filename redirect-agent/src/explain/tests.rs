@@ -80,7 +80,11 @@ fn outside(pod: PodPart) -> PodPart {
 
 /// The causes, the verdict first.
 fn causes(node: &NodePart, pod: &PodPart, to: Option<(&str, Option<PodPart>)>) -> Vec<Cause> {
-    let to = to.map(|(asked, pod)| Destination { asked: asked.parse::<To>().unwrap(), pod });
+    let to = to.map(|(asked, pod)| Destination {
+        asked: asked.parse::<To>().unwrap(),
+        service: None,
+        pod,
+    });
     let (_, findings) = judge(node, pod, to.as_ref(), now());
     findings.iter().map(|finding| finding.cause).collect()
 }
@@ -95,7 +99,7 @@ fn to_b(from: &PodPart, called: PodPart) -> Vec<Cause> {
 
 /// How the call goes: protocol, by the caller's proxy, the port of the proxy that it arrives at.
 fn way(from: &PodPart, asked: &str, called: PodPart) -> (String, bool, Option<u16>) {
-    let to = Destination { asked: asked.parse().unwrap(), pod: Some(called) };
+    let to = Destination { asked: asked.parse().unwrap(), service: None, pod: Some(called) };
     let path = judge(&node(), from, Some(&to), now()).0.unwrap();
     (path.protocol, path.by_callers_proxy, path.to_proxy_port)
 }
@@ -137,7 +141,7 @@ fn a_call_goes_by_the_proxies_of_those_that_have_one() {
     assert_eq!(way(&a(), "shop/b:80", elsewhere), hbone(true, 15008));
     assert_eq!(way(&a(), "shop/a:80", a()), plain(false, None), "itself");
     for own in ["127.0.0.1:80", "[::1]:80"] {
-        let to = Destination { asked: own.parse().unwrap(), pod: None };
+        let to = Destination { asked: own.parse().unwrap(), service: None, pod: None };
         let (path, findings) = judge(&node(), &a(), Some(&to), now());
         assert!(!path.unwrap().by_callers_proxy, "{own}");
         assert_eq!(findings[0].cause, Cause::OutsideTheMesh, "{findings:#?}");

@@ -10,7 +10,7 @@ use strsim::damerau_levenshtein;
 
 use super::{
     Area, Bypass, Cause, Destination, Finding, KernelPart, NodePart, Path, Place, PodPart, Weight,
-    listeners::is_called,
+    listeners::is_called, service,
 };
 use crate::{
     dataplane::PartKind,
@@ -53,9 +53,10 @@ pub fn judge(
     let role = if to.is_some() { Role::Caller } else { Role::Alone };
     of_pod(node, pod, role, now, &mut findings);
     if let (Some(to), Some(called)) = (to, called) {
-        let ip = if let Whom::At(ip) = to.asked.whom { Some(ip) } else { None };
-        of_pod(node, called, Role::Called(ip, to.asked.port), now, &mut findings);
+        let (ip, port) = to.arrives_at();
+        of_pod(node, called, Role::Called(ip, port), now, &mut findings);
     }
+    findings.extend(to.and_then(|to| service::findings(&to.asked, to.service.as_ref())));
     let path = to.and_then(|to| path(pod, to));
     match (&path, to) {
         (Some(path), Some(to)) => of_path(pod, to, path, &mut findings),
@@ -84,7 +85,7 @@ fn hint(finding: Finding) -> Finding {
 
 fn of_pod(node: &NodePart, pod: &PodPart, role: Role, now: SystemTime, out: &mut Vec<Finding>) {
     if pod.place == Place::Unknown {
-        out.push(unknown(pod));
+        out.push(unknown(pod, role));
         return;
     }
     let (namespace, name) = pod.name.split_once('/').unwrap_or_default();
@@ -126,11 +127,14 @@ fn of_pod(node: &NodePart, pod: &PodPart, role: Role, now: SystemTime, out: &mut
     }
 }
 
-fn unknown(pod: &PodPart) -> Finding {
+fn unknown(pod: &PodPart, role: Role) -> Finding {
     let (namespace, name) = pod.name.split_once('/').unwrap_or_default();
     let find = format!("kubectl get pods -A --field-selector metadata.name={name}");
     if pod.elsewhere.is_empty() {
-        let message = format!("there is no pod {} on this node", pod.name);
+        let message = match role {
+            Role::Called(..) => format!("there is no pod {} and no Service of that name", pod.name),
+            _ => format!("there is no pod {} on this node", pod.name),
+        };
         return finding(Area::Configuration, Cause::NoSuchPod, pod, message, &[find]);
     }
     let others = pod.elsewhere.join(", ");
@@ -415,7 +419,7 @@ pub(crate) fn application_listens(pod: &PodPart) -> Option<Vec<SocketAddr>> {
 
 /// Whether a pod calls loopback, or itself by its address.
 fn calls_itself(from: &PodPart, to: &Destination) -> bool {
-    let own = to.pod.as_ref().is_some_and(|pod| pod.name == from.name);
+    let own = to.service.is_none() && to.pod.as_ref().is_some_and(|pod| pod.name == from.name);
     own || matches!(to.asked.whom, Whom::At(ip) if from.bypass_to(ip, None) == Some(Bypass::InPod))
 }
 
@@ -424,12 +428,8 @@ fn path(from: &PodPart, to: &Destination) -> Option<Path> {
     if from.place == Place::Unknown || from.place == Place::LeftOut {
         return None;
     }
-    let port = to.asked.port;
     let called = to.pod.as_ref();
-    let ip = match to.asked.whom {
-        Whom::At(ip) => Some(ip),
-        Whom::Named(_) => called.and_then(|pod| pod.ips.first().copied()),
-    };
+    let (ip, port) = to.dialed();
     if calls_itself(from, to) {
         let why = vec![format!("{} calls itself: that never leaves the pod", from.name)];
         let protocol = PLAINTEXT.to_owned();
@@ -461,12 +461,14 @@ fn path(from: &PodPart, to: &Destination) -> Option<Path> {
             true
         }
     };
+    why.extend(to.service.iter().flat_map(|service| service::passes(service, by_callers_proxy)));
     let Some(called) = called else {
-        why.push(format!(
-            "no pod of this node has address {}; for a Service or a pod of another node, the caller's proxy \
-             chooses the pod and the protocol",
-            to.asked
-        ));
+        if to.service.is_none() {
+            why.push(format!(
+                "no pod and no Service is known at {}; if the caller's proxy knows it, that chooses the protocol",
+                to.asked
+            ));
+        }
         let protocol = if by_callers_proxy { UNKNOWN } else { PLAINTEXT }.to_owned();
         return Some(Path { protocol, by_callers_proxy, to_proxy_port: None, why });
     };
@@ -491,7 +493,7 @@ fn path(from: &PodPart, to: &Destination) -> Option<Path> {
     let source = from.ips.first().copied();
     let to_proxy_port = if hbone {
         Some(PORT_HBONE)
-    } else if is_captured(called) && settings.redirects_call_from(source, port) {
+    } else if is_captured(called) && settings.redirects_call_from(source, to.arrives_at().1) {
         Some(PORT_INBOUND)
     } else {
         None

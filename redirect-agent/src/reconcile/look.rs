@@ -20,7 +20,7 @@ use crate::{
     membership::{Decision, Pod, PodKey},
     output::PodState,
     overrides::{Override, Overrides, Target},
-    source::{Event, Inventory, Redirection, Source, Whom},
+    source::{Event, Inventory, Redirection, Service, Source, Whom},
     traffic::Traffic,
     verdicts::Names,
     zds::{Answer, Away},
@@ -139,6 +139,15 @@ impl<S: Source> Observer<S> {
     /// As for [`Source::find`].
     pub async fn find(&self, whom: &Whom) -> Result<Option<Pod>> {
         self.shared.source.find(whom).await
+    }
+
+    /// A Service, as the source knows it.
+    ///
+    /// # Errors
+    ///
+    /// As for [`Source::find_service`].
+    pub async fn find_service(&self, whom: &Whom) -> Result<Option<Service>> {
+        self.shared.source.find_service(whom).await
     }
 
     /// What happened to the pods lately.

@@ -25,7 +25,7 @@ use tracing::{debug, info, warn};
 pub use self::manifests::Manifests;
 use self::manifests::{Found, Object, interpret, parse};
 use super::{
-    ANNOTATION_REDIRECTION, Event, Inventory, Problem, Redirection, Source, Whom, report,
+    ANNOTATION_REDIRECTION, Event, Inventory, Problem, Redirection, Service, Source, Whom, report,
     without_conflicts,
 };
 use crate::membership::{Namespace, Pod, PodKey};
@@ -196,37 +196,50 @@ impl Source for DirSource {
         }
     }
 
-    /// Reads the directory, because pods of other nodes are not kept.
     async fn find(&self, whom: &Whom) -> anyhow::Result<Option<Pod>> {
         let (dir, whom) = (self.dir.clone(), whom.clone());
         tokio::task::spawn_blocking(move || {
-            let mut names = list(&dir).with_context(|| format!("list {}", dir.display()))?;
-            names.retain(|name| is_manifest(name));
-            names.sort();
-            for name in names {
-                // What is wrong with a file is an inventory's problem.
-                let Ok(manifests) = Manifests::read(&dir.join(name)) else { continue };
-                if let Some(mut pod) = manifests.pods.into_values().find(|pod| whom.is(pod)) {
-                    let said = fs::read_to_string(dir.join(STATUS_DIR).join(status_file(&pod.key)));
-                    let states = [Redirection::Enabled, Redirection::Pending];
-                    let state = states
-                        .into_iter()
-                        .find(|state| said.as_ref().is_ok_and(|text| *text == patch(*state)));
-                    let annotation = state.map(|state| state.as_str().to_owned());
-                    pod.annotations
-                        .extend(annotation.map(|value| (ANNOTATION_REDIRECTION.to_owned(), value)));
-                    return Ok(Some(pod));
-                }
-            }
-            Ok(None)
+            let pods = everything(&dir)?.pods;
+            let Some(mut pod) = pods.into_values().find(|pod| whom.is(pod)) else {
+                return Ok(None);
+            };
+            let said = fs::read_to_string(dir.join(STATUS_DIR).join(status_file(&pod.key)));
+            let states = [Redirection::Enabled, Redirection::Pending];
+            let state = states
+                .into_iter()
+                .find(|state| said.as_ref().is_ok_and(|text| *text == patch(*state)));
+            let annotation = state.map(|state| state.as_str().to_owned());
+            pod.annotations
+                .extend(annotation.map(|value| (ANNOTATION_REDIRECTION.to_owned(), value)));
+            Ok(Some(pod))
         })
         .await
         .context("read the manifests")?
     }
 
+    async fn find_service(&self, whom: &Whom) -> anyhow::Result<Option<Service>> {
+        let (dir, whom) = (self.dir.clone(), whom.clone());
+        tokio::task::spawn_blocking(move || Ok(everything(&dir)?.service(&whom)))
+            .await
+            .context("read the manifests")?
+    }
+
     fn record(&self, pod: &Pod, event: Event) {
         debug!(pod = %pod.key, event = event.kind.as_str(), "{}", event.message);
     }
+}
+
+/// Reads the directory: what is kept of it is this node's pods. What is wrong with a file is an inventory's
+/// problem.
+fn everything(dir: &Path) -> anyhow::Result<Manifests> {
+    let mut names = list(dir).with_context(|| format!("list {}", dir.display()))?;
+    names.retain(|name| is_manifest(name));
+    names.sort();
+    let mut all = Manifests::default();
+    for name in names {
+        let _problem = all.add(&dir.join(name));
+    }
+    Ok(all)
 }
 
 /// What is written for a pod with this annotation.

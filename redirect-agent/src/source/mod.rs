@@ -13,6 +13,9 @@ use crate::{
 
 pub mod dir;
 pub mod kube;
+mod service;
+
+pub use self::service::{Endpoint, Service, ServicePort};
 
 /// The annotation that tells istiod whether a pod speaks HBONE.
 /// Source: Istio `pkg/config/constants`, `AmbientRedirection`.
@@ -119,16 +122,28 @@ pub trait Source: Send + Sync + 'static {
     /// When it is unknown whether there is one.
     fn find(&self, whom: &Whom) -> impl Future<Output = anyhow::Result<Option<Pod>>> + Send;
 
+    /// Asks for a Service, by its name or one of its cluster IPs.
+    ///
+    /// # Errors
+    ///
+    /// When it is unknown whether there is one.
+    fn find_service(
+        &self,
+        whom: &Whom,
+    ) -> impl Future<Output = anyhow::Result<Option<Service>>> + Send;
+
     /// Reports to whoever looks at `pod` what happened to it. Never waits; what cannot be reported is logged
     /// and lost.
     fn record(&self, pod: &Pod, event: Event);
 }
 
-/// How a pod is named in a query.
+/// How a pod, or a Service, is named in a query.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub enum Whom {
-    /// By its name.
+    /// By its name: a pod, or a Service if there is no such pod.
     Named(PodKey),
+    /// A Service by its name.
+    Service(PodKey),
     /// By one of its addresses.
     At(IpAddr),
 }
@@ -138,6 +153,7 @@ impl Whom {
     pub fn is(&self, pod: &Pod) -> bool {
         match self {
             Whom::Named(key) => pod.key == *key,
+            Whom::Service(_) => false,
             Whom::At(ip) => !pod.host_network && !pod.phase.is_finished() && pod.ips.contains(ip),
         }
     }

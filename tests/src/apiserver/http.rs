@@ -131,6 +131,8 @@ fn take_apart(path: &str, query: &str, headers: &HeaderMap, body: &[u8]) -> Resu
         ("events.k8s.io", rest)
     } else if let Some(rest) = path.strip_prefix("/apis/apps/v1/") {
         ("apps", rest)
+    } else if let Some(rest) = path.strip_prefix("/apis/discovery.k8s.io/v1/") {
+        ("discovery.k8s.io", rest)
     } else {
         return Err(unknown());
     };
@@ -141,8 +143,16 @@ fn take_apart(path: &str, query: &str, headers: &HeaderMap, body: &[u8]) -> Resu
         [plural, rest @ ..] => ("", *plural, rest),
         [] => return Err(unknown()),
     };
-    let kinds =
-        [Kind::Pod, Kind::Namespace, Kind::Node, Kind::ConfigMap, Kind::Event, Kind::DaemonSet];
+    let kinds = [
+        Kind::Pod,
+        Kind::Namespace,
+        Kind::Node,
+        Kind::ConfigMap,
+        Kind::Event,
+        Kind::DaemonSet,
+        Kind::Service,
+        Kind::EndpointSlice,
+    ];
     // Events are written in their own group, and read in the core's, too.
     let group = if plural == Kind::Event.plural() { Kind::Event.group() } else { group };
     let is_meant = |kind: &Kind| (kind.group(), kind.plural()) == (group, plural);
@@ -199,7 +209,8 @@ fn decode(text: &str) -> String {
 fn carry_out(shared: &Arc<Shared>, verb: &str, asked: &Asked) -> Result<Response, Status> {
     shared.store().check(verb, asked.kind, &asked.subresource)?;
     match (verb, asked.kind, asked.subresource.as_str()) {
-        ("list", Kind::Pod | Kind::Namespace | Kind::Node | Kind::Event, "") => list(shared, asked),
+        ("list", Kind::Pod | Kind::Namespace | Kind::Node | Kind::Event, "")
+        | ("list", Kind::Service | Kind::EndpointSlice, "") => list(shared, asked),
         ("watch", Kind::Pod | Kind::Namespace | Kind::Node, "") => watch_changes(shared, asked),
         ("get", Kind::DaemonSet | Kind::Namespace | Kind::ConfigMap, "") => get(shared, asked),
         ("patch", Kind::Pod, "status") => patch_pod_status(shared, asked),

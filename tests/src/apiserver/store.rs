@@ -21,6 +21,10 @@ pub enum Kind {
     Event,
     /// `apps/v1`.
     DaemonSet,
+    /// `v1`.
+    Service,
+    /// `discovery.k8s.io/v1`.
+    EndpointSlice,
 }
 
 impl Kind {
@@ -33,23 +37,27 @@ impl Kind {
             Kind::ConfigMap => "configmaps",
             Kind::Event => "events",
             Kind::DaemonSet => "daemonsets",
+            Kind::Service => "services",
+            Kind::EndpointSlice => "endpointslices",
         }
     }
 
     /// The API group, empty for the core.
     pub fn group(self) -> &'static str {
         match self {
-            Kind::Namespace | Kind::Pod | Kind::Node | Kind::ConfigMap => "",
+            Kind::Namespace | Kind::Pod | Kind::Node | Kind::ConfigMap | Kind::Service => "",
             Kind::Event => "events.k8s.io",
             Kind::DaemonSet => "apps",
+            Kind::EndpointSlice => "discovery.k8s.io",
         }
     }
 
     pub(super) fn api_version(self) -> &'static str {
         match self {
-            Kind::Namespace | Kind::Pod | Kind::Node | Kind::ConfigMap => "v1",
+            Kind::Namespace | Kind::Pod | Kind::Node | Kind::ConfigMap | Kind::Service => "v1",
             Kind::Event => "events.k8s.io/v1",
             Kind::DaemonSet => "apps/v1",
+            Kind::EndpointSlice => "discovery.k8s.io/v1",
         }
     }
 
@@ -61,6 +69,8 @@ impl Kind {
             Kind::ConfigMap => "ConfigMap",
             Kind::Event => "Event",
             Kind::DaemonSet => "DaemonSet",
+            Kind::Service => "Service",
+            Kind::EndpointSlice => "EndpointSlice",
         }
     }
 
@@ -86,7 +96,12 @@ impl Kind {
             Kind::Event => {
                 &["metadata.name", "metadata.namespace", "reason", "type", "reportingComponent"]
             }
-            Kind::ConfigMap | Kind::DaemonSet => &["metadata.name", "metadata.namespace"],
+            Kind::Service => {
+                &["metadata.name", "metadata.namespace", "spec.clusterIP", "spec.type"]
+            }
+            Kind::ConfigMap | Kind::DaemonSet | Kind::EndpointSlice => {
+                &["metadata.name", "metadata.namespace"]
+            }
         }
     }
 }

@@ -378,3 +378,59 @@ fn misspelled_labels_are_events_and_a_pod_of_another_node_is_asked_for() -> Resu
     }
     Ok(())
 }
+
+/// Its EndpointSlices say where a call to a Service arrives.
+#[test]
+fn service_is_asked_for_and_its_endpoints_are_explained() -> Result<()> {
+    let managed = Managed::start()?;
+    let Cluster { node, server, client, .. } = &managed.cluster;
+    managed.put(&Manifest::of(server).mode("ambient"));
+    managed.wait_for_redirection(server, Some("enabled"))?;
+    let metadata = json!({"name": "cart", "namespace": "shop"});
+    managed.api.put(
+        Kind::Service,
+        json!({
+            "metadata": metadata,
+            "spec": {"clusterIPs": ["10.96.0.7"], "ports": [{"name": "http", "port": 80}]},
+        }),
+    );
+    let endpoint = |pod: &Pod, ready: bool| {
+        json!({
+            "addresses": [pod.v4], "conditions": {"ready": ready},
+            "targetRef": {"kind": "Pod", "namespace": pod.namespace, "name": pod.name},
+        })
+    };
+    let labels = json!({"kubernetes.io/service-name": "cart"});
+    let slice = |ready| {
+        managed.api.put(
+            Kind::EndpointSlice,
+            json!({
+                "metadata": {"name": "cart-abc", "namespace": "shop", "labels": labels},
+                "endpoints": [endpoint(client, ready), endpoint(server, false)],
+                "ports": [{"name": "http", "port": PORT}],
+            }),
+        )
+    };
+    let ask = |to: &str| -> Result<Explanation> {
+        let json = node.tell("explain", &[&server.to_string(), to, "-o", "json"])?;
+        serde_json::from_str(&json).context("read explain")
+    };
+    slice(true);
+    for to in ["shop/cart:80", "10.96.0.7:80"] {
+        let to = ask(to)?.to.context("nothing is called")?;
+        let pod = to.pod.context("no pod")?;
+        assert_eq!((pod.place, pod.name), (Place::OtherNode, client.to_string()));
+        let endpoints = to.service.context("no Service")?.endpoints;
+        let client = endpoints.iter().find(|endpoint| endpoint.ready).context("none is ready")?;
+        assert_eq!(client.port, Some(PORT));
+    }
+    slice(false);
+    assert_eq!(ask("shop/cart:80")?.verdict.cause, Cause::NoReadyEndpoint);
+
+    // A role of before says what it lacks.
+    managed.api.forbid("list", "services");
+    let output = node.command("explain")?.args([&server.to_string(), "shop/cart:80"]).output()?;
+    let said = String::from_utf8_lossy(&output.stderr);
+    ensure!(!output.status.success() && said.contains("list Service shop/cart"), "{said}");
+    Ok(())
+}

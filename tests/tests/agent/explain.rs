@@ -313,6 +313,66 @@ fn application_that_listens_on_loopback_only_is_named(family: Family) -> Result<
     Ok(())
 }
 
+/// A Service of the pods that have the label `app: NAME`.
+fn service(name: &str, ips: &[&str], port: u16) -> serde_json::Value {
+    json!({
+        "apiVersion": "v1", "kind": "Service",
+        "metadata": {"name": name, "namespace": "shop", "labels": {"istio.io/use-waypoint": "gw"}},
+        "spec": {
+            "selector": {"app": name}, "clusterIPs": ips,
+            "ports": [{"name": "http", "port": port, "targetPort": PORT}],
+        },
+    })
+}
+
+/// A call to a Service is explained for the endpoint that is worst off.
+#[test]
+fn service_is_explained_by_its_worst_endpoint() -> Result<()> {
+    let mut cluster = Cluster::enrolled(&[])?;
+    let second = cluster.topology.add_pod(0, "shop", "second")?;
+    let Cluster { node, server, .. } = &cluster;
+    let of = |pod: &Pod| Manifest::of(pod).with("/metadata/labels", "app", json!("cart"));
+    node.write(&of(&second).mode("ambient"))?;
+    node.write(&of(server).mode("ambient"))?;
+    node.wait_until_enrolled(&second)?;
+    let file = node.manifests().join("service.json");
+    std::fs::write(&file, service("cart", &["10.96.0.7", "fd00:96::7"], 80).to_string())?;
+    let _app = echo(server)?;
+    let name = server.to_string();
+
+    // By its name, as a host, and by either cluster IP.
+    let nobody = (Area::Application, Cause::NobodyListens);
+    for asked in
+        ["shop/cart:80", "cart.shop.svc.cluster.local:80", "10.96.0.7:80", "[fd00:96::7]:80"]
+    {
+        let line = format!("{second} at {}:{PORT}, ready: nobody-listens, explained", second.v4);
+        let explained = assert_verdict(node, &[&name, asked], nobody, &line)?;
+        let to = explained.to.context("nothing is called")?;
+        assert_eq!(to.pod.map(|pod| pod.name), Some(second.to_string()));
+        let service = to.service.context("no Service")?;
+        let gateway = service.waypoint.and_then(|waypoint| waypoint.gateway);
+        assert_eq!(gateway.as_deref(), Some("shop/gw"));
+        assert_eq!(service.endpoints.len(), 4);
+        let path = explained.path.context("no path")?;
+        assert_eq!((path.protocol.as_str(), path.to_proxy_port), ("HBONE", Some(15008)));
+        assert!(path.why.iter().any(|why| why.contains("has waypoint shop/gw")), "{path:?}");
+    }
+    let _second = echo(&second)?;
+    let nothing = (Area::None, Cause::NothingFound);
+    assert_verdict(node, &[&name, "shop/cart:80"], nothing, "chooses one of 4 ready endpoints")?;
+
+    // A port that it does not have, no pod that it selects, and no Service.
+    let config = |cause| (Area::Configuration, cause);
+    let port = config(Cause::NoSuchServicePort);
+    assert_verdict(node, &[&name, "shop/cart:81"], port, "does not have TCP port 81; it has 80")?;
+    std::fs::write(&file, service("basket", &["10.96.0.8"], 80).to_string())?;
+    let none = config(Cause::NoReadyEndpoint);
+    assert_verdict(node, &[&name, "shop/basket:80"], none, "its selector selects no pod")?;
+    let missing = config(Cause::NoSuchService);
+    assert_verdict(node, &[&name, "cart.shop.svc:80"], missing, "there is no Service cart")?;
+    assert_verdict(node, &[&name, "shop/cart"], config(Cause::NoSuchPod), "there is no").map(drop)
+}
+
 /// The agent puts it back at once: `explain` says that it was so.
 fn deleted_rule_is_named(family: Family) -> Result<()> {
     let cluster = Cluster::enrolled(&SELDOM)?;

@@ -9,6 +9,7 @@ use serde_json::{Value, json};
 
 use super::{is_manifest, list};
 use crate::membership::{DATAPLANE_MODE_AMBIENT, LABEL_DATAPLANE_MODE, Namespace, Pod, PodKey};
+use crate::source::{Service, Whom};
 
 /// The namespaces and pods of some files.
 #[derive(Debug, Default)]
@@ -17,6 +18,7 @@ pub struct Manifests {
     pub namespaces: BTreeMap<String, Namespace>,
     /// By name.
     pub pods: BTreeMap<PodKey, Pod>,
+    services: Vec<k8s::Service>,
 }
 
 impl Manifests {
@@ -41,7 +43,7 @@ impl Manifests {
         Ok(manifests)
     }
 
-    fn add(&mut self, path: &Path) -> Result<()> {
+    pub(super) fn add(&mut self, path: &Path) -> Result<()> {
         let content = fs::read(path).with_context(|| format!("read {}", path.display()))?;
         let is_json = path.extension() == Some(OsStr::new("json"));
         let documents = parse(&content, is_json)
@@ -49,6 +51,7 @@ impl Manifests {
         let mut found = Vec::new();
         for (index, document) in documents.into_iter().enumerate() {
             let object = prepared(document);
+            self.services.extend(services(&object));
             interpret(format!("document {}", index + 1), &object, None, &mut found);
         }
         for Found { place, object, .. } in found {
@@ -60,6 +63,20 @@ impl Manifests {
         Ok(())
     }
 
+    /// The Service of that name, or with that cluster IP.
+    pub(super) fn service(&self, whom: &Whom) -> Option<Service> {
+        let mut all = self.services.iter();
+        match whom {
+            Whom::Named(key) | Whom::Service(key) => all
+                .filter_map(|object| Service::selecting(object, self.pods.values()))
+                .find(|service| service.key == *key),
+            Whom::At(ip) => {
+                let object = all.find(|object| Service::has(object, *ip))?;
+                Service::selecting(object, self.pods.values())
+            }
+        }
+    }
+
     /// The namespaces whose label asks for the mesh.
     pub fn mesh_namespaces(&self) -> Vec<String> {
         let is_in = |namespace: &&Namespace| {
@@ -68,6 +85,15 @@ impl Manifests {
         };
         self.namespaces.values().filter(is_in).map(|namespace| namespace.name.clone()).collect()
     }
+}
+
+/// The Services of a document.
+fn services(document: &Value) -> Vec<k8s::Service> {
+    if let Some(items) = document.get("items").and_then(Value::as_array) {
+        return items.iter().flat_map(services).collect();
+    }
+    let is_one = document.get("kind").is_some_and(|kind| kind == "Service");
+    is_one.then(|| decode(document).ok()).flatten().into_iter().collect()
 }
 
 /// The object, and those in it, as [`interpret`] takes them.

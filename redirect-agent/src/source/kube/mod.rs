@@ -18,6 +18,7 @@ use std::{
     collections::BTreeMap,
     error::Error as _,
     io,
+    net::IpAddr,
     path::Path,
     sync::{Arc, Mutex, MutexGuard, PoisonError},
     time::Duration,
@@ -28,9 +29,9 @@ pub use kube::Config;
 
 use anyhow::{Context as _, Result, anyhow, bail, ensure};
 use http::Response;
-use k8s_openapi::api::core::v1 as k8s;
+use k8s_openapi::api::{core::v1 as k8s, discovery::v1::EndpointSlice};
 use kube::{
-    Api, Client, Error,
+    Api, Client, Error, ResourceExt as _,
     api::{ApiResource, DynamicObject, ListParams, PartialObjectMeta, Patch, PatchParams},
     client::ClientBuilder,
     config::{KubeConfigOptions, Kubeconfig},
@@ -50,7 +51,9 @@ use self::{
     events::{Intake, Scribe},
     state::State,
 };
-use super::{ANNOTATION_REDIRECTION, Event, Inventory, Problem, Redirection, Source, Whom, report};
+use super::{
+    ANNOTATION_REDIRECTION, Event, Inventory, Problem, Redirection, Service, Source, Whom, report,
+};
 use crate::{
     membership::{self, Pod, is_dns_subdomain},
     metrics::Metrics,
@@ -58,6 +61,10 @@ use crate::{
 
 /// The agent's name, as field manager and as reporter of events.
 const NAME: &str = "redirect-agent";
+/// Label of an EndpointSlice. Source: Kubernetes `discovery/v1`, LabelServiceName.
+const LABEL_SERVICE_NAME: &str = "kubernetes.io/service-name";
+/// How many Services are listed at once.
+const PAGE: u32 = 500;
 
 /// What is watched, as problems name it.
 const PODS: &str = "pods";
@@ -440,23 +447,70 @@ impl Source for KubeSource {
                 Api::<k8s::Pod>::namespaced(self.client.clone(), &key.namespace),
                 format!("metadata.name={}", key.name),
             ),
+            Whom::Service(_) => return Ok(None),
             Whom::At(ip) => {
                 (Api::<k8s::Pod>::all(self.client.clone()), format!("status.podIP={ip}"))
             }
         };
         let params = ListParams::default().fields(&field);
-        let listed = timeout(PATCH_TIMEOUT, pods.list(&params)).await;
-        let listed = listed
-            .map_err(|_| anyhow!("the API server took more than {PATCH_TIMEOUT:?}"))
-            .and_then(|listed| listed.map_err(|error| failure(&error)))
-            .with_context(|| format!("list pods with {field}"))?;
+        let listed = in_time(pods.list(&params), || format!("list pods with {field}")).await?;
         let pods = listed.items.iter().filter_map(|pod| Pod::try_from(pod).ok());
         Ok(pods.into_iter().find(|pod| whom.is(pod)))
+    }
+
+    async fn find_service(&self, whom: &Whom) -> Result<Option<Service>> {
+        let object = match whom {
+            Whom::Named(key) | Whom::Service(key) => {
+                let services = Api::<k8s::Service>::namespaced(self.client.clone(), &key.namespace);
+                let params = ListParams::default().fields(&format!("metadata.name={}", key.name));
+                let listed = in_time(services.list(&params), || format!("list Service {key}"));
+                listed.await?.items.pop()
+            }
+            Whom::At(ip) => self.service_at(*ip).await?,
+        };
+        let Some(object) = object else { return Ok(None) };
+        let (name, namespace) = (object.name_any(), object.namespace().unwrap_or_default());
+        let slices = Api::<EndpointSlice>::namespaced(self.client.clone(), &namespace);
+        let params = ListParams::default().labels(&format!("{LABEL_SERVICE_NAME}={name}"));
+        let listed = in_time(slices.list(&params), || {
+            format!("list the EndpointSlices of Service {namespace}/{name}")
+        });
+        Ok(Service::new(&object, &listed.await?.items))
     }
 
     fn record(&self, pod: &Pod, event: Event) {
         self.events.take(pod, event);
     }
+}
+
+impl KubeSource {
+    /// Nothing selects a Service by all of its cluster IPs.
+    async fn service_at(&self, ip: IpAddr) -> Result<Option<k8s::Service>> {
+        let services = Api::<k8s::Service>::all(self.client.clone());
+        let mut params = ListParams::default().limit(PAGE);
+        loop {
+            let listed = in_time(services.list(&params), || "list the Services".to_owned()).await?;
+            let more = listed.metadata.continue_;
+            if let Some(found) = listed.items.into_iter().find(|object| Service::has(object, ip)) {
+                return Ok(Some(found));
+            }
+            match more.filter(|token| !token.is_empty()) {
+                Some(token) => params = params.continue_token(&token),
+                None => return Ok(None),
+            }
+        }
+    }
+}
+
+async fn in_time<T>(
+    request: impl Future<Output = kube::Result<T>>,
+    what: impl Fn() -> String,
+) -> Result<T> {
+    timeout(PATCH_TIMEOUT, request)
+        .await
+        .map_err(|_| anyhow!("the API server took more than {PATCH_TIMEOUT:?}"))
+        .and_then(|answer| answer.map_err(|error| failure(&error)))
+        .with_context(what)
 }
 
 /// Whether the uid in a patch was not that of the pod: 409 from the precondition, 422 from the
