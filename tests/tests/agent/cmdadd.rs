@@ -52,7 +52,7 @@ fn managed(flags: &[&str]) -> Result<Managed> {
 }
 
 /// The same, with an agent and a proxy, and a client that is called by pods.
-fn running(flags: &[&str]) -> Result<Managed> {
+pub fn running(flags: &[&str]) -> Result<Managed> {
     let mut managed = managed(flags)?;
     managed.cluster.node.start_agent()?;
     managed.cluster.node.start_proxy()?;
@@ -65,13 +65,13 @@ fn starting(pod: &Pod) -> Manifest {
 }
 
 /// What our plugin asks.
-fn request(pod: &Pod) -> Value {
+pub fn request(pod: &Pod) -> Value {
     let mut request = request_of_istio_cni(pod);
     request["PodUID"] = uid(pod).into();
     request
 }
 
-fn uid(pod: &Pod) -> String {
+pub fn uid(pod: &Pod) -> String {
     format!("uid-of-{}-{}", pod.namespace, pod.name)
 }
 
@@ -108,7 +108,7 @@ fn ask(socket: &Path, what: &str, body: &str) -> Result<(u16, String)> {
     Ok((status, body.to_owned()))
 }
 
-fn assert_granted(node: &Node, request: &Value) -> Result<()> {
+pub fn assert_granted(node: &Node, request: &Value) -> Result<()> {
     let (status, why) = add(node, request)?;
     ensure!(status == 200, "{status} {why}; status: {:#?}", node.status());
     Ok(())
@@ -135,7 +135,7 @@ fn joined<T>(handle: ScopedJoinHandle<'_, Result<T>>) -> Result<T> {
 }
 
 /// Adds a pod to a node, and tells the API server and the proxies of it.
-fn new_pod(managed: &mut Managed, name: &str, mode: &str) -> Result<Pod> {
+pub fn new_pod(managed: &mut Managed, name: &str, mode: &str) -> Result<Pod> {
     let pod = managed.cluster.topology.add_pod(0, "shop", name)?;
     managed.cluster.node.write(&Manifest::of(&pod))?;
     managed.put(&starting(&pod).mode(mode));
@@ -143,13 +143,13 @@ fn new_pod(managed: &mut Managed, name: &str, mode: &str) -> Result<Pod> {
 }
 
 /// As kubelet does when the sandbox is there.
-fn write_status(api: &ApiServer, pod: &Pod) {
+pub fn write_status(api: &ApiServer, pod: &Pod) {
     api.edit(Kind::Pod, &pod.namespace, &pod.name, |object| {
         object["status"] = Manifest::of(pod).object()["status"].clone();
     });
 }
 
-fn assert_redirected(cluster: &Cluster, pod: &Pod, family: Family) -> Result<()> {
+pub fn assert_redirected(cluster: &Cluster, pod: &Pod, family: Family) -> Result<()> {
     cluster.node.assert_outbound(pod, &cluster.client, family)?;
     cluster.node.assert_inbound(&cluster.client, pod, family)
 }

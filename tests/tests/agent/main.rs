@@ -26,6 +26,7 @@ mod isolation;
 mod labels;
 mod load;
 mod lost_addresses;
+mod mirrors;
 mod neighbours;
 mod no_peer;
 mod observe;
