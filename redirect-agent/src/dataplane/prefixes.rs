@@ -30,6 +30,8 @@ pub(super) struct Prefix {
 
 impl Prefix {
     const ALL: Self = Self { len: 0, bits: 0 };
+    /// All addresses of IPv4, which the maps have as `::ffff:a.b.c.d`.
+    const ALL_V4: Self = Self { len: 96, bits: 0xffff << 32 };
 
     fn covers(&self, other: &Self) -> bool {
         self.len <= other.len && (self.bits ^ other.bits).leading_zeros() >= self.len
@@ -71,11 +73,11 @@ impl Entry for PodPort {
     const PREFIX: u32 = PodPort::PREFIX;
 
     fn inbound(traffic: &Traffic) -> Prefixes {
-        resolve(&traffic.selections.inbound_ports, |ports| port_prefixes(*ports))
+        resolve(&traffic.selections.inbound_ports, Prefix::ALL, |ports| port_prefixes(*ports))
     }
 
     fn outbound(traffic: &Traffic) -> Prefixes {
-        resolve(&traffic.selections.outbound_ports, |ports| port_prefixes(*ports))
+        resolve(&traffic.selections.outbound_ports, Prefix::ALL, |ports| port_prefixes(*ports))
     }
 
     fn new(pod_id: PodId, bits: u128) -> Self {
@@ -96,11 +98,11 @@ impl Entry for PodPeer {
     const PREFIX: u32 = PodPeer::PREFIX;
 
     fn inbound(traffic: &Traffic) -> Prefixes {
-        resolve(&traffic.selections.inbound_sources, |range| vec![range_prefix(*range)])
+        resolve_ranges(&traffic.selections.inbound_sources)
     }
 
     fn outbound(traffic: &Traffic) -> Prefixes {
-        resolve(&traffic.selections.outbound_ranges, |range| vec![range_prefix(*range)])
+        resolve_ranges(&traffic.selections.outbound_ranges)
     }
 
     fn new(pod_id: PodId, bits: u128) -> Self {
@@ -116,11 +118,16 @@ impl Entry for PodPeer {
     }
 }
 
-fn resolve<T>(selection: &Selection<T>, prefixes: impl Fn(&T) -> Vec<Prefix>) -> Prefixes {
+/// The entries for a selection of what is in `all`.
+fn resolve<T>(
+    selection: &Selection<T>,
+    all: Prefix,
+    prefixes: impl Fn(&T) -> Vec<Prefix>,
+) -> Prefixes {
     let except: Vec<Prefix> = selection.except.iter().flat_map(&prefixes).collect();
     let mut resolved = Prefixes::new();
     if let Some(only) = &selection.only {
-        resolved.insert(Prefix::ALL, PREFIX_BYPASS);
+        resolved.insert(all, PREFIX_BYPASS);
         // An included range inside an excluded one stays excluded.
         let only = only.iter().flat_map(&prefixes);
         let only = only.filter(|prefix| !except.iter().any(|e| e.covers(prefix)));
@@ -128,6 +135,27 @@ fn resolve<T>(selection: &Selection<T>, prefixes: impl Fn(&T) -> Vec<Prefix>) ->
     }
     resolved.extend(except.into_iter().map(|prefix| (prefix, PREFIX_BYPASS)));
     resolved
+}
+
+/// The entries for ranges of both families. A range of IPv6 selects no address of IPv4, whatever form that has.
+fn resolve_ranges(selection: &Selection<IpNet>) -> Prefixes {
+    let family = |v4: bool| {
+        let of =
+            |list: &[IpNet]| list.iter().copied().filter(|r| r.addr().is_ipv4() == v4).collect();
+        Selection { only: selection.only.as_deref().map(of), except: of(&selection.except) }
+    };
+    let prefixes = |range: &IpNet| vec![range_prefix(*range)];
+    let mut resolved = resolve(&family(false), Prefix::ALL, prefixes);
+    keep_apart(&mut resolved);
+    resolved.extend(resolve(&family(true), Prefix::ALL_V4, prefixes));
+    resolved
+}
+
+/// Makes sure that these prefixes of IPv6 apply to no address of IPv4.
+fn keep_apart(prefixes: &mut Prefixes) {
+    if prefixes.keys().any(|prefix| prefix.covers(&Prefix::ALL_V4)) {
+        prefixes.insert(Prefix::ALL_V4, PREFIX_REDIRECT);
+    }
 }
 
 /// The prefixes that make up a range of ports.
@@ -149,8 +177,8 @@ pub(super) type Trie<'a, K> = LpmTrie<&'a mut MapData, K, u32>;
 
 /// Replaces the entries that apply to every pod by `ranges`.
 pub(super) fn set_for_every_pod(trie: &mut Trie<'_, PodPeer>, ranges: &[IpNet]) -> Result<()> {
-    let wanted = ranges.iter().map(|range| (range_prefix(*range), PREFIX_BYPASS)).collect();
-    set(trie, EVERY_POD, &wanted)
+    let sources = Selection { only: None, except: ranges.to_vec() };
+    set(trie, EVERY_POD, &resolve_ranges(&sources))
 }
 
 /// Deletes the pod's entries.
@@ -219,7 +247,7 @@ fn put<K: Entry>(
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::traffic::parse_range;
+    use crate::traffic::{Selections, parse_range};
 
     fn decides(prefixes: &Prefixes, bits: u128) -> u32 {
         let key = Prefix { len: 128, bits };
@@ -243,7 +271,7 @@ mod tests {
             (Some(""), ""),
         ] {
             let selection = Selection { only: only.map(ports), except: ports(except) };
-            let prefixes = resolve(&selection, |ports| port_prefixes(*ports));
+            let prefixes = resolve(&selection, Prefix::ALL, |ports| port_prefixes(*ports));
             let within =
                 |list: &[Ports], port| list.iter().any(|p| (p.first..=p.last).contains(&port));
             for port in 1..=u16::MAX {
@@ -262,7 +290,7 @@ mod tests {
             only: Some(ranges(&["10.0.0.0/8", "fd00::/8"])),
             except: ranges(&["10.1.0.0/16", "fd01::1"]),
         };
-        let prefixes = resolve(&selection, |range| vec![range_prefix(*range)]);
+        let prefixes = resolve_ranges(&selection);
         for (peer, selected) in [
             ("10.0.0.1", true),
             ("10.1.0.1", false),
@@ -275,6 +303,38 @@ mod tests {
             let peer: IpAddr = peer.parse().unwrap();
             let bits = u128::from_be_bytes(Addr::from(peer).octets);
             assert_eq!(decides(&prefixes, bits) == PREFIX_REDIRECT, selected, "{peer}");
+        }
+    }
+
+    #[test]
+    fn ranges_of_one_family_select_nothing_of_the_other() {
+        let ranges =
+            |list: &str| list.split_whitespace().map(|r| parse_range(r).unwrap()).collect();
+        for (only, except) in [
+            (None, "::/0"),
+            (None, "::/64"),
+            (None, "0.0.0.0/0"),
+            (None, "::/0 0.0.0.0/0"),
+            (Some("::/0"), ""),
+            (Some("10.0.0.0/8"), "::/0"),
+            (Some("::/0 10.0.0.0/8"), "10.1.0.0/16"),
+            (Some("fd00::/8"), "0.0.0.0/0"),
+        ] {
+            let selection = Selection { only: only.map(ranges), except: ranges(except) };
+            let traffic = Traffic {
+                selections: Selections {
+                    outbound_ranges: selection.clone(),
+                    ..Selections::default()
+                },
+                ..Traffic::default()
+            };
+            let prefixes = resolve_ranges(&selection);
+            for ip in ["10.0.0.1", "10.1.0.1", "192.0.2.1", "fd00::1", "::1:1", "2001:db8::1"] {
+                let ip: IpAddr = ip.parse().unwrap();
+                let decided = decides(&prefixes, u128::from_be_bytes(Addr::from(ip).octets));
+                let selected = traffic.redirects_call_to(ip, None);
+                assert_eq!(decided == PREFIX_REDIRECT, selected, "{ip} of {selection:?}");
+            }
         }
     }
 

@@ -303,6 +303,9 @@ fn fits<T: Entry>(list: &[T]) -> Result<(), String> {
 pub fn parse_range(s: &str) -> Result<IpNet, String> {
     let address = || s.parse::<IpAddr>().map(|ip| IpNet::from(ip.to_canonical()));
     match s.parse::<IpNet>().or_else(|_| address()) {
+        Ok(IpNet::V6(net)) if net.addr().to_ipv4_mapped().is_some() => {
+            Err(format!("{s:?} is a range of IPv4 addresses: write it like 10.0.0.0/8"))
+        }
         Ok(net) => Ok(net.trunc()),
         Err(_) => Err(format!("{s:?} is not a range like 10.0.0.0/8 or fd00::/8, nor an address")),
     }

@@ -162,6 +162,41 @@ fn inbound_calls_are_selected_by_source_and_port(family: Family) -> Result<()> {
     cluster.assert_redirected(family)
 }
 
+/// `::/0` has the addresses of IPv4 only in the form in which the maps have them.
+#[test]
+fn range_of_all_ipv6_addresses_has_none_of_ipv4() -> Result<()> {
+    let Cluster { node, server, client, .. } = &Cluster::enrolled(&[])?;
+    let _apps = (echo(server)?, echo(client)?);
+    let all = |how: &str, value: &str| {
+        let names = ["OutboundIPRanges", "InboundSourceIPRanges"];
+        names.map(|name| (format!("{how}{name}"), value.to_owned())).to_vec()
+    };
+    let assert_selected = |family, selected| -> Result<()> {
+        if selected {
+            node.assert_outbound(server, client, family)?;
+            node.assert_inbound(client, server, family)
+        } else {
+            node.assert_direct(server, client, family)?;
+            node.assert_direct(client, server, family)
+        }
+    };
+    let v4 = format!("{}/24", client.v4);
+    for (annotations, v4, v6) in [
+        (all("exclude", "::/0"), true, false),
+        (all("include", "::/0"), false, true),
+        ([all("include", &v4), all("exclude", "::/0")].concat(), true, false),
+        (all("exclude", "0.0.0.0/0"), false, true),
+        (all("exclude", "0.0.0.0/0,::/0"), false, false),
+    ] {
+        annotate(node, server, &borrowed(&annotations))?;
+        for (family, selected) in [(Family::V4, v4), (Family::V6, v6)] {
+            assert_selected(family, selected)
+                .with_context(|| format!("{family:?} with {annotations:?}"))?;
+        }
+    }
+    Ok(())
+}
+
 fn bypassed_inbound(node: &Node, pod: &Pod) -> Result<u64> {
     let status = node.pod(pod)?.context("no status")?;
     Ok(status.counters.get("bypassed_inbound").copied().unwrap_or_default())
