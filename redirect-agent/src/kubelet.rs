@@ -3,6 +3,7 @@
 use std::{
     fmt,
     fs::{self, File},
+    os::unix::fs::MetadataExt as _,
     path::{Path, PathBuf},
 };
 
@@ -14,6 +15,8 @@ use crate::{cgroup::Cgroup, finder};
 
 /// Names of the processes in which kubelet runs: its own, MicroK8s', k3s'.
 const NAMES: [&str; 5] = ["kubelet", "kubelite", "k3s-server", "k3s-agent", "k3s"];
+/// Set-user-id and set-group-id. Source: `inode(7)`.
+const SET_ID: u32 = 0o6000;
 /// What kubelet puts into the names of all pods' cgroups.
 const PODS: &str = "kubepods";
 
@@ -105,10 +108,15 @@ impl Kubelet {
 }
 
 /// When the process was started, if it may be a kubelet. Anybody can take that name, so it has to run as
-/// root, on the node's own network, and outside any pod.
+/// root, on the node's own network, and outside any pod. A user can also give the name to a program that
+/// becomes root by itself, such as su: that one has to be left out.
 fn started(process: &Process, hosts: &std::collections::BTreeSet<u32>) -> Result<u64> {
     let stat = process.stat()?;
     if !NAMES.contains(&stat.comm.as_str()) || process.uid()? != 0 {
+        bail!("not kubelet");
+    }
+    let program = fs::metadata(format!("/proc/{}/exe", process.pid))?;
+    if process.status()?.ruid != 0 || program.mode() & SET_ID != 0 {
         bail!("not kubelet");
     }
     let cgroups = fs::read_to_string(format!("/proc/{}/cgroup", process.pid))?;

@@ -1,8 +1,8 @@
 //! Kubelet's probes reach the application past the proxy, and nothing else of the node does.
 
-use std::fs;
+use std::fs::{self, Permissions};
 use std::net::SocketAddr;
-use std::os::unix::fs::symlink;
+use std::os::unix::fs::{PermissionsExt as _, symlink};
 use std::path::{Path, PathBuf};
 use std::process::Command;
 
@@ -297,6 +297,8 @@ fn addresses_of_istio_count_on_demand(family: Family) -> Result<()> {
 fn what_only_calls_itself_kubelet_is_not_followed() -> Result<()> {
     let cluster = strict(&[])?;
     let hierarchy = unified()?;
+    let session = Cgroup::new(&hierarchy, "session.scope")?;
+    let programs = tempfile::tempdir().context("make a directory for programs")?;
     let pod_cgroup =
         Cgroup::new(&hierarchy, "kubepods/pod6f0f3a52-98a8-4d5c-9b2e-7c1f0f7d2a11/container")?;
     let service = Cgroup::new(&hierarchy, "some.service")?;
@@ -306,6 +308,8 @@ fn what_only_calls_itself_kubelet_is_not_followed() -> Result<()> {
         Kubelet::run(&cluster, Some(node), pod_cgroup.dir())?,
         // On a network of its own.
         Kubelet::run(&cluster, Some(&cluster.server.netns), service.dir())?,
+        // A user's, by a program that becomes root for whoever calls it, such as su.
+        run_set_user_id(&cluster, programs.path(), session.dir())?,
     ];
     let kubelet = Kubelet::start(&cluster, "kubelet.service")?;
     wait_until_followed(&cluster, &kubelet)?;
@@ -314,6 +318,38 @@ fn what_only_calls_itself_kubelet_is_not_followed() -> Result<()> {
     ensure!(missed.problem.is_some_and(|problem| problem.contains("no process")));
     drop(impostors);
     Ok(())
+}
+
+/// Runs a program called kubelet that is set-user-id root, as a user who is not root.
+fn run_set_user_id(cluster: &Cluster, programs: &Path, cgroup: &Path) -> Result<Process> {
+    let program = programs.join("kubelet");
+    fs::copy("/bin/sleep", &program).context("copy a program")?;
+    fs::set_permissions(programs, Permissions::from_mode(0o755))?;
+    fs::set_permissions(&program, Permissions::from_mode(0o4755))?;
+    let script = format!(
+        "echo inside && exec setpriv --reuid 65534 --regid 65534 --clear-groups {} infinity",
+        program.display()
+    );
+    let mut command = shell_in(cgroup, Some(cluster.topology.node(0)), &script);
+    let log = cluster.topology.dir().subdir("kubelet")?.join("set-user-id.log");
+    let mut process = Process::spawn("kubelet", &mut command, log)?;
+    process.wait_for_log("inside", SOON)?;
+    let status = format!("/proc/{}/status", process.pid());
+    wait_for("the program to become root", SOON, || {
+        let status = fs::read_to_string(&status).context("read its status")?;
+        Ok(status.contains("Uid:\t65534\t0\t").then_some(()))
+    })?;
+    Ok(process)
+}
+
+/// `::/0` has the addresses of IPv4 only in the form in which the maps have them.
+#[test]
+fn source_of_all_ipv6_addresses_is_none_of_ipv4() -> Result<()> {
+    let cluster = strict(&["--probe-sources", "::/0"])?;
+    let _apps = (echo(&cluster.server)?, serve_http(&cluster.server)?);
+    let other = Cgroup::new(&unified()?, "other.service")?;
+    assert_reaches(&cluster, other.dir(), Family::V6)?;
+    assert_refused(&cluster, other.dir(), Family::V4)
 }
 
 #[test]
