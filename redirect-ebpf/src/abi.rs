@@ -95,6 +95,17 @@ impl Addr {
         }
     }
 
+    /// Whether this is 127.0.0.1 or ::1.
+    #[inline(always)]
+    pub fn is_localhost(&self) -> bool {
+        let [w0, w1, w2, w3] = self.words();
+        match u32::from_be(w2) {
+            0xffff => w0 | w1 == 0 && u32::from_be(w3) == 0x7f00_0001,
+            0 => w0 | w1 == 0 && u32::from_be(w3) == 1,
+            _ => false,
+        }
+    }
+
     /// Whether this is in fe80::/10.
     #[inline(always)]
     pub fn is_link_local(&self) -> bool {
@@ -808,6 +819,12 @@ mod tests {
     fn loopback_begins_and_ends_where_the_standards_say() {
         for inside in ["127.0.0.0", "127.0.0.1", "127.255.255.255", "::1"] {
             assert!(addr(inside).is_loopback(), "{inside}");
+        }
+        for v4 in [true, false] {
+            assert!(Addr::loopback(v4).is_localhost());
+        }
+        for other in ["127.0.0.0", "127.0.0.2", "127.1.0.1", "::2", "::127.0.0.1"] {
+            assert!(!addr(other).is_localhost(), "{other}");
         }
         for outside in [
             "126.255.255.255",

@@ -124,8 +124,8 @@ pub fn concerns(message: &Message) -> bool {
 pub fn on_lo(mark: u32, message: &Message, env: &impl DnsEnv) -> Dns {
     let Segment { src, dst, src_port, dst_port, opens, .. } = &message.segment;
     let pod_id = env.pod_id();
-    // Whatever mark netfilter in the pod has given it.
-    if *src_port == PORT_PROXY_DNS && src.is_loopback() {
+    // Whatever mark netfilter in the pod has given it. At other addresses of loopback, anybody may have the port.
+    if *src_port == PORT_PROXY_DNS && src.is_localhost() {
         return answer(pod_id, message, env);
     }
     if matches!(mesh_mark(mark), MARK_PROXY | MARK_REFUSED) {
@@ -1135,6 +1135,17 @@ mod tests {
             let expected = Dns::Answer { from: dst, from_port: PORT_PROXY_DNS, to_port: PORT };
             assert_eq!(node.answer(&direct, port), expected);
         }
+    }
+
+    #[test]
+    fn only_the_proxys_own_address_answers() {
+        let [a, _] = both_families();
+        let node = Node::new(&a, CAPTURED);
+        let asked = query(a.own, a.resolvers[0]);
+        let port = node.ask(&asked);
+        let from = |src| to_port(from_port(query(src, a.own), PORT_PROXY_DNS), port);
+        assert_eq!(on_lo(0, &from(a.loopback), &node), Dns::Other);
+        assert_ne!(on_lo(0, &from(Addr::loopback(true)), &node), Dns::Other);
     }
 
     #[test]
