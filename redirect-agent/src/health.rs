@@ -12,7 +12,7 @@
 use std::{
     collections::HashMap,
     fmt,
-    net::{IpAddr, SocketAddr},
+    net::{IpAddr, Ipv4Addr, SocketAddr},
     str::FromStr,
     sync::{Arc, Mutex, PoisonError},
     time::Duration,
@@ -135,7 +135,7 @@ impl Server {
                 Some(Ok((stream, peer))) => {
                     // Kubelet's probes come from an address of this node to the same.
                     let own = stream.local_addr().is_ok_and(|local| local.ip() == peer.ip());
-                    if let Some(guest) = Guests::admit(&guests, peer.ip(), own) {
+                    if let Some(guest) = Guests::admit(&guests, counted(peer.ip()), own) {
                         tokio::spawn(answer(stream, router.clone(), guest));
                     }
                 }
@@ -168,6 +168,14 @@ struct Guests(Mutex<HashMap<IpAddr, usize>>);
 struct Guest {
     guests: Arc<Guests>,
     ip: IpAddr,
+}
+
+/// The address for which a client is counted. All of `127.0.0.0/8` are one: a process of the node has them all.
+fn counted(peer: IpAddr) -> IpAddr {
+    match peer.to_canonical() {
+        IpAddr::V4(ip) if ip.is_loopback() => Ipv4Addr::LOCALHOST.into(),
+        ip => ip,
+    }
 }
 
 impl Guests {

@@ -11,6 +11,7 @@ use anyhow::{Context as _, Result, ensure};
 use redirect_agent::output::PodState;
 use redirect_tests::netns::Family;
 use redirect_tests::process::wait_for;
+use socket2::{Domain, Socket, Type};
 
 use crate::cluster::{Cluster, Manifest, SOON, echo};
 use crate::load::Until;
@@ -79,6 +80,33 @@ fn strangers_that_connect_and_say_nothing_take_neither_descriptors_nor_answers()
     wait_for("an answer to the stranger's neighbor", SOON, || {
         Ok(get(stranger, "/healthz").is_ok_and(|answer| answer.0 == 200).then_some(()))
     })
+}
+
+/// A process of the node has millions of addresses of loopback to call from.
+#[test]
+fn strangers_on_the_node_take_no_more_descriptors_than_others() -> Result<()> {
+    let mut cluster = Cluster::without_agent(&[])?;
+    let port = free_address()?.port();
+    cluster.node.serve_health(SocketAddr::new(Ipv6Addr::UNSPECIFIED.into(), port));
+    cluster.node.start_agent()?;
+    let descriptors = || -> Result<usize> {
+        Ok(fs::read_dir(format!("/proc/{}/fd", cluster.node.agent_pid()?))?.count())
+    };
+    let before = descriptors()?;
+    let mut idle = Vec::new();
+    for n in 0..600_u16 {
+        let [high, low] = n.to_be_bytes();
+        let address = SocketAddr::new(Ipv4Addr::new(127, 1, high, low).into(), port);
+        let socket = Socket::new(Domain::IPV4, Type::STREAM, None)?;
+        socket.bind(&SocketAddr::new(address.ip(), 0).into())?;
+        socket.connect(&address.into())?;
+        idle.push(socket);
+    }
+    let another = SocketAddr::new(Ipv6Addr::LOCALHOST.into(), port);
+    ensure!(get(another, "/healthz")?.0 == 200);
+    let during = descriptors()?;
+    ensure!(during < before + 40, "{before} descriptors before, {during} with 600 strangers");
+    Ok(())
 }
 
 /// Everybody may scrape, and a look at a pod with many routes takes a while.
