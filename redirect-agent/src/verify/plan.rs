@@ -69,10 +69,8 @@ fn inbound_port(pod: &PodPart, traffic: &Traffic, ip: IpAddr) -> Result<u16, Str
     let listens = application_listens(pod);
     let listens = listens.ok_or("it is not known where the application listens")?;
     let called = || {
-        listens
-            .iter()
-            .map(SocketAddr::port)
-            .filter(|port| listens.iter().any(|at| is_called(*at, ip, *port)))
+        let called = listens.iter().filter(|at| is_called(**at, ip, at.port()));
+        called.map(SocketAddr::port)
     };
     let redirected = called().find(|port| traffic.redirects_call_from(None, Some(*port)));
     redirected.or_else(|| called().next()).ok_or_else(|| format!("nothing listens at {ip}"))

@@ -2,8 +2,9 @@
 
 use std::collections::BTreeSet;
 use std::fs;
-use std::net::SocketAddr;
+use std::net::{Ipv4Addr, SocketAddr, TcpListener};
 use std::process::Command;
+use std::time::Instant;
 
 use anyhow::{Context as _, Result, ensure};
 use redirect_agent::explain::Cause;
@@ -339,6 +340,29 @@ fn pod_outside_the_mesh_bypasses_and_that_is_as_it_should_be() -> Result<()> {
         let (ok, said) = text(node, &[pod])?;
         ensure!(!ok && said.contains(expected), "{said}");
     }
+    Ok(())
+}
+
+/// Everybody can listen at any number of addresses of loopback.
+#[test]
+fn pod_that_listens_at_thousands_of_addresses_is_verified_as_fast_as_others() -> Result<()> {
+    const ADDRESSES: u16 = 15_000;
+    let cluster = start(&[])?;
+    let Cluster { node, server, .. } = &cluster;
+    node.enroll(server)?;
+    let listeners = server.netns.run(|| {
+        let listen = |n: u16| {
+            let [high, low] = n.to_be_bytes();
+            TcpListener::bind((Ipv4Addr::new(127, 1, high, low), 20_000 + n % 10_000))
+        };
+        (0..ADDRESSES).map(listen).collect::<Result<Vec<_>, _>>().context("listen")
+    })?;
+    let since = Instant::now();
+    let (ok, found) = verify(node, &[&server.to_string()])?;
+    let took = since.elapsed();
+    ensure!(ok && found.result == Outcome::Captured, "{:?}: {}", found.result, found.message);
+    ensure!(took < SOON / 2, "it took {took:?}");
+    drop(listeners);
     Ok(())
 }
 
