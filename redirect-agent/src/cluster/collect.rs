@@ -221,8 +221,8 @@ async fn agents(server: &Server, query: &Query, snapshot: &mut Snapshot) {
 /// The settings of the newest agent.
 async fn settings(server: &Server, query: &Query, snapshot: &mut Snapshot) {
     let overrides = query.overrides.clone();
-    let agents = snapshot.agents.iter().flat_map(BTreeMap::values);
-    let Some(agent) = agents.max_by_key(|agent| agent.created) else {
+    let agents = snapshot.agents().into_iter().flat_map(BTreeMap::values);
+    let Some(agent) = agents.max_by_key(|agent| agent.created).cloned() else {
         snapshot.settings = Settings::new(overrides, None);
         return;
     };

@@ -6,6 +6,7 @@ use std::{
 };
 
 use super::{
+    collect::AGENTS,
     object::{AgentSeen, EventSeen, NamespaceSeen, PodSeen},
     report::{ByVersion, Counts, NodeProblem, NodeRow, PodRow, Report, State, Why},
     settings::Settings,
@@ -46,6 +47,25 @@ pub struct Snapshot {
 }
 
 impl Snapshot {
+    /// The agents' pods; `None`: they are not known.
+    pub(super) fn agents(&self) -> Option<&BTreeMap<String, AgentSeen>> {
+        self.agents.as_ref().filter(|_| self.doubt().is_none())
+    }
+
+    /// Why the pods with the agents' label cannot be taken for agents. Everybody can give a pod of their own that
+    /// label.
+    fn doubt(&self) -> Option<String> {
+        let agents = self.agents.iter().flat_map(BTreeMap::values);
+        let namespaces: BTreeSet<&str> = agents.map(|agent| agent.key.namespace.as_str()).collect();
+        (namespaces.len() > 1).then(|| {
+            let namespaces = namespaces.into_iter().collect::<Vec<_>>().join(", ");
+            format!(
+                "pods with the label {AGENTS} are in the namespaces {namespaces}, and the agents are in one of \
+                 them: give --agent-namespace"
+            )
+        })
+    }
+
     /// What follows from it.
     pub fn report(&self, now: SystemTime) -> Report {
         let mut nodes = self.nodes();
@@ -53,6 +73,8 @@ impl Snapshot {
         let (mut unexpected, mut words, mut notes) =
             (Vec::new(), BTreeSet::new(), self.settings.notes.clone());
         notes.extend(self.notes.iter().cloned());
+        let doubt = self.doubt();
+        notes.extend(doubt.clone());
         for (name, seen) in &self.pods {
             let seen = match seen {
                 Ok(seen) => seen,
@@ -89,7 +111,9 @@ impl Snapshot {
             time: Moment::of(now),
             server: self.server.clone(),
             namespace: self.namespace.clone(),
-            ok: unexpected.is_empty() && !nodes.iter().any(NodeRow::is_unexpected),
+            ok: doubt.is_none()
+                && unexpected.is_empty()
+                && !nodes.iter().any(NodeRow::is_unexpected),
             settings: self.settings.row(),
             pods,
             versions: versions(&nodes),
@@ -104,7 +128,7 @@ impl Snapshot {
     fn nodes(&self) -> BTreeMap<String, NodeRow> {
         // During an upgrade a node may have two: the one that stays is the newer one.
         let mut agents: BTreeMap<&str, &AgentSeen> = BTreeMap::new();
-        for agent in self.agents.iter().flat_map(BTreeMap::values) {
+        for agent in self.agents().into_iter().flat_map(BTreeMap::values) {
             match agents.get(agent.node.as_str()) {
                 Some(other) if other.created > agent.created => {}
                 _ => drop(agents.insert(&agent.node, agent)),
@@ -120,7 +144,7 @@ impl Snapshot {
         let mut row = NodeRow { name: name.to_owned(), ..NodeRow::default() };
         match agent {
             // A node that is not needed, or one that nobody can tell about.
-            None if self.agents.is_none() => {}
+            None if self.agents().is_none() => {}
             None => row.problem = Some(NodeProblem::NoAgent),
             Some(agent) => {
                 row.agent = Some(agent.key.clone());

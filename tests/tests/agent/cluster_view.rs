@@ -277,6 +277,28 @@ fn nodes_without_a_ready_agent_and_versions_are_shown() -> Result<()> {
     Ok(())
 }
 
+/// Whoever may create pods can give them the agents' label.
+#[test]
+fn pod_that_poses_as_an_agent_hides_nothing() -> Result<()> {
+    let fleet = Fleet::start()?;
+    fleet.add_pod("missing", "n2", None);
+    fleet.ready(2, false);
+    let mut impostor = agent("impostor", "n2", "0.1.0");
+    impostor["metadata"]["namespace"] = "shop".into();
+    impostor["metadata"]["creationTimestamp"] = "2026-09-01T00:00:00Z".into();
+    impostor["spec"]["containers"][0]["args"] = json!(["run", "--excluded-namespaces", "shop"]);
+    fleet.api.put(Kind::Pod, impostor);
+    let (code, report) = fleet.report(&[])?;
+    let missing = report.unexpected.iter().any(|pod| pod.name == "missing");
+    ensure!(code == 1 && missing, "{code} {report:#?}");
+    let said = report.notes.iter().any(|note| note.contains("give --agent-namespace"));
+    ensure!(said, "{:?}", report.notes);
+    let (code, report) = fleet.report(&["--agent-namespace", "istio-system"])?;
+    let problem = report.nodes.iter().find(|node| node.name == "n2").and_then(|node| node.problem);
+    ensure!(code == 1 && problem.is_some(), "{report:#?}");
+    Ok(())
+}
+
 #[test]
 fn agent_that_waits_is_asked_why_through_the_api_server() -> Result<()> {
     let fleet = Fleet::start()?;
