@@ -3,7 +3,7 @@
 use std::{
     fmt, fs,
     future::IntoFuture as _,
-    os::unix::fs::{DirBuilderExt as _, PermissionsExt as _},
+    os::unix::fs::{DirBuilderExt as _, MetadataExt as _, PermissionsExt as _},
     path::Path,
     time::Duration,
 };
@@ -112,7 +112,17 @@ fn make_directory(socket: &Path, name: Name) -> Result<()> {
         Some(dir) => dir,
     };
     fs::DirBuilder::new().recursive(true).mode(0o700).create(dir)?;
-    let mode = fs::metadata(dir)?.permissions().mode();
+    let found = fs::metadata(dir)?;
+    if !may_use(Some(found.uid()), geteuid().as_raw()) {
+        bail!(
+            "the directory {} belongs to uid {}, who could put another socket there: `chown` it to root, or \
+             name another one with {}",
+            dir.display(),
+            found.uid(),
+            name.flag
+        );
+    }
+    let mode = found.permissions().mode();
     if mode & 0o022 != 0 {
         bail!(
             "others may write to the directory {} (mode {:o}) and could put their own socket \
@@ -180,7 +190,30 @@ fn may_use(peer: Option<u32>, own: u32) -> bool {
 
 #[cfg(test)]
 mod tests {
-    use super::may_use;
+    use std::{
+        fs::{self, Permissions},
+        os::unix::fs::{PermissionsExt as _, chown},
+    };
+
+    use nix::unistd::geteuid;
+
+    use super::{Name, make_directory, may_use};
+
+    #[test]
+    fn directory_in_which_others_can_put_their_own_socket_is_refused() {
+        let name = Name { what: "socket", flag: "--socket" };
+        let dir = tempfile::tempdir().unwrap();
+        let socket = dir.path().join("socket");
+        make_directory(&socket, name).unwrap();
+        fs::set_permissions(dir.path(), Permissions::from_mode(0o770)).unwrap();
+        assert!(make_directory(&socket, name).is_err());
+        fs::set_permissions(dir.path(), Permissions::from_mode(0o700)).unwrap();
+        if geteuid().is_root() {
+            chown(dir.path(), Some(65534), None).unwrap();
+            let error = format!("{:#}", make_directory(&socket, name).unwrap_err());
+            assert!(error.contains("belongs to uid 65534"), "{error}");
+        }
+    }
 
     #[test]
     fn only_root_and_the_agents_own_user_may_use_it() {
