@@ -234,8 +234,8 @@ pub fn drops_unread(mark: u32, src: &Addr, dst: &Addr, env: &impl Env) -> Option
 /// than an enum.
 const NO_ALIAS: u32 = u32::MAX;
 
-/// The alias of the message's flow, if it has a place: not behind one that was never used, because [`claim`]
-/// takes the first. A place that is no longer needed may be given to another flow by another CPU at any moment:
+/// The alias of the message's flow, if it has a place. There may be empty ones before it, because the agent deletes
+/// what is no longer needed. A place that is no longer needed may be given to another flow by another CPU at any moment:
 /// only an open connection still uses it, and whoever opens a connection claims a place again.
 // A function of its own, for the verifier: it has its own stack, one return, and few paths.
 #[inline(never)]
@@ -243,8 +243,8 @@ fn find(pod_id: PodId, message: &Message, env: &impl DnsEnv) -> u32 {
     let now = env.now();
     let mut alias = message.segment.src_port;
     for _ in 0..PLACES {
-        let Some(flow) = env.flow(&message.key(pod_id, alias)) else { return NO_ALIAS };
-        if flow.alias == alias
+        if let Some(flow) = env.flow(&message.key(pod_id, alias))
+            && flow.alias == alias
             && is_of(&flow, message)
             && flow.needed_until_ns != CLAIMED
             && !(message.segment.opens && is_free(&flow, now))
@@ -267,7 +267,7 @@ fn claim(pod_id: PodId, message: &Message, flow: &mut DnsFlow, env: &impl DnsEnv
         match env.enter(&message.key(pod_id, alias), flow, false) {
             Entry::Entered => return true,
             Entry::Taken => {}
-            // No place behind this one, which may still be empty.
+            // The map is full, or there is no memory.
             Entry::Failed => return false,
         }
         alias = next_alias(alias);

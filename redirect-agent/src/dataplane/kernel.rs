@@ -15,14 +15,15 @@ use aya::{
     programs::{Iter, Program, ProgramFd, SchedClassifier, SkLookup, SockOps},
 };
 use redirect_ebpf::abi::{
-    Addr, Connection, Counter, CounterKey, DNS_PLACES, DnsFlow, DnsKey, HALF_OPEN_PLACES,
-    HalfOpenKey, KernelOffsets, LISTENER_HBONE, LISTENER_INBOUND, LISTENER_OUTBOUND, ListenerKey,
-    OwnAddress, POD_INBOUND_RULES, PROTOCOL_TCP, PROTOCOL_UDP, PodFlow, PodId, PodPeer, PodPort,
-    SavedSysctls,
+    Addr, Connection, Counter, CounterKey, HALF_OPEN_PLACES, HalfOpenKey, KernelOffsets,
+    LISTENER_HBONE, LISTENER_INBOUND, LISTENER_OUTBOUND, ListenerKey, OwnAddress,
+    POD_INBOUND_RULES, PodFlow, PodId, PodPeer, PodPort, SavedSysctls,
 };
 
 use super::{
-    absent, monotonic_ns,
+    absent,
+    dns_flows::{self, DNS_FLOWS},
+    monotonic_ns,
     parts::{Inspection, PartKind},
     pod_netns::PodNetns,
     prefixes::{self, Entry as _},
@@ -77,7 +78,6 @@ const WAYS: &str = "ways";
 const SWITCHES: &str = "switches";
 const NOTED: &str = "noted";
 const SWITCHING: &str = "switching";
-const DNS_FLOWS: &str = "dns_flows";
 const INBOUND_PORTS: &str = "inbound_ports";
 pub(super) const INBOUND_RANGES: &str = "inbound_ranges";
 const OUTBOUND_PORTS: &str = "outbound_ports";
@@ -498,7 +498,7 @@ impl Kernel {
         prefixes::clear::<PodPort>(&mut self.map(OUTBOUND_PORTS)?, pod_id)?;
         prefixes::clear::<PodPeer>(&mut self.map(OUTBOUND_RANGES)?, pod_id)?;
         self.virtual_interfaces()?.clear(pod_id)?;
-        self.clear_dns_flows(pod_id)?;
+        dns_flows::clear(&mut self.map(DNS_FLOWS)?, pod_id)?;
         self.clear_half_open(pod_id)?;
         absent(self.saved_sysctls()?.remove(&pod_id)).context("write map saved_sysctls")?;
         Ok(())
@@ -526,17 +526,6 @@ impl Kernel {
     fn set_any_strays(&mut self, any: u32) -> Result<()> {
         let mut map: Array<_, u32> = self.map(ANY_STRAYS)?;
         map.set(0, any, 0).context("write map any_strays")
-    }
-
-    fn clear_dns_flows(&mut self, pod_id: PodId) -> Result<()> {
-        let mut flows: HashMap<_, DnsKey, DnsFlow> = self.map(DNS_FLOWS)?;
-        for place in 0..DNS_PLACES {
-            for protocol in [PROTOCOL_TCP, PROTOCOL_UDP] {
-                absent(flows.remove(&DnsKey { pod_id, place, protocol }))
-                    .context("write map dns_flows")?;
-            }
-        }
-        Ok(())
     }
 
     fn clear_half_open(&mut self, pod_id: PodId) -> Result<()> {

@@ -10,6 +10,7 @@
 //! 4. [`Dataplane::remove`]: the pod is as it was found.
 
 mod clsact;
+mod dns_flows;
 mod hook;
 pub mod istio_cni;
 mod kernel;
@@ -519,6 +520,15 @@ impl Dataplane {
             }
         }
         Ok(fresh)
+    }
+
+    /// Drops the DNS flows that nobody needs any more.
+    ///
+    /// # Errors
+    ///
+    /// When a system call fails.
+    pub fn sweep_dns_flows(&self) -> Result<()> {
+        dns_flows::sweep(&self.dir, monotonic_ns()?)
     }
 
     /// From now on, connections to pods that are opened in this cgroup (v2, with this id) reach the

@@ -54,6 +54,8 @@ use crate::{
 const TICK: Duration = Duration::from_secs(1);
 /// How often, at least, what is left of dead namespaces is swept.
 const SWEEP: Duration = Duration::from_secs(10);
+/// A flow of DNS is over 30 s after its last query.
+const SWEEP_DNS: Duration = Duration::from_secs(60);
 
 /// What `status` says about a pod whose DNS is refused because its proxy has no DNS.
 const NO_DNS: &str = "the proxy has no DNS (port 15053), so the pod's queries are refused: switch on \
@@ -292,6 +294,8 @@ impl<S: Source> Reconciler<S> {
         tick.set_missed_tick_behavior(MissedTickBehavior::Delay);
         let mut sweep = interval(SWEEP.min(self.shared.settings.verify_interval));
         sweep.set_missed_tick_behavior(MissedTickBehavior::Delay);
+        let mut dns = interval(SWEEP_DNS.min(self.shared.settings.verify_interval));
+        dns.set_missed_tick_behavior(MissedTickBehavior::Delay);
         loop {
             tokio::select! {
                 () = shutdown.cancelled() => break,
@@ -300,6 +304,7 @@ impl<S: Source> Reconciler<S> {
                 Ok(()) = sandboxes.changed() => {}
                 _ = tick.tick() => {}
                 _ = sweep.tick() => self.sweep().await,
+                _ = dns.tick() => self.sweep_dns_flows(),
                 event = events.recv() => match event {
                     Ok(zds::Event::SnapshotDone { .. } | zds::Event::ProxyGone { .. }) | Err(RecvError::Lagged(_)) => {
                         self.proxies.send_modify(|n| *n += 1);
@@ -402,6 +407,16 @@ impl<S: Source> Reconciler<S> {
             Ok(unknown) => self.unknown = unknown,
             Err(e) => warn!("cannot sweep what is left of dead network namespaces: {e:#}"),
         }
+    }
+
+    /// Drops the DNS flows that are over. Nothing waits for it: a busy node has many.
+    fn sweep_dns_flows(&self) {
+        let dataplane = Arc::clone(&self.shared.dataplane);
+        self.tracker.spawn_blocking(move || {
+            if let Err(e) = dataplane.sweep_dns_flows() {
+                warn!("cannot drop the DNS flows that are over: {e:#}");
+            }
+        });
     }
 
     /// The uids by which kubelet knows the pods; `None` while a pod that the source no longer has is on its
