@@ -29,6 +29,7 @@ use crate::{
     dataplane::{self, Dataplane},
     explain::{self, Explanation, gather::Answerer},
     health::{self, Condition},
+    journal,
     latest::Latest,
     membership::{self, Decision, PodKey, decide},
     metrics::{Metrics, Now},
@@ -481,6 +482,14 @@ impl<S: Source> control::Agent for Agent<S> {
         let (hub, node) = (Arc::clone(&self.verdicts), self.options.node.clone());
         let names = move || self.observer.get().map(|o| o.names()).unwrap_or_default();
         Ok(hub.observe(request, node, names)?.map(|told| told.lines))
+    }
+
+    fn journal(&self) -> Result<Vec<journal::Note>> {
+        Ok(self.observer()?.journal().all())
+    }
+
+    async fn metrics(&self) -> Result<String> {
+        health::Agent::metrics(self).await
     }
 
     fn remaining(&self) -> Result<Remaining> {

@@ -42,6 +42,16 @@ pub struct Entry {
     pub repaired: Vec<PartKind>,
 }
 
+/// An entry, and the pod that it is about.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Note {
+    /// The pod.
+    pub pod: PodKey,
+    /// What happened to it.
+    #[serde(flatten)]
+    pub entry: Entry,
+}
+
 impl Journal {
     /// Records what just happened to a pod.
     pub fn note(&self, pod: &PodKey, event: &Event) {
@@ -62,6 +72,13 @@ impl Journal {
         let Event { kind, message, repaired } = event.clone();
         let entry = Entry { first: now, last: now, count: 1, kind, message, repaired };
         entries.push_back((pod.clone(), entry));
+    }
+
+    /// What happened, oldest first.
+    pub fn all(&self) -> Vec<Note> {
+        let entries = self.0.lock().unwrap_or_else(PoisonError::into_inner);
+        let note = |(pod, entry): &(PodKey, Entry)| Note { pod: pod.clone(), entry: entry.clone() };
+        entries.iter().map(note).collect()
     }
 
     /// What happened to a pod, oldest first.

@@ -23,6 +23,7 @@ use redirect_agent::{
         Server, StatusRequest,
     },
     explain::{self, Explanation},
+    journal,
     membership::{Decision, PodKey, Reason},
     output::Status,
     overrides::{Change, Mode, Store, Target},
@@ -75,6 +76,14 @@ impl Agent for Overridden {
         let lines = request.port.into_iter().flat_map(|port| 0..u64::from(port));
         let lines = lines.map(|dropped| vec![verdicts::Line::Dropped { dropped }]);
         Ok(stream::iter(lines.collect::<Vec<_>>()))
+    }
+
+    fn journal(&self) -> anyhow::Result<Vec<journal::Note>> {
+        Ok(Vec::new())
+    }
+
+    async fn metrics(&self) -> anyhow::Result<String> {
+        Ok("# EOF\n".to_owned())
     }
 
     fn remaining(&self) -> anyhow::Result<Remaining> {
@@ -168,6 +177,9 @@ async fn overrides_and_the_pause_are_set_taken_back_and_repeated_without_harm() 
     let client = fixture.client();
     client.healthz().await.unwrap();
     assert_eq!(client.remaining().await.unwrap(), fixture.agent.remaining().unwrap());
+    assert_eq!(client.metrics().await.unwrap(), "# EOF\n");
+    assert_eq!(client.journal().await.unwrap(), []);
+    assert_eq!(client.process().await.unwrap(), Some(std::process::id()));
     let cart: PodKey = "shop/cart".parse().unwrap();
     let plain = Decision::bypass(Reason::NotLabeled);
     let decided = || fixture.agent.store.current().apply(plain, &cart, SystemTime::now()).reason;

@@ -18,6 +18,7 @@ use super::{
 };
 use crate::{
     explain::{self, Explanation},
+    journal,
     log::Level,
     output::Status,
     verdicts,
@@ -149,6 +150,37 @@ impl Client {
         self.call(Method::POST, "/log", Some(request)).await
     }
 
+    /// What happened lately to the pods, oldest first.
+    ///
+    /// # Errors
+    ///
+    /// As for [`Client::status`].
+    pub async fn journal(&self) -> anyhow::Result<Vec<journal::Note>> {
+        self.call(Method::GET, "/journal", None::<&()>).await
+    }
+
+    /// The metrics, as text.
+    ///
+    /// # Errors
+    ///
+    /// As for [`Client::status`].
+    pub async fn metrics(&self) -> anyhow::Result<String> {
+        let content = self.ask(Method::GET, "/metrics", None::<&()>).await?;
+        String::from_utf8(content.into()).context("read the metrics")
+    }
+
+    /// The process that listens on the socket, whether or not it answers. `None`: the kernel cannot say, for
+    /// example because it is in another PID namespace.
+    ///
+    /// # Errors
+    ///
+    /// When nobody listens.
+    pub async fn process(&self) -> anyhow::Result<Option<u32>> {
+        let stream = self.connect().await?;
+        let pid = stream.peer_cred().context("ask who listens")?.pid();
+        Ok(pid.and_then(|pid| u32::try_from(pid).ok()).filter(|pid| *pid > 0))
+    }
+
     /// Succeeds when the agent answers.
     ///
     /// # Errors
@@ -164,15 +196,25 @@ impl Client {
         uri: &str,
         body: Option<&impl Serialize>,
     ) -> anyhow::Result<T> {
+        let content = self.ask(method, uri, body).await?;
         let path = self.path.display();
+        serde_json::from_slice(&content).with_context(|| {
+            format!("read the answer of the agent at {path}: is it of another version?")
+        })
+    }
+
+    async fn ask(
+        &self,
+        method: Method,
+        uri: &str,
+        body: Option<&impl Serialize>,
+    ) -> anyhow::Result<Bytes> {
         let stream = self.connect().await?;
         let (status, content) = self.in_time(exchange(stream, method, uri, body)).await?;
         if !status.is_success() {
             return Err(self.refusal(status, &content));
         }
-        serde_json::from_slice(&content).with_context(|| {
-            format!("read the answer of the agent at {path}: is it of another version?")
-        })
+        Ok(content)
     }
 
     /// What the agent answers before [`DEADLINE`].

@@ -13,6 +13,8 @@
 //! | `POST /pause` with [`PauseRequest`] | [`Answer`] |
 //! | `POST /resume` with [`ResumeRequest`] | [`Answer`] |
 //! | `GET /log`, `POST /log` with [`LogRequest`] | [`Level`] |
+//! | `GET /journal` | the [`journal::Note`]s, oldest first |
+//! | `GET /metrics` | the same text as on the port of [`crate::health`] |
 //!
 //! What went wrong is `{"error":"…"}` with a status from 400 up.
 
@@ -42,6 +44,7 @@ pub(crate) use self::client::exchange;
 pub use self::client::{Client, Observing};
 use crate::{
     explain::{self, Explanation},
+    journal,
     log::{self, Level},
     membership::{Pod, PodKey},
     output::Status,
@@ -84,6 +87,12 @@ pub trait Agent: Send + Sync + 'static {
 
     /// Which pods do not bypass, as far as their tasks know: that costs nothing.
     fn remaining(&self) -> anyhow::Result<Remaining>;
+
+    /// What happened lately to the pods, oldest first.
+    fn journal(&self) -> anyhow::Result<Vec<journal::Note>>;
+
+    /// The metrics, as text.
+    fn metrics(&self) -> impl Future<Output = anyhow::Result<String>> + Send;
 
     /// Makes `change` and keeps it; pods follow it after the answer.
     fn change(
@@ -250,6 +259,8 @@ fn router<A: Agent>(agent: Arc<A>) -> Router {
         .route("/pause", post(pause::<A>))
         .route("/resume", post(resume::<A>))
         .route("/log", get(|| async { answer(log::level()) }).post(set_log))
+        .route("/journal", get(journal_of::<A>))
+        .route("/metrics", get(metrics::<A>))
         .fallback(|request: Request| async move {
             failure(
                 StatusCode::NOT_FOUND,
@@ -337,6 +348,17 @@ async fn observe<A: Agent>(
 
 async fn remaining<A: Agent>(State(agent): State<Arc<A>>) -> Response {
     answer(agent.remaining())
+}
+
+async fn journal_of<A: Agent>(State(agent): State<Arc<A>>) -> Response {
+    answer(agent.journal())
+}
+
+async fn metrics<A: Agent>(State(agent): State<Arc<A>>) -> Response {
+    match agent.metrics().await {
+        Ok(text) => ([(header::CONTENT_TYPE, crate::metrics::CONTENT_TYPE)], text).into_response(),
+        Err(error) => failure(StatusCode::INTERNAL_SERVER_ERROR, format!("{error:#}")),
+    }
 }
 
 async fn overrides<A: Agent>(
