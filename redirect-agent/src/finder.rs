@@ -257,9 +257,22 @@ fn started(process: &Path) -> u64 {
 ///
 /// When the directories cannot be read.
 pub fn alive(netns_dir: &Path, records: &Records, inodes: &BTreeSet<u32>) -> Result<Vec<Netns>> {
-    let mut found = in_dir(netns_dir)?;
     let recorded = records.current();
-    found.extend(recorded.values().filter_map(|sandbox| Netns::open(&sandbox.netns).ok()));
+    among(netns_dir, recorded.values().map(|sandbox| &*sandbox.netns), inodes)
+}
+
+/// The same, of those at the paths that are `recorded`.
+///
+/// # Errors
+///
+/// When the directories cannot be read.
+pub fn among<'a>(
+    netns_dir: &Path,
+    recorded: impl Iterator<Item = &'a Path>,
+    inodes: &BTreeSet<u32>,
+) -> Result<Vec<Netns>> {
+    let mut found = in_dir(netns_dir)?;
+    found.extend(recorded.filter_map(|path| Netns::open(path).ok()));
     let mut seen = BTreeSet::new();
     found.retain(|netns| inodes.contains(&netns.inode()) && seen.insert(netns.inode()));
     for pid in pids(Path::new(PROC))? {

@@ -235,6 +235,26 @@ pub fn remove_state(state_dir: &Path) -> Result<()> {
     }
 }
 
+/// What is recorded in `state_dir`. Changes nothing there; files that cannot be parsed are left out.
+///
+/// # Errors
+///
+/// When the directory cannot be read. One that does not exist has no records.
+pub fn look(state_dir: &Path) -> Result<Vec<Sandbox>> {
+    let dir = state_dir.join(DIR);
+    let list = || format!("list {}", dir.display());
+    let entries = match fs::read_dir(&dir) {
+        Err(e) if e.kind() == io::ErrorKind::NotFound => return Ok(Vec::new()),
+        entries => entries.with_context(list)?,
+    };
+    let mut found = Vec::new();
+    for entry in entries {
+        found.extend(read(&entry.with_context(list)?.path()));
+    }
+    found.sort_by(|a: &Sandbox, b| a.uid.cmp(&b.uid));
+    Ok(found)
+}
+
 fn read(path: &Path) -> Result<Sandbox> {
     let sandbox: Sandbox = serde_json::from_slice(&fs::read(path)?)?;
     let name = path.file_name().and_then(|name| name.to_str());

@@ -205,6 +205,17 @@ impl Clsact {
             .with_context(|| format!("make a clsact qdisc: {hint}"))
     }
 
+    /// The BPF filters of our priority, in the order in which they run: their names, and their programs' ids.
+    pub(super) fn list(&self, index: u32, at: TcAttachType) -> Result<Vec<(String, u32)>> {
+        self.runtime.block_on(async {
+            if self.qdisc(index).await?.is_none_or(|kind| kind != CLSACT) {
+                return Ok(Vec::new());
+            }
+            let filters = self.filters(index, at).await?;
+            Ok(filters.into_iter().map(|filter| (filter.name, filter.program_id)).collect())
+        })
+    }
+
     /// The BPF filters of our priority, in the order in which they run.
     async fn filters(&self, index: u32, at: TcAttachType) -> Result<Vec<Filter>> {
         let mut message = at_priority(index, at);

@@ -2,6 +2,7 @@
 //! `lo`, both directions on all others. One more link is on kubelet's cgroup.
 
 use std::{
+    collections::BTreeSet,
     fs, io,
     os::fd::{AsFd as _, AsRawFd as _, BorrowedFd, OwnedFd},
     path::{Path, PathBuf},
@@ -10,6 +11,7 @@ use std::{
 use anyhow::{Context as _, Result};
 use aya::programs::{CgroupAttachMode, ProgramFd, SockOps, TcAttachType, links::FdLink};
 use aya_obj::generated::bpf_attach_type;
+use redirect_ebpf::abi::PodId;
 
 use super::{kernel::TcProgram, remove_if_there, sys};
 use crate::netns::Netns;
@@ -19,16 +21,34 @@ pub(super) struct PodLinks {
     dir: PathBuf,
 }
 
+/// The pods that have links below this directory of bpffs.
+///
+/// # Errors
+///
+/// When bpffs cannot be read. A directory that does not exist has none.
+pub fn linked_pods(bpffs_dir: &Path) -> Result<BTreeSet<PodId>> {
+    let dir = bpffs_dir.join("links");
+    let entries = match fs::read_dir(&dir) {
+        Err(e) if e.kind() == io::ErrorKind::NotFound => return Ok(BTreeSet::new()),
+        entries => entries.with_context(|| format!("list {}", dir.display()))?,
+    };
+    let mut pods = BTreeSet::new();
+    for entry in entries {
+        pods.extend(entry?.file_name().to_str().and_then(|name| name.parse::<PodId>().ok()));
+    }
+    Ok(pods)
+}
+
 /// What a pinned link is attached to, and what it runs. Source: Linux `kernel/bpf/syscall.c`,
 /// `kernel/bpf/tcx.c`, `kernel/bpf/net_namespace.c` and `kernel/bpf/cgroup.c`, their `show_fdinfo`.
 #[derive(Debug, Default, PartialEq, Eq)]
 pub(super) struct LinkView {
-    id: u32,
+    pub(super) id: u32,
     pub(super) program_id: u32,
     /// The hash of its instructions, in hexadecimal.
     pub(super) program_tag: String,
     /// The interface's index, the namespace's inode number, or the cgroup's id; 0 once its target is gone.
-    target: u64,
+    pub(super) target: u64,
 }
 
 impl PodLinks {
@@ -113,6 +133,13 @@ impl PodLinks {
 
     /// The links that are attached, each with the name of its pin.
     pub(super) fn attached(&self) -> Result<Vec<(String, LinkView)>> {
+        let mut links = self.all()?;
+        links.retain(|(_, view)| view.target != 0);
+        Ok(links)
+    }
+
+    /// The pinned links, attached or not, each with the name of its pin.
+    pub(super) fn all(&self) -> Result<Vec<(String, LinkView)>> {
         let mut links = Vec::new();
         for pin in self.pins()? {
             let Some(name) = pin.file_name().and_then(|name| name.to_str()) else { continue };
@@ -120,7 +147,6 @@ impl PodLinks {
                 links.push((name.to_owned(), view(&link)?));
             }
         }
-        links.retain(|(_, view)| view.target != 0);
         links.sort_by(|(a, _), (b, _)| a.cmp(b));
         Ok(links)
     }

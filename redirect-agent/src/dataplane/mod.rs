@@ -10,6 +10,7 @@
 //! 4. [`Dataplane::remove`]: the pod is as it was found.
 
 mod clsact;
+pub mod contents;
 mod dns_flows;
 mod hook;
 pub mod istio_cni;
@@ -28,6 +29,7 @@ mod proxies;
 mod reroute;
 mod routes;
 mod rows;
+pub mod snapshot;
 mod sockets;
 pub mod stub;
 mod sys;
@@ -66,6 +68,7 @@ use tracing::debug;
 pub use self::{
     hook::Hooks,
     kernel::OBJECT,
+    links::linked_pods,
     observe::Observation,
     owner::{Owned, Owner},
     parts::{Inspection, Part, PartKind},
@@ -596,16 +599,7 @@ impl Dataplane {
     ///
     /// When bpffs cannot be read.
     pub fn linked_pods(&self) -> Result<BTreeSet<PodId>> {
-        let dir = self.dir.join("links");
-        let entries = match fs::read_dir(&dir) {
-            Err(e) if e.kind() == io::ErrorKind::NotFound => return Ok(BTreeSet::new()),
-            entries => entries.with_context(|| format!("list {}", dir.display()))?,
-        };
-        let mut pods = BTreeSet::new();
-        for entry in entries {
-            pods.extend(entry?.file_name().to_str().and_then(|name| name.parse::<PodId>().ok()));
-        }
-        Ok(pods)
+        linked_pods(&self.dir)
     }
 
     /// The counters of every pod, summed over the CPUs: pod → name → value.

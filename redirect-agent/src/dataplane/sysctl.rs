@@ -1,7 +1,7 @@
 //! The sysctls of an enrolled pod's network namespace. Every function here runs inside it.
 
 use std::{
-    collections::BTreeSet,
+    collections::{BTreeMap, BTreeSet},
     fs,
     io::{self, Read as _},
 };
@@ -56,6 +56,23 @@ pub(super) fn read() -> Result<SavedSysctls> {
             .sum();
     }
     Ok(saved)
+}
+
+/// Their names, in the order of [`SavedSysctls::values`].
+pub(super) fn names() -> impl Iterator<Item = &'static str> {
+    SYSCTLS.into_iter().map(|(name, _)| name).chain([RESERVED_PORTS])
+}
+
+/// The present values as text; `None` where the kernel has no such sysctl.
+pub(super) fn values() -> Result<BTreeMap<&'static str, Option<String>>> {
+    let mut values = BTreeMap::new();
+    for (name, _) in SYSCTLS {
+        let value = get(name)?;
+        values.insert(name, (value != SYSCTL_ABSENT).then(|| value.to_string()));
+    }
+    let reserved = reserved_ports()?.map(|ports| print_ports(&ports).trim().to_owned());
+    values.insert(RESERVED_PORTS, reserved);
+    Ok(values)
 }
 
 /// Sets all of them for an enrolled pod.

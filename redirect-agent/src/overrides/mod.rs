@@ -12,7 +12,7 @@ use std::{
 use anyhow::Context as _;
 use serde::{Deserialize, Serialize};
 
-pub use self::store::{Store, remove_state};
+pub use self::store::{Store, file, remove_state};
 use crate::membership::{Decision, NameError, PodKey, Reason, check_namespace_name};
 
 /// Longer than anybody needs, and short enough that every year has four digits.

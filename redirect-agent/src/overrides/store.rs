@@ -108,6 +108,11 @@ impl Store {
     }
 }
 
+/// Where the overrides are stored in `state_dir`.
+pub fn file(state_dir: &Path) -> PathBuf {
+    state_dir.join(FILE)
+}
+
 /// Removes what is stored in `state_dir`, and the directory if it is otherwise empty and not a container's
 /// mount.
 ///

@@ -4,6 +4,7 @@
 mod route;
 mod rule;
 mod seen;
+mod text;
 
 use std::{collections::BTreeMap, net::IpAddr, pin::pin};
 
@@ -20,11 +21,14 @@ use rtnetlink::{
     },
 };
 
-pub(super) use self::seen::{Address, Seen};
 use self::{
     route::{Outbound, Route},
     rule::{PRIORITY_LANDING, Rule, is_istio_cnis, is_stale, keep_rules, leads_to_ours, priority},
     seen::{Family, Link, foreign_rules, interface},
+};
+pub(super) use self::{
+    seen::{Address, Seen},
+    text::Lines,
 };
 use crate::traffic::Traffic;
 

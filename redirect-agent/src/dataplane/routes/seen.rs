@@ -80,6 +80,11 @@ impl Seen {
         Ok(self.interfaces.iter().map(|(index, link)| (*index, link.name.clone())).collect())
     }
 
+    /// Every interface, however many there are: index, name, and whether it is up.
+    pub(in crate::dataplane) fn all_interfaces(&self) -> impl Iterator<Item = (u32, &str, bool)> {
+        self.interfaces.iter().map(|(index, link)| (*index, link.name.as_str(), link.up))
+    }
+
     /// Whether `lo` is up.
     pub(in crate::dataplane) fn has_lo(&self) -> bool {
         self.interfaces.get(&LOOPBACK_IFINDEX).is_some_and(|lo| lo.up)
