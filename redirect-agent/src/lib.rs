@@ -2,6 +2,7 @@
 
 pub mod agent;
 pub mod announce;
+pub mod bundle;
 pub mod cgroup;
 pub mod cli;
 pub mod cluster;

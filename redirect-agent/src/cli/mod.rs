@@ -1,5 +1,6 @@
 //! The command line: every command with its options, its help and its examples.
 
+mod bundle;
 mod cluster;
 mod control;
 
@@ -11,6 +12,7 @@ use clap_complete::Shell;
 use ipnet::IpNet;
 
 pub use self::{
+    bundle::BundleArgs,
     cluster::{ClusterArgs, Plugin},
     control::{
         AutoArgs, ControlSocket, Doing, ExplainArgs, For, LogLevelArgs, ObserveArgs, OverrideArgs,
@@ -87,6 +89,8 @@ pub enum Command {
     Verify(VerifyArgs),
     /// Shows what the running agent logs, or changes it.
     LogLevel(LogLevelArgs),
+    /// Collects what a bug report about this node needs, in one archive.
+    Bundle(Box<BundleArgs>),
     /// Says whether this node can run the agent.
     Check(CheckArgs),
     /// Puts every pod of this node back and removes all that the agent keeps in the kernel, and its CNI

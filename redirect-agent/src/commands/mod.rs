@@ -1,5 +1,6 @@
 //! The commands, each a function of its arguments.
 
+mod bundle;
 mod cluster;
 mod control;
 mod maps;
@@ -95,10 +96,12 @@ pub async fn execute(command: Command) -> Result<ExitCode> {
             | Command::Cleanup(_)
             | Command::Takeover(_)
             | Command::Maps(_)
+            | Command::Bundle(_)
     );
     ensure!(!of_kernel || geteuid().is_root(), "run the command as root");
     let done = match command {
         Command::Cluster(args) => return cluster::cluster(*args).await,
+        Command::Bundle(args) => return bundle::bundle(*args).await,
         Command::Run(args) => run(*args).await,
         Command::Attach(args) => attach(&args),
         Command::Detach(args) => detach(&args),

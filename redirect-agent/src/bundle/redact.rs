@@ -1,0 +1,302 @@
+//! Replaces addresses and names, each by the same alias wherever it is.
+
+use std::{
+    collections::{BTreeMap, BTreeSet, HashMap},
+    net::IpAddr,
+};
+
+use clap::{Arg, Command, CommandFactory as _};
+use serde_json::Value;
+
+use super::{Content, Part, names::Names};
+use crate::cli::Cli;
+
+/// Replaces.
+pub(super) struct Redactor {
+    /// The names and their aliases, by the letters and digits that a name begins with, the longest name first.
+    names: HashMap<String, Vec<(String, String)>>,
+    /// The flags of every command.
+    flags: BTreeSet<String>,
+    addresses: BTreeMap<IpAddr, String>,
+    counts: [usize; 2],
+}
+
+impl Redactor {
+    pub(super) fn new(names: Names) -> Self {
+        let mut by_start: HashMap<String, Vec<(String, String)>> = HashMap::new();
+        for (name, alias) in names.aliases() {
+            by_start.entry(word(&name).to_owned()).or_default().push((name, alias));
+        }
+        for names in by_start.values_mut() {
+            names.sort_by_key(|(name, _)| std::cmp::Reverse(name.len()));
+        }
+        let cli = Cli::command();
+        let arguments = cli.get_subcommands().flat_map(Command::get_arguments);
+        let flags = arguments.filter_map(Arg::get_long).map(str::to_owned).collect();
+        Self { names: by_start, flags, addresses: BTreeMap::new(), counts: [0; 2] }
+    }
+
+    pub(super) fn part(&mut self, part: &mut Part) {
+        part.name = self.text(&part.name);
+        match &mut part.content {
+            Content::Text(text) => *text = self.text(text),
+            Content::Json(value) => self.value(value),
+        }
+    }
+
+    fn value(&mut self, value: &mut Value) {
+        match value {
+            Value::String(text) => *text = self.text(text),
+            Value::Array(values) => values.iter_mut().for_each(|value| self.value(value)),
+            Value::Object(fields) => {
+                let old = std::mem::take(fields);
+                for (key, mut value) in old {
+                    if key == "targets" {
+                        self.keys(&mut value);
+                    }
+                    // Not a name, though it may be spelled like one.
+                    if !matches!(key.as_str(), "apiVersion" | "kind") {
+                        self.value(&mut value);
+                    }
+                    fields.insert(key, value);
+                }
+            }
+            _ => {}
+        }
+    }
+
+    /// The stored overrides are by their target. All other keys are the format's.
+    fn keys(&mut self, targets: &mut Value) {
+        let Value::Object(overrides) = targets else { return };
+        let old = std::mem::take(overrides);
+        overrides.extend(old.into_iter().map(|(target, found)| (self.text(&target), found)));
+    }
+
+    /// The text with all of its names and addresses replaced.
+    pub(super) fn text(&mut self, text: &str) -> String {
+        let named = self.without_names(text);
+        self.without_addresses(&named)
+    }
+
+    /// A name counts where no letter or digit is right before or behind it.
+    fn without_names(&self, text: &str) -> String {
+        let mut out = String::with_capacity(text.len());
+        let mut rest = text;
+        while let Some(c) = rest.chars().next() {
+            if let Some(flag) = self.flag(rest) {
+                out.push_str(flag);
+                rest = &rest[flag.len()..];
+                continue;
+            }
+            let word = word(rest);
+            if word.is_empty() {
+                // A name begins with a letter or a digit; what an operator has written, with anything.
+                match self.find("", rest) {
+                    Some((name, alias)) => {
+                        out.push_str(alias);
+                        rest = &rest[name.len()..];
+                    }
+                    None => {
+                        out.push(c);
+                        rest = &rest[c.len_utf8()..];
+                    }
+                }
+                continue;
+            }
+            match self.find(word, rest) {
+                Some((name, alias)) => {
+                    out.push_str(alias);
+                    rest = &rest[name.len()..];
+                }
+                None => {
+                    out.push_str(word);
+                    rest = &rest[word.len()..];
+                }
+            }
+        }
+        out
+    }
+
+    /// A flag of ours that the text begins with: it may have the word of a name in it.
+    fn flag<'a>(&self, text: &'a str) -> Option<&'a str> {
+        let name = text.strip_prefix("--")?;
+        let is_of_flag = |c: char| c.is_ascii_alphanumeric() || c == '-';
+        let end = name.find(|c| !is_of_flag(c)).unwrap_or(name.len());
+        self.flags.contains(&name[..end]).then(|| &text[..2 + end])
+    }
+
+    fn find(&self, word: &str, text: &str) -> Option<(&str, &str)> {
+        let ends =
+            |name: &str| !text[name.len()..].starts_with(|c: char| c.is_ascii_alphanumeric());
+        let names = self.names.get(word)?.iter();
+        let mut found = names.filter(|(name, _)| text.starts_with(name) && ends(name));
+        found.next().map(|(name, alias)| (name.as_str(), alias.as_str()))
+    }
+
+    fn without_addresses(&mut self, text: &str) -> String {
+        let is_of_token = |c: char| c.is_ascii_alphanumeric() || matches!(c, '.' | ':' | '_');
+        let mut out = String::with_capacity(text.len());
+        let mut rest = text;
+        while !rest.is_empty() {
+            let end = rest.find(|c| !is_of_token(c)).unwrap_or(rest.len());
+            let (token, behind) = rest.split_at(end);
+            // Most words have no address in them.
+            if token.bytes().filter(|byte| matches!(byte, b':' | b'.')).count() < 2 {
+                out.push_str(token);
+            } else {
+                out.push_str(&self.token(token));
+            }
+            let next = behind.find(is_of_token).unwrap_or(behind.len());
+            out.push_str(&behind[..next]);
+            rest = &behind[next..];
+        }
+        out
+    }
+
+    /// An address, perhaps with a port, or with the end of a sentence.
+    fn token(&mut self, token: &str) -> String {
+        let whole = token.trim_end_matches('.');
+        for body in [whole, whole.strip_suffix(':').unwrap_or(whole)] {
+            if let Some(alias) = self.address(body) {
+                return alias + &token[body.len()..];
+            }
+        }
+        // 10.0.0.1:80, or name:fd00::1
+        let mut at = Vec::new();
+        for (colon, _) in token.match_indices(':') {
+            at.push(colon + 1);
+        }
+        for start in at {
+            if let Some(alias) = self.address(&token[start..]) {
+                return self.pieces(&token[..start]) + &alias;
+            }
+        }
+        self.pieces(token)
+    }
+
+    fn pieces(&mut self, token: &str) -> String {
+        let pieces = token.split(':').map(|piece| {
+            let body = piece.trim_end_matches('.');
+            match self.address(body) {
+                Some(alias) => alias + &piece[body.len()..],
+                None => piece.to_owned(),
+            }
+        });
+        pieces.collect::<Vec<_>>().join(":")
+    }
+
+    /// `None` for what is not an address, and for those that are the same everywhere.
+    fn address(&mut self, text: &str) -> Option<String> {
+        let ip = text.parse::<IpAddr>().ok()?.to_canonical();
+        if ip.is_loopback() || ip.is_unspecified() {
+            return None;
+        }
+        let alias = self.addresses.entry(ip).or_insert_with(|| {
+            let count = &mut self.counts[usize::from(ip.is_ipv6())];
+            *count += 1;
+            format!("v{}-{count}", if ip.is_ipv6() { 6 } else { 4 })
+        });
+        Some(alias.clone())
+    }
+}
+
+/// The letters and digits that a text begins with.
+fn word(text: &str) -> &str {
+    let end = text.find(|c: char| !c.is_ascii_alphanumeric()).unwrap_or(text.len());
+    &text[..end]
+}
+
+#[cfg(test)]
+mod tests {
+    use std::path::Path;
+
+    use serde_json::json;
+
+    use super::*;
+
+    fn part(value: Value) -> Part {
+        Part { name: "pods/shop/cart-7d9/explain.json".to_owned(), content: Content::Json(value) }
+    }
+
+    fn redactor() -> Redactor {
+        let known = part(json!([
+            { "namespace": "shop", "name": "cart-7d9", "uid": "uid-of-shop-cart" },
+            { "namespace": "shop", "name": "cart" },
+            { "namespace": "shop-eu", "name": "web" },
+            { "namespace": "excluded", "name": "web" },
+            { "node": "n1.example.com" },
+        ]));
+        let names = Names::of(&[known], Path::new("/nonexistent"));
+        Redactor::new(names)
+    }
+
+    #[test]
+    fn address_has_one_alias_however_it_is_written() {
+        let mut redactor = redactor();
+        for (text, expected) in [
+            ("10.0.0.1", "v4-1"),
+            ("10.0.0.1:8080 > [fd00::a]:80", "v4-1:8080 > [v6-1]:80"),
+            ("::ffff:10.0.0.1", "v4-1"),
+            ("src 10.0.0.10, not 10.0.0.1.", "src v4-2, not v4-1."),
+            ("10.0.0.0/8 fd00::/8", "v4-3/8 v6-2/8"),
+            ("fd00:0:0:0::A and fd00::a: it", "v6-1 and v6-1: it"),
+            ("https://10.0.0.1:6443/", "https://v4-1:6443/"),
+            ("fe80::1%eth0", "v6-3%eth0"),
+            ("at:fd00::a", "at:v6-1"),
+            ("127.0.0.1 [::1]:15053 0.0.0.0/0 ::/0", "127.0.0.1 [::1]:15053 0.0.0.0/0 ::/0"),
+        ] {
+            assert_eq!(redactor.text(text), expected, "{text}");
+        }
+    }
+
+    #[test]
+    fn what_is_no_address_stays() {
+        let mut redactor = redactor();
+        for text in [
+            "2026-11-30T16:30:00Z",
+            "Linux 6.18.44",
+            "redirect_agent::zds=debug",
+            "std::fs",
+            "`--excluded-namespaces`",
+            "0: from all fwmark 0xd3/0xfff iif lo lookup 15002",
+            "net/ipv4/conf/all/src_valid_mark",
+        ] {
+            assert_eq!(redactor.text(text), text);
+        }
+    }
+
+    #[test]
+    fn name_has_one_alias_wherever_it_is() {
+        let mut redactor = redactor();
+        let mut of = |text: &str| redactor.text(text);
+        let (shop, eu) = (of("shop"), of("shop-eu"));
+        let (cart, other) = (of("cart-7d9"), of("cart"));
+        assert!(shop.starts_with("ns-") && eu.starts_with("ns-") && shop != eu);
+        assert!(cart.starts_with("pod-") && other.starts_with("pod-") && cart != other);
+        assert_eq!(of("pod shop/cart-7d9: x"), format!("pod {shop}/{cart}: x"));
+        assert_eq!(of("/run/netns/shop_cart"), format!("/run/netns/{shop}_{other}"));
+        assert_eq!(of("cart.shop.svc"), format!("{other}.{shop}.svc"));
+        assert!(of("uid-of-shop-cart").starts_with("uid-"));
+        assert_eq!(of("--shop shop--"), format!("--{shop} {shop}--"));
+        assert_eq!(of("workshop cartoon shops"), "workshop cartoon shops");
+        assert_eq!(of("n1"), of("n1"));
+        assert!(of("n1.example.com").starts_with("node-"), "{}", of("n1.example.com"));
+    }
+
+    #[test]
+    fn keys_of_the_format_stay_and_targets_do_not() {
+        let mut redactor = redactor();
+        let mut part = part(json!({
+            "kind": "web",
+            "web": "web",
+            "targets": { "shop/web": { "mode": "enroll" }, "shop": { "mode": "enroll" } },
+        }));
+        redactor.part(&mut part);
+        let Content::Json(value) = &part.content else { panic!("{part:?}") };
+        assert_eq!(value["kind"], "web");
+        assert_ne!(value["web"], "web");
+        let text = value.to_string();
+        assert!(!text.contains("shop"), "{text}");
+        assert!(!part.name.contains("shop") && part.name.ends_with("/explain.json"), "{part:?}");
+    }
+}

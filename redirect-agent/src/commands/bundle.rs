@@ -1,0 +1,98 @@
+//! `bundle`: one archive for a bug report.
+
+use std::{
+    env,
+    io::{self, IsTerminal as _, Write as _},
+    path::Path,
+    process::ExitCode,
+};
+
+use anyhow::{Context as _, Result, bail, ensure};
+use nix::unistd::gethostname;
+use tokio::signal::unix::{SignalKind, signal};
+
+use crate::{
+    bundle::{self, Bundle, Options, Output},
+    cli::BundleArgs,
+};
+
+/// Standard output, as `-o` names it.
+const STDOUT: &str = "-";
+
+/// 1 if something is missing from the archive.
+pub(super) async fn bundle(args: BundleArgs) -> Result<ExitCode> {
+    let mut terminated = signal(SignalKind::terminate()).context("listen for SIGTERM")?;
+    tokio::select! {
+        done = run(args) => done,
+        _ = tokio::signal::ctrl_c() => bail!("interrupted: nothing is written"),
+        _ = terminated.recv() => bail!("terminated: nothing is written"),
+    }
+}
+
+async fn run(args: BundleArgs) -> Result<ExitCode> {
+    let to_stdout = args.output.as_deref() == Some(Path::new(STDOUT));
+    ensure!(
+        !to_stdout || !io::stdout().is_terminal(),
+        "standard output is a terminal: redirect it to a file, or give one with -o"
+    );
+    // Before anything is collected: it says at once what it cannot write.
+    let output = match args.output.as_deref().filter(|_| !to_stdout) {
+        Some(path) => Some((path.to_owned(), Output::open(path, args.overwrite)?)),
+        None => None,
+    };
+    let overwrite = args.overwrite;
+    let bundle = bundle::collect(&options(args)?, |line| eprintln!("{line}")).await?;
+    let said = if to_stdout {
+        let mut out = Vec::new();
+        bundle.write(&mut out)?;
+        io::stdout().write_all(&out).context("write to standard output")?;
+        summary(&bundle, Path::new("standard output"), out.len() as u64)
+    } else {
+        let (path, output) = match output {
+            Some(output) => output,
+            None => {
+                let path = bundle::default_path(&bundle);
+                (path.clone(), Output::open(&path, overwrite)?)
+            }
+        };
+        summary(&bundle, &path, output.finish(&bundle)?)
+    };
+    eprintln!("{said}");
+    Ok(if bundle.missing.is_empty() { ExitCode::SUCCESS } else { ExitCode::FAILURE })
+}
+
+fn options(args: BundleArgs) -> Result<Options> {
+    let node = match args.node_name {
+        Some(node) => node,
+        None => gethostname().context("read the host's name")?.to_string_lossy().into_owned(),
+    };
+    Ok(Options {
+        control_socket: args.control.control_socket,
+        bpffs_dir: args.bpffs.bpffs_dir,
+        netns_dir: args.netns_dir,
+        state_dir: args.state_dir,
+        cni: args.cni.into(),
+        node,
+        redact: args.redact,
+        command_line: env::args_os().map(|word| word.to_string_lossy().into_owned()).collect(),
+    })
+}
+
+fn summary(bundle: &Bundle, path: &Path, size: u64) -> String {
+    let written =
+        format!("wrote {}: {}, {} files", path.display(), size_text(size), bundle.files.len());
+    if bundle.missing.is_empty() {
+        return written;
+    }
+    let mut names: Vec<&str> = bundle.missing.iter().map(|missing| missing.part.as_str()).collect();
+    names.dedup();
+    format!("{written}; not collected, see errors.txt in it: {}", names.join(", "))
+}
+
+fn size_text(bytes: u64) -> String {
+    match bytes {
+        0..10_000 => format!("{bytes} bytes"),
+        10_000..10_000_000 => format!("{} kB", bytes / 1000),
+        _ => format!("{} MB", bytes / 1_000_000),
+    }
+}
