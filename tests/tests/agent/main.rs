@@ -5,6 +5,7 @@
 mod api_server;
 mod attack;
 mod bad_input;
+mod bundle;
 mod cgroup;
 mod clsact;
 mod cluster;
