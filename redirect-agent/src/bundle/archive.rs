@@ -54,25 +54,36 @@ pub struct Output {
     file: File,
     /// Its name until then, on a filesystem without files that have none; it is removed when this is dropped.
     temporary: Option<PathBuf>,
-    path: PathBuf,
     overwrite: bool,
 }
 
 impl Output {
-    /// Makes a file that is to be at `path`.
+    /// Makes a file that is to be at `path`, or under another name in that directory.
     ///
     /// # Errors
     ///
     /// When something is at `path` and not to be overwritten, or when the directory cannot be written to.
     pub fn open(path: &Path, overwrite: bool) -> Result<Self> {
-        if !overwrite && fs::symlink_metadata(path).is_ok() {
-            bail!(exists(path));
+        match fs::symlink_metadata(path) {
+            Ok(found) if !found.is_file() && !found.is_symlink() => {
+                bail!(
+                    "{} is not a file; give another one with -o, or - for standard output",
+                    path.display()
+                )
+            }
+            Ok(_) if !overwrite => bail!(exists(path)),
+            _ => {}
         }
         let dir = match path.parent() {
             Some(dir) if !dir.as_os_str().is_empty() => dir,
             _ => Path::new("."),
         };
-        let context = || format!("write to {}; -o names another file", dir.display());
+        let context = || {
+            format!(
+                "write to {}; give a file elsewhere with -o, or - for standard output",
+                dir.display()
+            )
+        };
         let mut options = File::options();
         options.write(true).mode(MODE);
         let (file, temporary) = match options.clone().custom_flags(libc::O_TMPFILE).open(dir) {
@@ -83,16 +94,15 @@ impl Output {
             }
             Err(error) => return Err(error).with_context(context),
         };
-        Ok(Self { file, temporary, path: path.to_owned(), overwrite })
+        Ok(Self { file, temporary, overwrite })
     }
 
-    /// Writes the archive, and gives it its name. Returns its size in bytes.
+    /// Writes the archive, and puts it at `path`. Returns its size in bytes.
     ///
     /// # Errors
     ///
     /// When it cannot be written, or when somebody has made a file of that name meanwhile.
-    pub fn finish(mut self, bundle: &Bundle) -> Result<u64> {
-        let path = self.path.clone();
+    pub fn finish(mut self, bundle: &Bundle, path: &Path) -> Result<u64> {
         let context = || format!("write {}", path.display());
         self.file.set_permissions(Permissions::from_mode(MODE)).with_context(context)?;
         bundle.write(io::BufWriter::new(&self.file)).with_context(context)?;
@@ -100,19 +110,20 @@ impl Output {
         let size = self.file.metadata().with_context(context)?.len();
         if self.overwrite {
             // A link in place of the file is replaced, not followed.
-            let temporary = match self.temporary.take() {
-                Some(temporary) => temporary,
-                None => hidden(&path)?,
+            let temporary = match &self.temporary {
+                Some(temporary) => temporary.clone(),
+                None => {
+                    let temporary = hidden(path)?;
+                    self.name(&temporary).with_context(context)?;
+                    self.temporary = Some(temporary.clone());
+                    temporary
+                }
             };
-            self.temporary = Some(temporary.clone());
-            if !temporary.exists() {
-                self.name(&temporary).with_context(context)?;
-            }
-            fs::rename(&temporary, &path).with_context(context)?;
+            fs::rename(&temporary, path).with_context(context)?;
             self.temporary = None;
         } else {
-            match self.name(&path) {
-                Err(error) if error.kind() == io::ErrorKind::AlreadyExists => bail!(exists(&path)),
+            match self.name(path) {
+                Err(error) if error.kind() == io::ErrorKind::AlreadyExists => bail!(exists(path)),
                 named => named.with_context(context)?,
             }
         }
@@ -181,7 +192,7 @@ mod tests {
         let path = dir.path().join("x.tar.gz");
         drop(Output::open(&path, false).unwrap());
         assert_eq!(names(dir.path()), [""; 0]);
-        let size = Output::open(&path, false).unwrap().finish(&bundle()).unwrap();
+        let size = Output::open(&path, false).unwrap().finish(&bundle(), &path).unwrap();
         let written = fs::metadata(&path).unwrap();
         assert_eq!((written.len(), written.permissions().mode() & 0o7777), (size, MODE));
         assert_eq!(names(dir.path()), ["x.tar.gz"]);
@@ -195,7 +206,7 @@ mod tests {
         let path = dir.path().join("x.tar.gz");
         let output = Output::open(&path, false).unwrap();
         fs::write(&path, "mine").unwrap();
-        let error = output.finish(&bundle()).unwrap_err();
+        let error = output.finish(&bundle(), &path).unwrap_err();
         assert!(format!("{error:#}").contains("exists"), "{error:#}");
         assert_eq!(fs::read_to_string(&path).unwrap(), "mine");
         assert_eq!(names(dir.path()), ["x.tar.gz"]);
@@ -208,7 +219,7 @@ mod tests {
         fs::write(&target, "mine").unwrap();
         symlink(&target, &path).unwrap();
         assert!(Output::open(&path, false).is_err());
-        Output::open(&path, true).unwrap().finish(&bundle()).unwrap();
+        Output::open(&path, true).unwrap().finish(&bundle(), &path).unwrap();
         assert_eq!(fs::read_to_string(&target).unwrap(), "mine");
         assert!(fs::symlink_metadata(&path).unwrap().is_file());
         assert_eq!(names(dir.path()), ["precious", "x.tar.gz"]);

@@ -220,6 +220,9 @@ async fn bounded<T: Send + 'static>(
     }
 }
 
+/// Stands for the archive's name until that is known.
+pub const ANY_NAME: &str = ".redirect-agent-bundle";
+
 /// Where the archive goes unless the operator says otherwise: into the working directory.
 pub fn default_path(bundle: &Bundle) -> PathBuf {
     Path::new(&bundle.dir).with_added_extension("tar.gz")

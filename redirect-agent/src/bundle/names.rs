@@ -13,6 +13,7 @@ use super::{Content, Part};
 use crate::{
     cli::{Cli, Command},
     membership::{check_namespace_name, is_dns_subdomain},
+    source::EventKind,
 };
 
 /// Every cluster has these, and the output is full of the words. They stay as they are.
@@ -149,6 +150,12 @@ impl Names {
                 if let Some(reason) = text("reason").filter(|_| is_override) {
                     self.add(reason, Kind::Text);
                 }
+                // `unenroll by pid 7, uid 0: REASON`
+                let is_change = text("kind") == Some(EventKind::Overridden.as_str());
+                let said = text("message").filter(|_| is_change);
+                if let Some((_, reason)) = said.and_then(|said| said.split_once(": ")) {
+                    self.add(reason, Kind::Text);
+                }
                 for (key, value) in fields {
                     self.in_field(key, value);
                     self.in_value(value);
@@ -193,7 +200,7 @@ impl Names {
     fn add_host(&mut self, source: &str) {
         let Some((_, rest)) = source.split_once("://") else { return };
         let host = rest.split(['/', ':', ' ']).next().unwrap_or_default();
-        if host.parse::<std::net::IpAddr>().is_err() {
+        if !host.starts_with('[') && host.parse::<std::net::IpAddr>().is_err() {
             self.add(host, Kind::Host);
         }
     }

@@ -74,8 +74,9 @@ impl Redactor {
 
     /// The text with all of its names and addresses replaced.
     pub(super) fn text(&mut self, text: &str) -> String {
-        let named = self.without_names(text);
-        self.without_addresses(&named)
+        // A name like `db` may be a part of an address.
+        let text = self.without_addresses(text);
+        self.without_names(&text)
     }
 
     /// A name counts where no letter or digit is right before or behind it.
@@ -225,6 +226,8 @@ mod tests {
             { "namespace": "shop-eu", "name": "web" },
             { "namespace": "excluded", "name": "web" },
             { "node": "n1.example.com" },
+            { "namespace": "db", "name": "queue" },
+            { "kind": "Overridden", "message": "unenroll by pid 7, uid 0: ticket of Ann" },
         ]));
         let names = Names::of(&[known], Path::new("/nonexistent"));
         Redactor::new(names)
@@ -247,6 +250,14 @@ mod tests {
         ] {
             assert_eq!(redactor.text(text), expected, "{text}");
         }
+        let named = redactor.text("fd00:db::5");
+        assert!(named.starts_with("v6-") && !named.contains(':'), "{named}");
+    }
+
+    #[test]
+    fn reason_of_a_change_is_replaced_when_it_no_longer_holds() {
+        let said = redactor().text("unenroll by pid 7, uid 0: ticket of Ann");
+        assert_eq!(said, "unenroll by pid 7, uid 0: text-1");
     }
 
     #[test]

@@ -253,8 +253,8 @@ impl Snapshot {
                 (Why::AgentNotReady, format!("the agent of its node is not ready{said}"))
             }
             (None, Some(said)) => (Why::Event, said),
-            (None, None) if self.agents.is_none() => {
-                (Why::Unknown, "the agents cannot be listed".to_owned())
+            (None, None) if self.agents().is_none() => {
+                (Why::Unknown, "the agents are not known".to_owned())
             }
             (None, None) => {
                 let text = match state {

@@ -7,9 +7,8 @@ use std::{
     process::ExitCode,
 };
 
-use anyhow::{Context as _, Result, bail, ensure};
+use anyhow::{Context as _, Result, ensure};
 use nix::unistd::gethostname;
-use tokio::signal::unix::{SignalKind, signal};
 
 use crate::{
     bundle::{self, Bundle, Options, Output},
@@ -21,41 +20,30 @@ const STDOUT: &str = "-";
 
 /// 1 if something is missing from the archive.
 pub(super) async fn bundle(args: BundleArgs) -> Result<ExitCode> {
-    let mut terminated = signal(SignalKind::terminate()).context("listen for SIGTERM")?;
-    tokio::select! {
-        done = run(args) => done,
-        _ = tokio::signal::ctrl_c() => bail!("interrupted: nothing is written"),
-        _ = terminated.recv() => bail!("terminated: nothing is written"),
-    }
-}
-
-async fn run(args: BundleArgs) -> Result<ExitCode> {
     let to_stdout = args.output.as_deref() == Some(Path::new(STDOUT));
     ensure!(
         !to_stdout || !io::stdout().is_terminal(),
         "standard output is a terminal: redirect it to a file, or give one with -o"
     );
     // Before anything is collected: it says at once what it cannot write.
-    let output = match args.output.as_deref().filter(|_| !to_stdout) {
-        Some(path) => Some((path.to_owned(), Output::open(path, args.overwrite)?)),
-        None => None,
+    let named = args.output.clone().filter(|_| !to_stdout);
+    let anywhere = Path::new(bundle::ANY_NAME);
+    let output = match to_stdout {
+        true => None,
+        false => Some(Output::open(named.as_deref().unwrap_or(anywhere), args.overwrite)?),
     };
-    let overwrite = args.overwrite;
     let bundle = bundle::collect(&options(args)?, |line| eprintln!("{line}")).await?;
-    let said = if to_stdout {
-        let mut out = Vec::new();
-        bundle.write(&mut out)?;
-        io::stdout().write_all(&out).context("write to standard output")?;
-        summary(&bundle, Path::new("standard output"), out.len() as u64)
-    } else {
-        let (path, output) = match output {
-            Some(output) => output,
-            None => {
-                let path = bundle::default_path(&bundle);
-                (path.clone(), Output::open(&path, overwrite)?)
-            }
-        };
-        summary(&bundle, &path, output.finish(&bundle)?)
+    let said = match output {
+        None => {
+            let mut out = Vec::new();
+            bundle.write(&mut out)?;
+            io::stdout().write_all(&out).context("write to standard output")?;
+            summary(&bundle, Path::new("standard output"), out.len() as u64)
+        }
+        Some(output) => {
+            let path = named.unwrap_or_else(|| bundle::default_path(&bundle));
+            summary(&bundle, &path, output.finish(&bundle, &path)?)
+        }
     };
     eprintln!("{said}");
     Ok(if bundle.missing.is_empty() { ExitCode::SUCCESS } else { ExitCode::FAILURE })

@@ -40,14 +40,19 @@ pub(super) fn sweep(dir: &Path, now: u64) -> Result<()> {
     let mut flows: HashMap<_, DnsKey, DnsFlow> = Map::HashMap(map).try_into()?;
     let open = u64::try_from(OPEN.as_nanos())?;
     let is_over = |key: &DnsKey, flow: &DnsFlow| {
-        let open = if key.protocol == PROTOCOL_TCP { open } else { 0 };
+        let open = if key.protocol == PROTOCOL_TCP && flow.ended == 0 { open } else { 0 };
         is_free(flow, now.saturating_sub(open))
     };
-    let all = flows.iter().filter_map(Result::ok);
-    let over: Vec<DnsKey> =
-        all.filter(|(key, flow)| is_over(key, flow)).map(|(key, _)| key).collect();
+    let mut over = Vec::new();
+    for entry in flows.iter() {
+        let (key, flow) = entry.context("read map dns_flows")?;
+        if is_over(&key, &flow) {
+            over.push(key);
+        }
+    }
     for key in over {
-        // A program may have given the place to another flow since.
+        // A program may have given the place to another flow since. If it does so between these two calls, its
+        // query is not answered, and the client asks again.
         if flows.get(&key, 0).is_ok_and(|flow| is_over(&key, &flow)) {
             absent(flows.remove(&key)).context("write map dns_flows")?;
         }

@@ -3,6 +3,7 @@
 use std::time::SystemTime;
 
 use anyhow::Result;
+use futures_util::future::join_all;
 
 use super::{
     API_VERSION, Bypass, Destination, Explanation, KernelPart, NodePart, Place, PodPart, Request,
@@ -64,24 +65,29 @@ impl<S: Source> Answerer<'_, S> {
         let unknown = pod.as_ref().is_none_or(|pod| pod.place == Place::Unknown);
         let found = match &asked.whom {
             // It stays in the pod.
-            Whom::At(ip) if from.bypass_to(*ip, None) == Some(Bypass::InPod) => None,
-            whom if unknown => self.observer.find_service(whom).await?,
-            _ => None,
+            Whom::At(ip) if from.bypass_to(*ip, None) == Some(Bypass::InPod) => Ok(None),
+            whom if unknown => self.observer.find_service(whom).await,
+            _ => Ok(None),
         };
-        let Some(found) = found else { return Ok(Destination { asked, service: None, pod }) };
+        let (found, service_unknown) = match found {
+            Ok(found) => (found, None),
+            Err(error) => (None, Some(format!("{error:#}"))),
+        };
+        let Some(found) = found else {
+            return Ok(Destination { asked, service: None, service_unknown, pod });
+        };
         let service = service::describe(&found, inventory.namespaces.get(&found.key.namespace));
         let is_elsewhere = |endpoint: &&Endpoint| {
             !endpoint.pod.as_ref().is_some_and(|pod| inventory.pods.contains_key(pod))
         };
-        let mut endpoints: Vec<&Endpoint> = found.endpoints.iter().collect();
+        let called = if let Whom::At(ip) = asked.whom { Some(ip) } else { None };
+        let mut endpoints = found.endpoints_for(called);
         endpoints.sort_by_key(|endpoint| (is_elsewhere(endpoint), !endpoint.ready));
-        let mut pods = Vec::new();
-        for endpoint in endpoints.iter().take(service::LOOKED_AT) {
-            pods.push(match &endpoint.pod {
-                Some(key) => Some(self.pod(key, inventory, now).await?),
-                None => None,
-            });
-        }
+        let looked_at = endpoints.iter().take(service::LOOKED_AT).map(async |endpoint| {
+            // Of one that cannot be asked for, the Service's own word has to do.
+            self.pod(endpoint.pod.as_ref()?, inventory, now).await.ok()
+        });
+        let pods = join_all(looked_at).await;
         let parts = endpoints.iter().map(|e| service::endpoint(&found, asked.port, e)).collect();
         let service = ServicePart { endpoints: parts, ..service };
         Ok(service::choose(node, from, &asked, service, &pods, now))

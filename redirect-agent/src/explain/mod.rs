@@ -170,6 +170,8 @@ pub struct Destination {
     pub asked: To,
     /// The Service, if it is one.
     pub service: Option<ServicePart>,
+    /// Why it is unknown whether there is a Service, if it is.
+    pub service_unknown: Option<String>,
     /// The pod, unless it is an address that no pod has. Of a Service, the endpoint that is worst off.
     pub pod: Option<PodPart>,
 }

@@ -60,6 +60,7 @@ pub(super) fn choose(
         let to = Destination {
             asked: asked.clone(),
             service: Some(service.clone()),
+            service_unknown: None,
             pod: Some(pod.clone()),
         };
         let (_, findings) = judge(node, from, Some(&to), now);
@@ -77,7 +78,7 @@ pub(super) fn choose(
         endpoint.chosen = Some(n) == chosen;
     }
     let pod = chosen.and_then(|n| pods.get(n).cloned().flatten());
-    Destination { asked: asked.clone(), service: Some(service), pod }
+    Destination { asked: asked.clone(), service: Some(service), service_unknown: None, pod }
 }
 
 /// What is wrong with the Service itself.
@@ -106,8 +107,11 @@ pub(super) fn findings(asked: &To, service: Option<&ServicePart>) -> Option<Find
     let next =
         format!("kubectl get endpointslices -n {namespace} -l kubernetes.io/service-name={name}");
     if service.endpoints.is_empty() {
-        let message =
-            format!("Service {} has no endpoints: its selector selects no pod", service.name);
+        let message = format!(
+            "Service {} has no endpoints: its selector selects no pod, or it has none and nobody has made \
+             EndpointSlices",
+            service.name
+        );
         return of(Area::Configuration, Cause::NoReadyEndpoint, message, next);
     }
     let message = format!(
@@ -121,10 +125,13 @@ pub(super) fn findings(asked: &To, service: Option<&ServicePart>) -> Option<Find
 /// What the call passes before it comes to an endpoint.
 pub(super) fn passes(service: &ServicePart, by_callers_proxy: bool) -> Vec<String> {
     let ready = service.endpoints.iter().filter(|endpoint| endpoint.ready).count();
-    let who = if by_callers_proxy {
-        "its proxy"
-    } else {
-        "the network (kube-proxy, or what does its work)"
+    if ready == 0 {
+        return Vec::new();
+    }
+    let who = match (by_callers_proxy, service.ips.is_empty()) {
+        (true, _) => "its proxy",
+        (false, true) => "the application, by DNS,",
+        (false, false) => "the network (kube-proxy, or what does its work)",
     };
     let mut why =
         vec![format!("{who} chooses one of {ready} ready endpoints of Service {}", service.name)];

@@ -83,6 +83,7 @@ fn causes(node: &NodePart, pod: &PodPart, to: Option<(&str, Option<PodPart>)>) -
     let to = to.map(|(asked, pod)| Destination {
         asked: asked.parse::<To>().unwrap(),
         service: None,
+        service_unknown: None,
         pod,
     });
     let (_, findings) = judge(node, pod, to.as_ref(), now());
@@ -99,7 +100,12 @@ fn to_b(from: &PodPart, called: PodPart) -> Vec<Cause> {
 
 /// How the call goes: protocol, by the caller's proxy, the port of the proxy that it arrives at.
 fn way(from: &PodPart, asked: &str, called: PodPart) -> (String, bool, Option<u16>) {
-    let to = Destination { asked: asked.parse().unwrap(), service: None, pod: Some(called) };
+    let to = Destination {
+        asked: asked.parse().unwrap(),
+        service: None,
+        service_unknown: None,
+        pod: Some(called),
+    };
     let path = judge(&node(), from, Some(&to), now()).0.unwrap();
     (path.protocol, path.by_callers_proxy, path.to_proxy_port)
 }
@@ -141,7 +147,12 @@ fn a_call_goes_by_the_proxies_of_those_that_have_one() {
     assert_eq!(way(&a(), "shop/b:80", elsewhere), hbone(true, 15008));
     assert_eq!(way(&a(), "shop/a:80", a()), plain(false, None), "itself");
     for own in ["127.0.0.1:80", "[::1]:80"] {
-        let to = Destination { asked: own.parse().unwrap(), service: None, pod: None };
+        let to = Destination {
+            asked: own.parse().unwrap(),
+            service: None,
+            service_unknown: None,
+            pod: None,
+        };
         let (path, findings) = judge(&node(), &a(), Some(&to), now());
         assert!(!path.unwrap().by_callers_proxy, "{own}");
         assert_eq!(findings[0].cause, Cause::OutsideTheMesh, "{findings:#?}");
@@ -249,6 +260,11 @@ fn who_listens_where_nobody_calls_is_told_from_who_does_not_listen() {
     // One that is not called may well not listen; one that does is meant to be called.
     assert_eq!(alone(&listening(&[])), [Cause::NothingFound]);
     assert_eq!(alone(&listening(&["[::1]:80"]))[0], Cause::ListensOnLoopback);
+    // Then the datapath refuses the call, and the proxy never hears of it.
+    assert!(!to_b(&outside(a()), listening(&["0.0.0.0:81"])).contains(&Cause::PlaintextToProxy));
+    let leaving = PodPart { state: Some(PodState::Leaving), ..outside(a()) };
+    let (_, findings) = judge(&node(), &leaving, None, now());
+    assert!(findings.iter().any(|found| found.message.contains("is leaving")), "{findings:#?}");
     let dark = PodPart { listens: None, ..b() };
     assert_eq!(to_b(&a(), dark), [Cause::NothingFound]);
 }

@@ -56,7 +56,10 @@ pub fn judge(
         let (ip, port) = to.arrives_at();
         of_pod(node, called, Role::Called(ip, port), now, &mut findings);
     }
-    findings.extend(to.and_then(|to| service::findings(&to.asked, to.service.as_ref())));
+    findings.extend(
+        to.filter(|to| to.service_unknown.is_none())
+            .and_then(|to| service::findings(&to.asked, to.service.as_ref())),
+    );
     let path = to.and_then(|to| path(pod, to));
     match (&path, to) {
         (Some(path), Some(to)) => of_path(pod, to, path, &mut findings),
@@ -463,7 +466,9 @@ fn path(from: &PodPart, to: &Destination) -> Option<Path> {
     };
     why.extend(to.service.iter().flat_map(|service| service::passes(service, by_callers_proxy)));
     let Some(called) = called else {
-        if to.service.is_none() {
+        if let Some(error) = &to.service_unknown {
+            why.push(format!("it is unknown whether {} is a Service: {error}", to.asked));
+        } else if to.service.is_none() {
             why.push(format!(
                 "no pod and no Service is known at {}; if the caller's proxy knows it, that chooses the protocol",
                 to.asked
@@ -527,7 +532,8 @@ fn of_path(from: &PodPart, to: &Destination, path: &Path, out: &mut Vec<Finding>
         "kubectl get peerauthentication -n istio-system".to_owned(),
         "kubectl -n istio-system logs -l app=ztunnel --tail 50 | grep -w access".to_owned(),
     ];
-    if path.to_proxy_port == Some(PORT_INBOUND) {
+    let heard = out.iter().all(|found| found.cause != Cause::NobodyListens);
+    if path.to_proxy_port == Some(PORT_INBOUND) && heard {
         let message = format!(
             "the call is handed to the proxy of {} in plaintext, without an identity: the proxy refuses it \
              (accepts and closes it without a byte) where a PeerAuthentication says STRICT; look there",
@@ -573,6 +579,9 @@ fn of_path(from: &PodPart, to: &Destination, path: &Path, out: &mut Vec<Finding>
 pub(super) fn nothing(pod: &PodPart) -> Finding {
     let message = match pod.place {
         Place::Manifest => "the manifests say nothing that is wrong".to_owned(),
+        _ if pod.state == Some(PodState::Leaving) => {
+            format!("{} is leaving the mesh; its open connections go on meanwhile", pod.name)
+        }
         _ => format!("{} is where it should be, and nothing of it is missing", pod.name),
     };
     let next = format!("redirect-agent explain {} NAMESPACE/POD:PORT", pod.name);

@@ -445,7 +445,7 @@ fn cgroup2() -> Check {
             Some(at) => Check::yes(name, format!("at {at}")),
             None => Check::no(
                 name,
-                "not mounted: kubelet's probes go to the proxy but from --probe-sources, and any \
+                "not mounted: kubelet's probes go to the proxy, except those from --probe-sources, and any \
                  socket with the mark 0x539 passes for the proxy's",
             ),
         },
@@ -464,7 +464,8 @@ fn kubelet() -> Check {
         Err(error) => Check::no(
             name,
             format!(
-                "{error:#}; probes go to the proxy but from --probe-sources, and a STRICT policy refuses them"
+                "{error:#}; probes go to the proxy, except those from --probe-sources, and a STRICT policy \
+                 refuses them"
             ),
         ),
     };

@@ -54,7 +54,7 @@ use crate::{
 const TICK: Duration = Duration::from_secs(1);
 /// How often, at least, what is left of dead namespaces is swept.
 const SWEEP: Duration = Duration::from_secs(10);
-/// A flow of DNS is over 30 s after its last query.
+/// A query's flow is over 30 s later.
 const SWEEP_DNS: Duration = Duration::from_secs(60);
 
 /// What `status` says about a pod whose DNS is refused because its proxy has no DNS.
@@ -543,6 +543,7 @@ impl<S: Source> Observer<S> {
                 .zip(overridden)
                 .map(|(view, overridden)| {
                     let mut state = view.state();
+                    let leaving = state == PodState::Leaving;
                     let mut message = view.problem;
                     let mut degrade = |message: &mut Option<String>, why: String| {
                         if state == PodState::Enrolled {
@@ -555,7 +556,8 @@ impl<S: Source> Observer<S> {
                         match dataplane.inspect(netns, &view.traffic) {
                             Ok(found) => {
                                 let missing = names(&found.missing);
-                                if !missing.is_empty() {
+                                // A pod that leaves loses them one by one.
+                                if !missing.is_empty() && !leaving {
                                     let missing = missing.join(", ");
                                     degrade(&mut message, format!("missing in the pod: {missing}"));
                                 }

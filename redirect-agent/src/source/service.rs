@@ -33,6 +33,29 @@ pub struct ServicePort {
     pub port: u16,
 }
 
+impl Service {
+    /// The endpoints for a call to this address; for a call by name, those of the first cluster IP's family. A
+    /// headless Service has the first address of each pod.
+    pub fn endpoints_for(&self, called: Option<IpAddr>) -> Vec<&Endpoint> {
+        let family = called.or_else(|| self.ips.first().copied()).map(|ip| ip.is_ipv4());
+        let mut endpoints: Vec<&Endpoint> = Vec::new();
+        for endpoint in &self.endpoints {
+            let fits = match family {
+                Some(v4) => endpoint.ip.is_ipv4() == v4,
+                None => {
+                    let known =
+                        |other: &&Endpoint| endpoint.pod.is_some() && other.pod == endpoint.pod;
+                    !endpoints.iter().any(known)
+                }
+            };
+            if fits {
+                endpoints.push(endpoint);
+            }
+        }
+        endpoints
+    }
+}
+
 /// Where a call to a Service may arrive.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Endpoint {
@@ -201,6 +224,8 @@ mod tests {
         let first = Endpoint { pod, ip: ip("10.0.0.2"), ready: true, ports: ports.clone() };
         let second = Endpoint { pod: None, ip: ip("10.0.0.3"), ready: false, ports };
         assert_eq!(service.endpoints, [first, second]);
+        assert_eq!(service.endpoints_for(None).len(), 2);
+        assert_eq!(service.endpoints_for(Some(ip("fd00:96::7"))), [] as [&Endpoint; 0]);
         assert!(Service::has(&object, ip("fd00:96::7")) && !Service::has(&object, ip("10.0.0.2")));
     }
 

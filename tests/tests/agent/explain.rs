@@ -342,24 +342,28 @@ fn service_is_explained_by_its_worst_endpoint() -> Result<()> {
 
     // By its name, as a host, and by either cluster IP.
     let nobody = (Area::Application, Cause::NobodyListens);
-    for asked in
-        ["shop/cart:80", "cart.shop.svc.cluster.local:80", "10.96.0.7:80", "[fd00:96::7]:80"]
-    {
-        let line = format!("{second} at {}:{PORT}, ready: nobody-listens, explained", second.v4);
+    let (v4, v6) = (second.addr(Family::V4, PORT), second.addr(Family::V6, PORT));
+    for (asked, at) in [
+        ("shop/cart:80", v4),
+        ("cart.shop.svc.cluster.local:80", v4),
+        ("10.96.0.7:80", v4),
+        ("[fd00:96::7]:80", v6),
+    ] {
+        let line = format!("{second} at {at}, ready: nobody-listens, explained");
         let explained = assert_verdict(node, &[&name, asked], nobody, &line)?;
         let to = explained.to.context("nothing is called")?;
         assert_eq!(to.pod.map(|pod| pod.name), Some(second.to_string()));
         let service = to.service.context("no Service")?;
         let gateway = service.waypoint.and_then(|waypoint| waypoint.gateway);
         assert_eq!(gateway.as_deref(), Some("shop/gw"));
-        assert_eq!(service.endpoints.len(), 4);
+        assert_eq!(service.endpoints.len(), 2);
         let path = explained.path.context("no path")?;
         assert_eq!((path.protocol.as_str(), path.to_proxy_port), ("HBONE", Some(15008)));
         assert!(path.why.iter().any(|why| why.contains("has waypoint shop/gw")), "{path:?}");
     }
     let _second = echo(&second)?;
     let nothing = (Area::None, Cause::NothingFound);
-    assert_verdict(node, &[&name, "shop/cart:80"], nothing, "chooses one of 4 ready endpoints")?;
+    assert_verdict(node, &[&name, "shop/cart:80"], nothing, "chooses one of 2 ready endpoints")?;
 
     // A port that it does not have, no pod that it selects, and no Service.
     let config = |cause| (Area::Configuration, cause);

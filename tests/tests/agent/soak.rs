@@ -70,7 +70,8 @@ fn soak(length: Duration, seed: u64) -> Result<()> {
         pods.map(|pod| footprint(&pod.netns)).into_iter().collect::<Result<Vec<_>>>()?;
     node.enroll(witness)?;
 
-    let load = Load { outages: Mutex::default(), done: AtomicBool::new(false) };
+    let load =
+        Load { began: Instant::now(), outages: Mutex::default(), done: AtomicBool::new(false) };
     let mut events = Events {
         node,
         server,
@@ -126,6 +127,7 @@ fn soak(length: Duration, seed: u64) -> Result<()> {
 
 /// What the callers know of each other and of the proxy.
 struct Load {
+    began: Instant,
     /// From when to when no proxy served every pod.
     outages: Mutex<Vec<(Instant, Option<Instant>)>>,
     done: AtomicBool,
@@ -206,7 +208,11 @@ impl Caller<'_> {
                 Some(wrong) if !wrong.contains(PAST) && self.load.had_outage(began) => {
                     tally.excused += 1;
                 }
-                Some(wrong) => tally.failures.push(format!("{self}: {wrong}")),
+                Some(wrong) => {
+                    let after = self.load.began.elapsed().as_secs_f64();
+                    println!("soak: {after:7.2} s  {self}: {wrong}");
+                    tally.failures.push(format!("after {after:.2} s: {self}: {wrong}"));
+                }
             }
             tally.exchanges += usize::from(old.is_some());
             thread::sleep(PACE);
@@ -261,7 +267,7 @@ impl Events<'_> {
     /// Goes on until the time is over. How often each event has come.
     fn run(&mut self, length: Duration, client: &Pod) -> Result<BTreeMap<&'static str, usize>> {
         let mut counted = BTreeMap::new();
-        let began = Instant::now();
+        let began = self.load.began;
         let mut wire = Sniffer::start(&client.netns, "eth0")?;
         while began.elapsed() < length {
             let name = self.next().with_context(|| format!("after {:?}", began.elapsed()))?;

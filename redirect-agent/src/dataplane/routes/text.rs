@@ -13,7 +13,7 @@ use rtnetlink::{
     packet_route::{
         AddressFamily,
         route::{RouteAttribute, RouteMessage, RouteType},
-        rule::{RuleAction, RuleAttribute, RuleMessage},
+        rule::{RuleAction, RuleAttribute, RuleFlags, RuleMessage},
     },
 };
 
@@ -91,6 +91,9 @@ fn word(kind: &impl Debug) -> String {
 fn rule(message: &RuleMessage) -> String {
     let header = &message.header;
     let mut text = format!("{}:", priority(message));
+    if header.flags.contains(RuleFlags::Invert) {
+        text.push_str(" not");
+    }
     let (mut table, mut mark, mut mask) = (u32::from(header.table), None, None);
     for attribute in &message.attributes {
         let _infallible = match attribute {
