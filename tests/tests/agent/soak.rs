@@ -190,6 +190,8 @@ impl Caller<'_> {
         let mut long = (border..self.ports.end).cycle();
         let address = |port: Option<u16>| self.from.addr(self.family, port.unwrap_or(border));
         let mut old = None;
+        // When the long connection was last known to be whole: an outage has cut it if there was one since.
+        let mut whole = Instant::now();
         while !self.load.done.load(Ordering::Relaxed) {
             let (source, began) = (address(short.next()), Instant::now());
             let called = Call::to(self.to.addr(self.family, PORT)).from(source);
@@ -200,12 +202,19 @@ impl Caller<'_> {
                 Outcome::Answered(answer) if answer.by == self.to.name => None,
                 other => Some(other.to_string()),
             };
-            let wrong = wrong.or_else(|| {
-                self.talk(&mut old, || address(long.next())).err().map(|e| format!("{e:#}"))
-            });
+            let (wrong, since) = match wrong {
+                Some(wrong) => (Some(wrong), began),
+                None => match self.talk(&mut old, || address(long.next())) {
+                    Ok(()) => {
+                        whole = Instant::now();
+                        (None, began)
+                    }
+                    Err(error) => (Some(format!("{error:#}")), whole.min(began)),
+                },
+            };
             match wrong {
                 None => tally.answered += 1,
-                Some(wrong) if !wrong.contains(PAST) && self.load.had_outage(began) => {
+                Some(wrong) if !wrong.contains(PAST) && self.load.had_outage(since) => {
                     tally.excused += 1;
                 }
                 Some(wrong) => {
