@@ -246,6 +246,15 @@ fn agent_does_all_of_its_work_with_what_the_daemon_set_gives_it(family: Family) 
     assert_reaches(&setting.managed.cluster, kubelet.cgroup()?, family)?;
     ensure!(counted(&setting.managed.cluster, "kubelet_probe")? == 3);
 
+    // Somebody asks for a call to a Service.
+    let service = json!({
+        "metadata": {"name": "cart", "namespace": server.namespace},
+        "spec": {"clusterIPs": ["10.96.0.7"], "ports": [{"port": 80}]},
+    });
+    setting.managed.api.put(Kind::Service, service);
+    let explained = node.tell("explain", &[&server.to_string(), "cart.shop.svc:80"])?;
+    ensure!(explained.contains("no-ready-endpoint"), "{explained}");
+
     // What is gone is put back.
     server.netns.output("ip", &["-4", "rule", "del", "table", "15001"])?;
     server.netns.set_sysctl("net/ipv4/tcp_fwmark_accept", "0")?;
