@@ -90,30 +90,14 @@ impl Redactor {
                 continue;
             }
             let word = word(rest);
-            if word.is_empty() {
-                // A name begins with a letter or a digit; what an operator has written, with anything.
-                match self.find("", rest) {
-                    Some((name, alias)) => {
-                        out.push_str(alias);
-                        rest = &rest[name.len()..];
-                    }
-                    None => {
-                        out.push(c);
-                        rest = &rest[c.len_utf8()..];
-                    }
-                }
-                continue;
-            }
-            match self.find(word, rest) {
-                Some((name, alias)) => {
-                    out.push_str(alias);
-                    rest = &rest[name.len()..];
-                }
-                None => {
-                    out.push_str(word);
-                    rest = &rest[word.len()..];
-                }
-            }
+            // A name begins with a letter or a digit; what an operator has written, with anything.
+            let (length, by) = match self.find(word, rest) {
+                Some((name, alias)) => (name.len(), alias),
+                None if word.is_empty() => (c.len_utf8(), &rest[..c.len_utf8()]),
+                None => (word.len(), word),
+            };
+            out.push_str(by);
+            rest = &rest[length..];
         }
         out
     }

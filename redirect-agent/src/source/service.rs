@@ -7,6 +7,7 @@ use k8s_openapi::{
     apimachinery::pkg::util::intstr::IntOrString,
 };
 
+use super::Whom;
 use crate::membership::{Phase, Pod, PodKey};
 
 /// A Service, as far as a call to it matters.
@@ -75,6 +76,14 @@ impl Service {
         ips(object).contains(&ip)
     }
 
+    /// Whether it is meant.
+    pub fn is(object: &k8s::Service, whom: &Whom) -> bool {
+        match whom {
+            Whom::Named(called) | Whom::Service(called) => key(object).as_ref() == Some(called),
+            Whom::At(ip) => Self::has(object, *ip),
+        }
+    }
+
     /// The Service with the endpoints of its EndpointSlices. `None` without a valid name.
     pub fn new(object: &k8s::Service, slices: &[discovery::EndpointSlice]) -> Option<Self> {
         Some(Self { endpoints: slices.iter().flat_map(in_slice).collect(), ..bare(object)? })
@@ -109,16 +118,19 @@ impl Service {
     }
 }
 
+fn key(object: &k8s::Service) -> Option<PodKey> {
+    let namespace = object.metadata.namespace.as_deref().unwrap_or("default");
+    PodKey::new(namespace, object.metadata.name.as_deref()?).ok()
+}
+
 /// Without endpoints.
 fn bare(object: &k8s::Service) -> Option<Service> {
-    let name = object.metadata.name.as_deref()?;
-    let namespace = object.metadata.namespace.as_deref().unwrap_or("default");
     let ports = tcp(object).filter_map(|port| {
         let name = port.name.clone().unwrap_or_default();
         Some(ServicePort { name, port: u16::try_from(port.port).ok()? })
     });
     Some(Service {
-        key: PodKey::new(namespace, name).ok()?,
+        key: key(object)?,
         labels: object.metadata.labels.clone().unwrap_or_default(),
         ips: ips(object),
         ports: ports.collect(),

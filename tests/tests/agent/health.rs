@@ -13,7 +13,7 @@ use redirect_tests::netns::Family;
 use redirect_tests::process::wait_for;
 use socket2::{Domain, Socket, Type};
 
-use crate::cluster::{Cluster, Manifest, SOON, echo};
+use crate::cluster::{Cluster, Manifest, Node, SOON, echo};
 use crate::load::Until;
 
 #[test]
@@ -53,17 +53,25 @@ fn agent_tells_its_health_and_what_it_has_counted() -> Result<()> {
     assert_has(address, "redirect_connections_total{verdict=\"redirected_inbound\"} 3")
 }
 
-/// Anybody can connect to the port of health and metrics.
-#[test]
-fn strangers_that_connect_and_say_nothing_take_neither_descriptors_nor_answers() -> Result<()> {
+/// An agent whose health port is open at every address of the node, and that port.
+fn open_to_anybody() -> Result<(Cluster, u16)> {
     let mut cluster = Cluster::without_agent(&[])?;
     let port = free_address()?.port();
     cluster.node.serve_health(SocketAddr::new(Ipv6Addr::UNSPECIFIED.into(), port));
     cluster.node.start_agent()?;
-    let descriptors = || -> Result<usize> {
-        Ok(fs::read_dir(format!("/proc/{}/fd", cluster.node.agent_pid()?))?.count())
-    };
-    let before = descriptors()?;
+    Ok((cluster, port))
+}
+
+/// How many the agent has.
+fn descriptors(node: &Node) -> Result<usize> {
+    Ok(fs::read_dir(format!("/proc/{}/fd", node.agent_pid()?))?.count())
+}
+
+/// Anybody can connect to the port of health and metrics.
+#[test]
+fn strangers_that_connect_and_say_nothing_take_neither_descriptors_nor_answers() -> Result<()> {
+    let (cluster, port) = open_to_anybody()?;
+    let before = descriptors(&cluster.node)?;
     let stranger = SocketAddr::new(Ipv4Addr::LOCALHOST.into(), port);
     let mut idle = Vec::new();
     for _ in 0..200 {
@@ -74,7 +82,7 @@ fn strangers_that_connect_and_say_nothing_take_neither_descriptors_nor_answers()
     }
     let another = SocketAddr::new(Ipv6Addr::LOCALHOST.into(), port);
     ensure!(get(another, "/healthz")?.0 == 200);
-    let during = descriptors()?;
+    let during = descriptors(&cluster.node)?;
     ensure!(during < before + 40, "{before} descriptors before, {during} with 200 strangers");
     // They have had their time: it is the others' turn.
     wait_for("an answer to the stranger's neighbor", SOON, || {
@@ -85,14 +93,8 @@ fn strangers_that_connect_and_say_nothing_take_neither_descriptors_nor_answers()
 /// A process of the node has millions of addresses of loopback to call from.
 #[test]
 fn strangers_on_the_node_take_no_more_descriptors_than_others() -> Result<()> {
-    let mut cluster = Cluster::without_agent(&[])?;
-    let port = free_address()?.port();
-    cluster.node.serve_health(SocketAddr::new(Ipv6Addr::UNSPECIFIED.into(), port));
-    cluster.node.start_agent()?;
-    let descriptors = || -> Result<usize> {
-        Ok(fs::read_dir(format!("/proc/{}/fd", cluster.node.agent_pid()?))?.count())
-    };
-    let before = descriptors()?;
+    let (cluster, port) = open_to_anybody()?;
+    let before = descriptors(&cluster.node)?;
     let mut idle = Vec::new();
     for n in 0..600_u16 {
         let [high, low] = n.to_be_bytes();
@@ -104,7 +106,7 @@ fn strangers_on_the_node_take_no_more_descriptors_than_others() -> Result<()> {
     }
     let another = SocketAddr::new(Ipv6Addr::LOCALHOST.into(), port);
     ensure!(get(another, "/healthz")?.0 == 200);
-    let during = descriptors()?;
+    let during = descriptors(&cluster.node)?;
     ensure!(during < before + 40, "{before} descriptors before, {during} with 600 strangers");
     Ok(())
 }

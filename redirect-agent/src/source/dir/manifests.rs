@@ -8,8 +8,10 @@ use serde::de::DeserializeOwned;
 use serde_json::{Value, json};
 
 use super::{is_manifest, list};
-use crate::membership::{DATAPLANE_MODE_AMBIENT, LABEL_DATAPLANE_MODE, Namespace, Pod, PodKey};
-use crate::source::{Service, Whom};
+use crate::{
+    membership::{DATAPLANE_MODE_AMBIENT, LABEL_DATAPLANE_MODE, Namespace, Pod, PodKey},
+    source::{Service, Whom},
+};
 
 /// The namespaces and pods of some files.
 #[derive(Debug, Default)]
@@ -65,16 +67,8 @@ impl Manifests {
 
     /// The Service of that name, or with that cluster IP.
     pub(super) fn service(&self, whom: &Whom) -> Option<Service> {
-        let mut all = self.services.iter();
-        match whom {
-            Whom::Named(key) | Whom::Service(key) => all
-                .filter_map(|object| Service::selecting(object, self.pods.values()))
-                .find(|service| service.key == *key),
-            Whom::At(ip) => {
-                let object = all.find(|object| Service::has(object, *ip))?;
-                Service::selecting(object, self.pods.values())
-            }
-        }
+        let object = self.services.iter().find(|object| Service::is(object, whom))?;
+        Service::selecting(object, self.pods.values())
     }
 
     /// The namespaces whose label asks for the mesh.
