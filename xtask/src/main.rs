@@ -20,7 +20,7 @@ use std::{ffi::OsString, process::ExitCode};
 
 use clap::{Parser, Subcommand};
 
-use crate::test::Tests;
+use crate::{demo::Profile, test::Tests};
 
 /// Sets up, tests and shows the ambient redirector.
 #[derive(Parser)]
@@ -57,7 +57,7 @@ enum Command {
         #[arg(long)]
         seed: Option<u64>,
     },
-    /// Build the release binaries and run the demo, as root
+    /// Build what it needs and run the demo, as root
     #[command(disable_help_flag = true)]
     Demo {
         /// What the demo gets: --json, --help …
@@ -93,8 +93,8 @@ fn main() -> ExitCode {
             test::run_all(&Tests { packages, harness, environment: Vec::new(), again: true })
         }
         Command::Soak { minutes, seed } => test::soak(minutes, seed),
-        Command::Demo { arguments } => demo::become_program("demo", &arguments),
-        Command::Bench { arguments } => demo::become_program("bench", &arguments),
+        Command::Demo { arguments } => demo::become_program("demo", Profile::Dev, &arguments),
+        Command::Bench { arguments } => demo::become_program("bench", Profile::Release, &arguments),
         Command::Check => check::run_all(),
         Command::Manifests => manifests::write(),
         Command::Book => book::build(),
