@@ -715,10 +715,12 @@ pub struct KernelOffsets {
     pub bytes_acked: u32,
     /// `snt_isn` of `struct tcp_request_sock`, u32: the sequence number of the SYN-ACK.
     pub snt_isn: u32,
+    /// `ir_mark` of `struct inet_request_sock`, u32: the mark that the accepted socket gets.
+    pub ir_mark: u32,
 }
 
 const _: () = {
-    assert!(size_of::<KernelOffsets>() == 72);
+    assert!(size_of::<KernelOffsets>() == 76);
     assert!(size_of::<VerdictEvent>() == 56);
     assert!(size_of::<Addr>() == 16);
     assert!(size_of::<PodEntry>() == 56);

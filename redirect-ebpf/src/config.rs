@@ -28,6 +28,7 @@ pub static KERNEL_OFFSETS: KernelOffsets = KernelOffsets {
     snd_una: 0,
     bytes_acked: 0,
     snt_isn: 0,
+    ir_mark: 0,
 };
 
 pub use redirect_ebpf::abi::KernelOffsets;

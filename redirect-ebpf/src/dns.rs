@@ -539,6 +539,10 @@ mod tests {
             panic!("DNS is not accepted by the application")
         }
 
+        fn was_half_open(&self, _: PodId, _: &Segment) -> bool {
+            panic!("DNS is not accepted by the application")
+        }
+
         fn settled(&self) -> Option<u32> {
             panic!("DNS is not settled")
         }

@@ -20,7 +20,7 @@ use redirect_ebpf::{
 use crate::{
     Maps,
     config::offset,
-    dns_flow, enter_half_open, is_own, packet, pod,
+    dns_flow, enter_half_open, is_own, note_strays, packet, pod,
     sockets::{TCP_LISTEN, TCP_NEW_SYN_RECV, cgroup_id, flow_at, owner, settle_for, settled_by},
     switch::{note, noted},
     was_half_open,
@@ -235,6 +235,10 @@ fn note_half_open(
     {
         let first_seq = common.read::<u32>(offset!(snt_isn)).wrapping_add(1);
         enter_half_open(pod_id, &Connection { flow, first_seq });
+        if mesh_mark(common.read(offset!(ir_mark))) == 0 {
+            // The SYN came before our programs did: its socket will have no mark, and so send by `lo`.
+            note_strays(pod_id);
+        }
     }
     0
 }

@@ -326,11 +326,11 @@ fn on_egress(ctx: &TcContext, readable: bool, parsed: &Parsed, sender: Sender, s
     let recorded = match verdict.settle {
         Some(way) if parsed.segment().accepts && way.get() == WAY_DIRECT => {
             let known = if sends { sockets::half_open(ctx) } else { None };
-            let flow = known.unwrap_or_else(|| parsed.segment().sender_flow());
-            enter_half_open(
-                verdict.pod_id,
-                &Connection { flow, first_seq: parsed.sequence().wrapping_add(1) },
-            );
+            let connection = known.unwrap_or_else(|| Connection {
+                flow: parsed.segment().sender_flow(),
+                first_seq: parsed.sequence().wrapping_add(1),
+            });
+            enter_half_open(verdict.pod_id, &connection);
             true
         }
         Some(way) if sends => sockets::settle(ctx, way.get()),
@@ -602,6 +602,12 @@ fn has_proxy_sent(ctx: &TcContext, segment: &Segment) -> bool {
     ask(ctx, &answer_to(segment), sockets::is_proxys_connection)
 }
 
+#[inline(never)]
+fn sender_was_half_open(ctx: &TcContext, pod_id: PodId, segment: &Segment) -> bool {
+    let connection = ask(ctx, &answer_to(segment), sockets::receivers_connection);
+    connection.is_some_and(|connection| was_half_open(pod_id, &connection))
+}
+
 /// The socket that opens a connection by `lo` may have had a direct one before, with the same addresses and ports:
 /// after 4 GiB, it also starts with the same number.
 #[inline(never)]
@@ -764,6 +770,11 @@ impl Env for Tc<'_> {
     #[inline(always)]
     fn has_half_open(&self, pod_id: PodId) -> bool {
         has_half_open(pod_id)
+    }
+
+    #[inline(always)]
+    fn was_half_open(&self, pod_id: PodId, segment: &Segment) -> bool {
+        sender_was_half_open(self.ctx, pod_id, segment)
     }
 
     #[inline(always)]

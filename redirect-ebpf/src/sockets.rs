@@ -413,11 +413,41 @@ pub fn settle(ctx: &TcContext, way: u32) -> bool {
 
 /// The half-open connection that [`sends`] the packet.
 #[inline(always)]
-pub fn half_open(ctx: &TcContext) -> Option<Flow> {
+pub fn half_open(ctx: &TcContext) -> Option<Connection> {
     let sk = packets_socket(ctx);
     // SAFETY: the packet's socket is a live one.
-    let is_one = !sk.is_null() && unsafe { (*sk).state } == TCP_NEW_SYN_RECV;
-    is_one.then(|| flow_at(address(sk)))
+    if sk.is_null() { None } else { unsafe { half_open_at(sk) } }
+}
+
+/// # Safety
+///
+/// The socket is a live one.
+#[inline(always)]
+unsafe fn half_open_at(sk: *mut bpf_sock) -> Option<Connection> {
+    // SAFETY: the caller's promise.
+    if unsafe { (*sk).state } != TCP_NEW_SYN_RECV {
+        return None;
+    }
+    let sk = address(sk);
+    let isn: u32 = packet::kernel(sk + u64::from(config::offset!(snt_isn)));
+    Some(Connection { flow: flow_at(sk), first_seq: isn.wrapping_add(1) })
+}
+
+/// The connection of the socket that receives this segment, half open or not. The caller sets the hint first.
+#[inline(always)]
+pub fn receivers_connection(ctx: *mut c_void, segment: &Segment) -> Option<Connection> {
+    let Segment { src, dst, src_port, dst_port, .. } = segment;
+    let (mut tuple, len) = tuple(src, *src_port, dst, *dst_port);
+    // SAFETY: the tuple is initialized for `len` bytes; the reference is released.
+    unsafe {
+        let sk = bpf_skc_lookup_tcp(ctx, &raw mut tuple, len, BPF_F_CURRENT_NETNS as u64, 0);
+        if sk.is_null() {
+            return None;
+        }
+        let connection = half_open_at(sk).or_else(|| connection(sk));
+        bpf_sk_release(sk.cast());
+        connection
+    }
 }
 
 /// The connection of a TCP socket, as the iterators read it with [`flow_at`]. `None` if it is half open, or in

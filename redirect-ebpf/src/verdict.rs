@@ -119,6 +119,9 @@ pub trait Env: Pods {
     fn has_marked_listener(&self) -> bool;
     /// The path that was recorded for the connection of the socket that sent the segment, one of `WAY_*`.
     fn settled(&self) -> Option<u32>;
+    /// Whether the connection of the socket of this namespace that sent this segment was half open when the capture
+    /// began, and direct.
+    fn was_half_open(&self, pod_id: PodId, segment: &Segment) -> bool;
     /// Whether the connection is known to be direct although its socket has no record yet: it was half open
     /// when the capture began, or when the pod's settings changed.
     fn is_noted_direct(&self, pod_id: PodId, segment: &Segment) -> bool;
@@ -315,8 +318,8 @@ pub fn on_lo(mark: u32, segment: Option<&Segment>, env: &impl Env) -> Verdict {
 }
 
 /// Whether a packet on `lo`, for an address that the pod does not have, is a stray: the pod's own marks or rules
-/// brought it here, but its other end is elsewhere. It belongs to an excluded connection, or to the proxy
-/// itself.
+/// brought it here, or its socket has none, but its other end is elsewhere. It belongs to an excluded connection,
+/// to one that is older than the capture, or to the proxy itself.
 #[inline(always)]
 fn strays(pod_id: PodId, pod: u32, segment: &Segment, env: &impl Env) -> bool {
     if segment.opens {
@@ -337,7 +340,7 @@ fn strays(pod_id: PodId, pod: u32, segment: &Segment, env: &impl Env) -> bool {
     } else {
         excludes_outbound(pod_id, pod, &flow, env)
     };
-    settings || env.has_proxy_sent(segment)
+    settings || env.has_proxy_sent(segment) || env.was_half_open(pod_id, segment)
 }
 
 #[inline(always)]
@@ -904,6 +907,7 @@ mod tests {
         /// Whether anybody listens at the segment's source.
         sender_listens: bool,
         half_open: bool,
+        was_half_open: bool,
         marked_listener: bool,
         settled: Option<u32>,
         /// Whether the connection is noted as direct.
@@ -933,6 +937,7 @@ mod tests {
                 proxy_sent: false,
                 sender_listens: true,
                 half_open: false,
+                was_half_open: false,
                 marked_listener: false,
                 settled: None,
                 noted_direct: false,
@@ -1044,6 +1049,11 @@ mod tests {
         fn has_half_open(&self, pod_id: PodId) -> bool {
             only_own(pod_id);
             self.half_open
+        }
+
+        fn was_half_open(&self, pod_id: PodId, _: &Segment) -> bool {
+            only_own(pod_id);
+            self.was_half_open
         }
 
         fn settled(&self) -> Option<u32> {
@@ -1335,6 +1345,25 @@ mod tests {
                     let unknown = Node { receiver: Receiver::Listener, pod: UNKNOWN, ..here };
                     assert_eq!(on_lo(0, Some(&accepts), &unknown), FROM_POD);
                 }
+            }
+        }
+    }
+
+    /// Its SYN came before there was anything that could mark it.
+    #[test]
+    fn an_answer_that_was_half_open_when_the_capture_began_has_no_mark_and_leaves_all_the_same() {
+        for a in both_families() {
+            let (accepts, later) = (syn_ack(a.own, a.stranger), reply(a.own, a.stranger));
+            let node = Node { was_half_open: true, ..Node::new(&a, CAPTURING) };
+            assert_eq!(on_lo(0, Some(&accepts), &node), LEAVES_FIRST);
+            assert_eq!(on_lo(0, Some(&later), &node), FROM_POD, "nothing has strayed");
+            let node = Node { strays: true, ..node };
+            assert_eq!(on_lo(0, Some(&later), &node), LEAVES);
+            let open = syn(a.own, a.stranger);
+            assert_eq!(on_lo(0, Some(&open), &node), FROM_POD, "it is another connection");
+            for receiver in [Receiver::HalfOpen, Receiver::Connection] {
+                let node = Node { receiver, was_half_open: true, ..Node::new(&a, CAPTURING) };
+                assert_eq!(on_lo(0, Some(&accepts), &node), FROM_POD, "its peer is here");
             }
         }
     }

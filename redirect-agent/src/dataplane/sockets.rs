@@ -66,6 +66,7 @@ fn read_offsets() -> Result<KernelOffsets> {
         snd_una: offset_in("tcp_sock", "snd_una")?,
         bytes_acked: offset_in("tcp_sock", "bytes_acked")?,
         snt_isn: offset_in("tcp_request_sock", "snt_isn")?,
+        ir_mark: offset_in("inet_request_sock", "ir_mark")?,
     })
 }
 

@@ -519,6 +519,10 @@ impl Env for World {
         Sender::Application
     }
 
+    fn was_half_open(&self, _: PodId, _: &Segment) -> bool {
+        false
+    }
+
     fn settled(&self) -> Option<u32> {
         // and each run another one.
         None

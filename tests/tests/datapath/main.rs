@@ -9,6 +9,7 @@ mod between_pods;
 mod clsact;
 mod enrollment;
 mod first_packets;
+mod half_open;
 mod held_attacks;
 mod identity;
 mod idle;
