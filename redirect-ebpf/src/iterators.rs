@@ -18,12 +18,11 @@ use redirect_ebpf::{
 };
 
 use crate::{
-    Maps,
     config::offset,
-    dns_flow, enter_half_open, is_own, note_strays, packet, pod,
-    sockets::{TCP_LISTEN, TCP_NEW_SYN_RECV, cgroup_id, flow_at, owner, settle_for, settled_by},
+    env::{Maps, dns_flow, is_own, note_strays, pod},
+    half_open, packet, settled,
+    sockets::{TCP_LISTEN, TCP_NEW_SYN_RECV, cgroup_id, owner},
     switch::{note, noted},
-    was_half_open,
 };
 
 const SOL_SOCKET: i32 = 1;
@@ -198,18 +197,18 @@ fn mark_connection(
     }
     let Open { pod_id, flow, .. } = connection;
     let this = Connection { flow, first_seq: common.first_seq() };
-    let way = match settled_by(sk.0.cast(), &this) {
+    let way = match settled::way_of(sk.0.cast(), &this) {
         Some(way) => way,
         None => {
             let noted = noted(pod_id, flow).or_else(|| noted(pod_id, translated(flow)));
-            let way = if was_half_open(pod_id, &this) && noted != Some(WAY_REDIRECTED) {
+            let way = if half_open::was(pod_id, &this) && noted != Some(WAY_REDIRECTED) {
                 WAY_DIRECT
             } else {
                 let Some(way) = choose(&connection, noted) else { return 0 };
                 way
             };
             // Without memory, a direct connection ends: it could not be told from others later.
-            settle_for(sk.0.cast(), &this, way);
+            settled::settle_for(sk.0.cast(), &this, way);
             way
         }
     };
@@ -234,7 +233,7 @@ fn note_half_open(
         && choose(&connection, noted(pod_id, flow)) == Some(WAY_DIRECT)
     {
         let first_seq = common.read::<u32>(offset!(snt_isn)).wrapping_add(1);
-        enter_half_open(pod_id, &Connection { flow, first_seq });
+        half_open::enter(pod_id, &Connection { flow, first_seq });
         if mesh_mark(common.read(offset!(ir_mark))) == 0 {
             // The SYN came before our programs did: its socket will have no mark, and so send by `lo`.
             note_strays(pod_id);
@@ -327,7 +326,7 @@ impl Common {
 
     #[inline(always)]
     fn flow(&self) -> Flow {
-        flow_at(self.0 as u64)
+        settled::flow_at(self.0 as u64)
     }
 }
 

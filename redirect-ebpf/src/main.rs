@@ -11,59 +11,54 @@
 
 mod config;
 mod count;
+mod env;
+mod half_open;
+mod hint;
 mod iterators;
 mod kubelet;
+mod listeners;
 mod maps;
-
 mod packet;
+mod settled;
 mod sockets;
 mod switch;
 
 use aya_ebpf::{
     EbpfContext as _,
-    bindings::{__sk_buff, BPF_ANY, BPF_NOEXIST, TC_ACT_SHOT, TC_ACT_UNSPEC},
-    btf_maps::lpm_trie::Key,
-    helpers::bpf_ktime_get_ns,
+    bindings::{__sk_buff, TC_ACT_SHOT, TC_ACT_UNSPEC},
     macros::{classifier, sk_lookup},
     programs::{SkLookupContext, TcContext},
 };
 use redirect_ebpf::{
     abi::{
-        Addr, Connection, Counter, DECISION_ENROLLED, DnsFlow, DnsKey, EVERY_POD, FOUND_KNOWN,
-        FOUND_NEW, FOUND_NOTHING, Flow, HALF_OPEN_CHOICES, HALF_OPEN_NS, HINT_NONE, HINT_QUESTION,
-        HalfOpenKey, Hint, LOOPBACK_IFINDEX, ListenerKey, MARK_PROXY, MARK_REDIRECTED, OwnAddress,
-        POD_ENROLLED, PORT_PROXY_DNS, PREFIX_BYPASS, PodId, PodPeer, PodPort, QUESTION_AT,
+        Addr, Connection, Counter, FOUND_KNOWN, FOUND_NEW, FOUND_NOTHING, Flow, LOOPBACK_IFINDEX,
+        ListenerKey, MARK_PROXY, MARK_REDIRECTED, PORT_PROXY_DNS, PodId, QUESTION_AT,
         QUESTION_CLIENT, QUESTION_ENTER, QUESTION_KIND, QUESTION_V4, VirtualInterface, WAY_DIRECT,
     },
-    dns::{self, Dns, DnsEnv, Entry, Message},
+    dns::{self, Dns},
     verdict::{
-        self, Env, Fate, Hidden, Lookup, Pods, Proxy, Receiver, Segment, Sender, Steer, Verdict,
-        Virtual, mesh_mark, with_mesh_mark,
+        self, Fate, Hidden, Lookup, Segment, Sender, Steer, Verdict, Virtual, mesh_mark,
+        with_mesh_mark,
     },
 };
 
 use crate::{
     count::Packet,
-    maps::{
-        ADDRESSES, ANY_STRAYS, DNS_FLOWS, HALF_OPEN, HINT, INBOUND_PORTS, INBOUND_RANGES,
-        OUTBOUND_PORTS, OUTBOUND_RANGES, PARSED, PODS_BY_ID, PROXY_MISSING, STRAYS, THIS_POD,
-        VIRTUAL_INTERFACES,
-    },
+    env::{Maps, Tc},
+    listeners::Found,
+    maps::{PARSED, PODS_BY_ID, PROXY_MISSING, THIS_POD, VIRTUAL_INTERFACES},
     packet::{Network, Parsed},
-    sockets::Found,
 };
 
 const AF_INET: u32 = 2;
 const IPPROTO_TCP: u32 = 6;
-/// What an update of a map with `BPF_NOEXIST` returns where the key is there.
-const EEXIST: i32 = -17;
 const SK_DROP: u32 = 0;
 const SK_PASS: u32 = 1;
 
 /// Ingress of `lo`.
 #[classifier]
 pub fn redirect_lo(ctx: TcContext) -> i32 {
-    clear_hint();
+    hint::clear();
     let Some(parsed) = parsed() else { return TC_ACT_SHOT };
     if !parse(&ctx, true, parsed) {
         return if drops_unread(&ctx) { TC_ACT_SHOT } else { on_lo(&ctx, None) };
@@ -72,7 +67,7 @@ pub fn redirect_lo(ctx: TcContext) -> i32 {
         return TC_ACT_SHOT;
     }
     if parsed.segment().opens && parsed.message.tcp {
-        no_longer_direct(&ctx, parsed.segment());
+        env::no_longer_direct(&ctx, parsed.segment());
     }
     if dns::concerns(&parsed.message) {
         let segment = *parsed.segment();
@@ -121,7 +116,7 @@ fn on_lo(ctx: &TcContext, parsed: Option<&Parsed>) -> i32 {
             _ => TC_ACT_SHOT,
         },
         Fate::Leave => {
-            note_strays(verdict.pod_id);
+            env::note_strays(verdict.pod_id);
             leave(verdict.pod_id)
         }
         _ => next,
@@ -224,7 +219,7 @@ fn carry_out_dns(ctx: &TcContext, parsed: &Parsed, decided: &Decided) -> i32 {
 /// Ingress of every other interface.
 #[classifier]
 pub fn redirect_ext(ctx: TcContext) -> i32 {
-    clear_hint();
+    hint::clear();
     let Some(parsed) = parsed() else { return TC_ACT_SHOT };
     let is_tcp = parse(&ctx, false, parsed);
     on_interface(&ctx, is_tcp, parsed)
@@ -255,7 +250,7 @@ fn carry_out(ctx: &TcContext, verdict: &Verdict, parsed: Option<&Parsed>) -> i32
 /// Ingress of virtual interfaces, in the place of [`redirect_ext`].
 #[classifier]
 pub fn redirect_virt(ctx: TcContext) -> i32 {
-    clear_hint();
+    hint::clear();
     let Some(parsed) = parsed() else { return TC_ACT_SHOT };
     let is_tcp = parse(&ctx, false, parsed);
     let segment = if is_tcp { Some(parsed.segment()) } else { None };
@@ -298,7 +293,7 @@ pub fn redirect_out(ctx: TcContext) -> i32 {
         return TC_ACT_UNSPEC;
     }
     // Nearly everything is the proxy's.
-    if mesh_mark(mark(&ctx)) == MARK_PROXY && sockets::is_settled_proxys(&ctx) {
+    if mesh_mark(mark(&ctx)) == MARK_PROXY && settled::is_proxys(&ctx) {
         return TC_ACT_UNSPEC;
     }
     let Some(parsed) = parsed() else { return TC_ACT_SHOT };
@@ -325,15 +320,15 @@ fn on_egress(ctx: &TcContext, readable: bool, parsed: &Parsed, sender: Sender, s
     let verdict = verdict::on_egress_of(sender, mark(ctx), message, &Tc { ctx, sends });
     let recorded = match verdict.settle {
         Some(way) if parsed.segment().accepts && way.get() == WAY_DIRECT => {
-            let known = if sends { sockets::half_open(ctx) } else { None };
+            let known = if sends { settled::half_open(ctx) } else { None };
             let connection = known.unwrap_or_else(|| Connection {
                 flow: parsed.segment().sender_flow(),
                 first_seq: parsed.sequence().wrapping_add(1),
             });
-            enter_half_open(verdict.pod_id, &connection);
+            half_open::enter(verdict.pod_id, &connection);
             true
         }
-        Some(way) if sends => sockets::settle(ctx, way.get()),
+        Some(way) if sends => settled::settle(ctx, way.get()),
         _ => true,
     };
     if !recorded && parsed.segment().opens && matches!(verdict.fate, Fate::ToLo) {
@@ -356,7 +351,7 @@ fn on_egress(ctx: &TcContext, readable: bool, parsed: &Parsed, sender: Sender, s
 pub fn find_proxy(ctx: TcContext) -> i32 {
     let Ok(question) = ctx.load::<u32>(QUESTION_AT) else { return FOUND_NOTHING };
     let found = find_listener(&ctx, question);
-    clear_hint();
+    hint::clear();
     found
 }
 
@@ -366,7 +361,7 @@ fn find_listener(ctx: &TcContext, question: u32) -> i32 {
     let key = ListenerKey { pod_id: packet::pod_on(device), kind: question & QUESTION_KIND };
     let (v4, enter) = (question & QUESTION_V4 != 0, question & QUESTION_ENTER != 0);
     let client_port = (question >> QUESTION_CLIENT) as u16;
-    let found = match sockets::find_listener(ctx, &key, v4, client_port, enter) {
+    let found = match listeners::find(ctx, &key, v4, client_port, enter) {
         Found::Nothing => return FOUND_NOTHING,
         Found::Known => FOUND_KNOWN,
         Found::New => FOUND_NEW,
@@ -405,7 +400,7 @@ fn apply(ctx: &TcContext, verdict: &Verdict, parsed: Option<&Parsed>, packet: Pa
         set_mesh_mark(ctx, new.get());
     }
     if let (Some(kind), Some(parsed)) = (verdict.hint, parsed) {
-        set_hint(ctx, &parsed.segment().receiver_flow(), kind.get());
+        hint::set(ctx, &parsed.segment().receiver_flow(), kind.get());
     }
     if let Some(counter) = verdict.count {
         count::packet(verdict.pod_id, counter as u32, packet);
@@ -444,19 +439,20 @@ pub fn redirect_lookup(ctx: SkLookupContext) -> u32 {
                 remote_port: u16::from_be(l.remote_port),
             },
             on_lo: l.ingress_ifindex == LOOPBACK_IFINDEX,
-            hint: hint(),
+            hint: hint::get(),
         }
     };
     let (pass, counter) = match verdict::steer(&lookup, &Maps) {
         Steer::Pass(None) => return SK_PASS,
         Steer::Pass(Some(counter)) => (SK_PASS, counter),
         Steer::Refuse(counter) => (SK_DROP, counter),
-        Steer::Redirect(kind) => match sockets::assign(ctx.as_ptr(), &ListenerKey { pod_id, kind })
-        {
-            Ok(()) => (SK_PASS, verdict::redirected(kind)),
-            // Fail closed: never fall through to the application.
-            Err(_) => (SK_DROP, Counter::RefusedProxyAway),
-        },
+        Steer::Redirect(kind) => {
+            match listeners::assign(ctx.as_ptr(), &ListenerKey { pod_id, kind }) {
+                Ok(()) => (SK_PASS, verdict::redirected(kind)),
+                // Fail closed: never fall through to the application.
+                Err(_) => (SK_DROP, Counter::RefusedProxyAway),
+            }
+        }
     };
     count::lookup(pod_id, counter, &lookup.flow, lookup.tcp);
     pass
@@ -474,409 +470,6 @@ fn this_pod(ctx: &SkLookupContext) -> Option<PodId> {
         (pod_id, core::ptr::read_volatile(&raw const (*slot).context))
     };
     if context == ctx.as_ptr() as u64 { Some(pod_id) } else { None }
-}
-
-#[inline(always)]
-fn clear_hint() {
-    if let Some(slot) = HINT.get_ptr_mut(0) {
-        // SAFETY: see `set_hint`.
-        unsafe { (*slot).kind = HINT_NONE }
-    }
-}
-
-#[inline(never)]
-fn set_hint(ctx: &TcContext, flow: &Flow, kind: u32) {
-    put_hint(&Hint { device: packet::device(ctx), flow: *flow, kind });
-}
-
-#[inline(always)]
-fn put_hint(hint: &Hint) {
-    if let Some(slot) = HINT.get_ptr_mut(0) {
-        // SAFETY: the pointer is to this CPU's own value, and nothing interrupts the program
-        // that would write it too: tcx runs in softirq.
-        unsafe { *slot = *hint }
-    }
-}
-
-#[inline(always)]
-fn hint() -> Hint {
-    match HINT.get_ptr(0) {
-        // SAFETY: see `set_hint`.
-        Some(slot) => unsafe { *slot },
-        None => bytemuck::Zeroable::zeroed(),
-    }
-}
-
-#[inline(always)]
-fn pod(pod_id: PodId) -> Option<u32> {
-    let entry = PODS_BY_ID.get_ptr(&pod_id)?;
-    // SAFETY: the pointer is to a live map value; entries are replaced as a whole.
-    let (decision, flags) = unsafe { ((*entry).decision, (*entry).flags) };
-    Some(if decision == DECISION_ENROLLED { flags | POD_ENROLLED } else { flags })
-}
-
-#[inline(always)]
-fn has_half_open(pod_id: PodId) -> bool {
-    let Some(entry) = PODS_BY_ID.get_ptr(&pod_id) else { return false };
-    // SAFETY: the pointer is to a live map value; the helper has no arguments.
-    let (began, now) = unsafe { ((*entry).captured_at_ns, bpf_ktime_get_ns()) };
-    began != 0 && now.wrapping_sub(began) < HALF_OPEN_NS
-}
-
-#[inline(never)]
-fn is_own(pod_id: PodId, addr: &Addr) -> bool {
-    ADDRESSES.get_ptr(&OwnAddress { pod_id, addr: *addr }).is_some()
-}
-
-#[inline(never)]
-fn is_noted_direct(ctx: &TcContext, pod_id: PodId, segment: &Segment) -> bool {
-    let socket = sockets::packets_socket(ctx);
-    let Some(connection) = sockets::connection(socket) else { return false };
-    let flow = segment.sender_flow();
-    // Under SYN cookies, only the packet is known, whose port netfilter in the pod may have translated.
-    was_half_open(pod_id, &connection)
-        || was_half_open(pod_id, &Connection { flow, ..connection })
-        || switch::is_noted_direct(ctx, flow)
-}
-
-/// Records a direct connection that has no socket yet. Without memory, it ends.
-#[inline(never)]
-fn enter_half_open(pod_id: PodId, connection: &Connection) {
-    // If all places are taken, it takes one at random: most of the others have been open for long.
-    let mut place = HalfOpenKey::new(pod_id, &connection.flow, connection.first_seq);
-    for choice in 0..u32::from(HALF_OPEN_CHOICES) {
-        let key = HalfOpenKey::new(pod_id, &connection.flow, choice);
-        // SAFETY: the pointer is to a live map value; entries are replaced as a whole.
-        if HALF_OPEN.get_ptr(&key).is_none_or(|known| unsafe { (*known).flow == connection.flow }) {
-            place = key;
-            break;
-        }
-    }
-    let _full = HALF_OPEN.insert(&place, connection, u64::from(BPF_ANY));
-}
-
-/// Whether the connection that a socket has now was recorded before it had the socket.
-#[inline(never)]
-fn was_half_open(pod_id: PodId, connection: &Connection) -> bool {
-    for choice in 0..u32::from(HALF_OPEN_CHOICES) {
-        let known = HALF_OPEN.get_ptr(&HalfOpenKey::new(pod_id, &connection.flow, choice));
-        // SAFETY: the pointer is to a live map value; entries are replaced as a whole.
-        if known.is_some_and(|known| unsafe { *known == *connection }) {
-            return true;
-        }
-    }
-    false
-}
-
-#[inline(always)]
-fn note_strays(pod_id: PodId) {
-    // When it is full they are lost, and sent again.
-    let _full = STRAYS.insert(&pod_id, 1, u64::from(BPF_ANY));
-    if let Some(any) = ANY_STRAYS.get_ptr_mut(0) {
-        // SAFETY: the pointer is to a live map value; it is one word.
-        unsafe { *any = 1 }
-    }
-}
-
-#[inline(always)]
-fn dns_flow(key: &DnsKey) -> Option<DnsFlow> {
-    // SAFETY: the pointer is to a live map value; what identifies the flow never changes in it.
-    DNS_FLOWS.get_ptr(key).map(|flow| unsafe { *flow })
-}
-
-#[inline(never)]
-fn excludes_inbound(pod_id: PodId, flow: &Flow) -> bool {
-    let port = Key::new(PodPort::BITS, PodPort::new(pod_id, flow.local_port));
-    let peer = Key::new(PodPeer::BITS, PodPeer { pod_id, peer: flow.remote });
-    matches!(INBOUND_PORTS.get(&port), Some(&PREFIX_BYPASS))
-        || matches!(INBOUND_RANGES.get(&peer), Some(&PREFIX_BYPASS))
-}
-
-#[inline(never)]
-fn receiver(ctx: &TcContext, segment: &Segment) -> Receiver {
-    ask(ctx, segment, sockets::receiver)
-}
-
-#[inline(never)]
-fn has_proxy_sent(ctx: &TcContext, segment: &Segment) -> bool {
-    ask(ctx, &answer_to(segment), sockets::is_proxys_connection)
-}
-
-#[inline(never)]
-fn sender_was_half_open(ctx: &TcContext, pod_id: PodId, segment: &Segment) -> bool {
-    let connection = ask(ctx, &answer_to(segment), sockets::receivers_connection);
-    connection.is_some_and(|connection| was_half_open(pod_id, &connection))
-}
-
-/// The socket that opens a connection by `lo` may have had a direct one before, with the same addresses and ports:
-/// after 4 GiB, it also starts with the same number.
-#[inline(never)]
-fn no_longer_direct(ctx: &TcContext, segment: &Segment) {
-    ask(ctx, &answer_to(segment), sockets::no_longer_direct);
-}
-
-/// A segment of whom this one is sent to.
-#[inline(always)]
-fn answer_to(segment: &Segment) -> Segment {
-    let Segment { src, dst, src_port, dst_port, .. } = *segment;
-    Segment { src: dst, dst: src, src_port: dst_port, dst_port: src_port, ..*segment }
-}
-
-/// Asks for the socket of a segment. The question runs `sk_lookup`, too, when there is no connection.
-#[inline(always)]
-fn ask<T>(
-    ctx: &TcContext,
-    segment: &Segment,
-    question: impl FnOnce(*mut core::ffi::c_void, &Segment) -> T,
-) -> T {
-    // At egress it may be a copy of a packet that is on its way up (TEE in PREROUTING), whose hint must not
-    // get lost: the proxy would be handed its own call.
-    let kept = hint();
-    set_hint(ctx, &segment.receiver_flow(), HINT_QUESTION);
-    let answer = question(ctx.as_ptr(), segment);
-    put_hint(&kept);
-    answer
-}
-
-#[inline(never)]
-fn excludes_outbound(pod_id: PodId, flow: &Flow) -> bool {
-    let port = Key::new(PodPort::BITS, PodPort::new(pod_id, flow.remote_port));
-    let peer = Key::new(PodPeer::BITS, PodPeer { pod_id, peer: flow.remote });
-    matches!(OUTBOUND_PORTS.get(&port), Some(&PREFIX_BYPASS))
-        || matches!(OUTBOUND_RANGES.get(&peer), Some(&PREFIX_BYPASS))
-}
-
-#[inline(never)]
-fn is_probe_source(peer: &Addr) -> bool {
-    let key = Key::new(PodPeer::BITS, PodPeer { pod_id: EVERY_POD, peer: *peer });
-    matches!(INBOUND_RANGES.get(&key), Some(&PREFIX_BYPASS))
-}
-
-/// What every decision asks for.
-macro_rules! pods {
-    ($env:ty) => {
-        impl Pods for $env {
-            #[inline(always)]
-            fn pod(&self, pod_id: PodId) -> Option<u32> {
-                pod(pod_id)
-            }
-
-            #[inline(always)]
-            fn pod_on(&self, device: u64) -> PodId {
-                packet::pod_on(device)
-            }
-
-            #[inline(always)]
-            fn is_own(&self, pod_id: PodId, addr: &Addr) -> bool {
-                is_own(pod_id, addr)
-            }
-
-            #[inline(always)]
-            fn excludes_inbound(&self, pod_id: PodId, flow: &Flow) -> bool {
-                excludes_inbound(pod_id, flow)
-            }
-
-            #[inline(always)]
-            fn is_kubelets(&self, flow: &Flow) -> bool {
-                kubelet::has_opened(flow)
-            }
-
-            #[inline(always)]
-            fn is_probe_source(&self, peer: &Addr) -> bool {
-                is_probe_source(peer)
-            }
-
-            #[inline(always)]
-            fn excludes_outbound(&self, pod_id: PodId, flow: &Flow) -> bool {
-                excludes_outbound(pod_id, flow)
-            }
-        }
-    };
-}
-
-/// For `sk_lookup` and the iterators, which have no packet to ask with.
-struct Maps;
-
-pods!(Maps);
-
-struct Tc<'a> {
-    ctx: &'a TcContext,
-    /// Whether a socket of this namespace [`sockets::sends`] the packet. At ingress nobody asks.
-    sends: bool,
-}
-
-impl<'a> Tc<'a> {
-    #[inline(always)]
-    fn at_ingress(ctx: &'a TcContext) -> Self {
-        Self { ctx, sends: false }
-    }
-}
-
-pods!(Tc<'_>);
-
-impl Env for Tc<'_> {
-    #[inline(always)]
-    fn pod_id(&self) -> PodId {
-        packet::pod_id(self.ctx)
-    }
-
-    #[inline(always)]
-    fn receiver(&self, segment: &Segment) -> Receiver {
-        receiver(self.ctx, segment)
-    }
-
-    #[inline(always)]
-    fn completes_cookie(&self, pod_id: PodId) -> bool {
-        sockets::completes_cookie(self.ctx, pod_id)
-    }
-
-    #[inline(always)]
-    fn proxy(&self, pod_id: PodId, kind: u32, segment: &Segment) -> Proxy {
-        sockets::proxy(self.ctx, &ListenerKey { pod_id, kind }, segment.dst.is_v4())
-    }
-
-    #[inline(always)]
-    fn have_strays(&self) -> bool {
-        // SAFETY: the pointer is to a live map value; it is one word.
-        ANY_STRAYS.get_ptr(0).is_some_and(|any| unsafe { *any } != 0)
-    }
-
-    #[inline(always)]
-    fn strays(&self, pod_id: PodId) -> bool {
-        self.have_strays() && STRAYS.get_ptr(&pod_id).is_some()
-    }
-
-    #[inline(always)]
-    fn is_forwarded(&self) -> bool {
-        sockets::came_in(self.ctx) && !self.sends
-    }
-
-    #[inline(always)]
-    fn came_by_lo(&self) -> bool {
-        // SAFETY: the context is valid while the program runs.
-        unsafe { (*self.ctx.skb.skb).ingress_ifindex == LOOPBACK_IFINDEX }
-    }
-
-    #[inline(always)]
-    fn sender(&self) -> Sender {
-        if self.sends { sockets::sender(self.ctx) } else { Sender::Nobody }
-    }
-
-    #[inline(always)]
-    fn has_proxy_sent(&self, segment: &Segment) -> bool {
-        has_proxy_sent(self.ctx, segment)
-    }
-
-    #[inline(always)]
-    fn has_half_open(&self, pod_id: PodId) -> bool {
-        has_half_open(pod_id)
-    }
-
-    #[inline(always)]
-    fn was_half_open(&self, pod_id: PodId, segment: &Segment) -> bool {
-        sender_was_half_open(self.ctx, pod_id, segment)
-    }
-
-    #[inline(always)]
-    fn settled(&self) -> Option<u32> {
-        if self.sends { sockets::settled(self.ctx) } else { None }
-    }
-
-    #[inline(always)]
-    fn has_marked_listener(&self) -> bool {
-        self.sends && sockets::has_marked_listener(self.ctx)
-    }
-
-    #[inline(always)]
-    fn is_noted_direct(&self, pod_id: PodId, segment: &Segment) -> bool {
-        is_noted_direct(self.ctx, pod_id, segment)
-    }
-
-    #[inline(always)]
-    fn is_connections(&self) -> bool {
-        self.sends && sockets::is_connections(self.ctx)
-    }
-}
-
-impl DnsEnv for Tc<'_> {
-    #[inline(always)]
-    fn dns_listens(&self, _: PodId, message: &Message) -> bool {
-        sockets::dns_listens(self.ctx, message)
-    }
-
-    #[inline(always)]
-    fn now(&self) -> u64 {
-        // SAFETY: a helper without arguments.
-        unsafe { bpf_ktime_get_ns() }
-    }
-
-    #[inline(always)]
-    fn flow(&self, key: &DnsKey) -> Option<DnsFlow> {
-        dns_flow(key)
-    }
-
-    #[inline(always)]
-    fn touch(&self, key: &DnsKey, message: &Message, from_client: bool) {
-        if let Some(flow) = DNS_FLOWS.get_ptr_mut(key) {
-            // SAFETY: the pointer is to a live map value. Other CPUs may write these numbers, too:
-            // any of the times will do, and what a lost count does is said where it is declared.
-            unsafe { dns::touched(&mut *flow, message, from_client, self.now()) }
-        }
-    }
-
-    #[inline(always)]
-    fn enter(&self, key: &DnsKey, flow: &DnsFlow, own: bool) -> Entry {
-        let known = if own { None } else { DNS_FLOWS.get_ptr_mut(key) };
-        let Some(known) = known else {
-            let flags = if own { BPF_ANY } else { BPF_NOEXIST };
-            return match DNS_FLOWS.insert(key, flow, u64::from(flags)) {
-                Ok(()) => Entry::Entered,
-                Err(EEXIST) => Entry::Taken,
-                Err(_) => Entry::Failed,
-            };
-        };
-        // SAFETY: the pointer is to a map value that is live, or has been until a moment ago.
-        unsafe {
-            let needed_until = &raw mut (*known).needed_until_ns;
-            let seen = needed_until.read_volatile();
-            if seen > self.now() || !compare_exchange(needed_until, seen, dns::CLAIMED) {
-                return Entry::Taken;
-            }
-            if DNS_FLOWS.get_ptr_mut(key) != Some(known) {
-                // Another flow has had the memory since, in a place of its own.
-                compare_exchange(needed_until, dns::CLAIMED, seen);
-                return Entry::Taken;
-            }
-            // As a whole, for who reads it meanwhile.
-            if DNS_FLOWS.insert(key, flow, u64::from(BPF_ANY)).is_err() {
-                // The place is not to be lost for good.
-                compare_exchange(needed_until, dns::CLAIMED, seen);
-                return Entry::Failed;
-            }
-            Entry::Entered
-        }
-    }
-}
-
-/// Replaces a number if it is `old`, at one instant for all CPUs. Whether it was. The compiler has no
-/// `AtomicU64::compare_exchange` for this target.
-///
-/// # Safety
-///
-/// The pointer is to a map value, of eight bytes there.
-#[inline(always)]
-unsafe fn compare_exchange(number: *mut u64, old: u64, new: u64) -> bool {
-    let found: u64;
-    // SAFETY: the caller's promise.
-    unsafe {
-        core::arch::asm!(
-            "r0 = cmpxchg_64({number} + 0, r0, {new})",
-            number = in(reg) number,
-            new = in(reg) new,
-            inout("r0") old => found,
-        );
-    }
-    found == old
 }
 
 #[cfg(not(test))]

@@ -20,11 +20,10 @@ use redirect_ebpf::{
 
 use crate::{
     count::{self, Packet},
-    excludes_outbound,
+    env::{excludes_outbound, pod, receiver},
     maps::{NOTED, SWITCHES, SWITCHING, WAYS},
     mark,
     packet::{self, Parsed},
-    pod, receiver,
 };
 
 /// For packets that the pod sends: egress of its interfaces, and ingress of `lo`. Returns whether a segment
