@@ -78,12 +78,19 @@ pub struct Tc<'a> {
     pub ctx: &'a TcContext,
     /// Whether a socket of this namespace [`sockets::sends`] the packet. At ingress nobody asks.
     pub sends: bool,
+    /// Of a SYN on `lo`: whether the proxy has sent it.
+    pub proxys_syn: Option<bool>,
 }
 
 impl<'a> Tc<'a> {
     #[inline(always)]
     pub fn at_ingress(ctx: &'a TcContext) -> Self {
-        Self { ctx, sends: false }
+        Self { ctx, sends: false, proxys_syn: None }
+    }
+
+    #[inline(always)]
+    pub fn at_egress(ctx: &'a TcContext, sends: bool) -> Self {
+        Self { ctx, sends, proxys_syn: None }
     }
 }
 
@@ -139,7 +146,7 @@ impl Env for Tc<'_> {
 
     #[inline(always)]
     fn has_proxy_sent(&self, segment: &Segment) -> bool {
-        has_proxy_sent(self.ctx, segment)
+        self.proxys_syn.unwrap_or_else(|| has_proxy_sent(self.ctx, segment))
     }
 
     #[inline(always)]
@@ -316,11 +323,10 @@ pub fn sender_was_half_open(ctx: &TcContext, pod_id: PodId, segment: &Segment) -
     connection.is_some_and(|connection| half_open::was(pod_id, &connection))
 }
 
-/// The socket that opens a connection by `lo` may have had a direct one before, with the same addresses and ports:
-/// after 4 GiB, it also starts with the same number.
+/// Whether the proxy opens a connection with this SYN on `lo`.
 #[inline(never)]
-pub fn no_longer_direct(ctx: &TcContext, segment: &Segment) {
-    hint::ask(ctx, &answer_to(segment), settled::no_longer_direct);
+pub fn has_proxy_opened(ctx: &TcContext, segment: &Segment) -> bool {
+    hint::ask(ctx, &answer_to(segment), sockets::opens_by_lo)
 }
 
 /// A segment of whom this one is sent to.

@@ -61,14 +61,13 @@ pub fn redirect_lo(ctx: TcContext) -> i32 {
     hint::clear();
     let Some(parsed) = parsed() else { return TC_ACT_SHOT };
     if !parse(&ctx, true, parsed) {
-        return if drops_unread(&ctx) { TC_ACT_SHOT } else { on_lo(&ctx, None) };
+        return if drops_unread(&ctx) { TC_ACT_SHOT } else { on_lo(&ctx, None, None) };
     }
     if parsed.message.tcp && switch::holds_sent(&ctx, parsed) {
         return TC_ACT_SHOT;
     }
-    if parsed.segment().opens && parsed.message.tcp {
-        env::no_longer_direct(&ctx, parsed.segment());
-    }
+    let opens = parsed.message.tcp && parsed.segment().opens;
+    let proxys_syn = opens.then(|| env::has_proxy_opened(&ctx, parsed.segment()));
     if dns::concerns(&parsed.message) {
         let segment = *parsed.segment();
         let mut decided =
@@ -78,7 +77,7 @@ pub fn redirect_lo(ctx: TcContext) -> i32 {
             return carry_out_dns(&ctx, parsed, &decided);
         }
     }
-    on_lo(&ctx, if parsed.message.tcp { Some(parsed) } else { None })
+    on_lo(&ctx, if parsed.message.tcp { Some(parsed) } else { None }, proxys_syn)
 }
 
 /// Where the packet that is looked at is put in its parts. What is there the verifier knows nothing of,
@@ -106,8 +105,9 @@ fn parse(ctx: &TcContext, udp: bool, parsed: &mut Parsed) -> bool {
 }
 
 #[inline(never)]
-fn on_lo(ctx: &TcContext, parsed: Option<&Parsed>) -> i32 {
-    let verdict = verdict::on_lo(mark(ctx), parsed.map(Parsed::segment), &Tc::at_ingress(ctx));
+fn on_lo(ctx: &TcContext, parsed: Option<&Parsed>, proxys_syn: Option<bool>) -> i32 {
+    let env = Tc { proxys_syn, ..Tc::at_ingress(ctx) };
+    let verdict = verdict::on_lo(mark(ctx), parsed.map(Parsed::segment), &env);
     let next = apply(ctx, &verdict, parsed, packet_of(parsed.is_some()));
     match verdict.fate {
         Fate::Reset => match parsed {
@@ -310,14 +310,14 @@ pub fn redirect_out(ctx: TcContext) -> i32 {
 #[inline(never)]
 fn sender(ctx: &TcContext, readable: bool, parsed: &Parsed, sends: bool) -> Sender {
     let message = if readable { Ok(&parsed.message) } else { Err(Hidden::Nothing) };
-    verdict::sender(mark(ctx), message, &Tc { ctx, sends })
+    verdict::sender(mark(ctx), message, &Tc::at_egress(ctx, sends))
 }
 
 #[inline(never)]
 fn on_egress(ctx: &TcContext, readable: bool, parsed: &Parsed, sender: Sender, sends: bool) -> i32 {
     let message =
         if readable { Ok(&parsed.message) } else { Err(packet::hidden(ctx, packet::network(ctx))) };
-    let verdict = verdict::on_egress_of(sender, mark(ctx), message, &Tc { ctx, sends });
+    let verdict = verdict::on_egress_of(sender, mark(ctx), message, &Tc::at_egress(ctx, sends));
     let recorded = match verdict.settle {
         Some(way) if parsed.segment().accepts && way.get() == WAY_DIRECT => {
             let known = if sends { settled::half_open(ctx) } else { None };

@@ -19,10 +19,7 @@ use crate::{
     AF_INET, config,
     maps::SETTLED,
     packet,
-    sockets::{
-        SOCK_STREAM, TCP_NEW_SYN_RECV, address, is_mark_enough, packets_socket, tuple,
-        with_receiver,
-    },
+    sockets::{SOCK_STREAM, TCP_NEW_SYN_RECV, address, is_mark_enough, packets_socket, tuple},
 };
 
 /// Whether the packet belongs to a connection of the proxy that leaves the pod. The connection need not be
@@ -73,18 +70,19 @@ pub fn settle_for(sk: *mut bpf_sock, connection: &Connection, way: u32) -> bool 
     true
 }
 
-/// What was recorded as direct for the socket that receives this segment is redirected. The caller sets the hint
-/// first.
+/// What was recorded as direct for this socket is redirected.
+///
+/// # Safety
+///
+/// The socket is a live one.
 #[inline(always)]
-pub fn no_longer_direct(ctx: *mut c_void, segment: &Segment) {
-    with_receiver(ctx, segment, |sk| {
-        // SAFETY: the pointer is to a live map value.
-        if let Some(settled) = storage(sk, ptr::null_mut(), 0)
-            && unsafe { (*settled).way } == WAY_DIRECT
-        {
-            unsafe { (*settled).way = WAY_REDIRECTED }
-        }
-    });
+pub unsafe fn no_longer_direct(sk: *mut bpf_sock) {
+    // SAFETY: the pointer is to a live map value.
+    if let Some(settled) = storage(sk, ptr::null_mut(), 0)
+        && unsafe { (*settled).way } == WAY_DIRECT
+    {
+        unsafe { (*settled).way = WAY_REDIRECTED }
+    }
 }
 
 #[inline(always)]

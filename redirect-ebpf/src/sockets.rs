@@ -19,7 +19,7 @@ use redirect_ebpf::{
     verdict::{Receiver, Segment, Sender, mesh_mark},
 };
 
-use crate::{config, maps::PROXY_CGROUPS, packet};
+use crate::{config, maps::PROXY_CGROUPS, packet, settled};
 
 /// Source: Linux `include/linux/net.h`.
 pub const SOCK_STREAM: u32 = 1;
@@ -187,6 +187,19 @@ pub fn is_mark_enough() -> bool {
     PROXY_CGROUPS.get_ptr(&ANY_CGROUP).is_some()
 }
 
+/// The socket that receives this segment has opened a connection by `lo`: whether it is the proxy's. It may have had
+/// a direct connection before, with the same addresses and ports: after 4 GiB, it also starts with the same number.
+/// The caller sets the hint first.
+#[inline(always)]
+pub fn opens_by_lo(ctx: *mut c_void, segment: &Segment) -> bool {
+    // SAFETY: the socket is a live one.
+    let is_proxys = with_receiver(ctx, segment, |sk| unsafe {
+        settled::no_longer_direct(sk);
+        (*sk).state != TCP_LISTEN && is_proxys(sk)
+    });
+    is_proxys.unwrap_or(false)
+}
+
 /// Whether the socket that receives this segment is the proxy's. The caller sets the hint first.
 #[inline(always)]
 pub fn is_proxys_connection(ctx: *mut c_void, segment: &Segment) -> bool {
@@ -196,7 +209,7 @@ pub fn is_proxys_connection(ctx: *mut c_void, segment: &Segment) -> bool {
 }
 
 #[inline(always)]
-pub fn with_receiver<T>(
+fn with_receiver<T>(
     ctx: *mut c_void,
     Segment { src, dst, src_port, dst_port, .. }: &Segment,
     f: impl FnOnce(*mut bpf_sock) -> T,
