@@ -1,6 +1,8 @@
 //! What the agent writes to pods.
 
-use redirect_agent::source::{Redirection, Source as _};
+use std::time::Duration;
+
+use redirect_agent::source::{Redirection, Source as _, Whom};
 use redirect_tests::apiserver::Kind;
 
 use crate::fixture::{Fixture, REDIRECTION, pod};
@@ -109,4 +111,23 @@ async fn patch_whose_answer_is_lost_is_taken_back_all_the_same() {
     assert_eq!(fixture.server.annotation("shop", "cart", REDIRECTION).as_deref(), Some("enabled"));
     fixture.source.publish(&cart, None).await.unwrap();
     assert_eq!(fixture.server.annotation("shop", "cart", REDIRECTION), None);
+}
+
+#[tokio::test]
+async fn requests_that_are_not_answered_end_alike() {
+    let mut fixture = Fixture::start().await;
+    let cart = fixture.pod("cart").unwrap();
+    fixture.server.slow_down(Duration::from_secs(60));
+    let whom = Whom::Named(cart.key.clone());
+    let (published, found) =
+        tokio::join!(fixture.source.publish(&cart, ENABLED), fixture.source.find(&whom));
+    for error in [published.unwrap_err(), found.unwrap_err()] {
+        let error = format!("{error:#}");
+        assert!(error.ends_with(": the API server took more than 10s"), "{error}");
+    }
+    // It may have been written.
+    fixture.server.slow_down(Duration::ZERO);
+    let before = patches(&fixture);
+    fixture.source.publish(&cart, None).await.unwrap();
+    assert_eq!(patches(&fixture), before + 1);
 }

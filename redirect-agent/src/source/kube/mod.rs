@@ -27,7 +27,7 @@ use std::{
 pub use self::owner::Owner;
 pub use kube::Config;
 
-use anyhow::{Context as _, Result, anyhow, bail, ensure};
+use anyhow::{Context as _, Result, anyhow, ensure};
 use http::Response;
 use k8s_openapi::api::{core::v1 as k8s, discovery::v1::EndpointSlice};
 use kube::{
@@ -78,8 +78,8 @@ const READ_TIMEOUT: Duration = Duration::from_secs(90);
 const WATCH_TIMEOUT: u32 = 60;
 /// How long connecting may take.
 const CONNECT_TIMEOUT: Duration = Duration::from_secs(10);
-/// How long one patch may take.
-const PATCH_TIMEOUT: Duration = Duration::from_secs(10);
+/// How long one request may take, except a watch.
+const REQUEST_TIMEOUT: Duration = Duration::from_secs(10);
 /// Rate of the watches' requests. kube's watcher asks again at once when a watch ends normally. If a server,
 /// or a proxy in front of it, ends every watch at once, it must not be asked in a loop.
 const WATCH_RATE: (u64, Duration) = (60, Duration::from_secs(30));
@@ -408,26 +408,22 @@ impl Source for KubeSource {
             Api::<PartialObjectMeta<k8s::Pod>>::namespaced(self.client.clone(), &pod.key.namespace);
         let params = PatchParams { field_manager: Some(NAME.to_owned()), ..PatchParams::default() };
         let patch = Patch::Merge(&patch);
-        let patched =
-            timeout(PATCH_TIMEOUT, pods.patch_status(&pod.key.name, &params, &patch)).await;
         let context = || format!("write annotation {ANNOTATION_REDIRECTION} of pod {}", pod.key);
-        match patched {
-            Ok(Ok(_)) => {
+        match in_time(pods.patch_status(&pod.key.name, &params, &patch)).await {
+            Ok(_) => {
                 self.published.write(&pod.uid, Some(state));
                 Ok(())
             }
-            Ok(Err(Error::Api(status))) if status.code == 404 || is_of_another_pod(&status) => {
+            Err(Failed::Request(Error::Api(status)))
+                if status.code == 404 || is_of_another_pod(&status) =>
+            {
                 Ok(())
             }
             // The request was understood and refused, so nothing was written.
-            Ok(Err(error @ Error::Api(_))) => Err(failure(&error)).with_context(context),
-            Ok(Err(error)) => {
+            Err(error @ Failed::Request(Error::Api(_))) => Err(error).with_context(context),
+            Err(error) => {
                 self.published.write(&pod.uid, None);
-                Err(failure(&error)).with_context(context)
-            }
-            Err(_) => {
-                self.published.write(&pod.uid, None);
-                bail!("{}: the API server took more than {PATCH_TIMEOUT:?}", context())
+                Err(error).with_context(context)
             }
         }
     }
@@ -453,7 +449,8 @@ impl Source for KubeSource {
             }
         };
         let params = ListParams::default().fields(&field);
-        let listed = in_time(pods.list(&params), || format!("list pods with {field}")).await?;
+        let listed = in_time(pods.list(&params)).await;
+        let listed = listed.with_context(|| format!("list pods with {field}"))?;
         let pods = listed.items.iter().filter_map(|pod| Pod::try_from(pod).ok());
         Ok(pods.into_iter().find(|pod| whom.is(pod)))
     }
@@ -463,8 +460,8 @@ impl Source for KubeSource {
             Whom::Named(key) | Whom::Service(key) => {
                 let services = Api::<k8s::Service>::namespaced(self.client.clone(), &key.namespace);
                 let params = ListParams::default().fields(&format!("metadata.name={}", key.name));
-                let listed = in_time(services.list(&params), || format!("list Service {key}"));
-                listed.await?.items.pop()
+                let listed = in_time(services.list(&params)).await;
+                listed.with_context(|| format!("list Service {key}"))?.items.pop()
             }
             Whom::At(ip) => self.service_at(*ip).await?,
         };
@@ -472,10 +469,10 @@ impl Source for KubeSource {
         let (name, namespace) = (object.name_any(), object.namespace().unwrap_or_default());
         let slices = Api::<EndpointSlice>::namespaced(self.client.clone(), &namespace);
         let params = ListParams::default().labels(&format!("{LABEL_SERVICE_NAME}={name}"));
-        let listed = in_time(slices.list(&params), || {
-            format!("list the EndpointSlices of Service {namespace}/{name}")
-        });
-        Ok(Service::new(&object, &listed.await?.items))
+        let listed = in_time(slices.list(&params))
+            .await
+            .with_context(|| format!("list the EndpointSlices of Service {namespace}/{name}"))?;
+        Ok(Service::new(&object, &listed.items))
     }
 
     fn record(&self, pod: &Pod, event: Event) {
@@ -489,7 +486,7 @@ impl KubeSource {
         let services = Api::<k8s::Service>::all(self.client.clone());
         let mut params = ListParams::default().limit(PAGE);
         loop {
-            let listed = in_time(services.list(&params), || "list the Services".to_owned()).await?;
+            let listed = in_time(services.list(&params)).await.context("list the Services")?;
             let more = listed.metadata.continue_;
             if let Some(found) = listed.items.into_iter().find(|object| Service::has(object, ip)) {
                 return Ok(Some(found));
@@ -502,15 +499,20 @@ impl KubeSource {
     }
 }
 
-async fn in_time<T>(
-    request: impl Future<Output = kube::Result<T>>,
-    what: impl Fn() -> String,
-) -> Result<T> {
-    timeout(PATCH_TIMEOUT, request)
-        .await
-        .map_err(|_| anyhow!("the API server took more than {PATCH_TIMEOUT:?}"))
-        .and_then(|answer| answer.map_err(|error| failure(&error)))
-        .with_context(what)
+/// Why a request has no answer that can be used.
+#[derive(Debug, thiserror::Error)]
+enum Failed {
+    #[error("the API server took more than {REQUEST_TIMEOUT:?}")]
+    Late,
+    #[error("{}", explain(.0))]
+    Request(Error),
+}
+
+async fn in_time<T>(request: impl Future<Output = kube::Result<T>>) -> Result<T, Failed> {
+    match timeout(REQUEST_TIMEOUT, request).await {
+        Ok(answer) => answer.map_err(Failed::Request),
+        Err(_) => Err(Failed::Late),
+    }
 }
 
 /// Whether the uid in a patch was not that of the pod: 409 from the precondition, 422 from the
@@ -520,11 +522,6 @@ fn is_of_another_pod(status: &kube::core::Status) -> bool {
         let message = status.message.to_ascii_lowercase();
         message.contains("uid in precondition") || message.contains("metadata.uid")
     }
-}
-
-/// The error as text.
-fn failure(error: &Error) -> anyhow::Error {
-    anyhow!("{}", explain(error))
 }
 
 /// The error in one line, with what an operator can do about it.
