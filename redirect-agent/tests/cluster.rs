@@ -128,6 +128,27 @@ fn the_report_is_a_table_a_wide_table_and_json() {
 }
 
 #[test]
+fn pods_with_the_agents_label_in_two_namespaces_are_nobodys_agents() {
+    let mut snapshot = everything();
+    let mut stranger = agent("redirect-agent-x", "n3", "hub/x:1", "True");
+    stranger["metadata"]["namespace"] = "shop".into();
+    add_agent(&mut snapshot, stranger);
+    let report = snapshot.report(now());
+    let notes = report.notes.iter().filter(|note| note.contains("give --agent-namespace"));
+    assert_eq!(notes.count(), 1, "{:?}", report.notes);
+    assert!(!report.ok);
+    for node in &report.nodes {
+        assert_eq!((&node.agent, node.problem), (&None, None), "{}", node.name);
+    }
+    let orphan = report.unexpected.iter().find(|pod| pod.name == "orphan").unwrap();
+    assert_eq!(orphan.message, "the agents are not known");
+    // Without them, that is said once, by whoever could not list them.
+    let unlisted = Snapshot { agents: None, ..everything() }.report(now());
+    assert!(!unlisted.notes.iter().any(|note| note.contains("--agent-namespace")));
+    assert!(unlisted.nodes.iter().all(|node| node.problem.is_none()));
+}
+
+#[test]
 fn each_pod_is_in_its_state() {
     let snapshot = everything();
     let report = snapshot.report(now());

@@ -47,9 +47,12 @@ pub struct Snapshot {
 }
 
 impl Snapshot {
-    /// The agents' pods; `None`: they are not known.
-    pub(super) fn agents(&self) -> Option<&BTreeMap<String, AgentSeen>> {
-        self.agents.as_ref().filter(|_| self.doubt().is_none())
+    /// The agents' pods. `Err`: why they are not known, unless they cannot be listed, which is a note already.
+    pub(super) fn agents(&self) -> Result<&BTreeMap<String, AgentSeen>, Option<String>> {
+        match self.doubt() {
+            None => self.agents.as_ref().ok_or(None),
+            doubt => Err(doubt),
+        }
     }
 
     /// Why the pods with the agents' label cannot be taken for agents. Everybody can give a pod of their own that
@@ -68,12 +71,15 @@ impl Snapshot {
 
     /// What follows from it.
     pub fn report(&self, now: SystemTime) -> Report {
-        let mut nodes = self.nodes();
+        let (agents, doubt) = match self.agents() {
+            Ok(agents) => (Some(agents), None),
+            Err(doubt) => (None, doubt),
+        };
+        let mut nodes = self.nodes(agents);
         let mut pods = Counts::default();
         let (mut unexpected, mut words, mut notes) =
             (Vec::new(), BTreeSet::new(), self.settings.notes.clone());
         notes.extend(self.notes.iter().cloned());
-        let doubt = self.doubt();
         notes.extend(doubt.clone());
         for (name, seen) in &self.pods {
             let seen = match seen {
@@ -87,7 +93,9 @@ impl Snapshot {
             let (decision, state, since) = self.state(seen, now);
             pods[state] += 1;
             if let Some(node) = &seen.pod.node_name {
-                let row = nodes.entry(node.clone()).or_insert_with(|| self.node(node, None));
+                let row = nodes
+                    .entry(node.clone())
+                    .or_insert_with(|| self.node(node, None, agents.is_some()));
                 row.pods[state] += 1;
             }
             if state.is_unexpected() {
@@ -100,7 +108,7 @@ impl Snapshot {
         }
         let rows = unexpected.into_iter().map(|(seen, reason, state, since)| {
             let node = seen.pod.node_name.as_ref().and_then(|node| nodes.get(node));
-            self.row(seen, reason, state, since, node)
+            self.row(seen, reason, (state, since), node, agents.is_some())
         });
         let unexpected: Vec<PodRow> = rows.collect();
         let counts = |node: &NodeRow| self.namespace.is_none() || node.pods.total() > 0;
@@ -125,26 +133,29 @@ impl Snapshot {
     }
 
     /// The nodes, without pods yet.
-    fn nodes(&self) -> BTreeMap<String, NodeRow> {
+    fn nodes(&self, agents: Option<&BTreeMap<String, AgentSeen>>) -> BTreeMap<String, NodeRow> {
         // During an upgrade a node may have two: the one that stays is the newer one.
-        let mut agents: BTreeMap<&str, &AgentSeen> = BTreeMap::new();
-        for agent in self.agents().into_iter().flat_map(BTreeMap::values) {
-            match agents.get(agent.node.as_str()) {
+        let mut of_nodes: BTreeMap<&str, &AgentSeen> = BTreeMap::new();
+        for agent in agents.into_iter().flat_map(BTreeMap::values) {
+            match of_nodes.get(agent.node.as_str()) {
                 Some(other) if other.created > agent.created => {}
-                _ => drop(agents.insert(&agent.node, agent)),
+                _ => drop(of_nodes.insert(&agent.node, agent)),
             }
         }
         let known = self.nodes.iter().flat_map(BTreeMap::keys).map(String::as_str);
-        let names: BTreeSet<&str> = known.chain(agents.keys().copied()).collect();
-        let row = |name: &str| (name.to_owned(), self.node(name, agents.get(name).copied()));
+        let names: BTreeSet<&str> = known.chain(of_nodes.keys().copied()).collect();
+        let row = |name: &str| {
+            let agent = of_nodes.get(name).copied();
+            (name.to_owned(), self.node(name, agent, agents.is_some()))
+        };
         names.into_iter().map(row).collect()
     }
 
-    fn node(&self, name: &str, agent: Option<&AgentSeen>) -> NodeRow {
+    fn node(&self, name: &str, agent: Option<&AgentSeen>, agents_known: bool) -> NodeRow {
         let mut row = NodeRow { name: name.to_owned(), ..NodeRow::default() };
         match agent {
             // A node that is not needed, or one that nobody can tell about.
-            None if self.agents().is_none() => {}
+            None if !agents_known => {}
             None => row.problem = Some(NodeProblem::NoAgent),
             Some(agent) => {
                 row.agent = Some(agent.key.clone());
@@ -201,13 +212,13 @@ impl Snapshot {
         &self,
         seen: &PodSeen,
         reason: Reason,
-        state: State,
-        since: Option<Moment>,
+        (state, since): (State, Option<Moment>),
         node: Option<&NodeRow>,
+        agents_known: bool,
     ) -> PodRow {
         let PodKey { namespace, name } = seen.pod.key.clone();
         let event = self.events.get(&seen.pod.uid);
-        let (why, message) = self.why((state, since), node, event);
+        let (why, message) = why((state, since), node, event, agents_known);
         let agent = node.and_then(|node| node.agent.as_ref());
         let next = match (why, agent) {
             (Why::NoAgent, _) => node.map(|node| format!("kubectl describe node {}", node.name)),
@@ -235,41 +246,6 @@ impl Snapshot {
         }
     }
 
-    /// What keeps a pod from where it should be.
-    fn why(
-        &self,
-        (state, since): (State, Option<Moment>),
-        node: Option<&NodeRow>,
-        event: Option<&EventSeen>,
-    ) -> (Why, String) {
-        let said = event.map(said);
-        let problem = node.and_then(|node| node.problem);
-        match (problem, said) {
-            (Some(NodeProblem::NoAgent), _) => {
-                (Why::NoAgent, NodeProblem::NoAgent.as_str().to_owned())
-            }
-            (Some(NodeProblem::AgentNotReady), said) => {
-                let said = said.map_or_else(String::new, |said| format!("; {said}"));
-                (Why::AgentNotReady, format!("the agent of its node is not ready{said}"))
-            }
-            (None, Some(said)) => (Why::Event, said),
-            (None, None) if self.agents().is_none() => {
-                (Why::Unknown, "the agents are not known".to_owned())
-            }
-            (None, None) => {
-                let text = match state {
-                    State::Stale if since.is_none() => {
-                        "no Event; its label may just have been removed, or an operator enrolled it"
-                    }
-                    State::Stale => "no Event; an operator may have enrolled it",
-                    State::Pending => "no Event; the proxy of its node does not serve it yet",
-                    _ => "no Event; the agent of its node is ready",
-                };
-                (Why::Unknown, text.to_owned())
-            }
-        }
-    }
-
     /// Takes what the agents have said, the last of each pod.
     pub fn take_events(&mut self, events: impl IntoIterator<Item = (String, EventSeen)>) {
         self.events.clear();
@@ -280,6 +256,37 @@ impl Snapshot {
                 Some(other) if rank(other) >= rank(&event) => {}
                 _ => drop(self.events.insert(uid, event)),
             }
+        }
+    }
+}
+
+/// What keeps a pod from where it should be.
+fn why(
+    (state, since): (State, Option<Moment>),
+    node: Option<&NodeRow>,
+    event: Option<&EventSeen>,
+    agents_known: bool,
+) -> (Why, String) {
+    let said = event.map(said);
+    let problem = node.and_then(|node| node.problem);
+    match (problem, said) {
+        (Some(NodeProblem::NoAgent), _) => (Why::NoAgent, NodeProblem::NoAgent.as_str().to_owned()),
+        (Some(NodeProblem::AgentNotReady), said) => {
+            let said = said.map_or_else(String::new, |said| format!("; {said}"));
+            (Why::AgentNotReady, format!("the agent of its node is not ready{said}"))
+        }
+        (None, Some(said)) => (Why::Event, said),
+        (None, None) if !agents_known => (Why::Unknown, "the agents are not known".to_owned()),
+        (None, None) => {
+            let text = match state {
+                State::Stale if since.is_none() => {
+                    "no Event; its label may just have been removed, or an operator enrolled it"
+                }
+                State::Stale => "no Event; an operator may have enrolled it",
+                State::Pending => "no Event; the proxy of its node does not serve it yet",
+                _ => "no Event; the agent of its node is ready",
+            };
+            (Why::Unknown, text.to_owned())
         }
     }
 }
