@@ -294,9 +294,9 @@ fn run_has_the_defaults_that_the_documents_name() {
     let Command::Run(run) = cli.command else { panic!("{cli:?}") };
     assert_eq!((run.source, run.kubeconfig), (SourceSpec::Kube, None));
     assert_eq!("dir:/m".parse(), Ok(SourceSpec::Dir("/m".into())));
-    assert_eq!(run.netns_dir, Path::new("/var/run/netns"));
+    assert_eq!(run.pods.netns_dir, Path::new("/var/run/netns"));
     assert_eq!(run.bpffs.bpffs_dir, Path::new("/sys/fs/bpf/redirect/v2"));
-    assert_eq!(run.state_dir, Path::new("/var/lib/redirect-agent"));
+    assert_eq!(run.pods.state_dir, Path::new("/var/lib/redirect-agent"));
     assert_eq!(run.control.control_socket, Path::new("/run/redirect-agent/control.sock"));
     assert_eq!(run.zds_socket, Path::new("/var/run/ztunnel/ztunnel.sock"));
     assert_eq!(run.cni_socket, Path::new("/var/run/istio-cni/pluginevent.sock"));

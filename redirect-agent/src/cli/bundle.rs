@@ -4,7 +4,7 @@ use std::path::PathBuf;
 
 use clap::Args;
 
-use super::{BpffsDir, CniDirs, ControlSocket};
+use super::{ControlSocket, NodeDirs};
 
 /// `bundle`
 #[derive(Debug, Args)]
@@ -36,18 +36,9 @@ pub struct BundleArgs {
     /// This node's name, if the agent does not answer; the host's name by default.
     #[arg(long, value_name = "NAME", env = "NODE_NAME", hide_env_values = true)]
     pub node_name: Option<String>,
-    /// Directory where the network namespaces of pods are.
-    #[arg(long, value_name = "DIR", default_value = "/var/run/netns")]
-    pub netns_dir: PathBuf,
-    /// Directory with what the agent remembers.
-    #[arg(long, value_name = "DIR", default_value = "/var/lib/redirect-agent")]
-    pub state_dir: PathBuf,
-    /// See [`CniDirs`].
+    /// See [`NodeDirs`].
     #[command(flatten)]
-    pub cni: CniDirs,
-    /// See [`BpffsDir`].
-    #[command(flatten)]
-    pub bpffs: BpffsDir,
+    pub dirs: NodeDirs,
     /// See [`ControlSocket`].
     #[command(flatten)]
     pub control: ControlSocket,

@@ -3,6 +3,7 @@
 mod bundle;
 mod cluster;
 mod control;
+mod dirs;
 
 use std::{net::IpAddr, path::PathBuf, str::FromStr, time::Duration};
 
@@ -18,10 +19,10 @@ pub use self::{
         AutoArgs, ControlSocket, Doing, ExplainArgs, For, LogLevelArgs, ObserveArgs, OverrideArgs,
         PauseArgs, ResumeArgs, StatusArgs, VerifyArgs,
     },
+    dirs::{BpffsDir, CniDirs, NodeDirs, PodDirs},
 };
 use crate::{
-    cni::{self, entry::DaemonSet, install},
-    dataplane,
+    cni::{self, entry::DaemonSet},
     enablement::Selectors,
     health,
     membership::{DEFAULT_EXCLUDED_NAMESPACE, NameError, check_namespace_name},
@@ -161,41 +162,6 @@ pub struct Force {
     pub force: bool,
 }
 
-/// Where the agent keeps its pins.
-#[derive(Clone, Debug, Args)]
-pub struct BpffsDir {
-    /// Directory on a bpffs for the agent's maps and links; one for each agent on this kernel.
-    #[arg(long, value_name = "DIR", default_value_os_t = dataplane::Options::default_bpffs_dir())]
-    pub bpffs_dir: PathBuf,
-    /// Attaches by clsact filters where the kernel has tcx, too: for tests.
-    #[arg(long, env = "REDIRECT_TEST_CLSACT", hide = true)]
-    pub test_clsact: bool,
-}
-
-impl BpffsDir {
-    /// By what programs run on interfaces, if that is said.
-    pub fn hooks(&self) -> Option<dataplane::Hooks> {
-        self.test_clsact.then_some(dataplane::Hooks::Clsact)
-    }
-}
-
-/// Where the node has its CNI.
-#[derive(Clone, Debug, Args)]
-pub struct CniDirs {
-    /// Directory of the node's CNI configuration.
-    #[arg(long, value_name = "DIR", default_value = "/etc/cni/net.d")]
-    pub cni_conf_dir: PathBuf,
-    /// Directory of the node's CNI plugins.
-    #[arg(long, value_name = "DIR", default_value = "/opt/cni/bin")]
-    pub cni_bin_dir: PathBuf,
-}
-
-impl From<CniDirs> for install::Dirs {
-    fn from(dirs: CniDirs) -> Self {
-        install::Dirs { conf: dirs.cni_conf_dir, bin: dirs.cni_bin_dir }
-    }
-}
-
 fn interval(s: &str) -> Result<Duration, String> {
     let interval = humantime::parse_duration(s).map_err(|error| error.to_string())?;
     if interval < Duration::from_millis(100) {
@@ -332,16 +298,12 @@ pub struct RunArgs {
     /// This node's name, as in the pods' spec.nodeName; the host's name by default.
     #[arg(long, value_name = "NAME", env = "NODE_NAME", hide_env_values = true)]
     pub node_name: Option<String>,
-    /// Directory where network namespaces of pods are, as NAMESPACE_NAME; those of other pods are
-    /// found by their processes.
-    #[arg(long, value_name = "DIR", default_value = "/var/run/netns")]
-    pub netns_dir: PathBuf,
+    /// See [`PodDirs`].
+    #[command(flatten)]
+    pub pods: PodDirs,
     /// See [`BpffsDir`].
     #[command(flatten)]
     pub bpffs: BpffsDir,
-    /// Directory for what the agent has to remember: the overrides, and where pods are.
-    #[arg(long, value_name = "DIR", default_value = "/var/lib/redirect-agent")]
-    pub state_dir: PathBuf,
     /// See [`ControlSocket`].
     #[command(flatten)]
     pub control: ControlSocket,
@@ -506,20 +468,12 @@ pub struct MapsArgs {
 Examples:
   redirect-agent cleanup
 
-For when the agent is to leave this node: stop it first. Doing it twice is harmless.")]
+For when the agent is to leave this node: stop it first. The overrides, and what the CNI plugin has
+reported of pods, go, too. Doing it twice is harmless.")]
 pub struct CleanupArgs {
-    /// Directory where the network namespaces of pods are.
-    #[arg(long, value_name = "DIR", default_value = "/var/run/netns")]
-    pub netns_dir: PathBuf,
-    /// Directory with what the agent remembers; the overrides and records go, too.
-    #[arg(long, value_name = "DIR", default_value = "/var/lib/redirect-agent")]
-    pub state_dir: PathBuf,
-    /// See [`CniDirs`].
+    /// See [`NodeDirs`].
     #[command(flatten)]
-    pub cni: CniDirs,
-    /// See [`BpffsDir`].
-    #[command(flatten)]
-    pub bpffs: BpffsDir,
+    pub dirs: NodeDirs,
     /// See [`Force`].
     #[command(flatten)]
     pub force: Force,
@@ -543,12 +497,9 @@ pub struct TakeoverArgs {
     /// How to print it.
     #[arg(short, long, value_name = "FORMAT", default_value = "table")]
     pub output: Format,
-    /// Directory where the network namespaces of pods are.
-    #[arg(long, value_name = "DIR", default_value = "/var/run/netns")]
-    pub netns_dir: PathBuf,
-    /// Directory with what the agent remembers.
-    #[arg(long, value_name = "DIR", default_value = "/var/lib/redirect-agent")]
-    pub state_dir: PathBuf,
+    /// See [`PodDirs`].
+    #[command(flatten)]
+    pub pods: PodDirs,
     /// See [`ControlSocket`].
     #[command(flatten)]
     pub control: ControlSocket,

@@ -56,10 +56,10 @@ fn options(args: BundleArgs) -> Result<Options> {
     };
     Ok(Options {
         control_socket: args.control.control_socket,
-        bpffs_dir: args.bpffs.bpffs_dir,
-        netns_dir: args.netns_dir,
-        state_dir: args.state_dir,
-        cni: args.cni.into(),
+        bpffs_dir: args.dirs.bpffs.bpffs_dir,
+        netns_dir: args.dirs.pods.netns_dir,
+        state_dir: args.dirs.pods.state_dir,
+        cni: args.dirs.cni.into(),
         node,
         redact: args.redact,
         command_line: env::args_os().map(|word| word.to_string_lossy().into_owned()).collect(),

@@ -11,7 +11,7 @@ use std::{
     io::{self, Write as _},
     os::fd::AsFd as _,
     panic::resume_unwind,
-    path::{Path, PathBuf},
+    path::Path,
     process::ExitCode,
     sync::{
         Arc,
@@ -41,7 +41,8 @@ use self::{
 use crate::{
     agent,
     cli::{
-        AttachArgs, BpffsDir, CheckArgs, CleanupArgs, Command, DetachArgs, RunArgs, TakeoverArgs,
+        AttachArgs, BpffsDir, CheckArgs, Command, DetachArgs, NodeDirs, PodDirs, RunArgs,
+        TakeoverArgs,
     },
     cni::{
         entry::Entry,
@@ -117,7 +118,7 @@ pub async fn execute(command: Command) -> Result<ExitCode> {
         Command::LogLevel(args) => log_level(args).await,
         Command::Check(args) => check(&args),
         Command::Maps(args) => maps::maps(&args),
-        Command::Cleanup(args) => cleanup(&args),
+        Command::Cleanup(args) => put_back(&args.dirs, args.force.force),
         Command::Takeover(args) => take_over(args).await,
         Command::Completions(args) => print(&args.generate()),
     };
@@ -140,7 +141,7 @@ async fn run(args: RunArgs) -> Result<()> {
             .ok()
             .context("use the host's name: it is not UTF-8; give --node-name")?,
     };
-    let records = Arc::new(Records::open(&args.state_dir)?);
+    let records = Arc::new(Records::open(&args.pods.state_dir)?);
     let entry = Entry {
         socket: std::path::absolute(&args.cni_socket).context("use --cni-socket")?,
         exclude_namespaces: args.excluded_namespaces.clone(),
@@ -154,15 +155,8 @@ async fn run(args: RunArgs) -> Result<()> {
         }
         None => None,
     };
-    let dirs = install::Dirs::from(args.cni);
-    let state = NodeState {
-        netns_dir: args.netns_dir.clone(),
-        state_dir: args.state_dir.clone(),
-        bpffs: args.bpffs.clone(),
-        cni: dirs.clone(),
-        // This process owns it all along.
-        force: true,
-    };
+    let dirs =
+        NodeDirs { pods: args.pods.clone(), cni: args.cni.clone(), bpffs: args.bpffs.clone() };
     let control_socket = args.control.control_socket.clone();
     let options = agent::Options {
         source: args.source,
@@ -178,7 +172,7 @@ async fn run(args: RunArgs) -> Result<()> {
                 sidecar_annotations: args.sidecar_annotations,
                 dns_capture: args.traffic.dns_capture,
             },
-            finder: Arc::new(Finder::new(records, args.netns_dir)),
+            finder: Arc::new(Finder::new(records, args.pods.netns_dir)),
             drain: args.drain,
             verify_interval: args.verify_interval,
             beside_istio_cni: args.beside_istio_cni,
@@ -190,12 +184,12 @@ async fn run(args: RunArgs) -> Result<()> {
             // It is owned.
             force: true,
         },
-        state_dir: args.state_dir,
+        state_dir: args.pods.state_dir,
         control_socket: args.control.control_socket,
         zds_socket: args.zds_socket,
         cni_socket: args.cni_socket,
         cni_timeout: args.cni_timeout,
-        install_cni: args.install_cni.then_some((dirs, entry)),
+        install_cni: args.install_cni.then_some((args.cni.into(), entry)),
         probes: args.probes.settings(),
         health: args.health_address,
     };
@@ -227,7 +221,8 @@ async fn run(args: RunArgs) -> Result<()> {
     let ended = agent::run(options, shutdown.clone()).await;
     shutdown.cancel();
     if ending.await.context("wait for the end")? {
-        state.put_back()?;
+        // This process owns it all along.
+        put_back(&dirs, true)?;
     }
     ended
 }
@@ -266,67 +261,56 @@ async fn leave(agent: &Client) {
     }
 }
 
-/// Where a node has something of the agent.
-struct NodeState {
-    netns_dir: PathBuf,
-    state_dir: PathBuf,
-    bpffs: BpffsDir,
-    cni: install::Dirs,
-    /// Whether to go ahead although `bpffs` has an owner: another one, or this process.
-    force: bool,
-}
-
-impl NodeState {
-    /// Puts the node back to how it was before the agent, which must not run any more.
-    fn put_back(&self) -> Result<()> {
-        let bpffs_dir = &self.bpffs.bpffs_dir;
-        let there = bpffs_dir.try_exists().with_context(|| {
-            format!("look for {}; run the command as root", bpffs_dir.display())
-        })?;
-        let dataplane = if there { Some(open(&self.bpffs, self.force)?) } else { None };
-        // First of all: with the entry there, and nobody to ask, no pod can start.
-        for done in install::remove(&self.cni)? {
-            print(format!("{done}\n").as_bytes())?;
-        }
-        let mut annotated = false;
-        if let Some(dataplane) = &dataplane {
-            let records = Records::open(&self.state_dir)?;
-            let linked = dataplane.linked_pods()?;
-            annotated = !linked.is_empty();
-            restore_all(dataplane, finder::alive(&self.netns_dir, &records, &linked)?)?;
-            let nobody = BTreeSet::new();
-            let mut unknown = dataplane.sweep(&nobody, &nobody, &nobody)?;
-            let started = Instant::now();
-            let left = loop {
-                unknown = dataplane.sweep(&nobody, &nobody, &unknown)?;
-                let left = dataplane.linked_pods()?;
-                if left.is_empty() || started.elapsed() > DYING {
-                    break left;
-                }
-                thread::sleep(LOOK);
-            };
-            if !left.is_empty() {
-                let inodes: Vec<String> = left.iter().map(ToString::to_string).collect();
-                bail!(
-                    "cannot find the network namespaces with inode numbers {} in {} or of any process; give --netns-dir, or `redirect-agent detach --netns PATH`",
-                    inodes.join(", "),
-                    self.netns_dir.display()
-                );
-            }
-        }
-        records::remove_state(&self.state_dir)?;
-        overrides::remove_state(&self.state_dir)?;
-        // Last: from then on the directory may be another agent's.
-        if let Some(dataplane) = dataplane {
-            dataplane.unpin_if_unused()?;
-        }
-        if annotated {
-            print(ANNOTATED.as_bytes())?;
-        }
-        print(b"nothing of redirect-agent is left on this node\n")
+/// Puts the node back to how it was before the agent, which must not run any more. With `force`, although the
+/// directory on bpffs has an owner: another one, or this process.
+fn put_back(dirs: &NodeDirs, force: bool) -> Result<()> {
+    let NodeDirs { pods: PodDirs { netns_dir, state_dir }, cni, bpffs } = dirs;
+    let bpffs_dir = &bpffs.bpffs_dir;
+    let there = bpffs_dir
+        .try_exists()
+        .with_context(|| format!("look for {}; run the command as root", bpffs_dir.display()))?;
+    let dataplane = if there { Some(open(bpffs, force)?) } else { None };
+    // First of all: with the entry there, and nobody to ask, no pod can start.
+    for done in install::remove(&cni.clone().into())? {
+        print(format!("{done}\n").as_bytes())?;
     }
+    let mut annotated = false;
+    if let Some(dataplane) = &dataplane {
+        let records = Records::open(state_dir)?;
+        let linked = dataplane.linked_pods()?;
+        annotated = !linked.is_empty();
+        restore_all(dataplane, finder::alive(netns_dir, &records, &linked)?)?;
+        let nobody = BTreeSet::new();
+        let mut unknown = dataplane.sweep(&nobody, &nobody, &nobody)?;
+        let started = Instant::now();
+        let left = loop {
+            unknown = dataplane.sweep(&nobody, &nobody, &unknown)?;
+            let left = dataplane.linked_pods()?;
+            if left.is_empty() || started.elapsed() > DYING {
+                break left;
+            }
+            thread::sleep(LOOK);
+        };
+        if !left.is_empty() {
+            let inodes: Vec<String> = left.iter().map(ToString::to_string).collect();
+            bail!(
+                "cannot find the network namespaces with inode numbers {} in {} or of any process; give --netns-dir, or `redirect-agent detach --netns PATH`",
+                inodes.join(", "),
+                netns_dir.display()
+            );
+        }
+    }
+    records::remove_state(state_dir)?;
+    overrides::remove_state(state_dir)?;
+    // Last: from then on the directory may be another agent's.
+    if let Some(dataplane) = dataplane {
+        dataplane.unpin_if_unused()?;
+    }
+    if annotated {
+        print(ANNOTATED.as_bytes())?;
+    }
+    print(b"nothing of redirect-agent is left on this node\n")
 }
-
 fn attach(args: &AttachArgs) -> Result<()> {
     let pod = PodNetns::new(open_pod(&args.netns)?, &args.address)?;
     let dataplane = open(&args.bpffs, args.force.force)?;
@@ -461,24 +445,13 @@ fn check(args: &CheckArgs) -> Result<()> {
     if report.ok { Ok(()) } else { bail!("{}", report.verdict()) }
 }
 
-fn cleanup(args: &CleanupArgs) -> Result<()> {
-    let state = NodeState {
-        netns_dir: args.netns_dir.clone(),
-        state_dir: args.state_dir.clone(),
-        bpffs: args.bpffs.clone(),
-        cni: args.cni.clone().into(),
-        force: args.force.force,
-    };
-    state.put_back()
-}
-
 /// Goes on with the next pod where one fails.
 async fn take_over(args: TakeoverArgs) -> Result<()> {
     let mut status = Client::new(args.control.control_socket).status().await?;
     status.pods.sort_by_key(|pod| (pod.namespace.clone(), pod.name.clone()));
     let inodes = status.pods.iter().filter_map(|pod| pod.netns).collect();
-    let records = Records::open(&args.state_dir)?;
-    let found = finder::alive(&args.netns_dir, &records, &inodes)?;
+    let records = Records::open(&args.pods.state_dir)?;
+    let found = finder::alive(&args.pods.netns_dir, &records, &inodes)?;
     let mut lines = Vec::new();
     let (mut failed, mut unfinished) = (Vec::new(), 0);
     for pod in &status.pods {

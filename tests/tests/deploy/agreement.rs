@@ -163,8 +163,8 @@ fn every_directory_of_the_agent_is_the_nodes() -> Result<()> {
     let args = run_args(&objects)?;
     let paths = [
         args.bpffs.bpffs_dir,
-        args.netns_dir,
-        args.state_dir,
+        args.pods.netns_dir,
+        args.pods.state_dir,
         args.control.control_socket,
         args.zds_socket,
         args.cni_socket,
