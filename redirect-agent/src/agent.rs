@@ -488,10 +488,6 @@ impl<S: Source> control::Agent for Agent<S> {
         Ok(self.observer()?.journal().all())
     }
 
-    async fn metrics(&self) -> Result<String> {
-        health::Agent::metrics(self).await
-    }
-
     fn remaining(&self) -> Result<Remaining> {
         let observer = self.observer()?;
         Ok(observer.remaining())

@@ -219,8 +219,15 @@ async fn ready<A: Agent>(State(agent): State<Arc<A>>) -> Response {
 }
 
 async fn metrics<A: Agent>(State(agent): State<Arc<A>>) -> Response {
-    match agent.metrics().await {
-        Ok(text) => ([(header::CONTENT_TYPE, CONTENT_TYPE)], text).into_response(),
-        Err(e) => (StatusCode::INTERNAL_SERVER_ERROR, format!("{e:#}\n")).into_response(),
-    }
+    let failed = |e| (StatusCode::INTERNAL_SERVER_ERROR, format!("{e:#}\n")).into_response();
+    report(&*agent).await.unwrap_or_else(failed)
+}
+
+/// The metrics, as the answer to a request.
+///
+/// # Errors
+///
+/// As for [`Agent::metrics`].
+pub(crate) async fn report(agent: &impl Agent) -> Result<Response> {
+    Ok(([(header::CONTENT_TYPE, CONTENT_TYPE)], agent.metrics().await?).into_response())
 }

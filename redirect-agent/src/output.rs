@@ -211,8 +211,8 @@ pub fn status(status: &Status, format: Format, not_ready: bool) -> anyhow::Resul
         status.pods.iter().filter(|pod| !(not_ready && pod.state.is_ready())).collect();
     pods.sort_by_key(|pod| (&pod.namespace, &pod.name));
     if format == Format::Json {
-        let ordered = Status { pods: pods.into_iter().cloned().collect(), ..status.clone() };
-        return document("Status", &ordered);
+        let pods = pods.into_iter().cloned().collect();
+        return json(&status_document(Status { pods, ..status.clone() }));
     }
     let wide = format == Format::Wide;
     let mut out = String::new();
@@ -235,6 +235,12 @@ pub fn status(status: &Status, format: Format, not_ready: bool) -> anyhow::Resul
     }
     writeln!(out, "{}", summary(&status.pods))?;
     Ok(out)
+}
+
+/// What `status` prints as JSON; pods by namespace and name.
+pub fn status_document(mut status: Status) -> Document<Status> {
+    status.pods.sort_by(|a, b| (&a.namespace, &a.name).cmp(&(&b.namespace, &b.name)));
+    Document::new("Status", status)
 }
 
 /// The node, and what holds for all of its pods.
@@ -412,21 +418,21 @@ pub fn json(value: &impl Serialize) -> anyhow::Result<String> {
     Ok(serde_json::to_string_pretty(value)? + "\n")
 }
 
-/// The same for a document that is read by itself: with its version and kind.
-///
-/// # Errors
-///
-/// As for [`json`].
-pub fn document(kind: &str, value: &impl Serialize) -> anyhow::Result<String> {
-    #[derive(Serialize)]
-    #[serde(rename_all = "camelCase")]
-    struct Document<'a, T> {
-        api_version: &'a str,
-        kind: &'a str,
-        #[serde(flatten)]
-        value: &'a T,
+/// A JSON document that is read by itself: with its version and kind.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize)]
+#[serde(rename_all = "camelCase")]
+pub struct Document<T> {
+    api_version: &'static str,
+    kind: &'static str,
+    #[serde(flatten)]
+    content: T,
+}
+
+impl<T> Document<T> {
+    /// A document of this kind.
+    pub fn new(kind: &'static str, content: T) -> Self {
+        Self { api_version: API_VERSION, kind, content }
     }
-    json(&Document { api_version: API_VERSION, kind, value })
 }
 
 /// A table without lines, a row to a line, as `kubectl` prints them; an empty cell is a `-`.

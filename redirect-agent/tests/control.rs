@@ -23,7 +23,7 @@ use redirect_agent::{
         Server, StatusRequest,
     },
     explain::{self, Explanation},
-    journal,
+    health, journal,
     membership::{Decision, PodKey, Reason},
     output::Status,
     overrides::{Change, Mode, Store, Target},
@@ -40,6 +40,16 @@ struct Overridden {
     store: Store,
     /// Who asked for the last change.
     author: Mutex<Author>,
+}
+
+impl health::Agent for Overridden {
+    fn conditions(&self) -> Vec<health::Condition> {
+        Vec::new()
+    }
+
+    async fn metrics(&self) -> anyhow::Result<String> {
+        Ok("# EOF\n".to_owned())
+    }
 }
 
 impl Agent for Overridden {
@@ -80,10 +90,6 @@ impl Agent for Overridden {
 
     fn journal(&self) -> anyhow::Result<Vec<journal::Note>> {
         Ok(Vec::new())
-    }
-
-    async fn metrics(&self) -> anyhow::Result<String> {
-        Ok("# EOF\n".to_owned())
     }
 
     fn remaining(&self) -> anyhow::Result<Remaining> {

@@ -12,7 +12,7 @@ use crate::{
     explain,
     journal::Note,
     membership::PodKey,
-    output::{self, Format, PodStatus, Status},
+    output::{self, Document, Format, PodStatus, Status},
 };
 
 /// How long the agent may take for one answer: less than [`Client`] waits, which would not tell this from other
@@ -61,18 +61,14 @@ pub(super) async fn collect<F: FnMut(&str)>(
         }
     }
     let status = agent.ask(client.status()).await;
-    let shown = |format| match &status {
-        Ok(status) => output::status(status, format, false),
-        Err(error) => Err(anyhow!("{error:#}")),
-    };
-    let json = shown(Format::Json).and_then(|text| Ok(serde_json::from_str::<Value>(&text)?));
-    to.text("status.txt", shown(Format::Wide));
-    to.json("status.json", json);
+    let known = || status.as_ref().map_err(|error| anyhow!("{error:#}"));
+    to.text("status.txt", known().and_then(|known| output::status(known, Format::Wide, false)));
+    to.json("status.json", known().map(|known| output::status_document(known.clone())));
     to.json("log-level.json", agent.ask(client.log()).await);
     to.text("metrics.txt", agent.ask(client.metrics()).await);
     let journal = agent.ask(client.journal()).await;
     let notes = journal.as_ref().map(Vec::clone).unwrap_or_default();
-    let journal = journal.and_then(|notes| document("Journal", json!({ "entries": notes })));
+    let journal = journal.map(|notes| Document::new("Journal", json!({ "entries": notes })));
     to.json("journal.json", journal);
     match status {
         Ok(status) => {
@@ -84,10 +80,6 @@ pub(super) async fn collect<F: FnMut(&str)>(
             None
         }
     }
-}
-
-pub(super) fn document(kind: &str, value: Value) -> Result<Value> {
-    Ok(serde_json::from_str(&output::document(kind, &value)?)?)
 }
 
 async fn explain_wrong<F: FnMut(&str)>(
@@ -124,7 +116,7 @@ fn is_wrong(pod: &PodStatus) -> bool {
 }
 
 /// The agent's process, without its environment.
-fn process(pid: u32) -> Result<Value> {
+fn process(pid: u32) -> Result<Document<Value>> {
     let read = |file: &str| {
         let path = format!("/proc/{pid}/{file}");
         fs::read_to_string(&path).with_context(|| format!("read {path}"))
@@ -138,14 +130,12 @@ fn process(pid: u32) -> Result<Value> {
         .collect();
     let arguments = read("cmdline")?;
     let arguments: Vec<&str> = arguments.split_terminator('\0').collect();
-    document(
-        "AgentProcess",
-        json!({
-            "pid": pid,
-            "commandLine": arguments,
-            "status": status,
-            "cgroup": read("cgroup")?.trim(),
-            "openFiles": fs::read_dir(format!("/proc/{pid}/fd")).map_or(0, Iterator::count),
-        }),
-    )
+    let process = json!({
+        "pid": pid,
+        "commandLine": arguments,
+        "status": status,
+        "cgroup": read("cgroup")?.trim(),
+        "openFiles": fs::read_dir(format!("/proc/{pid}/fd")).map_or(0, Iterator::count),
+    });
+    Ok(Document::new("AgentProcess", process))
 }

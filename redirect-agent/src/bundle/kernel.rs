@@ -6,20 +6,20 @@ use std::{
 };
 
 use anyhow::{Context as _, Result};
-use serde_json::{Value, json};
+use serde::Serialize;
 
-use super::{Collector, Options, agent::document, bounded};
+use super::{Collector, Options, bounded};
 use crate::{
     cni::records,
     dataplane::{
         contents::{Contents, contents},
         linked_pods,
-        pins::{PinnedMap, pinned_maps},
+        pins::{self, PinnedMap, pinned_maps},
         snapshot::{Snapshot, snapshot},
     },
     finder,
     netns::Netns,
-    output::Status,
+    output::{Document, Status},
     takeover,
 };
 
@@ -69,7 +69,7 @@ async fn maps<F: FnMut(&str)>(options: &Options, to: &mut Collector<F>) {
             return to.lacks("maps/*.json", "there is none to read".to_owned());
         }
     };
-    to.json("maps.json", document("Maps", json!({ "maps": maps })));
+    to.json("maps.json", Ok(pins::document(&maps)));
     let dir = options.bpffs_dir.clone();
     let read = bounded(move || Ok(read_all(&dir, &maps))).await;
     match read {
@@ -101,7 +101,7 @@ async fn namespace<F: FnMut(&str)>(
     let inode = netns.inode();
     let name = format!("netns/{inode}.json");
     let of = status.iter().flat_map(|status| &status.pods).find(|pod| pod.netns == Some(inode));
-    let of = of.map(|pod| format!("{}/{}", pod.namespace, pod.name));
+    let pod = of.map(|pod| format!("{}/{}", pod.namespace, pod.name));
     let dir = options.bpffs_dir.clone();
     let found = match bounded(move || snapshot(&dir, &netns)).await {
         Ok(found) => found,
@@ -110,13 +110,16 @@ async fn namespace<F: FnMut(&str)>(
     for failed in &found.failed {
         to.lacks(&name, failed.clone());
     }
-    to.json(&name, shown(&found, of));
+    to.json(&name, Ok(Document::new("Netns", OfPod { found, pod })));
 }
 
-fn shown(found: &Snapshot, pod: Option<String>) -> Result<Value> {
-    let mut value = document("Netns", serde_json::to_value(found)?)?;
-    value["pod"] = json!(pod);
-    Ok(value)
+/// A network namespace, and whose it is.
+#[derive(Serialize)]
+struct OfPod {
+    #[serde(flatten)]
+    found: Snapshot,
+    /// `None`: no pod's that the agent knows.
+    pod: Option<String>,
 }
 
 async fn takeover<F: FnMut(&str)>(status: Option<&Status>, found: &[Netns], to: &mut Collector<F>) {
@@ -137,14 +140,9 @@ async fn takeover<F: FnMut(&str)>(status: Option<&Status>, found: &[Netns], to: 
         });
         match looked.await {
             Ok(None) => {}
-            Ok(Some(answer)) => pods.push(json!({
-                "namespace": pod.namespace,
-                "name": pod.name,
-                "answer": answer,
-                "detail": answer.detail(),
-            })),
+            Ok(Some(answer)) => pods.push(takeover::Row::new(pod, answer)),
             Err(error) => to.lacks(NAME, format!("netns {inode}: {error:#}")),
         }
     }
-    to.json(NAME, document("Takeover", json!({ "pods": pods })));
+    to.json(NAME, Ok(takeover::document(&pods)));
 }

@@ -15,11 +15,11 @@ use nix::{
 use procfs::{FromRead as _, process::MountInfos};
 use serde_json::{Value, json};
 
-use super::{Collector, Options, agent::document, bounded};
+use super::{Collector, Options, bounded};
 use crate::{
     cni::{entry::PLUGIN, records},
     dataplane::monotonic_ns,
-    output::Format,
+    output::{Document, Format},
     overrides, preflight,
 };
 
@@ -35,24 +35,21 @@ const SETTINGS: [&str; 6] = [
 
 /// Collects.
 pub(super) async fn collect<F: FnMut(&str)>(options: &Options, to: &mut Collector<F>) {
-    to.json("node.json", node().and_then(|node| document("Node", node)));
+    to.json("node.json", node().map(|node| Document::new("Node", node)));
     let asked =
         preflight::Options { bpffs_dir: options.bpffs_dir.clone(), cni: options.cni.clone() };
-    let report = bounded(move || {
-        let report = preflight::check(&asked);
-        Ok((report.print(Format::Table)?, report.print(Format::Json)?))
-    });
+    let report = bounded(move || Ok(preflight::check(&asked)));
     match report.await {
-        Ok((text, json)) => {
-            to.text("check.txt", Ok(text));
-            to.json("check.json", serde_json::from_str::<Value>(&json).context("read it"));
+        Ok(report) => {
+            to.text("check.txt", report.print(Format::Table));
+            to.json("check.json", Ok(report.document()));
         }
         Err(error) => {
             to.lacks("check.txt", format!("{error:#}"));
             to.lacks("check.json", format!("{error:#}"));
         }
     }
-    to.json("cni.json", cni(&options.cni.conf).and_then(|found| document("Cni", found)));
+    to.json("cni.json", cni(&options.cni.conf).map(|found| Document::new("Cni", found)));
     to.json("overrides.json", stored(&overrides::file(&options.state_dir)));
     let sandboxes = records::look(&options.state_dir);
     to.json("sandboxes.json", sandboxes.map(|found| json!({ "sandboxes": found })));

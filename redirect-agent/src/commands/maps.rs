@@ -1,12 +1,11 @@
 //! `maps`: what the datapath has in the kernel, and how to read it with bpftool.
 
 use anyhow::Result;
-use serde_json::json;
 
 use super::print;
 use crate::{
     cli::MapsArgs,
-    dataplane::pins::{PinnedMap, pinned_maps},
+    dataplane::pins::{self, PinnedMap, pinned_maps},
     output::{self, Format},
 };
 
@@ -17,7 +16,7 @@ pub(super) fn maps(args: &MapsArgs) -> Result<()> {
 
 fn shown(maps: &[PinnedMap], format: Format) -> Result<String> {
     if format == Format::Json {
-        return output::document("Maps", &json!({ "maps": maps }));
+        return output::json(&pins::document(maps));
     }
     let rows = maps.iter().map(|map| {
         let (entries, most) = match map.entries {

@@ -26,7 +26,6 @@ use nix::{
     poll::{PollFd, PollFlags, PollTimeout, poll},
     unistd::{geteuid, gethostname},
 };
-use serde_json::json;
 use tokio::{
     signal::unix::{SignalKind, signal},
     time::{Instant, sleep, timeout},
@@ -54,7 +53,7 @@ use crate::{
     finder::{self, Finder},
     membership,
     netns::Netns,
-    output::{self, Format, PodStatus},
+    output::{self, Format},
     overrides::{self, Mode},
     preflight,
     reconcile::Settings,
@@ -452,7 +451,7 @@ async fn take_over(args: TakeoverArgs) -> Result<()> {
     let inodes = status.pods.iter().filter_map(|pod| pod.netns).collect();
     let records = Records::open(&args.pods.state_dir)?;
     let found = finder::alive(&args.pods.netns_dir, &records, &inodes)?;
-    let mut lines = Vec::new();
+    let mut rows = Vec::new();
     let (mut failed, mut unfinished) = (Vec::new(), 0);
     for pod in &status.pods {
         let Some(netns) = found.iter().find(|netns| pod.netns == Some(netns.inode())) else {
@@ -462,38 +461,27 @@ async fn take_over(args: TakeoverArgs) -> Result<()> {
             Ok(None) => {}
             Ok(Some(answer)) => {
                 unfinished += usize::from(answer.is_unfinished());
-                lines.push((pod, answer));
+                rows.push(takeover::Row::new(pod, answer));
             }
             Err(e) => failed.push(format!("{}/{}: {e:#}", pod.namespace, pod.name)),
         }
     }
-    print(taken_over(&lines, args.output)?.as_bytes())?;
+    print(taken_over(&rows, args.output)?.as_bytes())?;
     ensure!(failed.is_empty(), "{}", failed.join("; "));
     ensure!(unfinished == 0, "{unfinished} pods are left alone");
     Ok(())
 }
 
-fn taken_over(lines: &[(&PodStatus, takeover::Answer)], format: Format) -> Result<String> {
+fn taken_over(pods: &[takeover::Row], format: Format) -> Result<String> {
     if format == Format::Json {
-        let pods: Vec<_> = lines
-            .iter()
-            .map(|(pod, answer)| {
-                json!({
-                    "namespace": pod.namespace,
-                    "name": pod.name,
-                    "answer": answer,
-                    "detail": answer.detail(),
-                })
-            })
-            .collect();
-        return output::document("Takeover", &json!({ "pods": pods }));
+        return output::json(&takeover::document(pods));
     }
-    if lines.is_empty() {
+    if pods.is_empty() {
         return Ok("nothing of istio-cni's is in any pod of this node\n".to_owned());
     }
-    let rows = lines.iter().map(|(pod, answer)| {
-        let [namespace, name] = [&pod.namespace, &pod.name].map(String::clone);
-        vec![namespace, name, answer.as_str().to_owned(), answer.detail().to_owned()]
+    let rows = pods.iter().map(|pod| {
+        let answer = pod.answer.as_str().to_owned();
+        vec![pod.namespace.clone(), pod.name.clone(), answer, pod.detail.to_owned()]
     });
     Ok(output::table(&["NAMESPACE", "NAME", "ANSWER", "DETAIL"], rows))
 }

@@ -44,7 +44,7 @@ pub(crate) use self::client::exchange;
 pub use self::client::{Client, Observing};
 use crate::{
     explain::{self, Explanation},
-    journal,
+    health, journal,
     log::{self, Level},
     membership::{Pod, PodKey},
     output::Status,
@@ -61,8 +61,8 @@ pub const DEFAULT_SOCKET: &str = "/run/redirect-agent/control.sock";
 /// How long a reason may be, in characters: it is one line of the log.
 const REASON: usize = 500;
 
-/// What the control API needs of the agent.
-pub trait Agent: Send + Sync + 'static {
+/// What the control API needs of the agent, in addition to what is served over HTTP.
+pub trait Agent: health::Agent {
     /// What there is to know now of these pods.
     fn status(&self, of: StatusRequest) -> impl Future<Output = anyhow::Result<Status>> + Send;
 
@@ -90,9 +90,6 @@ pub trait Agent: Send + Sync + 'static {
 
     /// What happened lately to the pods, oldest first.
     fn journal(&self) -> anyhow::Result<Vec<journal::Note>>;
-
-    /// The metrics, as text.
-    fn metrics(&self) -> impl Future<Output = anyhow::Result<String>> + Send;
 
     /// Makes `change` and keeps it; pods follow it after the answer.
     fn change(
@@ -355,10 +352,8 @@ async fn journal_of<A: Agent>(State(agent): State<Arc<A>>) -> Response {
 }
 
 async fn metrics<A: Agent>(State(agent): State<Arc<A>>) -> Response {
-    match agent.metrics().await {
-        Ok(text) => ([(header::CONTENT_TYPE, crate::metrics::CONTENT_TYPE)], text).into_response(),
-        Err(error) => failure(StatusCode::INTERNAL_SERVER_ERROR, format!("{error:#}")),
-    }
+    let failed = |error| failure(StatusCode::INTERNAL_SERVER_ERROR, format!("{error:#}"));
+    health::report(&*agent).await.unwrap_or_else(failed)
 }
 
 async fn overrides<A: Agent>(

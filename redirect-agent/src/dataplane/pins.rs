@@ -14,6 +14,7 @@ use redirect_ebpf::abi::{
 use serde::Serialize;
 
 use super::kernel::PINNED_MAPS;
+use crate::output::Document;
 
 /// A pinned map.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize)]
@@ -30,6 +31,15 @@ pub struct PinnedMap {
     pub max_entries: u32,
     /// Where it is pinned.
     pub path: PathBuf,
+}
+
+/// What `maps` prints as JSON.
+pub fn document(maps: &[PinnedMap]) -> Document<impl Serialize> {
+    #[derive(Serialize)]
+    struct Maps<'a> {
+        maps: &'a [PinnedMap],
+    }
+    Document::new("Maps", Maps { maps })
 }
 
 /// Every map that the agent has pinned below its directory on a bpffs, in the order of ARCHITECTURE.md.

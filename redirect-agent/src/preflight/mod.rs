@@ -29,7 +29,7 @@ use crate::{
         sock_offsets,
     },
     kubelet::Kubelet,
-    output::{self, Format},
+    output::{self, Document, Format},
 };
 
 /// The oldest kernel with everything that the datapath needs: its socket iterators set `SO_REUSEADDR`.
@@ -116,7 +116,7 @@ impl Report {
     /// Never in practice: when JSON cannot express it.
     pub fn print(&self, format: Format) -> Result<String> {
         if format == Format::Json {
-            return output::document("Check", self);
+            return output::json(&self.document());
         }
         let header = ["CHECK", "ANSWER", "NEEDED", "SINCE", "DETAIL"];
         let rows = self.checks.iter().map(|check| {
@@ -131,6 +131,11 @@ impl Report {
         let mut out = output::table(&header, rows);
         writeln!(out, "\n{}", self.verdict())?;
         Ok(out)
+    }
+
+    /// What `check` prints as JSON.
+    pub fn document(&self) -> Document<&Self> {
+        Document::new("Check", self)
     }
 
     /// One sentence; `run` says the same.

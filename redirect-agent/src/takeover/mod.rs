@@ -13,7 +13,7 @@ use serde::Serialize;
 use crate::{
     dataplane::istio_cni,
     netns::Netns,
-    output::{PodState, PodStatus},
+    output::{Document, PodState, PodStatus},
 };
 
 /// What was done for a pod, or would be.
@@ -72,6 +72,36 @@ impl Answer {
     pub fn is_unfinished(self) -> bool {
         matches!(self, Answer::NotCaptured | Answer::NotNftables)
     }
+}
+
+/// What was done for a pod, as `takeover` says it.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize)]
+pub struct Row {
+    /// The pod's namespace.
+    pub namespace: String,
+    /// The pod's name.
+    pub name: String,
+    /// What was done.
+    pub answer: Answer,
+    /// What that means.
+    pub detail: &'static str,
+}
+
+impl Row {
+    /// The answer for a pod.
+    pub fn new(pod: &PodStatus, answer: Answer) -> Self {
+        let [namespace, name] = [&pod.namespace, &pod.name].map(String::clone);
+        Self { namespace, name, answer, detail: answer.detail() }
+    }
+}
+
+/// What `takeover` prints as JSON.
+pub fn document(pods: &[Row]) -> Document<impl Serialize> {
+    #[derive(Serialize)]
+    struct Takeover<'a> {
+        pods: &'a [Row],
+    }
+    Document::new("Takeover", Takeover { pods })
 }
 
 /// Removes istio-cni's rules from a pod, unless `dry_run` is set. `None` if the pod never had any. Repeating
