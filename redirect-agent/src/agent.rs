@@ -12,7 +12,7 @@ use anyhow::{Context as _, Result, bail};
 use futures_util::{Stream, StreamExt as _};
 use tokio::{
     task::{JoinSet, spawn_blocking},
-    time::interval,
+    time::{Instant, interval, timeout_at},
 };
 use tokio_util::sync::CancellationToken;
 use tracing::{error, info, warn};
@@ -454,7 +454,9 @@ impl<S: Source> control::Agent for Agent<S> {
 
     async fn explain(&self, request: explain::Request) -> Result<Explanation> {
         let observer = self.observer()?;
-        let _one_at_a_time = self.looking.lock().await;
+        let until = Instant::now() + explain::WITHIN;
+        let turn = timeout_at(until, self.looking.lock()).await;
+        let _one_at_a_time = turn.context("other requests were not answered in time")?;
         let overrides = self.overrides.current();
         let answerer = Answerer {
             node: &self.options.node,
@@ -462,6 +464,7 @@ impl<S: Source> control::Agent for Agent<S> {
             membership: &self.options.settings.membership,
             traffic: &self.options.settings.traffic,
             overrides: &overrides,
+            until,
         };
         answerer.explain(request).await
     }

@@ -4,14 +4,18 @@
 use std::{
     fs,
     path::{Path, PathBuf},
-    sync::Arc,
+    sync::{Arc, mpsc},
     time::{Duration, Instant},
 };
 
+use notify::{
+    Watcher as _,
+    event::{AccessKind, AccessMode, EventKind},
+};
 use redirect_agent::{
     membership::PodKey,
     source::{
-        Inventory, Problem, Redirection, Source as _,
+        Inventory, Problem, Redirection, Source as _, Whom,
         dir::{self, DirSource},
     },
 };
@@ -20,6 +24,7 @@ use tokio::{sync::watch, task::JoinHandle};
 use tokio_util::sync::{CancellationToken, DropGuard};
 
 const NODE: &str = "n1";
+const OPENED: EventKind = EventKind::Access(AccessKind::Open(AccessMode::Any));
 
 /// A directory of manifests that an agent follows.
 struct Fixture {
@@ -380,4 +385,37 @@ async fn a_directory_that_is_replaced_is_followed_all_the_same() {
 async fn a_directory_that_is_not_there_is_refused_by_name() {
     let error = dir::open("/nonexistent/manifests", NODE).await.unwrap_err();
     assert!(format!("{error:#}").contains("/nonexistent/manifests"), "{error:#}");
+}
+
+#[tokio::test]
+async fn pods_that_are_asked_for_together_are_read_once() {
+    let dir = tempfile::tempdir().unwrap();
+    let manifests = (1..=100).map(|n| pod(&format!("p{n}"), &format!("u-{n}"), "10.0.0.1"));
+    let manifests: Vec<String> = manifests.collect();
+    fs::write(dir.path().join("pods.yaml"), manifests.join("---\n")).unwrap();
+    // Nobody else reads it meanwhile: the watcher does not run.
+    let (source, _watcher) = dir::open(dir.path(), NODE).await.unwrap();
+    let pod = source.find(&Whom::Named(key("p7"))).await.unwrap().unwrap();
+    source.publish(&pod, Some(Redirection::Enabled)).await.unwrap();
+    let (sender, events) = mpsc::channel();
+    let mut watcher = notify::recommended_watcher(sender).unwrap();
+    watcher.watch(dir.path(), notify::RecursiveMode::NonRecursive).unwrap();
+
+    let keys: Vec<PodKey> = (1..=99).map(|n| key(&format!("p{n}"))).chain([key("none")]).collect();
+    let found = source.find_all(&keys).await;
+    assert_eq!(found.len(), 100);
+    for (key, found) in keys.iter().zip(found) {
+        let found = found.unwrap();
+        assert_eq!(found.as_ref().map(|pod| &pod.key), (key.name != "none").then_some(key));
+        let is_enabled = found.is_some_and(|pod| !pod.annotations.is_empty());
+        assert_eq!(is_enabled, key.name == "p7", "{key}");
+    }
+    fs::write(dir.path().join("end"), "").unwrap();
+    let is_of = |event: &notify::Event, name: &str| event.paths == [dir.path().join(name)];
+    let opened = events
+        .iter()
+        .map(Result::unwrap)
+        .take_while(|event| !is_of(event, "end"))
+        .filter(|event| event.kind == OPENED && is_of(event, "pods.yaml"));
+    assert_eq!(opened.count(), 1);
 }

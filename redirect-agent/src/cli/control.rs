@@ -227,8 +227,9 @@ Examples:
 
 Says rule by rule why the pod is in the mesh or not, what the kernel and the proxy have for it,
 where its application listens, how a call goes, and who has to act when it fails: the
-configuration, the redirector, the proxy, the application or the network. The exit status is 0
-when the pod is known; with --exit-code, only when nothing wrong was found, too.")]
+configuration, the redirector, the proxy, the application or the network. The agent asks its source
+for 20 s at most: what is not known by then is not looked at. The exit status is 0 when the pod is
+known; with --exit-code, only when nothing wrong was found, too.")]
 pub struct ExplainArgs {
     /// The pod, or the one that calls.
     #[arg(value_name = "NAMESPACE/POD")]

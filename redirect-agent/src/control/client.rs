@@ -27,6 +27,10 @@ use crate::{
 
 /// The agent answers within this time, or something is wrong with it.
 const DEADLINE: Duration = Duration::from_secs(10);
+/// The same for what it asks its source before it answers.
+const EXPLAINS_WITHIN: Duration = explain::WITHIN.saturating_add(Duration::from_secs(5));
+/// The same for what it has to explain to itself first.
+const VERIFIES_WITHIN: Duration = explain::WITHIN.saturating_add(DEADLINE);
 
 /// The commands' end of the control socket.
 #[derive(Clone, Debug)]
@@ -67,7 +71,7 @@ impl Client {
     ///
     /// As for [`Client::status`].
     pub async fn explain(&self, request: &explain::Request) -> anyhow::Result<Explanation> {
-        self.call(Method::POST, "/explain", Some(request)).await
+        self.call_within(EXPLAINS_WITHIN, Method::POST, "/explain", Some(request)).await
     }
 
     /// What the datapath does with calls from and to a pod.
@@ -76,7 +80,7 @@ impl Client {
     ///
     /// As for [`Client::status`].
     pub async fn verify(&self, request: &verify::Request) -> anyhow::Result<Verification> {
-        self.call(Method::POST, "/verify", Some(request)).await
+        self.call_within(VERIFIES_WITHIN, Method::POST, "/verify", Some(request)).await
     }
 
     /// The datapath's verdicts from now on.
@@ -87,7 +91,8 @@ impl Client {
     pub async fn observe(&self, request: &verdicts::Request) -> anyhow::Result<Observing> {
         let stream = self.connect().await?;
         let sending = send(stream, Method::POST, "/observe", Some(request));
-        let (response, connection) = self.in_time(sending).await?;
+        let (response, connection) =
+            in_time(DEADLINE, sending).await.with_context(|| self.asking())?;
         let status = response.status();
         let body = response.into_body();
         if !status.is_success() {
@@ -165,7 +170,7 @@ impl Client {
     ///
     /// As for [`Client::status`].
     pub async fn metrics(&self) -> anyhow::Result<String> {
-        let content = self.ask(Method::GET, "/metrics", None::<&()>).await?;
+        let content = self.ask(DEADLINE, Method::GET, "/metrics", None::<&()>).await?;
         String::from_utf8(content.into()).context("read the metrics")
     }
 
@@ -196,7 +201,17 @@ impl Client {
         uri: &str,
         body: Option<&impl Serialize>,
     ) -> anyhow::Result<T> {
-        let content = self.ask(method, uri, body).await?;
+        self.call_within(DEADLINE, method, uri, body).await
+    }
+
+    async fn call_within<T: DeserializeOwned>(
+        &self,
+        within: Duration,
+        method: Method,
+        uri: &str,
+        body: Option<&impl Serialize>,
+    ) -> anyhow::Result<T> {
+        let content = self.ask(within, method, uri, body).await?;
         let path = self.path.display();
         serde_json::from_slice(&content).with_context(|| {
             format!("read the answer of the agent at {path}: is it of another version?")
@@ -205,28 +220,23 @@ impl Client {
 
     async fn ask(
         &self,
+        within: Duration,
         method: Method,
         uri: &str,
         body: Option<&impl Serialize>,
     ) -> anyhow::Result<Bytes> {
         let stream = self.connect().await?;
-        let (status, content) = self.in_time(exchange(stream, method, uri, body)).await?;
+        let (status, content) = in_time(within, exchange(stream, method, uri, body))
+            .await
+            .with_context(|| self.asking())?;
         if !status.is_success() {
             return Err(self.refusal(status, &content));
         }
         Ok(content)
     }
 
-    /// What the agent answers before [`DEADLINE`].
-    async fn in_time<T>(
-        &self,
-        answer: impl Future<Output = anyhow::Result<T>>,
-    ) -> anyhow::Result<T> {
-        tokio::time::timeout(DEADLINE, answer)
-            .await
-            .map_err(|_| anyhow::anyhow!("it did not answer within {DEADLINE:?}"))
-            .flatten()
-            .with_context(|| format!("ask the agent at {}", self.path.display()))
+    fn asking(&self) -> String {
+        format!("ask the agent at {}", self.path.display())
     }
 
     async fn connect(&self) -> anyhow::Result<UnixStream> {
@@ -281,6 +291,14 @@ impl Observing {
         }
         bail!("the agent at {path} has ended")
     }
+}
+
+async fn in_time<T>(
+    within: Duration,
+    answer: impl Future<Output = anyhow::Result<T>>,
+) -> anyhow::Result<T> {
+    let answer = tokio::time::timeout(within, answer).await;
+    answer.unwrap_or_else(|_| bail!("it did not answer within {within:?}"))
 }
 
 /// One request on a connection, and the answer to it.

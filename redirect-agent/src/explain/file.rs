@@ -4,7 +4,9 @@ use std::{path::Path, time::SystemTime};
 
 use anyhow::{Context as _, Result};
 
-use super::{Explanation, NodePart, Place, PodPart, decision::Rules, gather::conclude};
+use super::{
+    Explanation, NodePart, Place, PodPart, decision::Rules, gather::conclude, verdict::judge,
+};
 use crate::{
     membership::{Config, PodKey},
     source::dir::Manifests,
@@ -38,5 +40,6 @@ pub fn explain(path: &Path, pod: &PodKey, membership: &Config) -> Result<Explana
             PodPart { name: pod.to_string(), elsewhere, ..PodPart::default() }
         }
     };
-    Ok(conclude(node, pod, None, now))
+    let judgment = judge(&node, &pod, None, None, now);
+    Ok(conclude(node, pod, None, judgment, now))
 }

@@ -2,12 +2,16 @@
 
 use std::time::SystemTime;
 
-use anyhow::Result;
+use anyhow::{Result, bail};
 use futures_util::future::join_all;
+use tokio::time::{Instant, timeout_at};
 
 use super::{
     API_VERSION, Bypass, Destination, Explanation, KernelPart, NodePart, Place, PodPart, Request,
-    ServicePart, To, decision::Rules, service, verdict::judge,
+    ServicePart, To,
+    decision::Rules,
+    service,
+    verdict::{Judgment, judge},
 };
 use crate::{
     membership::{Config, DATAPLANE_MODE_AMBIENT, LABEL_DATAPLANE_MODE, Pod, PodKey},
@@ -29,6 +33,8 @@ pub struct Answerer<'a, S> {
     pub traffic: &'a Settings,
     /// The operators' overrides.
     pub overrides: &'a Overrides,
+    /// Until when the source may be asked.
+    pub until: Instant,
 }
 
 impl<S: Source> Answerer<'_, S> {
@@ -42,13 +48,17 @@ impl<S: Source> Answerer<'_, S> {
         let inventory = self.observer.inventory();
         let pod = self.pod(&request.pod, &inventory, now).await?;
         let node = self.node(&inventory);
-        let to = match request.to {
-            Some(to) => Some(self.destination(&node, &pod, to, &inventory, now).await?),
-            None => None,
+        let (to, judgment) = match request.to {
+            Some(to) => {
+                let (to, judgment) = self.destination(&node, &pod, to, &inventory, now).await?;
+                (Some(to), judgment)
+            }
+            None => (None, judge(&node, &pod, None, None, now)),
         };
-        Ok(conclude(node, pod, to, now))
+        Ok(conclude(node, pod, to, judgment, now))
     }
 
+    /// What is called, and how the call goes.
     async fn destination(
         &self,
         node: &NodePart,
@@ -56,7 +66,7 @@ impl<S: Source> Answerer<'_, S> {
         asked: To,
         inventory: &Inventory,
         now: SystemTime,
-    ) -> Result<Destination> {
+    ) -> Result<(Destination, Judgment)> {
         let pod = match &asked.whom {
             Whom::Named(key) => Some(self.pod(key, inventory, now).await?),
             Whom::Service(_) => None,
@@ -66,7 +76,7 @@ impl<S: Source> Answerer<'_, S> {
         let found = match &asked.whom {
             // It stays in the pod.
             Whom::At(ip) if from.bypass_to(*ip, None) == Some(Bypass::InPod) => Ok(None),
-            whom if unknown => self.observer.find_service(whom).await,
+            whom if unknown => self.in_time(self.observer.find_service(whom)).await,
             _ => Ok(None),
         };
         let (found, service_unknown) = match found {
@@ -74,7 +84,9 @@ impl<S: Source> Answerer<'_, S> {
             Err(error) => (None, Some(format!("{error:#}"))),
         };
         let Some(found) = found else {
-            return Ok(Destination { asked, service: None, service_unknown, pod });
+            let to = Destination { asked, service: None, service_unknown, pod };
+            let judgment = judge(node, from, Some(&to), None, now);
+            return Ok((to, judgment));
         };
         let service = service::describe(&found, inventory.namespaces.get(&found.key.namespace));
         let is_elsewhere = |endpoint: &&Endpoint| {
@@ -83,14 +95,12 @@ impl<S: Source> Answerer<'_, S> {
         let called = if let Whom::At(ip) = asked.whom { Some(ip) } else { None };
         let mut endpoints = found.endpoints_for(called);
         endpoints.sort_by_key(|endpoint| (is_elsewhere(endpoint), !endpoint.ready));
-        let looked_at = endpoints.iter().take(service::LOOKED_AT).map(async |endpoint| {
-            // Of one that cannot be asked for, the Service's own word has to do.
-            self.pod(endpoint.pod.as_ref()?, inventory, now).await.ok()
-        });
-        let pods = join_all(looked_at).await;
+        let looked_at: Vec<Option<&PodKey>> =
+            endpoints.iter().take(service::LOOKED_AT).map(|found| found.pod.as_ref()).collect();
+        let pods = self.pods(&looked_at, inventory, now).await;
         let parts = endpoints.iter().map(|e| service::endpoint(&found, asked.port, e)).collect();
         let service = ServicePart { endpoints: parts, ..service };
-        Ok(service::choose(node, from, &asked, service, &pods, now))
+        Ok(service::choose(node, from, asked, service, pods, now))
     }
 
     fn node(&self, inventory: &Inventory) -> NodePart {
@@ -120,20 +130,83 @@ impl<S: Source> Answerer<'_, S> {
     }
 
     async fn pod(&self, key: &PodKey, inventory: &Inventory, now: SystemTime) -> Result<PodPart> {
+        match self.known(key, inventory, now).await? {
+            Some(pod) => Ok(pod),
+            None => {
+                let found = self.in_time(self.observer.find(&Whom::Named(key.clone()))).await?;
+                Ok(self.unless_here(key, found, inventory, now))
+            }
+        }
+    }
+
+    /// The pods behind a Service. `None`: the endpoint is no pod, or cannot be asked for, and the Service's own
+    /// word has to do.
+    async fn pods(
+        &self,
+        keys: &[Option<&PodKey>],
+        inventory: &Inventory,
+        now: SystemTime,
+    ) -> Vec<Option<PodPart>> {
+        let known = keys.iter().map(async |key| match key {
+            Some(key) => self.known(key, inventory, now).await,
+            None => Ok(None),
+        });
+        let mut pods: Vec<Option<PodPart>> = Vec::new();
+        let mut asked = Vec::new();
+        for (n, (known, key)) in join_all(known).await.into_iter().zip(keys).enumerate() {
+            if let (Ok(None), Some(key)) = (&known, key) {
+                asked.push((n, (*key).clone()));
+            }
+            pods.push(known.ok().flatten());
+        }
+        let named: Vec<PodKey> = asked.iter().map(|(_, key)| key.clone()).collect();
+        let found = self.in_time(async { Ok(self.observer.find_all(&named).await) }).await;
+        for ((n, key), found) in asked.iter().zip(found.into_iter().flatten()) {
+            let Ok(found) = found else { continue };
+            if let Some(pod) = pods.get_mut(*n) {
+                *pod = Some(self.unless_here(key, found, inventory, now));
+            }
+        }
+        pods
+    }
+
+    /// A pod of this node; `None`: the source has to be asked.
+    async fn known(
+        &self,
+        key: &PodKey,
+        inventory: &Inventory,
+        now: SystemTime,
+    ) -> Result<Option<PodPart>> {
         if let Some(look) = self.observer.look(key, self.overrides).await? {
-            return Ok(self.here(look, inventory, now));
+            return Ok(Some(self.here(look, inventory, now)));
         }
         let conflicts = conflicts(key, inventory);
-        if !conflicts.is_empty() {
-            let (name, place) = (key.to_string(), Place::LeftOut);
-            return Ok(PodPart { name, place, conflicts, ..PodPart::default() });
-        }
-        if let Some(pod) = self.observer.find(&Whom::Named(key.clone())).await? {
-            return Ok(self.on_another_node(&pod, inventory, now));
+        let (name, place) = (key.to_string(), Place::LeftOut);
+        let left_out = !conflicts.is_empty();
+        Ok(left_out.then(|| PodPart { name, place, conflicts, ..PodPart::default() }))
+    }
+
+    /// A pod that is not on this node, as the source has found it, if it has.
+    fn unless_here(
+        &self,
+        key: &PodKey,
+        found: Option<Pod>,
+        inventory: &Inventory,
+        now: SystemTime,
+    ) -> PodPart {
+        if let Some(pod) = found {
+            return self.on_another_node(&pod, inventory, now);
         }
         let named = inventory.pods.keys().filter(|other| other.name == key.name);
         let elsewhere = named.map(PodKey::to_string).collect();
-        Ok(PodPart { name: key.to_string(), elsewhere, ..PodPart::default() })
+        PodPart { name: key.to_string(), elsewhere, ..PodPart::default() }
+    }
+
+    /// What the source says before the time is over.
+    async fn in_time<T>(&self, answer: impl Future<Output = Result<T>>) -> Result<T> {
+        timeout_at(self.until, answer)
+            .await
+            .unwrap_or_else(|_| bail!("{} did not say it in time", self.observer.source()))
     }
 
     async fn pod_at(
@@ -145,7 +218,7 @@ impl<S: Source> Answerer<'_, S> {
         if let Some(pod) = inventory.pods.values().find(|pod| whom.is(pod)) {
             return self.pod(&pod.key, inventory, now).await.map(Some);
         }
-        let found = self.observer.find(whom).await?;
+        let found = self.in_time(self.observer.find(whom)).await?;
         Ok(found.map(|pod| self.on_another_node(&pod, inventory, now)))
     }
 
@@ -218,14 +291,14 @@ fn conflicts(key: &PodKey, inventory: &Inventory) -> Vec<String> {
         .collect()
 }
 
-/// Judges what was gathered.
+/// The document of what was gathered and judged.
 pub(super) fn conclude(
     node: NodePart,
     pod: PodPart,
     to: Option<Destination>,
+    (path, findings): Judgment,
     now: SystemTime,
 ) -> Explanation {
-    let (path, findings) = judge(&node, &pod, to.as_ref(), now);
     let verdict = findings.first().cloned().unwrap_or_else(|| super::verdict::nothing(&pod));
     Explanation {
         api_version: API_VERSION.to_owned(),

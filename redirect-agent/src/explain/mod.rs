@@ -18,6 +18,7 @@ use std::{
     fmt,
     net::{IpAddr, SocketAddr},
     str::FromStr,
+    time::Duration,
 };
 
 use serde::{Deserialize, Serialize};
@@ -35,6 +36,10 @@ use crate::{
     words::UnknownWord,
     zds::Answer,
 };
+
+/// How long the agent asks the source, and waits for its turn, before it explains with what it knows; of a
+/// Service, however many endpoints it has. Whoever asks the agent has to wait a moment longer.
+pub const WITHIN: Duration = Duration::from_secs(20);
 
 /// The version of the document's shape.
 pub const API_VERSION: &str = "redirect-agent/v1";
@@ -188,10 +193,13 @@ impl Destination {
         (ip, self.asked.port)
     }
 
-    /// Where they arrive: a Service stands before its endpoint.
-    pub(crate) fn arrives_at(&self) -> (Option<IpAddr>, Option<u16>) {
+    /// Where they arrive: of a Service, at this endpoint.
+    pub(crate) fn arrives_at(
+        &self,
+        endpoint: Option<&EndpointPart>,
+    ) -> (Option<IpAddr>, Option<u16>) {
         match (&self.service, &self.asked.whom) {
-            (Some(service), _) => match service.chosen() {
+            (Some(_), _) => match endpoint {
                 Some(endpoint) => (Some(endpoint.ip), endpoint.port),
                 None => (None, None),
             },
@@ -215,13 +223,6 @@ pub struct ServicePart {
     pub waypoint: Option<Waypoint>,
     /// The pods behind it.
     pub endpoints: Vec<EndpointPart>,
-}
-
-impl ServicePart {
-    /// The endpoint that stands for all of them.
-    fn chosen(&self) -> Option<&EndpointPart> {
-        self.endpoints.iter().find(|endpoint| endpoint.chosen)
-    }
 }
 
 /// A pod behind a Service.

@@ -4,7 +4,8 @@ use std::time::SystemTime;
 
 use super::{
     Area, Cause, Destination, EndpointPart, Finding, NodePart, PodPart, ServicePart, To, Weight,
-    decision::waypoint, verdict::judge,
+    decision::waypoint,
+    verdict::{Judgment, judge},
 };
 use crate::{
     membership::Namespace,
@@ -46,39 +47,36 @@ pub(super) fn endpoint(service: &Service, asked: Option<u16>, endpoint: &Endpoin
 pub(super) fn choose(
     node: &NodePart,
     from: &PodPart,
-    asked: &To,
-    mut service: ServicePart,
-    pods: &[Option<PodPart>],
+    asked: To,
+    service: ServicePart,
+    pods: Vec<Option<PodPart>>,
     now: SystemTime,
-) -> Destination {
-    let mut worst = None;
-    for (n, pod) in pods.iter().enumerate() {
-        let Some(pod) = pod else { continue };
-        for (other, endpoint) in service.endpoints.iter_mut().enumerate() {
-            endpoint.chosen = n == other;
-        }
-        let to = Destination {
-            asked: asked.clone(),
-            service: Some(service.clone()),
-            service_unknown: None,
-            pod: Some(pod.clone()),
-        };
-        let (_, findings) = judge(node, from, Some(&to), now);
-        let about = findings.iter().find(|found| found.pod.as_ref() == Some(&pod.name));
-        let Some(endpoint) = service.endpoints.get_mut(n) else { continue };
-        endpoint.verdict = Some(about.map_or(Cause::NothingFound, |found| found.cause));
-        let rank =
-            (!endpoint.ready, about.map_or(Weight::Hint, |found| found.weight), endpoint.verdict);
-        if worst.as_ref().is_none_or(|(least, _)| rank < *least) {
-            worst = Some((rank, n));
+) -> (Destination, Judgment) {
+    let mut endpoints = service.endpoints.clone();
+    let mut to = Destination { asked, service: Some(service), service_unknown: None, pod: None };
+    let mut worst: Option<(_, usize, Option<PodPart>, Judgment)> = None;
+    for (n, (endpoint, pod)) in endpoints.iter_mut().zip(pods).enumerate() {
+        let Some(name) = pod.as_ref().map(|pod| pod.name.clone()) else { continue };
+        to.pod = pod;
+        let judgment = judge(node, from, Some(&to), Some(endpoint), now);
+        let about = judgment.1.iter().find(|found| found.pod.as_ref() == Some(&name));
+        let (weight, cause) =
+            about.map_or((Weight::Hint, Cause::NothingFound), |found| (found.weight, found.cause));
+        endpoint.verdict = Some(cause);
+        let rank = (!endpoint.ready, weight, cause);
+        if worst.as_ref().is_none_or(|(least, ..)| rank < *least) {
+            worst = Some((rank, n, to.pod.take(), judgment));
         }
     }
-    let chosen = worst.map(|(_, n)| n);
-    for (n, endpoint) in service.endpoints.iter_mut().enumerate() {
+    let (chosen, pod, judgment) = match worst {
+        Some((_, n, pod, judgment)) => (Some(n), pod, judgment),
+        None => (None, None, judge(node, from, Some(&to), None, now)),
+    };
+    for (n, endpoint) in endpoints.iter_mut().enumerate() {
         endpoint.chosen = Some(n) == chosen;
     }
-    let pod = chosen.and_then(|n| pods.get(n).cloned().flatten());
-    Destination { asked: asked.clone(), service: Some(service), service_unknown: None, pod }
+    let service = to.service.map(|service| ServicePart { endpoints, ..service });
+    (Destination { pod, service, ..to }, judgment)
 }
 
 /// What is wrong with the Service itself.

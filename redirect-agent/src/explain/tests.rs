@@ -7,8 +7,8 @@ use std::{
 };
 
 use super::{
-    Area, Cause, DecisionPart, Destination, KernelPart, NodePart, Place, PodPart, To,
-    verdict::judge,
+    Area, Cause, DecisionPart, Destination, EndpointPart, KernelPart, NodePart, Place, PodPart,
+    ServicePart, To, service::choose, verdict::judge,
 };
 use crate::{
     dataplane::PartKind,
@@ -86,7 +86,7 @@ fn causes(node: &NodePart, pod: &PodPart, to: Option<(&str, Option<PodPart>)>) -
         service_unknown: None,
         pod,
     });
-    let (_, findings) = judge(node, pod, to.as_ref(), now());
+    let (_, findings) = judge(node, pod, to.as_ref(), None, now());
     findings.iter().map(|finding| finding.cause).collect()
 }
 
@@ -106,7 +106,7 @@ fn way(from: &PodPart, asked: &str, called: PodPart) -> (String, bool, Option<u1
         service_unknown: None,
         pod: Some(called),
     };
-    let path = judge(&node(), from, Some(&to), now()).0.unwrap();
+    let path = judge(&node(), from, Some(&to), None, now()).0.unwrap();
     (path.protocol, path.by_callers_proxy, path.to_proxy_port)
 }
 
@@ -153,7 +153,7 @@ fn a_call_goes_by_the_proxies_of_those_that_have_one() {
             service_unknown: None,
             pod: None,
         };
-        let (path, findings) = judge(&node(), &a(), Some(&to), now());
+        let (path, findings) = judge(&node(), &a(), Some(&to), None, now());
         assert!(!path.unwrap().by_callers_proxy, "{own}");
         assert_eq!(findings[0].cause, Cause::OutsideTheMesh, "{findings:#?}");
         assert!(findings[0].message.contains("calls itself"), "{findings:#?}");
@@ -263,7 +263,7 @@ fn who_listens_where_nobody_calls_is_told_from_who_does_not_listen() {
     // Then the datapath refuses the call, and the proxy never hears of it.
     assert!(!to_b(&outside(a()), listening(&["0.0.0.0:81"])).contains(&Cause::PlaintextToProxy));
     let leaving = PodPart { state: Some(PodState::Leaving), ..outside(a()) };
-    let (_, findings) = judge(&node(), &leaving, None, now());
+    let (_, findings) = judge(&node(), &leaving, None, None, now());
     assert!(findings.iter().any(|found| found.message.contains("is leaving")), "{findings:#?}");
     let dark = PodPart { listens: None, ..b() };
     assert_eq!(to_b(&a(), dark), [Cause::NothingFound]);
@@ -283,7 +283,7 @@ fn a_misspelled_word_is_the_cause_only_where_it_decides() {
     assert_eq!(alone(&with(outside(a()), Slip::NotALabel))[0], Cause::MisspelledLabelKey);
     assert_eq!(alone(&with(a(), Slip::AnnotationKey))[0], Cause::UnknownAnnotation);
     let harmless = with(a(), Slip::LabelKey);
-    let (_, findings) = judge(&node(), &harmless, None, now());
+    let (_, findings) = judge(&node(), &harmless, None, None, now());
     assert_eq!(findings[0].weight, super::Weight::Hint);
 }
 
@@ -301,7 +301,7 @@ fn who_is_kept_out_hears_what_lets_it_in() {
         (Reason::Paused, Cause::KeptOut, "redirect-agent resume"),
         (Reason::Sidecar, Cause::KeptOut, "istio-injection-"),
     ] {
-        let (_, findings) = judge(&node(), &pod("shop/a", "10.0.0.1", reason), None, now());
+        let (_, findings) = judge(&node(), &pod("shop/a", "10.0.0.1", reason), None, None, now());
         assert_eq!((findings[0].cause, findings[0].area), (cause, Area::Configuration));
         assert!(findings[0].next[0].contains(next), "{findings:#?}");
     }
@@ -344,4 +344,39 @@ fn causes_are_called_the_same_everywhere() {
     for cause in Cause::ALL {
         assert_eq!(serde_json::to_value(cause).unwrap(), cause.as_str());
     }
+}
+
+#[test]
+fn call_to_a_service_is_judged_by_the_endpoint_that_is_worst_off() {
+    let endpoint = |pod: &PodPart, port: u16, ready: bool| EndpointPart {
+        pod: Some(pod.name.clone()),
+        ip: pod.ips[0],
+        port: Some(port),
+        ready,
+        verdict: None,
+        chosen: false,
+    };
+    let c = pod("shop/c", "10.0.0.3", Reason::PodLabelAmbient);
+    let d = pod("shop/d", "10.0.0.4", Reason::PodLabelAmbient);
+    let endpoints = vec![endpoint(&b(), 80, true), endpoint(&c, 81, true), endpoint(&d, 81, false)];
+    let service = ServicePart { name: "shop/s".to_owned(), endpoints, ..ServicePart::default() };
+    let asked: To = "s.shop.svc".parse().unwrap();
+    let choose = |pods| {
+        let (service, asked) = (service.clone(), asked.clone());
+        choose(&node(), &a(), asked, service, pods, now())
+    };
+    let (to, judgment) = choose(vec![Some(b()), Some(c.clone()), Some(d)]);
+    let endpoints = &to.service.as_ref().unwrap().endpoints;
+    let verdicts: Vec<_> = endpoints.iter().map(|e| (e.verdict, e.chosen)).collect();
+    // Nobody listens on port 81, neither in `c` nor in `d`, which gets no new connections.
+    let (fine, deaf) = (Some(Cause::NothingFound), Some(Cause::NobodyListens));
+    assert_eq!(verdicts, [(fine, false), (deaf, true), (deaf, false)]);
+    assert_eq!(to.pod.as_ref(), Some(&c));
+    assert_eq!(judgment, judge(&node(), &a(), Some(&to), Some(&endpoints[1]), now()));
+    assert_eq!(judgment.1[0].cause, Cause::NobodyListens);
+
+    let (to, judgment) = choose(vec![None, None]);
+    assert!(to.service.unwrap().endpoints.iter().all(|e| e.verdict.is_none() && !e.chosen));
+    assert_eq!(to.pod, None);
+    assert!(judgment.0.is_some());
 }

@@ -9,8 +9,8 @@ use redirect_ebpf::abi::{PORT_HBONE, PORT_INBOUND, PORT_OUTBOUND, PORT_PROXY_DNS
 use strsim::damerau_levenshtein;
 
 use super::{
-    Area, Bypass, Cause, Destination, Finding, KernelPart, NodePart, Path, Place, PodPart, Weight,
-    listeners::is_called, service,
+    Area, Bypass, Cause, Destination, EndpointPart, Finding, KernelPart, NodePart, Path, Place,
+    PodPart, Weight, listeners::is_called, service,
 };
 use crate::{
     dataplane::PartKind,
@@ -41,26 +41,30 @@ enum Role {
     Called(Option<IpAddr>, Option<u16>),
 }
 
-/// Judges: how the call goes, and what is wrong, the most likely cause first. There is always a finding.
-pub fn judge(
+/// How a call goes, and what is wrong, the most likely cause first. There is always a finding.
+pub(super) type Judgment = (Option<Path>, Vec<Finding>);
+
+/// Judges. `endpoint` is that of the Service at which the call arrives, where it is known: `to.pod` is behind it.
+pub(super) fn judge(
     node: &NodePart,
     pod: &PodPart,
     to: Option<&Destination>,
+    endpoint: Option<&EndpointPart>,
     now: SystemTime,
-) -> (Option<Path>, Vec<Finding>) {
+) -> Judgment {
     let mut findings = Vec::new();
     let called = to.and_then(|to| to.pod.as_ref());
     let role = if to.is_some() { Role::Caller } else { Role::Alone };
     of_pod(node, pod, role, now, &mut findings);
     if let (Some(to), Some(called)) = (to, called) {
-        let (ip, port) = to.arrives_at();
+        let (ip, port) = to.arrives_at(endpoint);
         of_pod(node, called, Role::Called(ip, port), now, &mut findings);
     }
     findings.extend(
         to.filter(|to| to.service_unknown.is_none())
             .and_then(|to| service::findings(&to.asked, to.service.as_ref())),
     );
-    let path = to.and_then(|to| path(pod, to));
+    let path = to.and_then(|to| path(pod, to, endpoint));
     match (&path, to) {
         (Some(path), Some(to)) => of_path(pod, to, path, &mut findings),
         (None, None) => findings.push(nothing(pod)),
@@ -427,7 +431,7 @@ fn calls_itself(from: &PodPart, to: &Destination) -> bool {
 }
 
 /// Which way a call takes; `None` if unknown.
-fn path(from: &PodPart, to: &Destination) -> Option<Path> {
+fn path(from: &PodPart, to: &Destination, endpoint: Option<&EndpointPart>) -> Option<Path> {
     if from.place == Place::Unknown || from.place == Place::LeftOut {
         return None;
     }
@@ -498,7 +502,8 @@ fn path(from: &PodPart, to: &Destination) -> Option<Path> {
     let source = from.ips.first().copied();
     let to_proxy_port = if hbone {
         Some(PORT_HBONE)
-    } else if is_captured(called) && settings.redirects_call_from(source, to.arrives_at().1) {
+    } else if is_captured(called) && settings.redirects_call_from(source, to.arrives_at(endpoint).1)
+    {
         Some(PORT_INBOUND)
     } else {
         None

@@ -141,6 +141,11 @@ impl<S: Source> Observer<S> {
         self.shared.source.find(whom).await
     }
 
+    /// Pods of any node, as the source knows them.
+    pub async fn find_all(&self, keys: &[PodKey]) -> Vec<Result<Option<Pod>>> {
+        self.shared.source.find_all(keys).await
+    }
+
     /// A Service, as the source knows it.
     ///
     /// # Errors

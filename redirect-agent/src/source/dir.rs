@@ -15,7 +15,7 @@ use std::{
     time::{Duration, Instant},
 };
 
-use anyhow::Context as _;
+use anyhow::{Context as _, anyhow};
 use notify::Watcher as _;
 use serde_json::Value;
 use tokio::sync::{Notify, watch};
@@ -197,36 +197,58 @@ impl Source for DirSource {
     }
 
     async fn find(&self, whom: &Whom) -> anyhow::Result<Option<Pod>> {
-        let (dir, whom) = (self.dir.clone(), whom.clone());
-        tokio::task::spawn_blocking(move || {
-            let pods = everything(&dir)?.pods;
-            let Some(mut pod) = pods.into_values().find(|pod| whom.is(pod)) else {
-                return Ok(None);
-            };
-            let said = fs::read_to_string(dir.join(STATUS_DIR).join(status_file(&pod.key)));
-            let states = [Redirection::Enabled, Redirection::Pending];
-            let state = states
-                .into_iter()
-                .find(|state| said.as_ref().is_ok_and(|text| *text == patch(*state)));
-            let annotation = state.map(|state| state.as_str().to_owned());
-            pod.annotations
-                .extend(annotation.map(|value| (ANNOTATION_REDIRECTION.to_owned(), value)));
-            Ok(Some(pod))
+        let whom = whom.clone();
+        self.look(move |all, dir| {
+            let pod = all.pods.into_values().find(|pod| whom.is(pod));
+            pod.map(|pod| with_status(pod, dir))
         })
         .await
-        .context("read the manifests")?
+    }
+
+    /// Reads the directory once for all of them.
+    async fn find_all(&self, keys: &[PodKey]) -> Vec<anyhow::Result<Option<Pod>>> {
+        let asked = keys.to_vec();
+        let found = self.look(move |mut all, dir| {
+            let of = |key| all.pods.remove(key).map(|pod| with_status(pod, dir));
+            asked.iter().map(of).collect::<Vec<_>>()
+        });
+        match found.await {
+            Ok(found) => found.into_iter().map(Ok).collect(),
+            Err(error) => keys.iter().map(|_| Err(anyhow!("{error:#}"))).collect(),
+        }
     }
 
     async fn find_service(&self, whom: &Whom) -> anyhow::Result<Option<Service>> {
-        let (dir, whom) = (self.dir.clone(), whom.clone());
-        tokio::task::spawn_blocking(move || Ok(everything(&dir)?.service(&whom)))
-            .await
-            .context("read the manifests")?
+        let whom = whom.clone();
+        self.look(move |all, _| all.service(&whom)).await
     }
 
     fn record(&self, pod: &Pod, event: Event) {
         debug!(pod = %pod.key, event = event.kind.as_str(), "{}", event.message);
     }
+}
+
+impl DirSource {
+    /// Reads the directory, and asks `what` of everything in it.
+    async fn look<T: Send + 'static>(
+        &self,
+        what: impl FnOnce(Manifests, &Path) -> T + Send + 'static,
+    ) -> anyhow::Result<T> {
+        let dir = self.dir.clone();
+        tokio::task::spawn_blocking(move || Ok(what(everything(&dir)?, &dir)))
+            .await
+            .context("read the manifests")?
+    }
+}
+
+/// The pod with the annotation that the agents have written for it.
+fn with_status(mut pod: Pod, dir: &Path) -> Pod {
+    let said = fs::read_to_string(dir.join(STATUS_DIR).join(status_file(&pod.key)));
+    let states = [Redirection::Enabled, Redirection::Pending];
+    let state = states.into_iter().find(|state| said.as_ref().is_ok_and(|s| *s == patch(*state)));
+    let annotation = state.map(|state| state.as_str().to_owned());
+    pod.annotations.extend(annotation.map(|value| (ANNOTATION_REDIRECTION.to_owned(), value)));
+    pod
 }
 
 /// Reads the directory: what is kept of it is this node's pods. What is wrong with a file is an inventory's

@@ -2,6 +2,7 @@
 
 use std::{collections::BTreeMap, fmt, net::IpAddr, sync::Arc};
 
+use futures_util::future::join_all;
 use serde::{Deserialize, Serialize};
 use tokio::sync::watch;
 use tracing::{info, warn};
@@ -121,6 +122,18 @@ pub trait Source: Send + Sync + 'static {
     ///
     /// When it is unknown whether there is one.
     fn find(&self, whom: &Whom) -> impl Future<Output = anyhow::Result<Option<Pod>>> + Send;
+
+    /// Asks for pods by their names. The answers are in the order of the names, each as of [`Source::find`].
+    fn find_all(
+        &self,
+        keys: &[PodKey],
+    ) -> impl Future<Output = Vec<anyhow::Result<Option<Pod>>>> + Send {
+        let each = keys.iter().map(|key| {
+            let whom = Whom::Named(key.clone());
+            async move { self.find(&whom).await }
+        });
+        join_all(each)
+    }
 
     /// Asks for a Service, by its name or one of its cluster IPs.
     ///

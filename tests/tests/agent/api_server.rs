@@ -1,8 +1,10 @@
 //! The running agent with an API server as its source. How the source itself follows the server is
 //! tested on its own (`tests/kube`).
 
+use std::time::Duration;
+
 use anyhow::{Context as _, Result, ensure};
-use redirect_agent::explain::{Cause, Explanation, Place};
+use redirect_agent::explain::{self, Cause, Explanation, Place};
 use redirect_agent::output::PodState;
 use redirect_tests::apiserver::{ApiServer, Kind};
 use redirect_tests::app::Call;
@@ -424,6 +426,13 @@ fn service_is_asked_for_and_its_endpoints_are_explained() -> Result<()> {
         let client = endpoints.iter().find(|endpoint| endpoint.ready).context("none is ready")?;
         assert_eq!(client.port, Some(PORT));
     }
+    // It asks for a pod, the Service and its slices, one after another, and then has no time for the endpoints.
+    managed.api.slow_down(explain::WITHIN / 4);
+    let slow = ask("shop/cart:80")?.to.and_then(|to| to.service).context("no Service")?;
+    managed.api.slow_down(Duration::ZERO);
+    let verdict = |ready: bool| slow.endpoints.iter().find(|e| e.ready == ready)?.verdict;
+    ensure!(slow.endpoints.len() == 2 && verdict(true).is_none(), "{slow:?}");
+    ensure!(verdict(false).is_some(), "of this node's no source is asked: {slow:?}");
     slice(false);
     assert_eq!(ask("shop/cart:80")?.verdict.cause, Cause::NoReadyEndpoint);
 
