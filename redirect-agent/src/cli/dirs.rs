@@ -1,10 +1,17 @@
 //! Where a node has what the agent needs, and what it keeps.
 
-use std::path::PathBuf;
+use std::{
+    env,
+    ffi::OsStr,
+    path::{Path, PathBuf},
+};
 
 use clap::Args;
 
-use crate::{cni::install, dataplane};
+use crate::{
+    cni::{entry::PLUGIN, install},
+    dataplane,
+};
 
 /// Where the agent keeps its pins.
 #[derive(Clone, Debug, Args)]
@@ -28,11 +35,39 @@ impl BpffsDir {
 #[derive(Clone, Debug, Args)]
 pub struct CniDirs {
     /// Directory of the node's CNI configuration.
-    #[arg(long, value_name = "DIR", default_value = "/etc/cni/net.d")]
+    #[arg(long, value_name = "DIR", default_value = CONF)]
     pub cni_conf_dir: PathBuf,
     /// Directory of the node's CNI plugins.
-    #[arg(long, value_name = "DIR", default_value = "/opt/cni/bin")]
+    #[arg(long, value_name = "DIR", default_value = BIN)]
     pub cni_bin_dir: PathBuf,
+}
+
+const CONF: &str = "/etc/cni/net.d";
+const BIN: &str = "/opt/cni/bin";
+/// Where else distributions have them (docs/install.md): k3s, and GKE.
+const ELSEWHERE: [(&str, &str); 2] = [
+    ("/var/lib/rancher/k3s/agent/etc/cni/net.d", "/var/lib/rancher/k3s/data/cni"),
+    (CONF, "/home/kubernetes/bin"),
+];
+
+impl CniDirs {
+    /// The directories given; if they are the default, also those of distributions and the one where this program is, if
+    /// it is the plugin: the agent itself always has them at the default's paths, which are mounts.
+    pub fn everywhere(&self) -> Vec<install::Dirs> {
+        let mut all = vec![self.clone().into()];
+        if self.cni_conf_dir == Path::new(CONF) && self.cni_bin_dir == Path::new(BIN) {
+            all.extend(
+                ELSEWHERE.map(|(conf, bin)| install::Dirs { conf: conf.into(), bin: bin.into() }),
+            );
+            let program = env::current_exe().unwrap_or_default();
+            if program.file_name() == Some(OsStr::new(PLUGIN))
+                && let Some(bin) = program.parent()
+            {
+                all.push(install::Dirs { conf: CONF.into(), bin: bin.to_owned() });
+            }
+        }
+        all
+    }
 }
 
 impl From<CniDirs> for install::Dirs {

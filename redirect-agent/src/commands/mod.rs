@@ -270,15 +270,17 @@ fn put_back(dirs: &NodeDirs, force: bool) -> Result<()> {
         .with_context(|| format!("look for {}; run the command as root", bpffs_dir.display()))?;
     let dataplane = if there { Some(open(bpffs, force)?) } else { None };
     // First of all: with the entry there, and nobody to ask, no pod can start.
-    for done in install::remove(&cni.clone().into())? {
-        print(format!("{done}\n").as_bytes())?;
+    for dirs in cni.everywhere() {
+        for done in install::remove(&dirs)? {
+            print(format!("{done}\n").as_bytes())?;
+        }
     }
-    let mut annotated = false;
+    let (mut annotated, mut others) = (false, 0);
     if let Some(dataplane) = &dataplane {
         let records = Records::open(state_dir)?;
         let linked = dataplane.linked_pods()?;
         annotated = !linked.is_empty();
-        restore_all(dataplane, finder::alive(netns_dir, &records, &linked)?)?;
+        others = restore_all(dataplane, finder::alive(netns_dir, &records, &linked)?)?;
         let nobody = BTreeSet::new();
         let mut unknown = dataplane.sweep(&nobody, &nobody, &nobody)?;
         let started = Instant::now();
@@ -308,8 +310,16 @@ fn put_back(dirs: &NodeDirs, force: bool) -> Result<()> {
     if annotated {
         print(ANNOTATED.as_bytes())?;
     }
+    if others > 0 {
+        let line = format!(
+            "another redirect-agent, with another --bpffs-dir, redirects {others} pods of this node: they stay as they are\n\
+             nothing else of redirect-agent is left on this node\n"
+        );
+        return print(line.as_bytes());
+    }
     print(b"nothing of redirect-agent is left on this node\n")
 }
+
 fn attach(args: &AttachArgs) -> Result<()> {
     let pod = PodNetns::new(open_pod(&args.netns)?, &args.address)?;
     let dataplane = open(&args.bpffs, args.force.force)?;
@@ -358,13 +368,16 @@ fn open_pod(path: &Path) -> Result<Netns> {
 }
 
 /// Puts namespaces back to how they were found, many at once: first the traffic of all, then what takes
-/// long and harms nobody who has to wait for it. One that fails keeps none from being put back.
-fn restore_all(dataplane: &Dataplane, found: Vec<Netns>) -> Result<()> {
-    let (mut pods, mut failed) = (Vec::new(), Vec::new());
+/// long and harms nobody who has to wait for it. One that fails keeps none from being put back. Returns how many are
+/// another agent's.
+fn restore_all(dataplane: &Dataplane, found: Vec<Netns>) -> Result<usize> {
+    let (mut pods, mut failed, mut others) = (Vec::new(), Vec::new(), 0);
     for netns in found {
         let path = netns.path().to_owned();
-        match PodNetns::existing(netns) {
-            Ok(pod) => pods.push(pod),
+        let pod = PodNetns::existing(netns).and_then(|pod| Ok((dataplane.is_anothers(&pod)?, pod)));
+        match pod {
+            Ok((true, _)) => others += 1,
+            Ok((false, pod)) => pods.push(pod),
             Err(e) => failed.push(format!("{}: {e:#}", path.display())),
         }
     }
@@ -377,7 +390,7 @@ fn restore_all(dataplane: &Dataplane, found: Vec<Netns>) -> Result<()> {
     let passing = at_once(&all, &mut failed, let_pass_and_tell);
     at_once(&passing, &mut failed, |pod| dataplane.forget(pod.netns.inode()));
     ensure!(failed.is_empty(), "{}", failed.join("; "));
-    Ok(())
+    Ok(others)
 }
 
 /// Does something for each pod, and returns those it was done for; what went wrong is added to `failed`.

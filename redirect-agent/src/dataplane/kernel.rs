@@ -254,6 +254,14 @@ impl Kernel {
             .context("load the sk_lookup program of the pod")
     }
 
+    /// The kernel's id of the map `programs`, by which this agent's own programs are told from another's.
+    pub(super) fn programs_map(&self) -> Result<u32> {
+        match self.ebpf.map(PROGRAMS) {
+            Some(Map::ProgramArray(map)) => Ok(map.info().context("inspect map programs")?.id()),
+            _ => bail!("map programs is missing"),
+        }
+    }
+
     pub(super) fn pods(&mut self) -> Result<Pods<'_>> {
         self.map(PODS).map(Pods)
     }

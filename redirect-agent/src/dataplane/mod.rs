@@ -17,6 +17,7 @@ pub mod istio_cni;
 mod kernel;
 mod links;
 mod observe;
+mod others;
 mod owner;
 mod parts;
 pub mod pins;
@@ -219,6 +220,9 @@ impl Dataplane {
             anyhow::Ok((Routing::open()?.look()?, sysctl::read()?, sysctl::look_set()?))
         })??;
         let interfaces = seen.interfaces()?;
+        if self.is_anothers_locked(&links, pod)? {
+            bail!("{}", others::advice(pod.id(), &self.dir));
+        }
         // The kernel reuses the number of a namespace that is gone. If somebody has only detached the links,
         // it looks the same, except that our sysctls are still set.
         if !look_set && links.are_left()? {
@@ -253,6 +257,24 @@ impl Dataplane {
             attached
         })??;
         Ok(changes)
+    }
+
+    /// Whether only another agent, with another directory of bpffs, redirects this pod.
+    ///
+    /// # Errors
+    ///
+    /// When the programs cannot be listed.
+    pub fn is_anothers(&self, pod: &PodNetns) -> Result<bool> {
+        let _pod = self.pod(pod.id());
+        self.is_anothers_locked(&PodLinks::new(&self.dir, pod.id()), pod)
+    }
+
+    fn is_anothers_locked(&self, links: &PodLinks, pod: &PodNetns) -> Result<bool> {
+        if links.has_lookup(pod.id())? {
+            return Ok(false);
+        }
+        let programs_map = self.kernel().programs_map()?;
+        others::is_redirected_by_another(&pod.netns, programs_map)
     }
 
     /// Attaches the programs of an interface. Runs inside the pod's namespace.

@@ -79,7 +79,7 @@ impl fmt::Display for Owned {
             }
             None => f.write_str("a process of another pid namespace")?,
         }
-        f.write_str("; stop it first, or give another --bpffs-dir")
+        f.write_str("; stop it first")
     }
 }
 

@@ -14,6 +14,8 @@ use redirect_ebpf::abi::PodId;
 
 use super::sys::{self, Insn};
 
+/// The program's name.
+pub(super) const NAME: &[u8] = b"redirect_pod";
 /// The only slot of the map `programs`.
 pub const SHARED: u32 = 0;
 
@@ -27,7 +29,7 @@ pub fn load(
     this_pod: BorrowedFd<'_>,
     programs: BorrowedFd<'_>,
 ) -> io::Result<OwnedFd> {
-    sys::load_lookup(&code(pod_id, this_pod, programs))
+    sys::load_lookup(NAME, &code(pod_id, this_pod, programs))
 }
 
 /// As in C: `this = map_lookup(this_pod, &0); if (!this) return SK_DROP; this->context = ctx;

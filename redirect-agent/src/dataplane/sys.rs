@@ -53,7 +53,7 @@ pub(super) fn obj_pin(object: BorrowedFd<'_>, path: &Path) -> io::Result<()> {
 /// # Errors
 ///
 /// Those of bpf(2), `BPF_PROG_LOAD`.
-pub(super) fn load_lookup(code: &[Insn]) -> io::Result<OwnedFd> {
+pub(super) fn load_lookup(name: &[u8], code: &[Insn]) -> io::Result<OwnedFd> {
     // SAFETY: all zeros is a valid `bpf_attr`.
     let mut attr: bpf_attr = unsafe { mem::zeroed() };
     // SAFETY: it is the member for this command, zeroed.
@@ -63,7 +63,7 @@ pub(super) fn load_lookup(code: &[Insn]) -> io::Result<OwnedFd> {
     load.insns = code.as_ptr() as u64;
     load.insn_cnt = u32::try_from(code.len()).map_err(io::Error::other)?;
     load.license = c"Dual BSD/GPL".as_ptr() as u64;
-    for (to, from) in load.prog_name.iter_mut().zip(*b"redirect_pod") {
+    for (to, from) in load.prog_name.iter_mut().zip(name) {
         *to = from.cast_signed();
     }
     let fd = bpf(bpf_cmd::BPF_PROG_LOAD, &mut attr)?;
@@ -85,6 +85,26 @@ pub(super) fn link_lookup(program: BorrowedFd<'_>, netns: BorrowedFd<'_>) -> io:
     let fd = bpf(bpf_cmd::BPF_LINK_CREATE, &mut attr)?;
     // SAFETY: the kernel has just made this descriptor for us.
     Ok(unsafe { OwnedFd::from_raw_fd(fd) })
+}
+
+/// The ids of the `sk_lookup` programs of a network namespace.
+///
+/// # Errors
+///
+/// Those of bpf(2), `BPF_PROG_QUERY`.
+pub(super) fn lookups(netns: BorrowedFd<'_>) -> io::Result<Vec<u32>> {
+    // Source: Linux `kernel/bpf/net_namespace.c`, `netns_bpf_max_progs`.
+    let mut programs = [0u32; 64];
+    // SAFETY: all zeros is a valid `bpf_attr`.
+    let mut attr: bpf_attr = unsafe { mem::zeroed() };
+    attr.query.__bindgen_anon_1.target_fd = netns.as_raw_fd() as u32;
+    attr.query.attach_type = bpf_attach_type::BPF_SK_LOOKUP as u32;
+    attr.query.prog_ids = programs.as_mut_ptr() as u64;
+    attr.query.__bindgen_anon_2.count = programs.len() as u32;
+    bpf(bpf_cmd::BPF_PROG_QUERY, &mut attr)?;
+    // SAFETY: it is the member for this command, which the kernel has written.
+    let count = unsafe { attr.query.__bindgen_anon_2.count } as usize;
+    Ok(programs.into_iter().take(count).collect())
 }
 
 /// Attaches a tcx program to an interface of the calling thread's network namespace, before all others.

@@ -10,6 +10,7 @@ use anyhow::{Context as _, Result, ensure};
 use nix::sys::signal::{Signal, kill};
 use nix::unistd::Pid;
 use redirect_tests::both_families;
+use redirect_tests::footprint::{assert_unchanged, footprint};
 use redirect_tests::netns::Family;
 use redirect_tests::process::{finish, succeed, wait_for};
 
@@ -18,6 +19,7 @@ use crate::cluster::{Cluster, Node, SOON, echo};
 both_families! {
     commands_beside_an_agent_fail_at_once_and_name_it,
     commands_beside_an_agent_that_hangs_fail_too_unless_forced,
+    pod_of_another_agent_is_left_alone,
 }
 
 /// By when a command has failed, on a busy machine; alone it takes less than one second.
@@ -78,6 +80,31 @@ fn commands_beside_an_agent_fail_at_once_and_name_it(family: Family) -> Result<(
         ensure!(!done && said.contains(&by) && said.contains(", since 2"), "{said}");
     }
     cluster.assert_redirected(family)
+}
+
+/// The other agent's pins are in another directory, so neither owns the other's.
+fn pod_of_another_agent_is_left_alone(family: Family) -> Result<()> {
+    let cluster = Cluster::enrolled(&[])?;
+    let Cluster { node, server, client, .. } = &cluster;
+    let _apps = (echo(server)?, echo(client)?);
+    let enrolled = footprint(&server.netns)?;
+    let second = node.bpffs().with_file_name("second");
+    let mut attach = node.command_without_agent("attach")?;
+    attach.arg("--bpffs-dir").arg(&second).arg("--netns").arg(server.netns_path());
+    attach.args(["--address", &server.v4.to_string(), "--address", &server.v6.to_string()]);
+    let (done, said) = finish(&mut attach)?;
+    let advice = format!("cleanup --bpffs-dir {}", node.bpffs().display());
+    ensure!(!done && said.contains("another redirect-agent") && said.contains(&advice), "{said}");
+    assert_unchanged(&server.netns, &enrolled)?;
+
+    // Whoever has the pins of such a directory puts back only what is theirs.
+    let mut cleanup = node.cleanup_command()?;
+    let (done, said) = finish(cleanup.arg("--bpffs-dir").arg(&second))?;
+    ensure!(done && said.contains("another redirect-agent"), "{said}");
+    assert_unchanged(&server.netns, &enrolled)?;
+    node.wait_until_enrolled(server)?;
+    node.assert_inbound(client, server, family)?;
+    node.assert_outbound(server, client, family)
 }
 
 fn commands_beside_an_agent_that_hangs_fail_too_unless_forced(family: Family) -> Result<()> {
