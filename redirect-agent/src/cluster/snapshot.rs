@@ -71,10 +71,9 @@ impl Snapshot {
 
     /// What follows from it.
     pub fn report(&self, now: SystemTime) -> Report {
-        let (agents, doubt) = match self.agents() {
-            Ok(agents) => (Some(agents), None),
-            Err(doubt) => (None, doubt),
-        };
+        let agents = self.agents();
+        let doubt = agents.as_ref().err().cloned().flatten();
+        let agents = agents.ok();
         let mut nodes = self.nodes(agents);
         let mut pods = Counts::default();
         let (mut unexpected, mut words, mut notes) =
