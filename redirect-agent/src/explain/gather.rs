@@ -7,11 +7,8 @@ use futures_util::future::join_all;
 use tokio::time::{Instant, timeout_at};
 
 use super::{
-    API_VERSION, Bypass, Destination, Explanation, KernelPart, NodePart, Place, PodPart, Request,
-    ServicePart, To,
-    decision::Rules,
-    service,
-    verdict::{Judgment, judge},
+    API_VERSION, Bypass, Destination, Explanation, Judgment, KernelPart, NodePart, Place, PodPart,
+    Request, ServicePart, To, decision::Rules, service, verdict::judge,
 };
 use crate::{
     membership::{Config, DATAPLANE_MODE_AMBIENT, LABEL_DATAPLANE_MODE, Pod, PodKey},

@@ -457,6 +457,9 @@ pub struct Finding {
     pub weight: Weight,
 }
 
+/// How a call goes, and what is wrong, the most likely cause first. There is always a finding.
+type Judgment = (Option<Path>, Vec<Finding>);
+
 /// How sure it is that a finding is the cause.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, PartialOrd, Ord)]
 pub enum Weight {

@@ -3,9 +3,8 @@
 use std::time::SystemTime;
 
 use super::{
-    Area, Cause, Destination, EndpointPart, Finding, NodePart, PodPart, ServicePart, To, Weight,
-    decision::waypoint,
-    verdict::{Judgment, judge},
+    Area, Cause, Destination, EndpointPart, Finding, Judgment, NodePart, PodPart, ServicePart, To,
+    Weight, decision::waypoint, verdict::judge,
 };
 use crate::{
     membership::Namespace,

@@ -9,8 +9,8 @@ use redirect_ebpf::abi::{PORT_HBONE, PORT_INBOUND, PORT_OUTBOUND, PORT_PROXY_DNS
 use strsim::damerau_levenshtein;
 
 use super::{
-    Area, Bypass, Cause, Destination, EndpointPart, Finding, KernelPart, NodePart, Path, Place,
-    PodPart, Weight, listeners::is_called, service,
+    Area, Bypass, Cause, Destination, EndpointPart, Finding, Judgment, KernelPart, NodePart, Path,
+    Place, PodPart, Weight, listeners::is_called, service,
 };
 use crate::{
     dataplane::PartKind,
@@ -41,10 +41,7 @@ enum Role {
     Called(Option<IpAddr>, Option<u16>),
 }
 
-/// How a call goes, and what is wrong, the most likely cause first. There is always a finding.
-pub(super) type Judgment = (Option<Path>, Vec<Finding>);
-
-/// Judges. `endpoint` is that of the Service at which the call arrives, where it is known: `to.pod` is behind it.
+/// Judges. `endpoint` is where a call to a Service arrives, and `to.pod` is behind it.
 pub(super) fn judge(
     node: &NodePart,
     pod: &PodPart,
@@ -60,10 +57,8 @@ pub(super) fn judge(
         let (ip, port) = to.arrives_at(endpoint);
         of_pod(node, called, Role::Called(ip, port), now, &mut findings);
     }
-    findings.extend(
-        to.filter(|to| to.service_unknown.is_none())
-            .and_then(|to| service::findings(&to.asked, to.service.as_ref())),
-    );
+    let told = to.filter(|to| to.service_unknown.is_none());
+    findings.extend(told.and_then(|to| service::findings(&to.asked, to.service.as_ref())));
     let path = to.and_then(|to| path(pod, to, endpoint));
     match (&path, to) {
         (Some(path), Some(to)) => of_path(pod, to, path, &mut findings),
