@@ -19,7 +19,7 @@ use tracing::{error, info, warn};
 
 use crate::{
     announce::Effect,
-    cli::SourceSpec,
+    cli::{Flags, SourceSpec},
     cni::{
         entry::Entry,
         install::{self, Installer},
@@ -80,6 +80,8 @@ pub struct Options {
     pub probes: probes::Settings,
     /// Where health and metrics are served.
     pub health: health::Address,
+    /// The flags that this comes from.
+    pub flags: Flags,
 }
 
 /// Runs the agent until `shutdown`. What it has set up in the kernel stays, and the next one takes
@@ -489,6 +491,10 @@ impl<S: Source> control::Agent for Agent<S> {
 
     fn journal(&self) -> Result<Vec<journal::Note>> {
         Ok(self.observer()?.journal().all())
+    }
+
+    fn settings(&self) -> Flags {
+        self.options.flags.clone()
     }
 
     fn remaining(&self) -> Result<Remaining> {

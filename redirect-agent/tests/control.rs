@@ -2,7 +2,9 @@
 #![expect(clippy::unwrap_used, reason = "a test stops at what it did not expect")]
 
 use std::{
-    env, fs,
+    env,
+    ffi::OsString,
+    fs,
     io::{Read as _, Write as _},
     ops::ControlFlow,
     os::unix::{
@@ -18,6 +20,7 @@ use std::{
 
 use futures_util::{Stream, stream};
 use redirect_agent::{
+    cli::{self, Flag, Flags, Origin},
     control::{
         Agent, Answer, Author, Client, OverrideRequest, PauseRequest, Remaining, ResumeRequest,
         Server, StatusRequest,
@@ -90,6 +93,12 @@ impl Agent for Overridden {
 
     fn journal(&self) -> anyhow::Result<Vec<journal::Note>> {
         Ok(Vec::new())
+    }
+
+    fn settings(&self) -> Flags {
+        let line = ["redirect-agent", "run", "--drain", "9s"].map(OsString::from);
+        let cli::Command::Run(args) = cli::Command::read(line).unwrap() else { unreachable!() };
+        args.flags
     }
 
     fn remaining(&self) -> anyhow::Result<Remaining> {
@@ -185,6 +194,9 @@ async fn overrides_and_the_pause_are_set_taken_back_and_repeated_without_harm() 
     assert_eq!(client.remaining().await.unwrap(), fixture.agent.remaining().unwrap());
     assert_eq!(client.metrics().await.unwrap(), "# EOF\n");
     assert_eq!(client.journal().await.unwrap(), []);
+    let Flags(flags) = client.settings().await.unwrap();
+    let drain = Flag { value: vec!["9s".to_owned()], from: Origin::CommandLine };
+    assert_eq!(flags.get("drain"), Some(&drain));
     assert_eq!(client.process().await.unwrap(), Some(std::process::id()));
     let cart: PodKey = "shop/cart".parse().unwrap();
     let plain = Decision::bypass(Reason::NotLabeled);
@@ -435,4 +447,39 @@ fn a_target_is_a_pod_or_a_namespace() {
     for wrong in ["", "/", "shop/", "/cart", "Shop", "shop/a/b", "*"] {
         assert!(wrong.parse::<Target>().is_err(), "{wrong}");
     }
+}
+
+#[test]
+fn flags_say_where_they_come_from() {
+    const VARIABLE: &str = "EXCLUDE_NAMESPACES";
+    if env::var_os(VARIABLE).is_none() {
+        let test = ["--exact", "flags_say_where_they_come_from"];
+        let mut again = Command::new(env::current_exe().unwrap());
+        assert!(again.args(test).env(VARIABLE, "a,b").status().unwrap().success());
+        return;
+    }
+    let dir = tempfile::tempdir().unwrap();
+    let selectors = dir.path().join("selectors");
+    fs::write(&selectors, "- podSelector: {matchLabels: {mesh: 'on'}}\n").unwrap();
+    let selectors = format!("@{}", selectors.display());
+    let line = ["redirect-agent", "run", "--install-cni", "--enablement-selectors", &selectors];
+    let read = cli::Command::read(line.map(OsString::from)).unwrap();
+    let cli::Command::Run(args) = read else { unreachable!() };
+    assert_eq!(args.excluded_namespaces, ["a", "b"]);
+    let Flags(flags) = args.flags;
+    for (name, value, from) in [
+        ("excluded-namespaces", &["a", "b"][..], Origin::Environment),
+        ("install-cni", &["true"], Origin::CommandLine),
+        ("beside-istio-cni", &["false"], Origin::Default),
+        ("drain", &["5s"], Origin::Default),
+        (
+            "enablement-selectors",
+            &[&selectors, "- podSelector: {matchLabels: {mesh: 'on'}}\n"],
+            Origin::CommandLine,
+        ),
+    ] {
+        let value = value.iter().map(|value| (*value).to_owned()).collect();
+        assert_eq!(flags.get(name), Some(&Flag { value, from }), "{name}");
+    }
+    assert!(!flags.contains_key("kubeconfig") && !flags.contains_key("help"), "{flags:?}");
 }

@@ -4,11 +4,14 @@ mod bundle;
 mod cluster;
 mod control;
 mod dirs;
+mod flags;
 
-use std::{net::IpAddr, path::PathBuf, str::FromStr, time::Duration};
+use std::{env, ffi::OsString, net::IpAddr, path::PathBuf, str::FromStr, time::Duration};
 
 use anyhow::{Result, anyhow};
-use clap::{ArgAction, Args, CommandFactory as _, Parser, Subcommand, ValueEnum};
+use clap::{
+    ArgAction, Args, CommandFactory as _, FromArgMatches as _, Parser, Subcommand, ValueEnum,
+};
 use clap_complete::Shell;
 use ipnet::IpNet;
 
@@ -20,6 +23,7 @@ pub use self::{
         PauseArgs, ResumeArgs, StatusArgs, VerifyArgs,
     },
     dirs::{BpffsDir, CniDirs, NodeDirs, PodDirs},
+    flags::{Flag, Flags, Origin},
 };
 use crate::{
     cni::{self, entry::DaemonSet},
@@ -117,10 +121,25 @@ impl Command {
     /// the command line asks for help, or cannot be understood.
     pub fn of_process() -> Self {
         if Plugin::is_called() {
-            Self::Cluster(Box::new(Plugin::of_process().cluster))
-        } else {
-            Cli::parse().command
+            return Self::Cluster(Box::new(Plugin::of_process().cluster));
         }
+        Self::read(env::args_os()).unwrap_or_else(|error| error.exit())
+    }
+
+    /// What a command line asks for.
+    ///
+    /// # Errors
+    ///
+    /// When it asks for help, or cannot be understood.
+    pub fn read(line: impl IntoIterator<Item = OsString>) -> Result<Self, clap::Error> {
+        let mut cli = Cli::command();
+        let matches = cli.try_get_matches_from_mut(line)?;
+        let read = Cli::from_arg_matches(&matches).map_err(|error| error.format(&mut cli))?;
+        let mut command = read.command;
+        if let (Self::Run(args), Some(of_run)) = (&mut command, matches.subcommand_matches("run")) {
+            args.flags = Flags::of_run(of_run);
+        }
+        Ok(command)
     }
 
     /// The exit status when the command fails: of `cluster`, 1 is an answer.
@@ -377,6 +396,9 @@ pub struct RunArgs {
     /// See [`ProbeArgs`].
     #[command(flatten)]
     pub probes: ProbeArgs,
+    /// All of them, as they were read.
+    #[arg(skip)]
+    pub flags: Flags,
 }
 
 /// `attach`

@@ -17,6 +17,7 @@ use super::{
     StatusRequest,
 };
 use crate::{
+    cli::Flags,
     explain::{self, Explanation},
     journal,
     log::Level,
@@ -153,6 +154,15 @@ impl Client {
     /// As for [`Client::status`].
     pub async fn set_log(&self, request: &LogRequest) -> anyhow::Result<Level> {
         self.call(Method::POST, "/log", Some(request)).await
+    }
+
+    /// The flags of `run` that are in force.
+    ///
+    /// # Errors
+    ///
+    /// As for [`Client::status`].
+    pub async fn settings(&self) -> anyhow::Result<Flags> {
+        self.call(Method::GET, "/settings", None::<&()>).await
     }
 
     /// What happened lately to the pods, oldest first.

@@ -13,6 +13,7 @@
 //! | `POST /pause` with [`PauseRequest`] | [`Answer`] |
 //! | `POST /resume` with [`ResumeRequest`] | [`Answer`] |
 //! | `GET /log`, `POST /log` with [`LogRequest`] | [`Level`] |
+//! | `GET /settings` | the [`Flags`] of `run` that are in force |
 //! | `GET /journal` | the [`journal::Note`]s, oldest first |
 //! | `GET /metrics` | the same text as on the port of [`crate::health`] |
 //!
@@ -43,6 +44,7 @@ use tracing::info;
 pub(crate) use self::client::exchange;
 pub use self::client::{Client, Observing};
 use crate::{
+    cli::Flags,
     explain::{self, Explanation},
     health, journal,
     log::{self, Level},
@@ -87,6 +89,9 @@ pub trait Agent: health::Agent {
 
     /// Which pods do not bypass, as far as their tasks know: that costs nothing.
     fn remaining(&self) -> anyhow::Result<Remaining>;
+
+    /// The flags of `run` that are in force.
+    fn settings(&self) -> Flags;
 
     /// What happened lately to the pods, oldest first.
     fn journal(&self) -> anyhow::Result<Vec<journal::Note>>;
@@ -256,6 +261,7 @@ fn router<A: Agent>(agent: Arc<A>) -> Router {
         .route("/pause", post(pause::<A>))
         .route("/resume", post(resume::<A>))
         .route("/log", get(|| async { answer(log::level()) }).post(set_log))
+        .route("/settings", get(settings::<A>))
         .route("/journal", get(journal_of::<A>))
         .route("/metrics", get(metrics::<A>))
         .fallback(|request: Request| async move {
@@ -345,6 +351,10 @@ async fn observe<A: Agent>(
 
 async fn remaining<A: Agent>(State(agent): State<Arc<A>>) -> Response {
     answer(agent.remaining())
+}
+
+async fn settings<A: Agent>(State(agent): State<Arc<A>>) -> Response {
+    Json(agent.settings()).into_response()
 }
 
 async fn journal_of<A: Agent>(State(agent): State<Arc<A>>) -> Response {
