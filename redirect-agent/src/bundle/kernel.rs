@@ -3,12 +3,13 @@
 use std::{
     collections::BTreeSet,
     path::{Path, PathBuf},
+    sync::Arc,
 };
 
-use anyhow::{Context as _, Result};
+use anyhow::Result;
 use serde::Serialize;
 
-use super::{Collector, Options, bounded};
+use super::{Collector, Options};
 use crate::{
     cni::records,
     dataplane::{
@@ -39,11 +40,14 @@ pub(super) async fn collect<F: FnMut(&str)>(
     let found = {
         let (netns_dir, state_dir, wanted) =
             (options.netns_dir.clone(), options.state_dir.clone(), wanted.clone());
-        bounded(move || namespaces(&netns_dir, &state_dir, &wanted)).await
+        to.clock.bounded(move || namespaces(&netns_dir, &state_dir, &wanted)).await
     };
     let found = match found {
         Ok(found) => found,
-        Err(error) => return to.lacks("netns/*.json", format!("{error:#}")),
+        Err(error) => {
+            to.lacks("netns/*.json", format!("{error:#}"));
+            return to.lacks("takeover.json", format!("{error:#}"));
+        }
     };
     for netns in &found {
         wanted.remove(&netns.inode());
@@ -54,24 +58,25 @@ pub(super) async fn collect<F: FnMut(&str)>(
         let why = format!("no network namespace with inode number {lost} is found; has it ended?");
         to.lacks("netns/*.json", why);
     }
-    takeover(status, &found, to).await;
-    for netns in found {
-        namespace(options, status, netns, to).await;
+    let found: Vec<Arc<Netns>> = found.into_iter().map(Arc::new).collect();
+    for netns in &found {
+        namespace(options, status, Arc::clone(netns), to).await;
     }
+    takeover(status, &found, to).await;
 }
 
 async fn maps<F: FnMut(&str)>(options: &Options, to: &mut Collector<F>) {
     let dir = options.bpffs_dir.clone();
-    let maps = match bounded(move || pinned_maps(&dir)).await {
+    let maps = match to.clock.bounded(move || pinned_maps(&dir)).await {
         Ok(maps) => maps,
         Err(error) => {
             to.lacks("maps.json", format!("{error:#}"));
-            return to.lacks("maps/*.json", "there is none to read".to_owned());
+            return to.lacks("maps/*.json", format!("{error:#}"));
         }
     };
     to.json("maps.json", Ok(pins::document(&maps)));
     let dir = options.bpffs_dir.clone();
-    let read = bounded(move || Ok(read_all(&dir, &maps))).await;
+    let read = to.clock.bounded(move || Ok(read_all(&dir, &maps))).await;
     match read {
         Ok(all) => {
             for (name, contents) in all {
@@ -88,14 +93,14 @@ fn read_all(dir: &Path, maps: &[PinnedMap]) -> Vec<(&'static str, Result<Content
 
 fn namespaces(netns_dir: &Path, state_dir: &Path, wanted: &BTreeSet<u32>) -> Result<Vec<Netns>> {
     let recorded: Vec<PathBuf> =
-        records::look(state_dir)?.into_iter().map(|sandbox| sandbox.netns).collect();
+        records::look(state_dir)?.sandboxes.into_iter().map(|sandbox| sandbox.netns).collect();
     finder::among(netns_dir, recorded.iter().map(PathBuf::as_path), wanted)
 }
 
 async fn namespace<F: FnMut(&str)>(
     options: &Options,
     status: Option<&Status>,
-    netns: Netns,
+    netns: Arc<Netns>,
     to: &mut Collector<F>,
 ) {
     let inode = netns.inode();
@@ -103,7 +108,7 @@ async fn namespace<F: FnMut(&str)>(
     let of = status.iter().flat_map(|status| &status.pods).find(|pod| pod.netns == Some(inode));
     let pod = of.map(|pod| format!("{}/{}", pod.namespace, pod.name));
     let dir = options.bpffs_dir.clone();
-    let found = match bounded(move || snapshot(&dir, &netns)).await {
+    let found = match to.clock.bounded(move || snapshot(&dir, &netns)).await {
         Ok(found) => found,
         Err(error) => return to.lacks(&name, format!("{error:#}")),
     };
@@ -122,7 +127,11 @@ struct OfPod {
     pod: Option<String>,
 }
 
-async fn takeover<F: FnMut(&str)>(status: Option<&Status>, found: &[Netns], to: &mut Collector<F>) {
+async fn takeover<F: FnMut(&str)>(
+    status: Option<&Status>,
+    found: &[Arc<Netns>],
+    to: &mut Collector<F>,
+) {
     const NAME: &str = "takeover.json";
     let Some(status) = status else {
         return to.lacks(NAME, "only the agent knows which pods it redirects".to_owned());
@@ -132,12 +141,8 @@ async fn takeover<F: FnMut(&str)>(status: Option<&Status>, found: &[Netns], to: 
         let Some(netns) = found.iter().find(|netns| pod.netns == Some(netns.inode())) else {
             continue;
         };
-        let (of, path) = (pod.clone(), netns.path().to_owned());
-        let (fd, inode) = (netns.fd(), netns.inode());
-        let looked = bounded(move || {
-            let fd = fd.try_clone().with_context(|| format!("open {} again", path.display()))?;
-            takeover::take_over(&of, &Netns::from_fd(fd, &path)?, true)
-        });
+        let (of, netns, inode) = (pod.clone(), Arc::clone(netns), netns.inode());
+        let looked = to.clock.bounded(move || takeover::take_over(&of, &netns, true));
         match looked.await {
             Ok(None) => {}
             Ok(Some(answer)) => pods.push(takeover::Row::new(pod, answer)),

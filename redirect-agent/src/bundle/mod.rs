@@ -1,8 +1,9 @@
-//! Everything about this node that a bug report needs, in one archive. Collecting changes nothing, and each
-//! part is bounded in time: what cannot be collected is named, and the rest is there.
+//! Everything about this node that a bug report needs, in one archive. Collecting changes nothing. Each part is
+//! bounded in time, and so is the whole: what cannot be collected is named, and the rest is there.
 
 mod agent;
 mod archive;
+mod bounds;
 mod kernel;
 mod names;
 mod node;
@@ -10,22 +11,17 @@ mod redact;
 
 use std::{
     path::{Path, PathBuf},
-    thread,
     time::{Duration, SystemTime},
 };
 
-use anyhow::{Context as _, Result, bail};
+use anyhow::Result;
 use serde::Serialize;
 use serde_json::{Value, json};
 use sha2::{Digest as _, Sha256};
-use tokio::{sync::oneshot, time::timeout};
 
 pub use self::archive::Output;
-use self::{names::Names, redact::Redactor};
+use self::{bounds::Clock, names::Names, redact::Redactor};
 use crate::{cni::install, explain::API_VERSION, output, overrides::Moment};
-
-/// How long a part that does not need the agent may take.
-const WITHIN: Duration = Duration::from_secs(20);
 
 /// The first file of the archive.
 const README: &str = include_str!("README.txt");
@@ -45,6 +41,8 @@ pub struct Options {
     pub cni: install::Dirs,
     /// The node's name, where the agent does not say it.
     pub node: String,
+    /// How long collecting may take; what is left then is skipped.
+    pub timeout: Duration,
     /// Whether addresses and names are replaced.
     pub redact: bool,
     /// This command.
@@ -94,13 +92,17 @@ pub struct Bundle {
 /// Never for what cannot be collected; when JSON cannot express what can.
 pub async fn collect(options: &Options, tell: impl FnMut(&str)) -> Result<Bundle> {
     let time = SystemTime::now();
-    let mut collector = Collector { parts: Vec::new(), missing: Vec::new(), tell };
-    let known = agent::collect(options, &mut collector).await;
+    let clock = Clock::start(options.timeout);
+    let mut collector = Collector { clock, parts: Vec::new(), missing: Vec::new(), tell };
+    let mut agent = agent::Agent::new(options, clock);
+    let known = agent.collect(&mut collector).await;
     node::collect(options, &mut collector).await;
-    kernel::collect(options, known.as_ref(), &mut collector).await;
+    kernel::collect(options, known.as_ref().map(|known| &known.status), &mut collector).await;
+    // Last, because there may be many: what is asked only once has the time that it needs.
+    agent.explain_wrong(known.as_ref(), &mut collector).await;
     let Collector { mut parts, mut missing, .. } = collector;
-    let node = known.as_ref().map_or(&options.node, |status| &status.node).clone();
-    let version = known.map(|status| status.version);
+    let node = known.as_ref().map_or(&options.node, |known| &known.status.node).clone();
+    let version = known.map(|known| known.status.version);
     parts.sort_by(|a, b| a.name.cmp(&b.name));
     let mut shown = node.clone();
     let mut command_line = options.command_line.clone();
@@ -172,6 +174,7 @@ fn of_pod(namespace: &str, name: &str, file: &str) -> String {
 
 /// Takes the parts as they come.
 struct Collector<F> {
+    clock: Clock,
     parts: Vec<Part>,
     missing: Vec<Missing>,
     tell: F,
@@ -201,22 +204,6 @@ impl<F: FnMut(&str)> Collector<F> {
         let why = output::printable(&why);
         (self.tell)(&format!("{part}: not collected: {why}"));
         self.missing.push(Missing { part: part.to_owned(), why });
-    }
-}
-
-/// Runs what may hang, on a thread that nobody waits for after [`WITHIN`]: the command ends all the same.
-async fn bounded<T: Send + 'static>(
-    work: impl FnOnce() -> Result<T> + Send + 'static,
-) -> Result<T> {
-    let (send, receive) = oneshot::channel();
-    thread::Builder::new()
-        .name("bundle".to_owned())
-        .spawn(move || send.send(work()).ok())
-        .context("start a thread")?;
-    match timeout(WITHIN, receive).await {
-        Ok(Ok(done)) => done,
-        Ok(Err(_)) => bail!("a thread panicked"),
-        Err(_) => bail!("it took longer than {WITHIN:?}"),
     }
 }
 

@@ -15,7 +15,10 @@ use nix::{
 use procfs::{FromRead as _, process::MountInfos};
 use serde_json::{Value, json};
 
-use super::{Collector, Options, bounded};
+use super::{
+    Collector, Options,
+    bounds::{all, beginning},
+};
 use crate::{
     cni::{entry::PLUGIN, records},
     dataplane::monotonic_ns,
@@ -33,12 +36,17 @@ const SETTINGS: [&str; 6] = [
     "/sys/kernel/security/lsm",
 ];
 
+/// The longest file that is read, in bytes, and how many of a directory are.
+const OF_FILE: usize = 1024 * 1024;
+const FILES: usize = 100;
+
 /// Collects.
 pub(super) async fn collect<F: FnMut(&str)>(options: &Options, to: &mut Collector<F>) {
-    to.json("node.json", node().map(|node| Document::new("Node", node)));
+    let found = to.clock.bounded(node).await;
+    to.json("node.json", found.map(|node| Document::new("Node", node)));
     let asked =
         preflight::Options { bpffs_dir: options.bpffs_dir.clone(), cni: options.cni.clone() };
-    let report = bounded(move || Ok(preflight::check(&asked)));
+    let report = to.clock.bounded(move || Ok(preflight::check(&asked)));
     match report.await {
         Ok(report) => {
             to.text("check.txt", report.print(Format::Table));
@@ -49,10 +57,15 @@ pub(super) async fn collect<F: FnMut(&str)>(options: &Options, to: &mut Collecto
             to.lacks("check.json", format!("{error:#}"));
         }
     }
-    to.json("cni.json", cni(&options.cni.conf).map(|found| Document::new("Cni", found)));
-    to.json("overrides.json", stored(&overrides::file(&options.state_dir)));
-    let sandboxes = records::look(&options.state_dir);
-    to.json("sandboxes.json", sandboxes.map(|found| json!({ "sandboxes": found })));
+    let dir = options.cni.conf.clone();
+    let found = to.clock.bounded(move || cni(&dir)).await;
+    to.json("cni.json", found.map(|found| Document::new("Cni", found)));
+    let file = overrides::file(&options.state_dir);
+    let found = to.clock.bounded(move || stored(&file)).await;
+    to.json("overrides.json", found);
+    let dir = options.state_dir.clone();
+    let found = to.clock.bounded(move || records::look(&dir)).await;
+    to.json("sandboxes.json", found);
 }
 
 /// The running kernel's release.
@@ -97,13 +110,11 @@ fn mounts() -> Result<Vec<Value>> {
 
 /// A file that the agent stores; without one, nothing is stored.
 fn stored(path: &Path) -> Result<Value> {
-    match fs::read(path) {
-        Ok(content) => {
-            serde_json::from_slice(&content).with_context(|| format!("read {}", path.display()))
-        }
-        Err(error) if error.kind() == io::ErrorKind::NotFound => Ok(json!({})),
-        Err(error) => Err(error).with_context(|| format!("read {}", path.display())),
+    let context = || format!("read {}", path.display());
+    if !path.try_exists().with_context(context)? {
+        return Ok(json!({}));
     }
+    serde_json::from_slice(&all(path, OF_FILE)?).with_context(context)
 }
 
 /// The configuration files in the runtime's order. Of other plugins, only the names: their entries may have
@@ -116,14 +127,20 @@ fn cni(dir: &Path) -> Result<Value> {
     };
     let mut paths = listed.with_context(|| format!("list {}", dir.display()))?;
     paths.sort();
-    let files = paths.iter().filter(|path| path.is_file()).map(|path| {
+    paths.retain(|path| path.is_file());
+    let files = paths.iter().map(|path| {
         let name = path.file_name().unwrap_or_default().to_string_lossy();
-        match fs::read(path).ok().and_then(|text| serde_json::from_slice::<Value>(&text).ok()) {
-            Some(content) => described(&name, &content),
-            None => json!({ "file": name }),
+        let Ok(found) = beginning(path, OF_FILE) else { return json!({ "file": name }) };
+        if found.is_cut {
+            return json!({ "file": name, "note": format!("longer than {OF_FILE} bytes: not read") });
+        }
+        match serde_json::from_slice::<Value>(&found.content) {
+            Ok(content) => described(&name, &content),
+            Err(_) => json!({ "file": name }),
         }
     });
-    Ok(json!({ "dir": dir, "files": files.collect::<Vec<_>>() }))
+    let files: Vec<Value> = files.take(FILES).collect();
+    Ok(json!({ "dir": dir, "files": files, "leftOut": paths.len().saturating_sub(FILES) }))
 }
 
 fn described(file: &str, content: &Value) -> Value {
@@ -155,5 +172,19 @@ mod tests {
         let single = described("10-net.conf", &json!({ "type": "bridge", "token": "hunter2" }));
         assert_eq!(single["plugins"], json!(["bridge"]));
         assert!(!single.to_string().contains("hunter2"), "{single}");
+    }
+
+    #[test]
+    fn files_that_are_too_long_are_named_and_not_read() {
+        let dir = tempfile::tempdir().unwrap();
+        let long = format!("{{ \"type\": \"bridge\" }}{}", " ".repeat(OF_FILE));
+        fs::write(dir.path().join("10-long.conf"), &long).unwrap();
+        fs::write(dir.path().join("20-short.conf"), long.trim()).unwrap();
+        let found = cni(dir.path()).unwrap();
+        assert_eq!(found["files"][0]["note"], "longer than 1048576 bytes: not read", "{found}");
+        assert_eq!(found["files"][1]["plugins"], json!(["bridge"]), "{found}");
+        let error = format!("{:#}", stored(&dir.path().join("10-long.conf")).unwrap_err());
+        assert!(error.contains("10-long.conf is longer than 1048576 bytes"), "{error}");
+        assert_eq!(stored(&dir.path().join("none")).unwrap(), json!({}));
     }
 }

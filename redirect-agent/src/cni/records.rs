@@ -3,7 +3,8 @@
 
 use std::{
     collections::{BTreeMap, BTreeSet},
-    fs, io,
+    fs::{self, File},
+    io::{self, Read as _},
     net::IpAddr,
     os::unix::fs::DirBuilderExt as _,
     path::{Path, PathBuf},
@@ -235,28 +236,44 @@ pub fn remove_state(state_dir: &Path) -> Result<()> {
     }
 }
 
-/// What is recorded in `state_dir`. Changes nothing there; files that cannot be parsed are left out.
+/// The longest record that is read, in bytes: the agent's own have some hundred.
+const LONGEST: u64 = 64 * 1024;
+
+/// What is recorded.
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize)]
+#[serde(rename_all = "camelCase")]
+pub struct Recorded {
+    /// The records, by uid.
+    pub sandboxes: Vec<Sandbox>,
+    /// How many files are left out: they cannot be read, or are longer than 64 KiB.
+    pub left_out: usize,
+}
+
+/// What is recorded in `state_dir`. Changes nothing there.
 ///
 /// # Errors
 ///
 /// When the directory cannot be read. One that does not exist has no records.
-pub fn look(state_dir: &Path) -> Result<Vec<Sandbox>> {
+pub fn look(state_dir: &Path) -> Result<Recorded> {
     let dir = state_dir.join(DIR);
     let list = || format!("list {}", dir.display());
     let entries = match fs::read_dir(&dir) {
-        Err(e) if e.kind() == io::ErrorKind::NotFound => return Ok(Vec::new()),
+        Err(e) if e.kind() == io::ErrorKind::NotFound => return Ok(Recorded::default()),
         entries => entries.with_context(list)?,
     };
-    let mut found = Vec::new();
+    let mut found = Recorded::default();
     for entry in entries {
-        found.extend(read(&entry.with_context(list)?.path()));
+        match read(&entry.with_context(list)?.path()) {
+            Ok(sandbox) => found.sandboxes.push(sandbox),
+            Err(_) => found.left_out += 1,
+        }
     }
-    found.sort_by(|a: &Sandbox, b| a.uid.cmp(&b.uid));
+    found.sandboxes.sort_by(|a, b| a.uid.cmp(&b.uid));
     Ok(found)
 }
 
 fn read(path: &Path) -> Result<Sandbox> {
-    let sandbox: Sandbox = serde_json::from_slice(&fs::read(path)?)?;
+    let sandbox: Sandbox = serde_json::from_reader(File::open(path)?.take(LONGEST))?;
     let name = path.file_name().and_then(|name| name.to_str());
     ensure!(
         is_file_name(&sandbox.uid) && name == Some(&format!("{}.json", sandbox.uid)),

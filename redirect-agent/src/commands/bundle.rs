@@ -15,6 +15,8 @@ use crate::{
     cli::BundleArgs,
 };
 
+/// How many parts that the archive lacks are named; errors.txt names all.
+const NAMED: usize = 20;
 /// Standard output, as `-o` names it.
 const STDOUT: &str = "-";
 
@@ -62,6 +64,7 @@ fn options(args: BundleArgs) -> Result<Options> {
         cni: args.dirs.cni.into(),
         node,
         redact: args.redact,
+        timeout: args.timeout,
         command_line: env::args_os().map(|word| word.to_string_lossy().into_owned()).collect(),
     })
 }
@@ -74,7 +77,10 @@ fn summary(bundle: &Bundle, path: &Path, size: u64) -> String {
     }
     let mut names: Vec<&str> = bundle.missing.iter().map(|missing| missing.part.as_str()).collect();
     names.dedup();
-    format!("{written}; not collected, see errors.txt in it: {}", names.join(", "))
+    let more = names.len().saturating_sub(NAMED);
+    names.truncate(NAMED);
+    let more = if more > 0 { format!(", and {more} more") } else { String::new() };
+    format!("{written}; not collected, see errors.txt in it: {}{more}", names.join(", "))
 }
 
 fn size_text(bytes: u64) -> String {
