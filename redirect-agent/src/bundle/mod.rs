@@ -116,8 +116,8 @@ pub async fn collect(options: &Options, tell: impl FnMut(&str)) -> Result<Bundle
             *part = redactor.text(part);
             *why = redactor.text(why);
         }
-        command_line.iter_mut().for_each(|word| *word = redactor.text(word));
-        shown = redactor.text(&node);
+        command_line.iter_mut().for_each(|word| *word = redactor.named(word));
+        shown = redactor.named(&node);
     }
     let mut files = Vec::new();
     for Part { name, content } in parts {

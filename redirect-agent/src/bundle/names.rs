@@ -16,18 +16,11 @@ use crate::{
     source::EventKind,
 };
 
-/// Every cluster has these, and the output is full of the words. They stay as they are.
-const WELL_KNOWN: [&str; 9] = [
-    "default",
-    "kube-node-lease",
-    "kube-public",
-    "kube-system",
-    "istio-system",
-    "istio-cni-node",
-    "ztunnel",
-    "redirect-agent",
-    "localhost",
-];
+/// Namespaces that every cluster has. They stay as they are, and the names of what is in them do not.
+const WELL_KNOWN_NAMESPACES: [&str; 5] =
+    ["default", "kube-node-lease", "kube-public", "kube-system", "istio-system"];
+/// What else every cluster has, and the output is full of.
+const WELL_KNOWN: [&str; 4] = ["istio-cni-node", "ztunnel", "redirect-agent", "localhost"];
 
 /// What a name is of. Of a name that is several, the first counts.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
@@ -56,7 +49,18 @@ impl Kind {
 
 /// The names, each with its kind.
 #[derive(Debug, Default)]
-pub(super) struct Names(BTreeMap<String, Kind>);
+pub(super) struct Names {
+    all: BTreeMap<String, Kind>,
+    /// Namespace and name of what is in one.
+    pairs: BTreeSet<(String, String)>,
+}
+
+/// What stands for a name.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub(super) struct Alias {
+    pub(super) kind: Kind,
+    pub(super) text: String,
+}
 
 impl Names {
     /// The names in these parts, and those of the namespaces mounted in `netns_dir`.
@@ -80,11 +84,12 @@ impl Names {
         let mut messages = Vec::new();
         for part in parts {
             match &part.content {
-                Content::Json(value) => texts(value, &mut messages),
+                Content::Json(value) => messages.extend(texts(Some(value))),
                 Content::Text(text) => messages.push(text),
             }
         }
         names.in_messages(&messages);
+        messages.into_iter().flat_map(|text| uids(text)).for_each(|uid| names.add(&uid, Kind::Uid));
         names
     }
 
@@ -97,23 +102,26 @@ impl Names {
     }
 
     /// The names, each with an alias.
-    pub(super) fn aliases(&self) -> BTreeMap<String, String> {
+    pub(super) fn aliases(&self) -> BTreeMap<String, Alias> {
         let mut counts = BTreeMap::new();
         let alias = |(name, kind): (&String, &Kind)| {
             let count = counts.entry(*kind).or_insert(0_usize);
             *count += 1;
-            (name.clone(), format!("{}-{count}", kind.as_str()))
+            (name.clone(), Alias { kind: *kind, text: format!("{}-{count}", kind.as_str()) })
         };
-        self.0.iter().map(alias).collect()
+        self.all.iter().map(alias).collect()
+    }
+
+    /// What is known to be in a namespace: that, and its name.
+    pub(super) fn pairs(&self) -> &BTreeSet<(String, String)> {
+        &self.pairs
     }
 
     fn add(&mut self, name: &str, kind: Kind) {
-        // A number may be anything.
-        if name.is_empty() || WELL_KNOWN.contains(&name) || name.bytes().all(|b| b.is_ascii_digit())
-        {
+        if name.is_empty() || WELL_KNOWN.contains(&name) || WELL_KNOWN_NAMESPACES.contains(&name) {
             return;
         }
-        let known = self.0.entry(name.to_owned()).or_insert(kind);
+        let known = self.all.entry(name.to_owned()).or_insert(kind);
         *known = (*known).min(kind);
     }
 
@@ -127,6 +135,7 @@ impl Names {
         if check_namespace_name(namespace).is_ok() && is_dns_subdomain(name) {
             self.add(namespace, Kind::Namespace);
             self.add(name, Kind::Pod);
+            self.pairs.insert((namespace.to_owned(), name.to_owned()));
         }
     }
 
@@ -188,6 +197,12 @@ impl Names {
             ("commandLine", Value::Array(words)) => {
                 self.in_command(words.iter().filter_map(Value::as_str));
             }
+            ("node-name", Value::Object(flag)) => {
+                texts(flag.get("value")).into_iter().for_each(|node| self.add_node(node));
+            }
+            ("excluded-namespaces" | "daemonset", Value::Object(flag)) => {
+                texts(flag.get("value")).into_iter().for_each(|target| self.add_target(target));
+            }
             // The stored overrides.
             ("targets", Value::Object(overrides)) => {
                 overrides.keys().for_each(|target| self.add_target(target));
@@ -219,23 +234,57 @@ impl Names {
         let is_of_name = |c: char| c.is_ascii_alphanumeric() || matches!(c, '-' | '.' | '/');
         let words = messages.iter().flat_map(|text| text.split(|c: char| !is_of_name(c)));
         // A path has more slashes, or begins with one.
-        let found: BTreeSet<&str> = words
+        let is_namespace = |name: &str| {
+            WELL_KNOWN_NAMESPACES.contains(&name) || self.all.get(name) == Some(&Kind::Namespace)
+        };
+        let found: BTreeSet<(&str, &str)> = words
             .filter_map(|word| word.split_once('/'))
-            .filter(|(namespace, _)| self.0.get(*namespace) == Some(&Kind::Namespace))
-            .map(|(_, name)| name.trim_end_matches('.'))
-            .filter(|name| is_dns_subdomain(name))
+            .filter(|(namespace, _)| is_namespace(namespace))
+            .map(|(namespace, name)| (namespace, name.trim_end_matches('.')))
             .collect();
-        found.into_iter().for_each(|name| self.add(name, Kind::Pod));
+        found.into_iter().for_each(|(namespace, name)| self.add_pod(namespace, name));
     }
 }
 
-fn texts<'a>(value: &'a Value, found: &mut Vec<&'a String>) {
+/// Every text in a value.
+fn texts(value: Option<&Value>) -> Vec<&String> {
     match value {
-        Value::Array(values) => values.iter().for_each(|value| texts(value, found)),
-        Value::Object(fields) => fields.values().for_each(|value| texts(value, found)),
-        Value::String(text) => found.push(text),
-        _ => {}
+        Some(Value::Array(values)) => values.iter().flat_map(|value| texts(Some(value))).collect(),
+        Some(Value::Object(fields)) => {
+            fields.values().flat_map(|value| texts(Some(value))).collect()
+        }
+        Some(Value::String(text)) => vec![text],
+        _ => Vec::new(),
     }
+}
+
+/// The uids in a text, as Kubernetes writes them: also those in the paths of pods' cgroups, which have `_` for
+/// `-`, and after `pod` those of static pods, which have neither.
+fn uids(text: &str) -> BTreeSet<String> {
+    let bytes = text.as_bytes();
+    let is_word = |at: usize| bytes.get(at).is_some_and(u8::is_ascii_alphanumeric);
+    let mut found = BTreeSet::new();
+    for start in 0..bytes.len() {
+        let after_pod = bytes.get(..start).is_some_and(|before| before.ends_with(b"pod"));
+        if start > 0 && is_word(start - 1) && !after_pod {
+            continue;
+        }
+        let of = |length: usize| {
+            let uid = text.get(start..start + length)?;
+            (!is_word(start + length)).then_some(uid)
+        };
+        let is_hyphen = |at| matches!(at, 8 | 13 | 18 | 23);
+        let is_long = |uid: &&str| {
+            uid.bytes().enumerate().all(|(at, byte)| match byte {
+                b'-' | b'_' => is_hyphen(at),
+                byte => byte.is_ascii_hexdigit() && !is_hyphen(at),
+            })
+        };
+        let is_hash = |uid: &&str| uid.bytes().all(|byte| byte.is_ascii_hexdigit());
+        found.extend(of(36).filter(is_long).map(|uid| uid.replace('_', "-")));
+        found.extend(of(32).filter(|_| after_pod).filter(is_hash).map(str::to_owned));
+    }
+    found
 }
 
 #[cfg(test)]
@@ -244,7 +293,7 @@ mod tests {
 
     use super::*;
 
-    fn aliases(value: Value) -> BTreeMap<String, String> {
+    fn aliases(value: Value) -> BTreeMap<String, Alias> {
         let part = Part { name: "x.json".to_owned(), content: Content::Json(value) };
         Names::of(&[part], Path::new("/nonexistent")).aliases()
     }
@@ -258,6 +307,10 @@ mod tests {
             "targets": { "stored/one": { "mode": "unenroll" } },
             "override": { "mode": "unenroll", "target": "bank" },
             "problems": [{ "message": "pod shop/web.1 has the address of shop/cart-1." }],
+            "found": "Service kube-system/metrics and default/4711; redirect-agent/v1",
+            "settings": { "daemonset": { "value": ["infra/sunset"], "from": "environment" } },
+            "cgroup": "0::/kubepods-pod01234567_89ab_cdef_0123_456789abcdef.slice",
+            "root": "/kubepods/burstable/pod0123456789abcdef0123456789abcdef/x",
             "entry": { "excludeNamespaces": ["kube-system", "ops"] },
             "commandLine": ["redirect-agent", "run", "--excluded-namespaces", "hidden"],
         }));
@@ -271,13 +324,19 @@ mod tests {
             ("cart-1", "pod-"),
             ("web.1", "pod-"),
             ("u-1", "uid-"),
+            ("metrics", "pod-"),
+            ("4711", "pod-"),
+            ("infra", "ns-"),
+            ("sunset", "pod-"),
+            ("01234567-89ab-cdef-0123-456789abcdef", "uid-"),
+            ("0123456789abcdef0123456789abcdef", "uid-"),
             ("api.example.com", "host-"),
             ("INC 4711", "text-"),
         ] {
             let alias = found.get(name).unwrap_or_else(|| panic!("no {name} in {found:?}"));
-            assert!(alias.starts_with(kind), "{name}: {alias}");
+            assert!(alias.text.starts_with(kind), "{name}: {alias:?}");
         }
-        for word in ["kube-system", "redirect-agent", "override", "unenroll"] {
+        for word in ["kube-system", "default", "redirect-agent", "v1", "override", "unenroll"] {
             assert!(!found.contains_key(word), "{word} in {found:?}");
         }
     }

@@ -8,13 +8,51 @@ use std::{
 use clap::{Arg, Command, CommandFactory as _};
 use serde_json::Value;
 
-use super::{Content, Part, names::Names};
+use super::{
+    Content, Part,
+    names::{Alias, Kind, Names},
+};
 use crate::cli::Cli;
+
+/// Fields with names.
+const NAMED: [&str; 14] = [
+    "namespace",
+    "name",
+    "node",
+    "target",
+    "pod",
+    "gateway",
+    "object",
+    "reason",
+    "elsewhere",
+    "excludeNamespaces",
+    "commandLine",
+    "excluded-namespaces",
+    "node-name",
+    "daemonset",
+];
+/// What is before a name in a message or a command.
+const BEFORE_A_NAME: [&str; 10] = [
+    "namespace ",
+    "-n ",
+    "--namespace ",
+    "node ",
+    "pod ",
+    "enroll ",
+    "unenroll ",
+    "auto ",
+    "explain ",
+    "Service ",
+];
+/// What is between the cells of a table, at least.
+const BETWEEN_CELLS: &str = "   ";
 
 /// Replaces.
 pub(super) struct Redactor {
     /// The names and their aliases, by the letters and digits that a name begins with, the longest name first.
     names: HashMap<String, Vec<(String, String)>>,
+    /// Those of digits alone, which may be anything: they count only where a name stands.
+    numbers: BTreeMap<String, String>,
     /// The flags of every command.
     flags: BTreeSet<String>,
     addresses: BTreeMap<IpAddr, String>,
@@ -24,30 +62,36 @@ pub(super) struct Redactor {
 impl Redactor {
     pub(super) fn new(names: Names) -> Self {
         let mut by_start: HashMap<String, Vec<(String, String)>> = HashMap::new();
-        for (name, alias) in names.aliases() {
+        let aliases = names.aliases();
+        let (numbers, others): (BTreeMap<_, _>, BTreeMap<_, _>) =
+            aliases.into_iter().partition(|(name, _)| name.bytes().all(|b| b.is_ascii_digit()));
+        let forms = others.iter().flat_map(|(name, alias)| spellings(name, alias));
+        for (name, alias) in forms.chain(places(&numbers, &others, names.pairs())) {
             by_start.entry(word(&name).to_owned()).or_default().push((name, alias));
         }
+        let numbers = numbers.into_iter().map(|(name, alias)| (name, alias.text)).collect();
         for names in by_start.values_mut() {
             names.sort_by_key(|(name, _)| std::cmp::Reverse(name.len()));
         }
         let cli = Cli::command();
         let arguments = cli.get_subcommands().flat_map(Command::get_arguments);
         let flags = arguments.filter_map(Arg::get_long).map(str::to_owned).collect();
-        Self { names: by_start, flags, addresses: BTreeMap::new(), counts: [0; 2] }
+        Self { names: by_start, numbers, flags, addresses: BTreeMap::new(), counts: [0; 2] }
     }
 
     pub(super) fn part(&mut self, part: &mut Part) {
         part.name = self.text(&part.name);
         match &mut part.content {
             Content::Text(text) => *text = self.text(text),
-            Content::Json(value) => self.value(value),
+            Content::Json(value) => self.value(value, false),
         }
     }
 
-    fn value(&mut self, value: &mut Value) {
+    fn value(&mut self, value: &mut Value, is_name: bool) {
         match value {
+            Value::String(text) if is_name => *text = self.named(text),
             Value::String(text) => *text = self.text(text),
-            Value::Array(values) => values.iter_mut().for_each(|value| self.value(value)),
+            Value::Array(values) => values.iter_mut().for_each(|value| self.value(value, is_name)),
             Value::Object(fields) => {
                 let old = std::mem::take(fields);
                 for (key, mut value) in old {
@@ -56,7 +100,10 @@ impl Redactor {
                     }
                     // Not a name, though it may be spelled like one.
                     if !matches!(key.as_str(), "apiVersion" | "kind") {
-                        self.value(&mut value);
+                        // Of a flag, the values are in a field of their own.
+                        let is_name =
+                            NAMED.contains(&key.as_str()) || is_name && key.as_str() == "value";
+                        self.value(&mut value, is_name);
                     }
                     fields.insert(key, value);
                 }
@@ -69,35 +116,48 @@ impl Redactor {
     fn keys(&mut self, targets: &mut Value) {
         let Value::Object(overrides) = targets else { return };
         let old = std::mem::take(overrides);
-        overrides.extend(old.into_iter().map(|(target, found)| (self.text(&target), found)));
+        overrides.extend(old.into_iter().map(|(target, found)| (self.named(&target), found)));
     }
 
     /// The text with all of its names and addresses replaced.
     pub(super) fn text(&mut self, text: &str) -> String {
         // A name like `db` may be a part of an address.
         let text = self.without_addresses(text);
-        self.without_names(&text)
+        self.without_names(&text, false)
+    }
+
+    /// The same of a text in which a number is a name, if it is spelled like one.
+    pub(super) fn named(&mut self, text: &str) -> String {
+        let text = self.without_addresses(text);
+        self.without_names(&text, true)
     }
 
     /// A name counts where no letter or digit is right before or behind it.
-    fn without_names(&self, text: &str) -> String {
+    fn without_names(&self, text: &str, numbers_too: bool) -> String {
         let mut out = String::with_capacity(text.len());
-        let mut rest = text;
-        while let Some(c) = rest.chars().next() {
-            if let Some(flag) = self.flag(rest) {
-                out.push_str(flag);
-                rest = &rest[flag.len()..];
-                continue;
-            }
+        let mut at = 0;
+        while let Some(c) = text[at..].chars().next() {
+            let rest = &text[at..];
             let word = word(rest);
+            let number = || {
+                let (alias, before) = (self.numbers.get(word)?, &text[..at]);
+                let is_name = numbers_too
+                    || BEFORE_A_NAME.iter().any(|words| before.ends_with(words))
+                    || is_cell(before, &rest[word.len()..]);
+                is_name.then_some(alias)
+            };
             // A name begins with a letter or a digit; what an operator has written, with anything.
-            let (length, by) = match self.find(word, rest) {
-                Some((name, alias)) => (name.len(), alias),
-                None if word.is_empty() => (c.len_utf8(), &rest[..c.len_utf8()]),
-                None => (word.len(), word),
+            let (length, by) = if let Some((name, alias)) = self.find(word, rest) {
+                (name.len(), alias)
+            } else if let Some(flag) = self.flag(rest) {
+                (flag.len(), flag)
+            } else if word.is_empty() {
+                (c.len_utf8(), &rest[..c.len_utf8()])
+            } else {
+                (word.len(), number().map_or(word, String::as_str))
             };
             out.push_str(by);
-            rest = &rest[length..];
+            at += length;
         }
         out
     }
@@ -183,6 +243,59 @@ impl Redactor {
         });
         Some(alias.clone())
     }
+}
+
+/// How a name is spelled, with the alias for each: a uid has `_` in the path of a cgroup, and `pod` before it.
+fn spellings(name: &str, alias: &Alias) -> Vec<(String, String)> {
+    let mut forms = vec![(name.to_owned(), alias.text.clone())];
+    if alias.kind == Kind::Uid {
+        let in_path = name.replace('-', "_");
+        forms.push((format!("pod{name}"), format!("pod{}", alias.text)));
+        if in_path != name {
+            forms.push((format!("pod{in_path}"), format!("pod{}", alias.text)));
+            forms.push((in_path, alias.text.clone()));
+        }
+    }
+    forms
+}
+
+/// What has numbers in it that are names, with what stands for that: reasons, and names beside their namespace.
+fn places(
+    numbers: &BTreeMap<String, Alias>,
+    others: &BTreeMap<String, Alias>,
+    pairs: &BTreeSet<(String, String)>,
+) -> Vec<(String, String)> {
+    let mut found = Vec::new();
+    for (name, Alias { text, .. }) in numbers.iter().filter(|(_, a)| a.kind == Kind::Text) {
+        found.push((format!(": {name}"), format!(": {text}")));
+        found.push((format!("({name})"), format!("({text})")));
+    }
+    let of_number = |(namespace, name): &&(String, String)| {
+        numbers.contains_key(namespace) || numbers.contains_key(name)
+    };
+    for (namespace, name) in pairs.iter().filter(of_number) {
+        let alias = |name: &str| {
+            let alias = numbers.get(name).or_else(|| others.get(name));
+            alias.map_or_else(|| name.to_owned(), |alias| alias.text.clone())
+        };
+        let (of_namespace, of_name) = (alias(namespace), alias(name));
+        for between in ['/', '_'] {
+            found.push((
+                format!("{namespace}{between}{name}"),
+                format!("{of_namespace}{between}{of_name}"),
+            ));
+        }
+        found.push((format!("{name}.{namespace}.svc"), format!("{of_name}.{of_namespace}.svc")));
+    }
+    found
+}
+
+/// Whether what is between these two is a cell of a table.
+fn is_cell(before: &str, behind: &str) -> bool {
+    let first = before.is_empty() || before.ends_with('\n');
+    let last = behind.is_empty() || behind.starts_with('\n');
+    let (left, right) = (before.ends_with(BETWEEN_CELLS), behind.starts_with(BETWEEN_CELLS));
+    (left && (right || last)) || (first && right)
 }
 
 /// The letters and digits that a text begins with.
@@ -276,6 +389,78 @@ mod tests {
         assert_eq!(of("workshop cartoon shops"), "workshop cartoon shops");
         assert_eq!(of("n1"), of("n1"));
         assert!(of("n1.example.com").starts_with("node-"), "{}", of("n1.example.com"));
+    }
+
+    fn of(values: Value) -> Redactor {
+        Redactor::new(Names::of(&[part(values)], Path::new("/nonexistent")))
+    }
+
+    #[test]
+    fn uid_has_one_alias_in_paths_of_cgroups_too() {
+        let uid = "01234567-89ab-cdef-0123-456789abcdef";
+        let static_uid = "0123456789abcdef0123456789abcdef";
+        let mut redactor = of(json!([
+            { "uid": uid },
+            { "cgroup": format!("/kubepods/pod{static_uid}/x") },
+        ]));
+        let alias = redactor.text(uid);
+        assert!(alias.starts_with("uid-"), "{alias}");
+        let in_path = uid.replace('-', "_");
+        assert_eq!(
+            redactor.text(&format!("0::/kubepods-burstable-pod{in_path}.slice/x.scope")),
+            format!("0::/kubepods-burstable-pod{alias}.slice/x.scope")
+        );
+        assert_eq!(
+            redactor.text(&format!("/kubepods/pod{uid}/1")),
+            format!("/kubepods/pod{alias}/1")
+        );
+        let static_pod = redactor.text(&format!("/kubepods/pod{static_uid}/2"));
+        assert!(static_pod.starts_with("/kubepods/poduid-"), "{static_pod}");
+    }
+
+    #[test]
+    fn number_is_a_name_where_a_name_stands() {
+        let mut redactor = of(json!([
+            { "namespace": "4711", "name": "0" },
+            { "namespace": "shop", "name": "80" },
+            { "found": "Service kube-system/123 and default/web" },
+            { "mode": "unenroll", "reason": "99" },
+        ]));
+        let [namespace, zero, eighty] = ["4711", "0", "80"].map(|name| redactor.named(name));
+        let (shop, system) = (redactor.text("shop"), redactor.named("123"));
+        for alias in [&zero, &eighty, &system] {
+            assert!(alias.starts_with("pod-"), "{alias}");
+        }
+        assert!(namespace.starts_with("ns-"), "{namespace}");
+        for (text, expected) in [
+            ("pod 4711/0: lost", format!("pod {namespace}/{zero}: lost")),
+            ("/run/netns/4711_0", format!("/run/netns/{namespace}_{zero}")),
+            ("0.4711.svc", format!("{zero}.{namespace}.svc")),
+            ("kubectl -n 4711 get pod 0", format!("kubectl -n {namespace} get pod {zero}")),
+            ("redirect-agent auto 4711/0", format!("redirect-agent auto {namespace}/{zero}")),
+            ("shop/80 calls port 80", format!("{shop}/{eighty} calls port 80")),
+            (
+                "4711   0      ready\nshop   80",
+                format!("{namespace}   {zero}      ready\n{shop}   {eighty}"),
+            ),
+            ("kube-system/123", format!("kube-system/{system}")),
+            ("by pid 7, uid 0: 99", "by pid 7, uid 0: text-1".to_owned()),
+            ("4711", "4711".to_owned()),
+            (
+                "2026-11-30T00:47:11Z 0 of 80, 6.80.0",
+                "2026-11-30T00:47:11Z 0 of 80, 6.80.0".to_owned(),
+            ),
+        ] {
+            assert_eq!(redactor.text(text), expected, "{text}");
+        }
+        let mut found = part(json!({ "namespace": "4711", "pod": "4711/0", "value": "4711" }));
+        redactor.part(&mut found);
+        let Content::Json(value) = &found.content else { panic!("{found:?}") };
+        assert_eq!(value["namespace"], namespace);
+        assert_eq!(
+            (&value["pod"], &value["value"]),
+            (&json!(format!("{namespace}/{zero}")), &json!("4711"))
+        );
     }
 
     #[test]

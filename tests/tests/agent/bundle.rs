@@ -19,7 +19,7 @@ use redirect_tests::footprint::{assert_unchanged, footprint};
 use redirect_tests::netns::Family;
 use redirect_tests::process::{Process, binary, finish, wait_for};
 use redirect_tests::topology::{Pod, Style, Topology};
-use serde_json::Value;
+use serde_json::{Value, json};
 use tar::Archive;
 
 use crate::cluster::{Cluster, Manifest, Node, SOON, echo};
@@ -160,6 +160,11 @@ fn bundle_has_everything_and_changes_nothing() -> Result<()> {
     let agent = found.json("agent.json")?;
     assert_eq!(agent["pid"], node.agent_pid()?);
     ensure!(agent["commandLine"][1] == "run", "{agent}");
+    ensure!(agent.get("commandLineCut").is_none(), "{agent}");
+    let settings = &found.json("settings.json")?["settings"];
+    let [interval, drain] = ["verify-interval", "drain"].map(|flag| &settings[flag]);
+    assert_eq!(*interval, json!({ "value": ["300ms"], "from": "command-line" }));
+    assert_eq!(*drain, json!({ "value": ["5s"], "from": "default" }));
     assert_kernel(&found, server)?;
 
     assert_unchanged(&server.netns, &before)?;
@@ -224,6 +229,17 @@ fn without_an_agent_the_rest_is_collected() -> Result<()> {
     assert_unchanged(&server.netns, &before)?;
     assert_eq!(listed(&node.state_dir())?, state);
 
+    // Files that are too long, or have another's name, are named or counted, and not read.
+    fs::write(node.state_dir().join("overrides.json"), " ".repeat(2 << 20))?;
+    fs::write(node.state_dir().join("sandboxes/u-1.json"), " ".repeat(1 << 20))?;
+    let long = dir.join("long.tar.gz");
+    let (_, said) = finish(&mut command(node, &long)?)?;
+    let found = Unpacked::read(&long)?;
+    let errors = found.text("errors.txt")?;
+    ensure!(errors.contains("overrides.json is longer than 1048576 bytes"), "{errors}, {said}");
+    assert_eq!(found.json("sandboxes.json")?["leftOut"], 1);
+    fs::remove_file(long)?;
+
     let (done, said) = finish(&mut command(node, &path)?)?;
     ensure!(!done && said.contains("exists; give another file"), "{said}");
     let (link, target) = (dir.join("link.tar.gz"), dir.join("precious"));
@@ -259,35 +275,56 @@ fn agent_that_hangs_holds_it_up_only_once() -> Result<()> {
     assert_eq!(found.netns(server)?["pod"], Value::Null);
     found.json("maps/pods.json")?;
 
+    // What its time does not suffice for is named, and the rest is there.
+    let path = dir.join("short.tar.gz");
+    let began = Instant::now();
+    let (done, said) = finish(command(node, &path)?.args(["--timeout", "1s"]))?;
+    let took = began.elapsed();
+    ensure!(!done && took < Duration::from_secs(15), "{took:?}: {said}");
+    ensure!(said.contains("wrote ") && said.contains("maps.json"), "{said}");
+    let found = Unpacked::read(&path)?;
+    found.json("agent.json")?;
+    let errors = found.text("errors.txt")?;
+    for part in ["status.json", "check.json", "maps.json", "netns/*.json", "takeover.json"] {
+        let line = errors.lines().find(|line| line.starts_with(part));
+        let line = line.with_context(|| format!("no {part} in {errors}"))?;
+        ensure!(!found.files.contains_key(part), "{part}");
+        ensure!(line.ends_with("has taken the 1s of --timeout"), "{line}");
+    }
+    let missing = found.json("manifest.json")?["missing"].as_array().map(Vec::len);
+    assert_eq!(missing, Some(errors.lines().count()));
+
     // Interrupted by a signal that nothing can catch, too, it leaves nothing.
     let path = dir.join("interrupted.tar.gz");
     let log = topology.dir().path().join("bundle.log");
     let mut running = Process::spawn("bundle", &mut command(node, &path)?, log)?;
     running.wait_for_log("agent.json", SOON)?;
     running.kill()?;
-    assert_eq!(listed(&dir)?.len(), 1);
+    assert_eq!(listed(&dir)?.len(), 2);
     drop(stopped);
     node.wait_for_state(server, PodState::Enrolled).map(drop)
 }
 
 /// Names that are in nothing else.
-fn strangers() -> Result<(Cluster, Pod)> {
+fn strangers() -> Result<(Cluster, Pod, Pod)> {
     let mut topology = Topology::new(&[Style::Routed, Style::Bridged])?;
     let server = topology.add_pod(0, "zebramart", "quokka-7d9f")?;
     let client = topology.add_pod(1, "zebramart", "wombat-5c4b")?;
     let other = topology.add_pod(0, "yakbank", "ocelot")?;
+    let number = topology.add_pod(0, "908172635", "536271809")?;
     let mut node = Node::new(&topology, 0, &[])?;
     node.write(&Manifest::of(&server))?;
     node.write(&Manifest::of(&client))?;
     node.write(&Manifest::of(&other))?;
+    node.write(&Manifest::of(&number))?;
     node.start_agent()?;
     node.start_proxy()?;
-    Ok((Cluster { node, server, client, topology }, other))
+    Ok((Cluster { node, server, client, topology }, other, number))
 }
 
 #[test]
 fn redacted_bundle_has_no_address_and_no_name() -> Result<()> {
-    let (mut cluster, other) = strangers()?;
+    let (mut cluster, other, number) = strangers()?;
     let Cluster { node, server, client, topology } = &cluster;
     node.enroll(server)?;
     node.enroll(&other)?;
@@ -295,6 +332,8 @@ fn redacted_bundle_has_no_address_and_no_name() -> Result<()> {
     cluster.assert_redirected(Family::V4)?;
     cluster.assert_redirected(Family::V6)?;
     node.tell("unenroll", &["yakbank/ocelot", "--reason", "INC-4711 by numbat"])?;
+    node.enroll(&number)?;
+    node.tell("unenroll", &[&number.to_string(), "--reason", "7418529630"])?;
     server.netns.output("ip", &["-6", "rule", "del", "table", "15001"])?;
     wait_for("a repair", SOON, || {
         let said = node.tell("explain", &["zebramart/quokka-7d9f"])?;
@@ -307,7 +346,9 @@ fn redacted_bundle_has_no_address_and_no_name() -> Result<()> {
     let mut real = ["zebramart", "quokka", "wombat", "yakbank", "ocelot", "node0", "numbat"]
         .map(str::to_owned)
         .to_vec();
-    for pod in [server, client, &other] {
+    real.push("7418529630".to_owned());
+    for pod in [server, client, &other, &number] {
+        real.push(pod.namespace.clone());
         real.extend([pod.v4.to_string(), pod.v6.to_string(), pod.name.clone()]);
     }
     assert_absent(&found, real.iter())?;
