@@ -476,7 +476,14 @@ impl<S: Source> control::Agent for Agent<S> {
         let asked = explain::Request { pod: pod.clone(), to: None };
         let explanation = control::Agent::explain(self, asked).await?;
         let peer = &by.peer;
-        info!(%pod, uid = peer.uid, pid = peer.pid, process = peer.process, "audit: verify");
+        info!(
+            target: crate::log::AUDITED,
+            %pod,
+            uid = peer.uid,
+            pid = peer.pid,
+            process = peer.process,
+            "verify"
+        );
         verify::run::verify(self.observer()?, &self.verdicts, &pod, explanation, to).await
     }
 
@@ -570,6 +577,7 @@ fn tell(by: &Author, change: &Change, changed: bool, message: &str) {
         Change::Pause(_) | Change::Resume => "node".to_owned(),
     };
     info!(
+        target: crate::log::AUDITED,
         command = change.verb(),
         target,
         changed,
@@ -578,6 +586,6 @@ fn tell(by: &Author, change: &Change, changed: bool, message: &str) {
         process = by.peer.process,
         reason = by.reason,
         until = until.map(|until| until.to_string()),
-        "audit: {message}"
+        "{message}"
     );
 }

@@ -7,8 +7,9 @@ use std::{
     time::SystemTime,
 };
 
-use anyhow::{Context as _, Result};
+use anyhow::{Context as _, Result, ensure};
 use serde::{Deserialize, Serialize};
+use tracing::level_filters::LevelFilter;
 use tracing_subscriber::{
     EnvFilter, Registry, fmt, layer::SubscriberExt as _, reload, util::SubscriberInitExt as _,
 };
@@ -66,10 +67,27 @@ pub fn start(json: bool, default: &str) -> Result<()> {
     LOG.set(Log { handle, configured, now }).ok().context("this process logs already")
 }
 
+/// What an auditor reads is written whatever the filter.
+const AUDIT: &str = "audit=info";
+/// The target of such lines.
+pub const AUDITED: &str = "audit";
+
 fn read(filter: &str) -> Result<EnvFilter> {
-    EnvFilter::try_new(filter).map_err(|error| {
+    let filter = EnvFilter::try_new(filter).map_err(|error| {
         anyhow::anyhow!("{error}; give a level, such as debug, or module=level, such as kube=debug")
-    })
+    })?;
+    Ok(filter.add_directive(AUDIT.parse()?))
+}
+
+/// A word alone is a level. To the library it may also be a module, and a misspelled level would silence the log.
+fn check_words(filter: &str) -> Result<()> {
+    for word in filter.split(',').map(str::trim).filter(|word| !word.contains('=')) {
+        ensure!(
+            word.parse::<LevelFilter>().is_ok(),
+            "{word:?} is no level: give error, warn, info, debug, trace or off, or module=level, such as kube=debug"
+        );
+    }
+    Ok(())
 }
 
 /// What is logged now.
@@ -92,6 +110,7 @@ pub fn set(filter: Option<String>, until: Option<Moment>) -> Result<Level> {
         Some(filter) => Level { filter, until, configured: false },
         None => Level { filter: log.configured.clone(), until: None, configured: true },
     };
+    check_words(&level.filter)?;
     let filter = read(&level.filter)?;
     let mut now = log.now.lock().unwrap_or_else(PoisonError::into_inner);
     log.handle.reload(filter)?;

@@ -21,6 +21,9 @@ pub(crate) enum Profile {
 /// Builds as whoever started us, then becomes the program of this name as root; returns only if that
 /// failed.
 pub(crate) fn become_program(name: &str, profile: Profile, arguments: &[OsString]) -> Result<()> {
+    eprintln!(
+        "{name}: first the tools and the build (the first one takes minutes), then the {name}"
+    );
     setup::for_building(setup::Report::Changes)?;
     setup::for_running(setup::Report::Changes)?;
     // Of the whole workspace: with fewer packages, cargo chooses other features and builds them twice.

@@ -55,7 +55,8 @@ async fn put(
     tell(&answer)?;
     ensure!(
         !answer.wanted.is_empty(),
-        "no pod of this node matches {}: there is nothing to wait for",
+        "no pod of this node matches {0}: there is nothing to wait for; the override stays: `redirect-agent auto {0}` \
+         removes it",
         request.target
     );
     if mode == Some(Mode::Enroll) {

@@ -2,7 +2,7 @@
 
 use std::{io, ops::ControlFlow, path::PathBuf, time::Duration};
 
-use anyhow::{Context as _, bail};
+use anyhow::{Context as _, anyhow, bail};
 use axum::http::{Method, StatusCode, header};
 use futures_util::{FutureExt as _, TryStreamExt as _};
 use http_body_util::{BodyExt as _, Full};
@@ -236,8 +236,15 @@ impl Client {
         body: Option<&impl Serialize>,
     ) -> anyhow::Result<Bytes> {
         let stream = self.connect().await?;
+        // The request is in the agent's socket.
+        let later = if method == Method::PUT || method == Method::POST && within == DEADLINE {
+            "; it may still do it later: look with `redirect-agent status`"
+        } else {
+            ""
+        };
         let (status, content) = in_time(within, exchange(stream, method, uri, body))
             .await
+            .map_err(|error| anyhow!("{error:#}{later}"))
             .with_context(|| self.asking())?;
         if !status.is_success() {
             return Err(self.refusal(status, &content));

@@ -419,11 +419,12 @@ async fn set_log(
         Ok(level) => {
             let Level { filter, .. } = &level;
             info!(
+                target: log::AUDITED,
                 filter,
                 uid = peer.uid,
                 pid = peer.pid,
                 process = peer.process,
-                "audit: log-level"
+                "log-level"
             );
             Json(level).into_response()
         }

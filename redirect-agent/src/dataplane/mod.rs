@@ -64,7 +64,7 @@ use redirect_ebpf::abi::{
     ABI_VERSION, LISTENER_HBONE, LISTENER_INBOUND, LISTENER_OUTBOUND, LOOPBACK_IFINDEX, PORT_HBONE,
     PORT_INBOUND, PORT_OUTBOUND, PodId,
 };
-use tracing::debug;
+use tracing::{debug, warn};
 
 pub use self::{
     hook::Hooks,
@@ -797,7 +797,9 @@ fn remove_if_there(path: &Path) -> Result<()> {
 /// Creates the agent's directory, for root only. Mounts a bpffs first if its usual mount point has none.
 fn create_bpffs_dir(dir: &Path) -> Result<()> {
     if dir.starts_with(BPFFS) && !is_bpffs(Path::new(BPFFS))? {
-        debug!("mounting bpffs at {BPFFS}");
+        warn!(
+            "{BPFFS} is no bpffs: mounting one; what is pinned there lasts as long as this mount"
+        );
         mount(Some("bpf"), BPFFS, Some("bpf"), MsFlags::empty(), Some("mode=0700"))
             .with_context(|| format!("mount bpffs at {BPFFS}"))?;
     }
