@@ -44,24 +44,24 @@ impl Cgroup {
     pub fn of(process: &Process, viewer: &Process) -> Result<Self> {
         let (path, mounts) =
             as_seen_by(viewer, || path_in(process.cgroups().context("read its cgroups")?))?;
-        Self::at(path, viewer, &mounts)
+        Self::at(path, viewer.pid, &mounts)
     }
 
-    /// The cgroup at this path, as `viewer`, with these mounts, sees it.
-    fn at(path: String, viewer: &Process, mounts: &MountInfos) -> Result<Self> {
+    /// The cgroup at this path, as process `viewer`, with these mounts, sees it.
+    pub(crate) fn at(path: String, viewer: i32, mounts: &MountInfos) -> Result<Self> {
         let below = mounts
             .iter()
             .filter(|mount| mount.fs_type == "cgroup2")
             .find_map(|mount| {
                 let inside = Path::new(&path).strip_prefix(&mount.root).ok()?;
-                // A cgroup of another cgroup namespace, which this one does not show.
-                if inside.components().any(|part| part == Component::ParentDir) {
+                // A cgroup of another cgroup namespace, which this one does not show, begins with `..`.
+                if !inside.components().all(|part| matches!(part, Component::Normal(_))) {
                     return None;
                 }
                 Some(mount.mount_point.strip_prefix("/").ok()?.join(inside))
             })
-            .with_context(|| format!("process {} has no cgroup v2 mounted", viewer.pid))?;
-        let dir = PathBuf::from(format!("/proc/{}/root", viewer.pid)).join(below);
+            .with_context(|| format!("process {viewer} has no cgroup v2 mounted"))?;
+        let dir = PathBuf::from(format!("/proc/{viewer}/root")).join(below);
         Ok(Self { path, dir })
     }
 
@@ -84,7 +84,7 @@ impl Cgroup {
 }
 
 /// The path of the v2 cgroup.
-fn path_in(cgroups: ProcessCGroups) -> Result<String> {
+pub(crate) fn path_in(cgroups: ProcessCGroups) -> Result<String> {
     let unified = cgroups.0.into_iter().find(|cgroup| cgroup.hierarchy == 0);
     Ok(unified.context("it has no cgroup of version 2")?.pathname)
 }
@@ -157,13 +157,22 @@ fn numbers_of_proxy(process: &Process, viewer: &Process) -> Result<BTreeSet<u64>
         parents.is_none_or(|parents| !paths.contains(&parents)),
         "it shares its cgroup with its parent, as on nodes with cgroup v1, or behind a wrapper that does not exec"
     );
-    let number = |path| Ok(Cgroup::at(path, viewer, &mounts)?.open()?.1);
+    let number = |path| Ok(Cgroup::at(path, viewer.pid, &mounts)?.open()?.1);
     paths.into_iter().map(number).collect()
 }
 
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn mount_without_a_root_shows_no_cgroup() {
+        for (root, shows) in [("/a", true), ("", false)] {
+            let line = format!("30 23 0:26 {root} /sys/fs/cgroup rw - cgroup2 none rw\n");
+            let mounts = MountInfos::from_read(line.as_bytes()).unwrap();
+            assert_eq!(Cgroup::at("/a/b".to_owned(), 1, &mounts).is_ok(), shows, "{root:?}");
+        }
+    }
 
     #[test]
     fn cgroup_of_a_process_is_the_directory_that_lists_it() {

@@ -1,4 +1,4 @@
-//! Types that serde reads and writes as their text.
+//! How serde reads and writes some types and fields.
 
 /// For a type with `#[serde(try_from = "String", into = "String")]`: its text is what `FromStr` reads and
 /// `Display` writes.
@@ -20,3 +20,12 @@ macro_rules! by_text {
     };
 }
 pub(crate) use by_text;
+
+/// For a field that is `None` only where it is absent, and not where it is `null`.
+pub(crate) fn present<'de, T, D>(deserializer: D) -> Result<Option<T>, D::Error>
+where
+    T: serde::Deserialize<'de>,
+    D: serde::Deserializer<'de>,
+{
+    T::deserialize(deserializer).map(Some)
+}

@@ -30,7 +30,7 @@ use super::{
     entry::{Entry, LONGEST_TIMEOUT, PLUGIN, VERSIONS},
     request::{ADD_PATH, AddRequest, Address, IpConfig},
 };
-use crate::{control::exchange, netns::Netns};
+use crate::{control::exchange, netns::Netns, text::present};
 
 /// The kernel kills the plugin after this time, whatever it hangs in. No runtime waits that long.
 const LAST_RESORT: u32 = 300;
@@ -136,7 +136,7 @@ struct Configuration<'a> {
 #[derive(Deserialize)]
 #[serde(rename_all = "camelCase")]
 struct PreviousResult<'a> {
-    #[serde(borrow)]
+    #[serde(borrow, default, deserialize_with = "present")]
     cni_version: Option<&'a RawValue>,
     ips: Option<Vec<PreviousIp>>,
 }
@@ -497,6 +497,7 @@ mod tests {
             (&older, odd),
             (none, r#"{"cniVersion":"1.0.0","ips":null}"#),
             ("{}", r#"{"cniVersion":"1.0.0"}"#),
+            (r#"{"cniVersion":null}"#, r#"{"cniVersion":"1.0.0"}"#),
         ] {
             let answer = run(&environment("ADD"), after(result).as_bytes()).unwrap();
             assert_eq!(answer, format!("{expected}\n"));

@@ -1,6 +1,6 @@
 //! An operator's overrides of the labels on this node, and where they are stored.
 
-mod store;
+pub(crate) mod store;
 
 use std::{
     collections::BTreeMap,
@@ -143,7 +143,7 @@ impl TryFrom<String> for Moment {
     type Error = humantime::TimestampError;
 
     fn try_from(s: String) -> Result<Moment, humantime::TimestampError> {
-        humantime::parse_rfc3339(&s).map(Moment)
+        humantime::parse_rfc3339(&s).map(Moment::of)
     }
 }
 
@@ -276,7 +276,7 @@ impl Overrides {
     }
 
     /// The overrides after `change`, without those that have expired by `now`.
-    fn with(&self, change: Change, now: SystemTime) -> Overrides {
+    pub(crate) fn with(&self, change: Change, now: SystemTime) -> Overrides {
         let mut next = self.clone();
         next.targets.retain(|_, found| in_force(found.until, now));
         next.pause = self.pause(now).cloned();
@@ -350,6 +350,12 @@ mod tests {
 
     fn start() -> SystemTime {
         humantime::parse_rfc3339("2026-08-01T12:00:00Z").unwrap()
+    }
+
+    #[test]
+    fn time_that_was_stored_with_a_fraction_is_in_whole_seconds() {
+        let stored = Moment::try_from("2026-08-01T12:00:00.5Z".to_owned()).unwrap();
+        assert_eq!(stored, Moment::of(start()));
     }
 
     fn set(target: &str, mode: Mode, minutes: Option<u32>) -> Change {

@@ -1,6 +1,7 @@
 //! Rules and routes as `ip rule` and `ip route` print them, as far as that matters for a report.
 
 use std::{
+    borrow::Cow,
     collections::BTreeMap,
     fmt::{Debug, Write as _},
     pin::pin,
@@ -88,7 +89,13 @@ fn word(kind: &impl Debug) -> String {
     format!("{kind:?}").to_lowercase()
 }
 
-fn rule(message: &RuleMessage) -> String {
+/// A rule may name an interface that cannot exist, in words that look like more of the line.
+fn shown(name: &str) -> Cow<'_, str> {
+    let odd = |c: char| c.is_whitespace() || c.is_control() || c == '#';
+    if name.contains(odd) { format!("{name:?}").into() } else { name.into() }
+}
+
+pub(super) fn rule(message: &RuleMessage) -> String {
     let header = &message.header;
     let mut text = format!("{}:", priority(message));
     if header.flags.contains(RuleFlags::Invert) {
@@ -99,8 +106,8 @@ fn rule(message: &RuleMessage) -> String {
         let _infallible = match attribute {
             RuleAttribute::Source(ip) => write!(text, " from {ip}/{}", header.src_len),
             RuleAttribute::Destination(ip) => write!(text, " to {ip}/{}", header.dst_len),
-            RuleAttribute::Iifname(name) => write!(text, " iif {name}"),
-            RuleAttribute::Oifname(name) => write!(text, " oif {name}"),
+            RuleAttribute::Iifname(name) => write!(text, " iif {}", shown(name)),
+            RuleAttribute::Oifname(name) => write!(text, " oif {}", shown(name)),
             RuleAttribute::IpProtocol(protocol) => write!(text, " ipproto {}", word(protocol)),
             RuleAttribute::SourcePortRange(r) => write!(text, " sport {}-{}", r.start, r.end),
             RuleAttribute::DestinationPortRange(r) => write!(text, " dport {}-{}", r.start, r.end),
@@ -154,7 +161,7 @@ fn table(message: &RouteMessage) -> u32 {
     table.unwrap_or_else(|| message.header.table.into())
 }
 
-fn route(message: &RouteMessage, interfaces: &BTreeMap<u32, String>) -> String {
+pub(super) fn route(message: &RouteMessage, interfaces: &BTreeMap<u32, String>) -> String {
     let header = &message.header;
     let mut text = match header.kind {
         RouteType::Unicast => String::new(),
@@ -193,4 +200,22 @@ fn route(message: &RouteMessage, interfaces: &BTreeMap<u32, String>) -> String {
         text.push_str("  # redirect-agent");
     }
     text
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn interface_in_a_rule_adds_nothing_to_its_line() {
+        for (name, expected) in [
+            ("eth0", "0: iif eth0 unspec"),
+            ("a\n0: from all", r#"0: iif "a\n0: from all" unspec"#),
+            ("a  # istio-cni", r#"0: iif "a  # istio-cni" unspec"#),
+        ] {
+            let mut message = RuleMessage::default();
+            message.attributes.push(RuleAttribute::Iifname(name.to_owned()));
+            assert_eq!(rule(&message), expected);
+        }
+    }
 }

@@ -48,16 +48,20 @@ impl Manifests {
     pub(super) fn add(&mut self, path: &Path) -> Result<()> {
         let content = fs::read(path).with_context(|| format!("read {}", path.display()))?;
         let is_json = path.extension() == Some(OsStr::new("json"));
-        let documents = parse(&content, is_json)
-            .map_err(|error| anyhow!("parse {}: {error}", path.display()))?;
+        self.take(&content, is_json).map_err(|error| anyhow!("{}: {error}", path.display()))
+    }
+
+    /// Takes the objects of a file's content.
+    pub(crate) fn take(&mut self, content: &[u8], is_json: bool) -> Result<(), String> {
         let mut found = Vec::new();
+        let documents = parse(content, is_json).map_err(|error| format!("parse it: {error}"))?;
         for (index, document) in documents.into_iter().enumerate() {
             let object = prepared(document);
             self.services.extend(services(&object));
             interpret(format!("document {}", index + 1), &object, None, &mut found);
         }
         for Found { place, object, .. } in found {
-            match object.map_err(|error| anyhow!("{}, {place}: {error}", path.display()))? {
+            match object.map_err(|error| format!("{place}: {error}"))? {
                 Object::Namespace(n) => drop(self.namespaces.entry(n.name.clone()).or_insert(n)),
                 Object::Pod(pod) => drop(self.pods.entry(pod.key.clone()).or_insert(pod)),
             }
@@ -113,6 +117,10 @@ fn pod_of_workload(object: Value) -> Value {
     let mut pod = template.clone();
     pod["apiVersion"] = json!("v1");
     pod["kind"] = json!("Pod");
+    // Anything else is refused when the pod is read.
+    if pod.get("metadata").is_some_and(|metadata| !metadata.is_object() && !metadata.is_null()) {
+        return pod;
+    }
     for field in ["name", "namespace"] {
         if let Some(value) = object["metadata"].get(field) {
             pod["metadata"][field] = value.clone();
@@ -244,4 +252,21 @@ fn with_name(place: String, id: &Option<ObjectId>) -> String {
 
 fn decode<T: DeserializeOwned>(document: &Value) -> Result<T, String> {
     T::deserialize(document).map_err(|error| format!("read it: {error}"))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn template_whose_metadata_is_no_object_is_refused() {
+        for metadata in ["x", "[]", "1", "true"] {
+            let manifest = format!(
+                "{{apiVersion: apps/v1, kind: Deployment, metadata: {{name: web}}, \
+                 spec: {{template: {{metadata: {metadata}}}}}}}"
+            );
+            let error = Manifests::default().take(manifest.as_bytes(), false).unwrap_err();
+            assert!(error.starts_with("document 1: read it: "), "{error}");
+        }
+    }
 }
