@@ -13,6 +13,8 @@ pub mod dataplane;
 pub mod enablement;
 pub mod explain;
 pub mod finder;
+#[cfg(test)]
+mod fuzz;
 pub mod health;
 pub mod journal;
 pub mod kubelet;

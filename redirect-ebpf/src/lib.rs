@@ -4,4 +4,6 @@
 
 pub mod abi;
 pub mod dns;
+#[cfg(test)]
+mod draw;
 pub mod verdict;

@@ -273,10 +273,15 @@ pub fn look(state_dir: &Path) -> Result<Recorded> {
 }
 
 fn read(path: &Path) -> Result<Sandbox> {
-    let sandbox: Sandbox = serde_json::from_reader(File::open(path)?.take(LONGEST))?;
     let name = path.file_name().and_then(|name| name.to_str());
+    understand(name.unwrap_or_default(), File::open(path)?.take(LONGEST))
+}
+
+/// The record in a file of this name.
+pub(crate) fn understand(name: &str, content: impl io::Read) -> Result<Sandbox> {
+    let sandbox: Sandbox = serde_json::from_reader(content)?;
     ensure!(
-        is_file_name(&sandbox.uid) && name == Some(&format!("{}.json", sandbox.uid)),
+        is_file_name(&sandbox.uid) && name == format!("{}.json", sandbox.uid),
         "it is of uid {:?}",
         sandbox.uid
     );

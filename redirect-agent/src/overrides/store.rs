@@ -153,7 +153,7 @@ fn aside(file: &Path) -> PathBuf {
     file.with_extension("json.unreadable")
 }
 
-fn understand(content: &[u8]) -> Result<Overrides, String> {
+pub(crate) fn understand(content: &[u8]) -> Result<Overrides, String> {
     let saved: Saved = serde_json::from_slice(content).map_err(|error| error.to_string())?;
     if saved.version != FORMAT {
         return Err(format!("its version is {}, this agent reads {FORMAT}", saved.version));
@@ -168,11 +168,17 @@ fn move_aside(file: &Path) -> anyhow::Result<PathBuf> {
     Ok(aside)
 }
 
-/// Even after a power failure, the file has either the old or the new content.
-fn write(file: &Path, overrides: &Overrides) -> anyhow::Result<()> {
+/// What [`understand`] reads.
+pub(crate) fn content(overrides: &Overrides) -> serde_json::Result<Vec<u8>> {
     let mut content =
         serde_json::to_vec_pretty(&Saved { version: FORMAT, overrides: overrides.clone() })?;
     content.push(b'\n');
+    Ok(content)
+}
+
+/// Even after a power failure, the file has either the old or the new content.
+fn write(file: &Path, overrides: &Overrides) -> anyhow::Result<()> {
+    let content = content(overrides)?;
     let new = new(file);
     let mut writer =
         fs::OpenOptions::new().write(true).create(true).truncate(true).mode(0o600).open(&new)?;

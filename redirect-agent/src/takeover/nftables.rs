@@ -193,18 +193,22 @@ impl Batch {
         self.0.push(message);
     }
 
-    /// Carries out the batch. An empty batch sends nothing to the kernel.
-    pub(super) fn commit(self) -> Result<()> {
-        if self.0.is_empty() {
-            return Ok(());
-        }
+    fn bytes(self) -> Vec<u8> {
         let mut bytes = Message::batch(BATCH_BEGIN).finish();
         for message in self.0 {
             bytes.extend(message.finish());
         }
         bytes.extend(Message::batch(BATCH_END).finish());
+        bytes
+    }
+
+    /// Carries out the batch. An empty batch sends nothing to the kernel.
+    pub(super) fn commit(self) -> Result<()> {
+        if self.0.is_empty() {
+            return Ok(());
+        }
         let socket = open().context("open netlink to netfilter")?;
-        send(&socket, &bytes).context("change nf_tables")?;
+        send(&socket, &self.bytes()).context("change nf_tables")?;
         // The kernel has answered before `send` returned.
         socket.set_non_blocking(true).context("read netlink")?;
         loop {
@@ -224,37 +228,42 @@ impl Batch {
 /// Reads everything. If nf_tables is a kernel module, this may load it.
 pub(super) fn read() -> Result<Ruleset> {
     let mut ruleset = Ruleset::default();
-    dump(GET_TABLE, |family, attributes| {
-        let name = TableName { family, name: text(attributes, TABLE)? };
-        ruleset.tables.push(Table { name, holds: number(attributes, TABLE_USE)? });
-        Ok(())
-    })
-    .context("list the tables of nf_tables")?;
-    dump(GET_CHAIN, |family, attributes| {
-        ruleset.chains.push(Chain {
-            table: TableName { family, name: text(attributes, TABLE)? },
-            name: text(attributes, CHAIN_NAME)?,
-            base: find(attributes, CHAIN_HOOK)?.is_some(),
-            accepts: match find(attributes, CHAIN_POLICY)? {
-                Some(_) => number(attributes, CHAIN_POLICY)? == ACCEPT,
-                None => true,
-            },
-        });
-        Ok(())
-    })
-    .context("list the chains of nf_tables")?;
-    dump(GET_RULE, |family, attributes| {
-        let handle = find(attributes, RULE_HANDLE)?.and_then(|value| value.try_into().ok());
-        ruleset.rules.push(Rule {
-            table: TableName { family, name: text(attributes, TABLE)? },
-            chain: text(attributes, RULE_CHAIN)?,
-            handle: u64::from_be_bytes(handle.context("read a rule without a handle")?),
-            jumps_to: jump(attributes)?,
-        });
-        Ok(())
-    })
-    .context("list the rules of nf_tables")?;
+    for (kind, what) in [(GET_TABLE, "tables"), (GET_CHAIN, "chains"), (GET_RULE, "rules")] {
+        dump(kind, |family, attributes| ruleset.add(kind, family, attributes))
+            .with_context(|| format!("list the {what} of nf_tables"))?;
+    }
     Ok(ruleset)
+}
+
+impl Ruleset {
+    /// Adds what an answer to a request of this kind says.
+    fn add(&mut self, kind: u16, family: u8, attributes: &[u8]) -> Result<()> {
+        let table = TableName { family, name: text(attributes, TABLE)? };
+        match kind {
+            GET_TABLE => {
+                self.tables.push(Table { name: table, holds: number(attributes, TABLE_USE)? });
+            }
+            GET_CHAIN => self.chains.push(Chain {
+                table,
+                name: text(attributes, CHAIN_NAME)?,
+                base: find(attributes, CHAIN_HOOK)?.is_some(),
+                accepts: match find(attributes, CHAIN_POLICY)? {
+                    Some(_) => number(attributes, CHAIN_POLICY)? == ACCEPT,
+                    None => true,
+                },
+            }),
+            _ => {
+                let handle = find(attributes, RULE_HANDLE)?.and_then(|value| value.try_into().ok());
+                self.rules.push(Rule {
+                    table,
+                    chain: text(attributes, RULE_CHAIN)?,
+                    handle: u64::from_be_bytes(handle.context("read a rule without a handle")?),
+                    jumps_to: jump(attributes)?,
+                });
+            }
+        }
+        Ok(())
+    }
 }
 
 /// The chain that a rule jumps to.
@@ -292,26 +301,30 @@ fn dump(kind: u16, mut each: impl FnMut(u8, &[u8]) -> Result<()>) -> Result<()> 
     let mut request = Message::new(kind, 0, ANY_FAMILY);
     request.set_flags(FLAG_REQUEST | FLAG_DUMP);
     send(&socket, &request.finish())?;
-    loop {
-        let received = receive(&socket)?;
-        for (kind, flags, payload) in messages(&received)? {
-            if flags & FLAG_DUMP_INTERRUPTED != 0 {
-                bail!("somebody is changing them at the same time");
-            }
-            match kind {
-                MESSAGE_DONE => return Ok(()),
-                // A kernel without nf_tables has none.
-                MESSAGE_ERROR => match error_of(payload) {
-                    Err(e) if e.raw_os_error() == Some(libc::EINVAL) => return Ok(()),
-                    outcome => outcome?,
-                },
-                _ => match payload.split_at_checked(FAMILY_HEADER) {
-                    Some(([family, ..], attributes)) => each(*family, attributes)?,
-                    _ => bail!("too short a message"),
-                },
-            }
+    while !take(&receive(&socket)?, &mut each)? {}
+    Ok(())
+}
+
+/// Takes a packet of a dump. Returns whether it is the last one.
+fn take(received: &[u8], mut each: impl FnMut(u8, &[u8]) -> Result<()>) -> Result<bool> {
+    for (kind, flags, payload) in messages(received)? {
+        if flags & FLAG_DUMP_INTERRUPTED != 0 {
+            bail!("somebody is changing them at the same time");
+        }
+        match kind {
+            MESSAGE_DONE => return Ok(true),
+            // A kernel without nf_tables has none.
+            MESSAGE_ERROR => match error_of(payload) {
+                Err(e) if e.raw_os_error() == Some(libc::EINVAL) => return Ok(true),
+                outcome => outcome?,
+            },
+            _ => match payload.split_at_checked(FAMILY_HEADER) {
+                Some(([family, ..], attributes)) => each(*family, attributes)?,
+                _ => bail!("too short a message"),
+            },
         }
     }
+    Ok(false)
 }
 
 fn open() -> io::Result<Socket> {
@@ -356,10 +369,10 @@ fn find(attributes: &[u8], kind: u16) -> Result<Option<&[u8]>> {
     Ok(None)
 }
 
+/// A character for each byte: a name need not be UTF-8, and has to be the same in a request.
 fn text(attributes: &[u8], kind: u16) -> Result<String> {
     let value = find(attributes, kind)?.with_context(|| format!("find attribute {kind}"))?;
-    let end = value.iter().position(|byte| *byte == 0).unwrap_or(value.len());
-    Ok(String::from_utf8_lossy(&value[..end]).into_owned())
+    Ok(value.iter().take_while(|byte| **byte != 0).map(|byte| char::from(*byte)).collect())
 }
 
 fn number(attributes: &[u8], kind: u16) -> Result<u32> {
@@ -409,7 +422,8 @@ impl Message {
     }
 
     fn text(&mut self, kind: u16, value: &str) {
-        self.put(kind, &[value.as_bytes(), &[0]].concat());
+        let bytes = value.chars().map(|c| u8::try_from(c).unwrap_or(b'?'));
+        self.put(kind, &bytes.chain([0]).collect::<Vec<u8>>());
     }
 
     fn nest(&mut self, kind: u16, fill: impl FnOnce(&mut Self)) {
@@ -424,5 +438,149 @@ impl Message {
         let length = u32::try_from(self.0.len()).unwrap_or(u32::MAX);
         self.0[..4].copy_from_slice(&length.to_ne_bytes());
         self.0
+    }
+}
+
+#[cfg(test)]
+mod fuzz {
+    use std::collections::BTreeSet;
+
+    use super::*;
+    use crate::{
+        fuzz::fuzz,
+        takeover::rules::{NATIVE_TABLES, TABLES, removal},
+    };
+
+    /// An answer of the kernel.
+    fn answer(kind: u16, family: u8, fill: impl FnOnce(&mut Message)) -> Vec<u8> {
+        let mut message = Message::new(kind, 0, family);
+        fill(&mut message);
+        message.finish()
+    }
+
+    fn table(family: u8, name: &str, holds: u32) -> Vec<u8> {
+        answer(NEW_TABLE, family, |table| {
+            table.text(TABLE, name);
+            table.number(TABLE_USE, holds);
+        })
+    }
+
+    fn chain(family: u8, name: &str, base: bool) -> Vec<u8> {
+        answer(NEW_CHAIN, family, |chain| {
+            chain.text(TABLE, "nat");
+            chain.text(CHAIN_NAME, name);
+            if base {
+                chain.nest(CHAIN_HOOK, |hook| hook.number(HOOK_NUMBER, HOOK_OUTPUT));
+                chain.number(CHAIN_POLICY, ACCEPT);
+            }
+        })
+    }
+
+    fn rule(family: u8, chain: &str, handle: u64, jumps_to: &str) -> Vec<u8> {
+        answer(NEW_RULE, family, |rule| {
+            rule.text(TABLE, "nat");
+            rule.text(RULE_CHAIN, chain);
+            rule.put(RULE_HANDLE, &handle.to_be_bytes());
+            rule.nest(RULE_EXPRESSIONS, |list| {
+                list.nest(LIST_ELEMENT, |immediate| {
+                    immediate.text(EXPRESSION_NAME, "immediate");
+                    immediate.nest(EXPRESSION_DATA, |data| {
+                        data.nest(IMMEDIATE_DATA, |value| {
+                            value.nest(DATA_VERDICT, |v| v.text(VERDICT_CHAIN, jumps_to));
+                        });
+                    });
+                });
+            });
+        })
+    }
+
+    fn dumps() -> Vec<Vec<u8>> {
+        let of = |family| {
+            [
+                table(family, "nat", 3),
+                chain(family, "OUTPUT", true),
+                chain(family, "ISTIO_OUTPUT", false),
+                rule(family, "OUTPUT", 1, "ISTIO_OUTPUT"),
+                rule(family, "ISTIO_OUTPUT", 2, "OTHERS"),
+            ]
+            .concat()
+        };
+        let mut keeper = Batch::default();
+        keeper.add_keeper(&TableName { family: FAMILY_INET, name: "keeper".to_owned() }, "c", 1);
+        let native = table(FAMILY_INET, "istio-ambient-nat", 2);
+        let done = Message::start(MESSAGE_DONE, 0, 0, 0).finish();
+        vec![of(FAMILY_IPV4), of(FAMILY_IPV6), native, keeper.bytes(), done]
+    }
+
+    /// Family, table, chain and handle, as they are on the wire.
+    type Wire<'a> = (u8, Option<&'a [u8]>, Option<&'a [u8]>, Option<&'a [u8]>);
+
+    fn wire(payload: &[u8], chain: u16, handle: u16) -> Wire<'_> {
+        let (family, attributes) = payload.split_at(FAMILY_HEADER);
+        let find = |kind| find(attributes, kind).ok().flatten();
+        let name = |kind| Some(find(kind)?.split(|byte| *byte == 0).next().unwrap());
+        (family[0], name(TABLE), name(chain), find(handle))
+    }
+
+    #[test]
+    fn name_that_is_not_utf8_is_the_same_in_a_request() {
+        let name = b"\xff\xe4\xb8";
+        let bytes = answer(NEW_TABLE, FAMILY_IPV4, |table| table.put(TABLE, name));
+        let text = text(&bytes[HEADER + FAMILY_HEADER..], TABLE).unwrap();
+        let again = answer(DELETE_TABLE, FAMILY_IPV4, |table| table.text(TABLE, &text));
+        assert!(again.ends_with(&[name, &b"\0"[..]].concat()), "{again:?}");
+    }
+
+    /// A pod that has NET_ADMIN decides what is in a dump.
+    #[test]
+    fn removal_names_only_what_was_in_the_dump_and_is_istio_cnis() {
+        fuzz!(&dumps(), |bytes| {
+            let Ok(messages) = messages(bytes) else { return };
+            let mut ruleset = Ruleset::default();
+            let (mut chains, mut rules) = (BTreeSet::new(), BTreeSet::new());
+            for (kind, _, payload) in messages {
+                let Some(([family, ..], attributes)) = payload.split_at_checked(FAMILY_HEADER)
+                else {
+                    continue;
+                };
+                let (asked, known) = match kind & 0xff {
+                    NEW_TABLE => (GET_TABLE, None),
+                    NEW_CHAIN => (GET_CHAIN, Some((&mut chains, CHAIN_NAME, u16::MAX))),
+                    NEW_RULE => (GET_RULE, Some((&mut rules, RULE_CHAIN, RULE_HANDLE))),
+                    _ => continue,
+                };
+                if ruleset.add(asked, *family, attributes).is_err() {
+                    continue;
+                }
+                if let Some((known, chain, handle)) = known {
+                    known.insert(wire(payload, chain, handle));
+                }
+            }
+            let sent = removal(&ruleset).batch(true).bytes();
+            for (kind, _, payload) in super::messages(&sent).unwrap() {
+                match kind & 0xff {
+                    BATCH_BEGIN | BATCH_END => continue,
+                    DELETE_RULE => assert!(rules.contains(&wire(payload, RULE_CHAIN, RULE_HANDLE))),
+                    DELETE_CHAIN => assert!(chains.contains(&wire(payload, CHAIN_NAME, u16::MAX))),
+                    kind => assert_eq!(kind, DELETE_TABLE),
+                }
+                let name = text(&payload[FAMILY_HEADER..], TABLE).unwrap();
+                assert!(TABLES.contains(&&*name) || NATIVE_TABLES.contains(&&*name), "{name}");
+            }
+        });
+    }
+
+    #[test]
+    fn packet_of_a_dump_ends_it_or_not_or_is_an_error() {
+        fuzz!(&dumps(), |bytes| {
+            let mut ruleset = Ruleset::default();
+            for kind in [GET_TABLE, GET_CHAIN, GET_RULE] {
+                if let Err(error) =
+                    take(bytes, |family, attributes| ruleset.add(kind, family, attributes))
+                {
+                    assert!(!format!("{error:#}").is_empty());
+                }
+            }
+        });
     }
 }

@@ -21,9 +21,10 @@ use super::nftables::{
 /// Source: Istio `cni/pkg/iptables/iptables.go`, `ChainInpodOutput`, `ChainInpodPrerouting`.
 const CHAINS: [&str; 2] = ["ISTIO_OUTPUT", "ISTIO_PRERT"];
 /// The tables of iptables that it uses.
-const TABLES: [&str; 3] = ["nat", "mangle", "raw"];
+pub(super) const TABLES: [&str; 3] = ["nat", "mangle", "raw"];
 /// Source: Istio `cni/pkg/nftables/nftables.go`, `AmbientNatTable` and the like.
-const NATIVE_TABLES: [&str; 3] = ["istio-ambient-mangle", "istio-ambient-nat", "istio-ambient-raw"];
+pub(super) const NATIVE_TABLES: [&str; 3] =
+    ["istio-ambient-mangle", "istio-ambient-nat", "istio-ambient-raw"];
 /// Our table that keeps the translation of open connections active, and its only chain.
 const KEEPER: &str = "redirect-agent-nat";
 const KEEPER_CHAIN: &str = "open-connections";
@@ -66,6 +67,10 @@ impl Removal<'_> {
 
     /// Removes all of it atomically, and adds our table for translated connections.
     pub(super) fn carry_out(&self, has_keeper: bool) -> Result<()> {
+        self.batch(has_keeper).commit()
+    }
+
+    pub(super) fn batch(&self, has_keeper: bool) -> Batch {
         let mut batch = Batch::default();
         if !has_keeper {
             batch.add_keeper(&keeper(), KEEPER_CHAIN, MARK_REDIRECTED);
@@ -73,7 +78,7 @@ impl Removal<'_> {
         self.rules.iter().for_each(|rule| batch.delete_rule(rule));
         self.chains.iter().for_each(|chain| batch.delete_chain(chain));
         self.tables.iter().for_each(|table| batch.delete_table(table));
-        batch.commit()
+        batch
     }
 }
 

@@ -9,6 +9,9 @@ use super::*;
 use crate::abi::{Flow, MARK_DIRECT, MARK_REDIRECTED, MARK_RESCUED, MARK_VIRTUAL, POD_CAPTURE};
 use crate::verdict::{Receiver, Sender};
 
+#[path = "fuzz.rs"]
+mod fuzz;
+
 const OWN: PodId = 7;
 const NEIGHBOUR: PodId = 8;
 const PORT: u16 = 40_000;

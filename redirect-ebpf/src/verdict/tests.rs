@@ -2,6 +2,9 @@ use std::{cell::RefCell, net::IpAddr};
 
 use super::*;
 
+#[path = "fuzz.rs"]
+mod fuzz;
+
 const OWN: PodId = 1;
 const NEIGHBOUR: PodId = 2;
 

@@ -1,6 +1,8 @@
 //! Routes, rules, addresses and interfaces of a pod's network namespace, by netlink. Every function
 //! here runs inside it.
 
+#[cfg(test)]
+mod fuzz;
 mod route;
 mod rule;
 mod seen;
