@@ -1,6 +1,7 @@
 //! `cargo xtask test`: all tests of the workspace, on real packets, and nothing left behind.
 
 use std::{
+    env,
     ffi::OsString,
     io::{BufRead as _, BufReader, Write as _},
     process::{Command, Stdio},
@@ -85,6 +86,8 @@ pub(crate) fn run_all(tests: &Tests) -> Result<()> {
     Ok(())
 }
 
+/// What the fuzz tests begin with; source: bolero.
+const FUZZ_SEED: &str = "BOLERO_RANDOM_SEED";
 /// More failures than these have a common cause.
 const MOST_FLAKY: usize = 3;
 /// How often in a row a test has to pass alone, after it has failed among all the others.
@@ -127,6 +130,8 @@ fn run_tests(tests: &Tests) -> Result<(bool, Summary)> {
     let mut child = cargo_test(&tests.packages)
         .arg("--")
         .args(&tests.harness)
+        // The same inputs each time, unless somebody fuzzes.
+        .env(FUZZ_SEED, env::var_os(FUZZ_SEED).unwrap_or_else(|| "1".into()))
         .envs(tests.environment.iter().map(|(name, value)| (name, value)))
         // kubectl and helm, of the versions that we know.
         .env("PATH", setup::path_with_tools()?)
