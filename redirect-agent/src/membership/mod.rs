@@ -214,9 +214,12 @@ impl Pod {
         self.static_uid().is_some()
     }
 
+    /// kubelet's uid of a static pod is a hash in hex. The API server's uids have dashes, and whoever creates a pod
+    /// could name the one of another pod here.
     fn static_uid(&self) -> Option<&str> {
         let mirror = self.annotations.contains_key(ANNOTATION_MIRROR);
-        let uid = self.annotations.get(ANNOTATION_HASH).filter(|uid| mirror && !uid.is_empty());
+        let is_hash = |uid: &str| !uid.is_empty() && !uid.contains('-');
+        let uid = self.annotations.get(ANNOTATION_HASH).filter(|uid| mirror && is_hash(uid));
         uid.map(String::as_str)
     }
 }
@@ -432,7 +435,9 @@ mod tests {
         let (mirror, hash) = ((ANNOTATION_MIRROR, "abc"), (ANNOTATION_HASH, "abc"));
         let static_pod = pod(&[mirror, hash]);
         assert_eq!((static_pod.kubelet_uid(), static_pod.is_mirror()), ("abc", true));
-        for annotations in [&[][..], &[mirror], &[hash], &[mirror, (ANNOTATION_HASH, "")]] {
+        let others = (ANNOTATION_HASH, "5f0c1d5e-3c1a-4c6e-9f0e-0a1b2c3d4e5f");
+        let empty = (ANNOTATION_HASH, "");
+        for annotations in [&[][..], &[mirror], &[hash], &[mirror, empty], &[mirror, others]] {
             let other = pod(annotations);
             assert_eq!((other.kubelet_uid(), other.is_mirror()), ("u-1", false));
         }

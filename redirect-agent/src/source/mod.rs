@@ -245,15 +245,12 @@ fn report(before: &[Problem], after: &[Problem]) {
 /// The proxy knows a pod by its uid and the kernel by its addresses, so two pods may share neither (a pod on
 /// the node's network has no address of its own, and a finished one has given its up). An unchanged pod keeps
 /// what it has, so that no new pod can displace it. Among new pods, the first by name wins. A pod whose
-/// change would cause a conflict stays as it was. The uid of a mirror is only an annotation, which whoever creates
-/// the pod can choose: it never counts against a pod to which the API server has given that uid.
+/// change would cause a conflict stays as it was.
 pub fn without_conflicts(
     previous: &BTreeMap<PodKey, Pod>,
     candidates: BTreeMap<PodKey, Pod>,
     problems: &mut Vec<Problem>,
 ) -> BTreeMap<PodKey, Pod> {
-    let own = candidates.values().filter(|pod| !pod.is_mirror());
-    let own = own.map(|pod| (pod.uid.clone(), pod.key.clone())).collect();
     let unchanged = |pod: &Pod| {
         previous
             .get(&pod.key)
@@ -261,7 +258,7 @@ pub fn without_conflicts(
     };
     let (incumbents, newcomers): (Vec<Pod>, Vec<Pod>) =
         candidates.into_values().partition(unchanged);
-    let mut claims = Claims { own, ..Claims::default() };
+    let mut claims = Claims::default();
     let mut admitted = BTreeMap::new();
     for pod in incumbents.into_iter().chain(newcomers) {
         let pod = match claims.claim(&pod) {
@@ -299,8 +296,6 @@ pub fn without_conflicts(
 /// Which pod has which uid and which address.
 #[derive(Default)]
 struct Claims {
-    /// Who has which uid by the API server's word, admitted or not.
-    own: BTreeMap<String, PodKey>,
     uids: BTreeMap<String, PodKey>,
     addresses: BTreeMap<IpAddr, PodKey>,
 }
@@ -309,8 +304,7 @@ impl Claims {
     /// Records what `pod` has. If another pod has some of it, records nothing and returns which pod has what.
     fn claim(&mut self, pod: &Pod) -> Result<(), (PodKey, String)> {
         let uid = pod.kubelet_uid();
-        let own = self.own.get(uid).filter(|_| pod.is_mirror());
-        if let Some(other) = own.or_else(|| self.uids.get(uid)) {
+        if let Some(other) = self.uids.get(uid) {
             return Err((other.clone(), format!("its uid {uid}")));
         }
         let ips: &[IpAddr] =
