@@ -287,6 +287,24 @@ fn a_misspelled_word_is_the_cause_only_where_it_decides() {
     assert_eq!(findings[0].weight, super::Weight::Hint);
 }
 
+/// Operators paste it.
+#[test]
+fn what_to_run_next_is_one_command_whatever_an_annotation_says() {
+    for what in [Slip::NotALabel, Slip::AnnotationKey] {
+        let word = UnknownWord {
+            what,
+            object: "pod shop/a".to_owned(),
+            key: "istio.io/dataplane-mod".to_owned(),
+            value: "x'; touch y; :".to_owned(),
+            meant: Some("istio.io/dataplane-mode".to_owned()),
+        };
+        let pod = PodPart { unknown_words: vec![word], ..outside(a()) };
+        let (_, findings) = judge(&node(), &pod, None, None, now());
+        let next = &findings[0].next[0];
+        assert!(next.ends_with(r"istio.io/dataplane-mode='x'\''; touch y; :'"), "{next}");
+    }
+}
+
 #[test]
 fn who_is_kept_out_hears_what_lets_it_in() {
     for (reason, cause, next) in [

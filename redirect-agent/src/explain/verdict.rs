@@ -156,17 +156,16 @@ fn words(pod: &PodPart, out: &mut Vec<Finding>) {
             Slip::AnnotationKey | Slip::Sidecar => Cause::UnknownAnnotation,
         };
         let kubectl = on_object(&word.object);
-        let key = word.meant.as_ref().filter(|_| cause != Cause::MisspelledLabelValue);
-        let key = key.unwrap_or(&word.key);
+        let value = word.quoted_value();
         let next = match (cause, &word.meant) {
             (Cause::MisspelledLabelValue, meant) => {
                 let value = meant.as_deref().unwrap_or("ambient");
                 vec![format!("kubectl label {kubectl} --overwrite {}={value}", word.key)]
             }
             (Cause::MisspelledLabelKey, _) => {
-                vec![format!("kubectl label {kubectl} {LABEL_DATAPLANE_MODE}={}", word.value)]
+                vec![format!("kubectl label {kubectl} {LABEL_DATAPLANE_MODE}={value}")]
             }
-            (_, Some(_)) => vec![format!("kubectl annotate {kubectl} {key}='{}'", word.value)],
+            (_, Some(key)) => vec![format!("kubectl annotate {kubectl} {key}={value}")],
             (_, None) => vec![format!("kubectl annotate {kubectl} {}-", word.key)],
         };
         let found = finding(Area::Configuration, cause, pod, word.to_string(), &next);

@@ -82,6 +82,13 @@ impl fmt::Display for UnknownWord {
     }
 }
 
+impl UnknownWord {
+    /// The value as one word of a shell: it is in commands that operators paste, and anybody may have written it.
+    pub fn quoted_value(&self) -> String {
+        format!("'{}'", self.value.replace('\'', r"'\''"))
+    }
+}
+
 /// Which labels and annotations this node reads.
 #[derive(Clone, Copy, Debug)]
 pub struct Reading {
