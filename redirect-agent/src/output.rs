@@ -388,7 +388,7 @@ impl PodChange<'_> {
         if format == Format::Json {
             let before = state(self.before);
             let line = serde_json::json!({"time": time, "before": before, "pod": self.after});
-            return Ok(format!("{line}\n"));
+            return Ok(escaped(&line.to_string()) + "\n");
         }
         let name = format!("{}/{}", pod.namespace, pod.name);
         let Some(after) = self.after else { return Ok(format!("{time}   {name}   gone\n")) };
@@ -415,7 +415,21 @@ impl PodChange<'_> {
 ///
 /// When JSON cannot express `value`.
 pub fn json(value: &impl Serialize) -> anyhow::Result<String> {
-    Ok(serde_json::to_string_pretty(value)? + "\n")
+    Ok(escaped(&serde_json::to_string_pretty(value)?) + "\n")
+}
+
+/// JSON without raw control characters: of those, serde_json leaves U+007F to U+009F, which terminals obey, too.
+pub fn escaped(json: &str) -> String {
+    let mut out = String::with_capacity(json.len());
+    for c in json.chars() {
+        match c {
+            '\u{7f}'..='\u{9f}' => {
+                let _infallible = write!(out, "\\u{:04x}", u32::from(c));
+            }
+            c => out.push(c),
+        }
+    }
+    out
 }
 
 /// A JSON document that is read by itself: with its version and kind.

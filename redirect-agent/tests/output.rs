@@ -374,3 +374,12 @@ fn bash_completes_commands_flags_and_values() {
         assert_eq!(complete(words), completed, "{words:?}");
     }
 }
+
+/// Names of interfaces and annotations of pods come there as they are.
+#[test]
+fn json_has_no_raw_control_characters() {
+    let text = "\u{1b}[2J \u{7f} \u{9b}31m \u{a0}é";
+    let json = redirect_agent::output::json(&text).unwrap();
+    assert_eq!(json, "\"\\u001b[2J \\u007f \\u009b31m \u{a0}é\"\n");
+    assert_eq!(serde_json::from_str::<String>(&json).unwrap(), text);
+}

@@ -8,7 +8,7 @@ use std::{
 use super::report::{Counts, NodeRow, PodRow, Report, State};
 use crate::{
     membership::PodKey,
-    output::{Format, json, printable, table},
+    output::{Format, escaped, json, printable, table},
 };
 
 /// How many rows are shown of a table that may have thousands; `-o wide` shows all.
@@ -210,10 +210,10 @@ fn line(report: &Report, object: &str, thing: Option<&Thing>, format: Format, ou
     let message = thing.map(|(_, message)| message.as_str());
     let text = if format == Format::Json {
         let unexpected = thing.is_some();
-        serde_json::json!({
+        let line = serde_json::json!({
             "time": time, "object": object, "unexpected": unexpected, "state": state, "message": message,
-        })
-        .to_string()
+        });
+        escaped(&line.to_string())
     } else {
         let state = state.map_or(String::new(), |state| format!("   {}", state.as_str()));
         let message = message.unwrap_or("resolved");
