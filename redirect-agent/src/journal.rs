@@ -2,7 +2,7 @@
 //! but those exist only in a cluster, and others may have deleted them.
 
 use std::{
-    collections::VecDeque,
+    collections::{BTreeMap, VecDeque},
     sync::{Mutex, PoisonError},
     time::SystemTime,
 };
@@ -67,7 +67,7 @@ impl Journal {
             return;
         }
         if entries.len() == ENTRIES {
-            entries.pop_front();
+            drop_one(&mut entries);
         }
         let Event { kind, message, repaired } = event.clone();
         let entry = Entry { first: now, last: now, count: 1, kind, message, repaired };
@@ -88,15 +88,30 @@ impl Journal {
     }
 }
 
+/// Drops the oldest entry of the pod that has the most, in the namespace that has the most. Who changes an annotation
+/// again and again, or removes what the agent puts back, makes others forget nothing.
+fn drop_one(entries: &mut VecDeque<(PodKey, Entry)>) {
+    let (mut namespaces, mut pods) = (BTreeMap::new(), BTreeMap::new());
+    for (pod, _) in entries.iter() {
+        *namespaces.entry(&pod.namespace).or_insert(0_usize) += 1;
+        *pods.entry(pod).or_insert(0_usize) += 1;
+    }
+    let most = |pod: &PodKey| (namespaces.get(&pod.namespace), pods.get(pod));
+    let most = (0..entries.len()).rev().max_by_key(|n| entries.get(*n).map(|(pod, _)| most(pod)));
+    if let Some(oldest) = most {
+        entries.remove(oldest);
+    }
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
 
     #[test]
-    fn repeats_are_counted_and_the_oldest_entries_go() {
+    fn repeats_are_counted_and_who_has_most_loses_the_oldest() {
         let journal = Journal::default();
-        let (cart, web): (PodKey, PodKey) =
-            ("shop/cart".parse().unwrap(), "shop/web".parse().unwrap());
+        let [cart, web, queue] =
+            ["shop/cart", "shop/web", "bank/queue"].map(|pod| pod.parse::<PodKey>().unwrap());
         let repaired = Event {
             repaired: vec![PartKind::Rule],
             ..Event::new(EventKind::Repaired, "rule ipv4")
@@ -113,6 +128,15 @@ mod tests {
         for n in 0..ENTRIES {
             journal.note(&cart, &Event::new(EventKind::Enrolled, n.to_string()));
         }
-        assert_eq!((journal.of(&web).len(), journal.of(&cart).len()), (0, ENTRIES));
+        let last = |pod| journal.of(pod).last().map(|entry| entry.message.clone());
+        assert_eq!((journal.of(&web).len(), journal.of(&cart).len()), (1, ENTRIES - 1));
+        assert_eq!(last(&cart), Some((ENTRIES - 1).to_string()));
+        // So does a namespace with many pods.
+        journal.note(&queue, &repaired);
+        for n in 0..ENTRIES {
+            let pod = PodKey::new("shop", format!("pod-{n}")).unwrap();
+            journal.note(&pod, &Event::new(EventKind::Enrolled, "in the mesh"));
+        }
+        assert_eq!((journal.of(&queue).len(), journal.all().len()), (1, ENTRIES));
     }
 }
