@@ -112,8 +112,13 @@ fn everything() -> Snapshot {
         last,
         count: 3,
     };
-    let uid = || "uid-of-refused".to_owned();
-    snapshot.take_events([(uid(), event("an older one", None)), (uid(), event("no\nnetns", last))]);
+    let of = |namespace: &str| (namespace.to_owned(), "uid-of-refused".to_owned());
+    let newest = "2026-08-01T11:59:00Z".to_owned().try_into().ok();
+    snapshot.take_events([
+        (of("shop"), event("an older one", None)),
+        (of("shop"), event("no\nnetns", last)),
+        (of("bank"), event("another namespace's", newest)),
+    ]);
     snapshot
 }
 

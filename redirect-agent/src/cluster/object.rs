@@ -170,9 +170,9 @@ pub struct EventSeen {
 }
 
 impl EventSeen {
-    /// Reads an agent's Event: the pod's uid, and what was said. `None`: it says nothing about why a pod is
-    /// where it is.
-    pub fn read(event: k8s::Event) -> Option<(String, Self)> {
+    /// Reads an agent's Event: the pod's namespace and uid, and what was said. `None`: it says nothing about why a
+    /// pod is where it is. An Event can name any uid, but only whoever may write to a namespace can make one in it.
+    pub fn read(event: k8s::Event) -> Option<((String, String), Self)> {
         let telling = [EventKind::EnrollmentFailed, EventKind::Overridden, EventKind::Unenrolled];
         let reason = event.reason?;
         if !telling.iter().any(|kind| kind.as_str() == reason) {
@@ -186,7 +186,8 @@ impl EventSeen {
         let last = last.or_else(|| event.last_timestamp.as_ref().map(moment));
         let count = series.and_then(|series| series.count).or(event.count).unwrap_or(1);
         let seen = Self { reason, note: event.message.unwrap_or_default(), last, count };
-        Some((event.involved_object.uid.unwrap_or_default(), seen))
+        let namespace = event.metadata.namespace.unwrap_or_default();
+        Some(((namespace, event.involved_object.uid.unwrap_or_default()), seen))
     }
 }
 
@@ -227,14 +228,15 @@ mod tests {
     fn an_event_tells_the_last_time_of_its_series() {
         let event = |reason: &str| {
             serde_json::from_value::<k8s::Event>(json!({
-                "metadata": {}, "involvedObject": {"uid": "u-1"}, "reason": reason,
+                "metadata": {"namespace": "shop"}, "involvedObject": {"uid": "u-1"}, "reason": reason,
                 "message": "no netns", "eventTime": "2026-08-01T12:00:00.000000Z",
                 "series": {"count": 3, "lastObservedTime": "2026-08-01T12:05:00.000000Z"},
             }))
             .unwrap()
         };
-        let (uid, seen) = EventSeen::read(event("EnrollmentFailed")).unwrap();
-        assert_eq!((uid.as_str(), seen.note.as_str(), seen.count), ("u-1", "no netns", 3));
+        let (pod, seen) = EventSeen::read(event("EnrollmentFailed")).unwrap();
+        assert_eq!(pod, ("shop".to_owned(), "u-1".to_owned()));
+        assert_eq!((seen.note.as_str(), seen.count), ("no netns", 3));
         assert_eq!(seen.last.unwrap().to_string(), "2026-08-01T12:05:00Z");
         assert_eq!(EventSeen::read(event("Repaired")), None);
     }

@@ -38,8 +38,8 @@ pub struct Snapshot {
     pub nodes: Option<BTreeMap<String, ()>>,
     /// The agents' pods; `None`: they cannot be listed.
     pub agents: Option<BTreeMap<String, AgentSeen>>,
-    /// The last Event of each pod, by its uid.
-    pub events: BTreeMap<String, EventSeen>,
+    /// The last Event of each pod, by its namespace and uid.
+    pub events: BTreeMap<(String, String), EventSeen>,
     /// What agents that are not ready say at `/readyz`, by the agent's name.
     pub answers: BTreeMap<PodKey, String>,
     /// What could not be read.
@@ -216,7 +216,7 @@ impl Snapshot {
         agents_known: bool,
     ) -> PodRow {
         let PodKey { namespace, name } = seen.pod.key.clone();
-        let event = self.events.get(&seen.pod.uid);
+        let event = self.events.get(&(namespace.clone(), seen.pod.uid.clone()));
         let (why, message) = why((state, since), node, event, agents_known);
         let agent = node.and_then(|node| node.agent.as_ref());
         let next = match (why, agent) {
@@ -246,14 +246,14 @@ impl Snapshot {
     }
 
     /// Takes what the agents have said, the last of each pod.
-    pub fn take_events(&mut self, events: impl IntoIterator<Item = (String, EventSeen)>) {
+    pub fn take_events(&mut self, events: impl IntoIterator<Item = ((String, String), EventSeen)>) {
         self.events.clear();
         // Of one second, the one that says who did it.
         let rank = |event: &EventSeen| (event.last, event.reason != EventKind::Unenrolled.as_str());
-        for (uid, event) in events {
-            match self.events.get(&uid) {
+        for (pod, event) in events {
+            match self.events.get(&pod) {
                 Some(other) if rank(other) >= rank(&event) => {}
-                _ => drop(self.events.insert(uid, event)),
+                _ => drop(self.events.insert(pod, event)),
             }
         }
     }
