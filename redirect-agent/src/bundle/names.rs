@@ -13,6 +13,7 @@ use super::{Content, Part};
 use crate::{
     cli::{Cli, Command},
     membership::{check_namespace_name, is_dns_subdomain},
+    output::printable,
     source::EventKind,
 };
 
@@ -35,7 +36,7 @@ pub(super) enum Kind {
 }
 
 impl Kind {
-    fn as_str(self) -> &'static str {
+    pub(super) fn as_str(self) -> &'static str {
         match self {
             Kind::Namespace => "ns",
             Kind::Node => "node",
@@ -125,6 +126,12 @@ impl Names {
         *known = (*known).min(kind);
     }
 
+    /// What an operator has written, in JSON and in `status`.
+    fn add_text(&mut self, text: &str) {
+        self.add(text, Kind::Text);
+        self.add(&printable(text), Kind::Text);
+    }
+
     fn add_namespace(&mut self, name: &str) {
         if check_namespace_name(name).is_ok() {
             self.add(name, Kind::Namespace);
@@ -157,13 +164,13 @@ impl Names {
                 }
                 let is_override = fields.contains_key("mode") || fields.contains_key("until");
                 if let Some(reason) = text("reason").filter(|_| is_override) {
-                    self.add(reason, Kind::Text);
+                    self.add_text(reason);
                 }
                 // `unenroll by pid 7, uid 0: REASON`
-                let is_change = text("kind") == Some(EventKind::Overridden.as_str());
+                let is_change = text("event") == Some(EventKind::Overridden.as_str());
                 let said = text("message").filter(|_| is_change);
                 if let Some((_, reason)) = said.and_then(|said| said.split_once(": ")) {
-                    self.add(reason, Kind::Text);
+                    self.add_text(reason);
                 }
                 for (key, value) in fields {
                     self.in_field(key, value);

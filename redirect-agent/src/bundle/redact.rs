@@ -61,22 +61,27 @@ pub(super) struct Redactor {
 
 impl Redactor {
     pub(super) fn new(names: Names) -> Self {
-        let mut by_start: HashMap<String, Vec<(String, String)>> = HashMap::new();
+        let cli = Cli::command();
+        let arguments = cli.get_subcommands().flat_map(Command::get_arguments);
+        let flags = arguments.filter_map(Arg::get_long).map(str::to_owned).collect();
         let aliases = names.aliases();
         let (numbers, others): (BTreeMap<_, _>, BTreeMap<_, _>) =
             aliases.into_iter().partition(|(name, _)| name.bytes().all(|b| b.is_ascii_digit()));
         let forms = others.iter().flat_map(|(name, alias)| spellings(name, alias));
-        for (name, alias) in forms.chain(places(&numbers, &others, names.pairs())) {
-            by_start.entry(word(&name).to_owned()).or_default().push((name, alias));
-        }
+        let forms: Vec<_> = forms.chain(places(&numbers, &others, names.pairs())).collect();
         let numbers = numbers.into_iter().map(|(name, alias)| (name, alias.text)).collect();
-        for names in by_start.values_mut() {
+        let (names, addresses, counts) = (HashMap::new(), BTreeMap::new(), [0; 2]);
+        let mut redactor = Self { names, numbers, flags, addresses, counts };
+        for (name, alias) in forms {
+            // What an operator has written is looked for when the addresses in it are replaced already.
+            let is_text = alias.starts_with(Kind::Text.as_str());
+            let name = if is_text { redactor.without_addresses(&name) } else { name };
+            redactor.names.entry(word(&name).to_owned()).or_default().push((name, alias));
+        }
+        for names in redactor.names.values_mut() {
             names.sort_by_key(|(name, _)| std::cmp::Reverse(name.len()));
         }
-        let cli = Cli::command();
-        let arguments = cli.get_subcommands().flat_map(Command::get_arguments);
-        let flags = arguments.filter_map(Arg::get_long).map(str::to_owned).collect();
-        Self { names: by_start, numbers, flags, addresses: BTreeMap::new(), counts: [0; 2] }
+        redactor
     }
 
     pub(super) fn part(&mut self, part: &mut Part) {
@@ -311,9 +316,22 @@ mod tests {
     use serde_json::json;
 
     use super::*;
+    use crate::{
+        journal::Journal,
+        membership::PodKey,
+        source::{Event, EventKind},
+    };
 
     fn part(value: Value) -> Part {
         Part { name: "pods/shop/cart-7d9/explain.json".to_owned(), content: Content::Json(value) }
+    }
+
+    /// As the journal has it.
+    fn note(message: &str) -> Value {
+        let journal = Journal::default();
+        let pod = PodKey::new("shop", "cart").unwrap();
+        journal.note(&pod, &Event::new(EventKind::Overridden, message));
+        json!(journal.all())
     }
 
     fn redactor() -> Redactor {
@@ -324,7 +342,7 @@ mod tests {
             { "namespace": "excluded", "name": "web" },
             { "node": "n1.example.com" },
             { "namespace": "db", "name": "queue" },
-            { "kind": "Overridden", "message": "unenroll by pid 7, uid 0: ticket of Ann" },
+            note("unenroll by pid 7, uid 0: ticket of Ann"),
         ]));
         let names = Names::of(&[known], Path::new("/nonexistent"));
         Redactor::new(names)
@@ -355,6 +373,18 @@ mod tests {
     fn reason_of_a_change_is_replaced_when_it_no_longer_holds() {
         let said = redactor().text("unenroll by pid 7, uid 0: ticket of Ann");
         assert_eq!(said, "unenroll by pid 7, uid 0: text-1");
+    }
+
+    #[test]
+    fn reason_is_replaced_with_the_addresses_in_it() {
+        let reason = "Bob's\tlaptop, 192.0.2.7, is slow";
+        let known = part(json!({ "mode": "unenroll", "reason": reason }));
+        let mut redactor = Redactor::new(Names::of(&[known], Path::new("/nonexistent")));
+        // In JSON, and as `status` prints it.
+        for shown in [reason.to_owned(), crate::output::printable(reason)] {
+            let said = redactor.text(&format!("unenroll ({shown})"));
+            assert!(said.starts_with("unenroll (text-") && said.len() < 20, "{said}");
+        }
     }
 
     #[test]
