@@ -5,7 +5,7 @@
 
 use std::io;
 
-use anyhow::{Context as _, Result, bail};
+use anyhow::{Context as _, Result, bail, ensure};
 use rtnetlink::{
     packet_core::{NetlinkBuffer, NlaBuffer, NlasIterator},
     sys::{Socket, SocketAddr, constants::NETLINK_NETFILTER},
@@ -291,6 +291,10 @@ fn jump(attributes: &[u8]) -> Result<Option<String>> {
     Ok(None)
 }
 
+/// How many objects of a kind are read: a pod with `NET_ADMIN` may create any number, and the kernel lists each
+/// part of them from the beginning again.
+const OBJECTS: usize = 16_384;
+
 /// Lists all of one kind, in all families; `each` takes the family and the attributes.
 fn dump(kind: u16, mut each: impl FnMut(u8, &[u8]) -> Result<()>) -> Result<()> {
     let socket = match open() {
@@ -301,7 +305,13 @@ fn dump(kind: u16, mut each: impl FnMut(u8, &[u8]) -> Result<()>) -> Result<()> 
     let mut request = Message::new(kind, 0, ANY_FAMILY);
     request.set_flags(FLAG_REQUEST | FLAG_DUMP);
     send(&socket, &request.finish())?;
-    while !take(&receive(&socket)?, &mut each)? {}
+    let mut found = 0;
+    let mut counted = |family, attributes: &[u8]| {
+        found += 1;
+        ensure!(found <= OBJECTS, "there are more than {OBJECTS}");
+        each(family, attributes)
+    };
+    while !take(&receive(&socket)?, &mut counted)? {}
     Ok(())
 }
 

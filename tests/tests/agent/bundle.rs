@@ -444,3 +444,25 @@ fn archive_goes_to_standard_output_or_to_the_working_directory() -> Result<()> {
     ensure!(said.contains(&format!("wrote {name}: ")), "{said}");
     Ok(())
 }
+
+/// The kernel lists nf_tables in a time that grows with the square of their number.
+#[test]
+fn pod_with_tens_of_thousands_of_rules_does_not_hold_it_up() -> Result<()> {
+    const RULES: usize = 200_000;
+    let cluster = Cluster::enrolled(&[])?;
+    let Cluster { node, server, topology, .. } = &cluster;
+    let file = topology.dir().path().join("rules.nft");
+    let head = "add table inet many\nadd chain inet many rules\n".to_owned();
+    fs::write(&file, head + &"add rule inet many rules accept\n".repeat(RULES))?;
+    server.netns.output("nft", &["-f", file.to_str().context("a path that is not UTF-8")?])?;
+    let path = topology.dir().path().join("x.tar.gz");
+    let began = Instant::now();
+    let (done, said) = finish(&mut command(node, &path)?)?;
+    let took = began.elapsed();
+    ensure!(!done && took < Duration::from_secs(15), "{took:?}: {said}");
+    let found = Unpacked::read(&path)?;
+    let errors = found.text("errors.txt")?;
+    ensure!(errors.contains("list the rules of nf_tables: there are more than"), "{errors}");
+    assert_eq!(errors.lines().count(), 1, "{errors}");
+    Ok(())
+}
