@@ -276,12 +276,13 @@ fn put_back(dirs: &NodeDirs, force: bool) -> Result<()> {
             print(format!("{done}\n").as_bytes())?;
         }
     }
-    let (mut annotated, mut others) = (false, 0);
+    let (mut annotated, mut others) = (false, dataplane::redirected_pods());
     if let Some(dataplane) = &dataplane {
         let records = Records::open(state_dir)?;
         let linked = dataplane.linked_pods()?;
         annotated = !linked.is_empty();
-        others = restore_all(dataplane, finder::alive(netns_dir, &records, &linked)?)?;
+        others = others.saturating_sub(linked.len());
+        restore_all(dataplane, finder::alive(netns_dir, &records, &linked)?)?;
         let nobody = BTreeSet::new();
         let mut unknown = dataplane.sweep(&nobody, &nobody, &nobody)?;
         let started = Instant::now();
@@ -369,15 +370,15 @@ fn open_pod(path: &Path) -> Result<Netns> {
 }
 
 /// Puts namespaces back to how they were found, many at once: first the traffic of all, then what takes
-/// long and harms nobody who has to wait for it. One that fails keeps none from being put back. Returns how many are
-/// another agent's.
-fn restore_all(dataplane: &Dataplane, found: Vec<Netns>) -> Result<usize> {
-    let (mut pods, mut failed, mut others) = (Vec::new(), Vec::new(), 0);
+/// long and harms nobody who has to wait for it. One that fails keeps none from being put back. What another agent
+/// redirects stays.
+fn restore_all(dataplane: &Dataplane, found: Vec<Netns>) -> Result<()> {
+    let (mut pods, mut failed) = (Vec::new(), Vec::new());
     for netns in found {
         let path = netns.path().to_owned();
         let pod = PodNetns::existing(netns).and_then(|pod| Ok((dataplane.is_anothers(&pod)?, pod)));
         match pod {
-            Ok((true, _)) => others += 1,
+            Ok((true, _)) => {}
             Ok((false, pod)) => pods.push(pod),
             Err(e) => failed.push(format!("{}: {e:#}", path.display())),
         }
@@ -391,7 +392,7 @@ fn restore_all(dataplane: &Dataplane, found: Vec<Netns>) -> Result<usize> {
     let passing = at_once(&all, &mut failed, let_pass_and_tell);
     at_once(&passing, &mut failed, |pod| dataplane.forget(pod.netns.inode()));
     ensure!(failed.is_empty(), "{}", failed.join("; "));
-    Ok(others)
+    Ok(())
 }
 
 /// Does something for each pod, and returns those it was done for; what went wrong is added to `failed`.

@@ -71,6 +71,7 @@ pub use self::{
     kernel::OBJECT,
     links::linked_pods,
     observe::Observation,
+    others::redirected_pods,
     owner::{Owned, Owner},
     parts::{Inspection, Part, PartKind},
     pod_netns::PodNetns,

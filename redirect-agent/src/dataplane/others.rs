@@ -29,6 +29,11 @@ pub(super) fn is_redirected_by_another(netns: &Netns, programs_map: u32) -> Resu
     Ok(false)
 }
 
+/// How many network namespaces of this kernel have the program of any agent.
+pub fn redirected_pods() -> usize {
+    loaded_programs().flatten().filter(|program| program.name() == stub::NAME).count()
+}
+
 /// What to do about it. `own` is the directory of bpffs that is ours.
 pub(super) fn advice(netns_inode: u32, own: &Path) -> String {
     let found = own.parent().and_then(|parent| fs::read_dir(parent).ok()).and_then(|siblings| {

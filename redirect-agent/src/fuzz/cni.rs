@@ -122,5 +122,5 @@ const REQUESTS: [&str; 3] = [
 
 #[test]
 fn request_to_add_a_pod_is_read_as_it_was_written() {
-    fuzz!(&REQUESTS, |bytes| same_again::<AddRequest>(bytes));
+    fuzz!(&REQUESTS, same_again::<AddRequest>);
 }

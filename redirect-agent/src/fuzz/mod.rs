@@ -136,7 +136,10 @@ impl Mutations {
             }
             2 => drop(input.drain(start..end)),
             3 => input.truncate(start),
-            4 => insert(input, start, &input[start..end].to_vec()),
+            4 => {
+                let copy = input[start..end].to_vec();
+                insert(input, start, &copy);
+            }
             5 => insert(input, start, &bytes(driver)?),
             6 => {
                 let token = usize::from(driver.produce::<u8>()?) % TOKENS.len();

@@ -95,7 +95,7 @@ fn step(
         }
         2..=4 => {
             let message = match sent.last() {
-                Some((again, _)) if draw.byte() % 4 == 0 => *again,
+                Some((again, _)) if draw.byte().is_multiple_of(4) => *again,
                 _ => message(draw, a),
             };
             let found = on_lo(draw.of(&MARKS), &message, node);

@@ -163,7 +163,6 @@ fn check_lo(mark: u32, segment: &Segment, node: &Node) {
         kind: verdict.hint.map_or(HINT_NONE, NonZeroU32::get),
         flow: segment.receiver_flow(),
         device: u64::from(OWN),
-        ..bytemuck::Zeroable::zeroed()
     };
     let lookup = Lookup { pod_id: OWN, tcp: true, flow: hint.flow, on_lo: true, hint };
     let steered = steer(&lookup, node);

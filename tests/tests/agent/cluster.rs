@@ -370,10 +370,15 @@ impl Node {
 
     /// What that runs.
     pub fn cleanup_command(&self) -> Result<Command> {
+        self.cleanup_command_for(&self.bpffs)
+    }
+
+    /// The same for an agent whose pins are in another directory.
+    pub fn cleanup_command_for(&self, bpffs: &Path) -> Result<Command> {
         let mut command = self.command_on_node("cleanup")?;
         command
             .arg("--bpffs-dir")
-            .arg(&self.bpffs)
+            .arg(bpffs)
             .arg("--cni-conf-dir")
             .arg(self.cni_conf_dir())
             .arg("--cni-bin-dir")

@@ -98,8 +98,7 @@ fn pod_of_another_agent_is_left_alone(family: Family) -> Result<()> {
     assert_unchanged(&server.netns, &enrolled)?;
 
     // Whoever has the pins of such a directory puts back only what is theirs.
-    let mut cleanup = node.cleanup_command()?;
-    let (done, said) = finish(cleanup.arg("--bpffs-dir").arg(&second))?;
+    let (done, said) = finish(&mut node.cleanup_command_for(&second)?)?;
     ensure!(done && said.contains("another redirect-agent"), "{said}");
     assert_unchanged(&server.netns, &enrolled)?;
     node.wait_until_enrolled(server)?;
