@@ -67,16 +67,14 @@ pub fn start(json: bool, default: &str) -> Result<()> {
     LOG.set(Log { handle, configured, now }).ok().context("this process logs already")
 }
 
-/// What an auditor reads is written whatever the filter.
-const AUDIT: &str = "audit=info";
-/// The target of such lines.
+/// The target of what an auditor reads, which is written whatever the filter.
 pub const AUDITED: &str = "audit";
 
 fn read(filter: &str) -> Result<EnvFilter> {
     let filter = EnvFilter::try_new(filter).map_err(|error| {
         anyhow::anyhow!("{error}; give a level, such as debug, or module=level, such as kube=debug")
     })?;
-    Ok(filter.add_directive(AUDIT.parse()?))
+    Ok(filter.add_directive(format!("{AUDITED}=info").parse()?))
 }
 
 /// A word alone is a level. To the library it may also be a module, and a misspelled level would silence the log.
@@ -107,10 +105,12 @@ pub fn level() -> Result<Level> {
 pub fn set(filter: Option<String>, until: Option<Moment>) -> Result<Level> {
     let log = log()?;
     let level = match filter {
-        Some(filter) => Level { filter, until, configured: false },
+        Some(filter) => {
+            check_words(&filter)?;
+            Level { filter, until, configured: false }
+        }
         None => Level { filter: log.configured.clone(), until: None, configured: true },
     };
-    check_words(&level.filter)?;
     let filter = read(&level.filter)?;
     let mut now = log.now.lock().unwrap_or_else(PoisonError::into_inner);
     log.handle.reload(filter)?;

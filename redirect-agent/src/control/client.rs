@@ -117,7 +117,7 @@ impl Client {
     ///
     /// As for [`Client::status`].
     pub async fn set_override(&self, request: &OverrideRequest) -> anyhow::Result<Answer> {
-        self.call(Method::POST, "/overrides", Some(request)).await
+        self.change("/overrides", request).await
     }
 
     /// Lets the whole node bypass.
@@ -126,7 +126,7 @@ impl Client {
     ///
     /// As for [`Client::status`].
     pub async fn pause(&self, request: &PauseRequest) -> anyhow::Result<Answer> {
-        self.call(Method::POST, "/pause", Some(request)).await
+        self.change("/pause", request).await
     }
 
     /// Ends the pause.
@@ -135,7 +135,7 @@ impl Client {
     ///
     /// As for [`Client::status`].
     pub async fn resume(&self, request: &ResumeRequest) -> anyhow::Result<Answer> {
-        self.call(Method::POST, "/resume", Some(request)).await
+        self.change("/resume", request).await
     }
 
     /// What the agent logs.
@@ -153,7 +153,7 @@ impl Client {
     ///
     /// As for [`Client::status`].
     pub async fn set_log(&self, request: &LogRequest) -> anyhow::Result<Level> {
-        self.call(Method::POST, "/log", Some(request)).await
+        self.change("/log", request).await
     }
 
     /// The flags of `run` that are in force.
@@ -214,6 +214,21 @@ impl Client {
         self.call_within(DEADLINE, method, uri, body).await
     }
 
+    /// Asks for a change. The request stays in the agent's socket when nobody waits for the answer any more.
+    async fn change<T: DeserializeOwned>(
+        &self,
+        uri: &str,
+        request: &impl Serialize,
+    ) -> anyhow::Result<T> {
+        let answer = self.call(Method::POST, uri, Some(request)).await;
+        answer.map_err(|error| match error.downcast_ref::<Late>() {
+            Some(_) => {
+                anyhow!("{error:#}; it may still do it later: look with `redirect-agent status`")
+            }
+            None => error,
+        })
+    }
+
     async fn call_within<T: DeserializeOwned>(
         &self,
         within: Duration,
@@ -236,15 +251,8 @@ impl Client {
         body: Option<&impl Serialize>,
     ) -> anyhow::Result<Bytes> {
         let stream = self.connect().await?;
-        // The request is in the agent's socket.
-        let later = if method == Method::PUT || method == Method::POST && within == DEADLINE {
-            "; it may still do it later: look with `redirect-agent status`"
-        } else {
-            ""
-        };
         let (status, content) = in_time(within, exchange(stream, method, uri, body))
             .await
-            .map_err(|error| anyhow!("{error:#}{later}"))
             .with_context(|| self.asking())?;
         if !status.is_success() {
             return Err(self.refusal(status, &content));
@@ -315,8 +323,13 @@ async fn in_time<T>(
     answer: impl Future<Output = anyhow::Result<T>>,
 ) -> anyhow::Result<T> {
     let answer = tokio::time::timeout(within, answer).await;
-    answer.unwrap_or_else(|_| bail!("it did not answer within {within:?}"))
+    answer.unwrap_or_else(|_| Err(Late(within).into()))
 }
+
+/// The agent has not answered in this time.
+#[derive(Debug, thiserror::Error)]
+#[error("it did not answer within {0:?}")]
+struct Late(Duration);
 
 /// One request on a connection, and the answer to it.
 pub(crate) async fn exchange(
