@@ -208,8 +208,8 @@ impl Source for DirSource {
     /// Reads the directory once for all of them.
     async fn find_all(&self, keys: &[PodKey]) -> Vec<anyhow::Result<Option<Pod>>> {
         let asked = keys.to_vec();
-        let found = self.look(move |mut all, dir| {
-            let of = |key| all.pods.remove(key).map(|pod| with_status(pod, dir));
+        let found = self.look(move |all, dir| {
+            let of = |key| all.pods.get(key).cloned().map(|pod| with_status(pod, dir));
             asked.iter().map(of).collect::<Vec<_>>()
         });
         match found.await {
