@@ -19,7 +19,7 @@ use crate::{
     half_open, hint, kubelet, listeners,
     maps::{
         ADDRESSES, ANY_STRAYS, DNS_FLOWS, INBOUND_PORTS, INBOUND_RANGES, OUTBOUND_PORTS,
-        OUTBOUND_RANGES, PODS_BY_ID, STRAYS,
+        OUTBOUND_RANGES, PODS_BY_ID, Prefixes, STRAYS,
     },
     packet, settled, sockets, switch,
 };
@@ -275,29 +275,40 @@ pub fn is_own(pod_id: PodId, addr: &Addr) -> bool {
 }
 
 #[inline(never)]
-pub fn excludes_inbound(pod_id: PodId, flow: &Flow) -> bool {
-    let port = Key::new(PodPort::BITS, PodPort::new(pod_id, flow.local_port));
-    let peer = Key::new(PodPeer::BITS, PodPeer { pod_id, peer: flow.remote });
-    matches!(INBOUND_PORTS.get(&port), Some(&PREFIX_BYPASS))
-        || matches!(INBOUND_RANGES.get(&peer), Some(&PREFIX_BYPASS))
+fn excludes_inbound(pod_id: PodId, flow: &Flow) -> bool {
+    excludes(&INBOUND_PORTS, &INBOUND_RANGES, pod_id, flow.local_port, flow.remote)
 }
 
 #[inline(never)]
 pub fn excludes_outbound(pod_id: PodId, flow: &Flow) -> bool {
-    let port = Key::new(PodPort::BITS, PodPort::new(pod_id, flow.remote_port));
-    let peer = Key::new(PodPeer::BITS, PodPeer { pod_id, peer: flow.remote });
-    matches!(OUTBOUND_PORTS.get(&port), Some(&PREFIX_BYPASS))
-        || matches!(OUTBOUND_RANGES.get(&peer), Some(&PREFIX_BYPASS))
+    excludes(&OUTBOUND_PORTS, &OUTBOUND_RANGES, pod_id, flow.remote_port, flow.remote)
+}
+
+#[inline(always)]
+fn excludes(
+    ports: &Prefixes<PodPort>,
+    ranges: &Prefixes<PodPeer>,
+    pod_id: PodId,
+    port: u16,
+    peer: Addr,
+) -> bool {
+    let port = Key::new(PodPort::BITS, PodPort::new(pod_id, port));
+    matches!(ports.get(&port), Some(&PREFIX_BYPASS)) || has_range(ranges, pod_id, peer)
 }
 
 #[inline(never)]
-pub fn is_probe_source(peer: &Addr) -> bool {
-    let key = Key::new(PodPeer::BITS, PodPeer { pod_id: EVERY_POD, peer: *peer });
-    matches!(INBOUND_RANGES.get(&key), Some(&PREFIX_BYPASS))
+fn is_probe_source(peer: &Addr) -> bool {
+    has_range(&INBOUND_RANGES, EVERY_POD, *peer)
+}
+
+#[inline(always)]
+fn has_range(ranges: &Prefixes<PodPeer>, pod_id: PodId, peer: Addr) -> bool {
+    let peer = Key::new(PodPeer::BITS, PodPeer { pod_id, peer });
+    matches!(ranges.get(&peer), Some(&PREFIX_BYPASS))
 }
 
 #[inline(never)]
-pub fn is_noted_direct(ctx: &TcContext, pod_id: PodId, segment: &Segment) -> bool {
+fn is_noted_direct(ctx: &TcContext, pod_id: PodId, segment: &Segment) -> bool {
     let socket = sockets::packets_socket(ctx);
     let Some(connection) = settled::connection(socket) else { return false };
     let flow = segment.sender_flow();
@@ -313,12 +324,12 @@ pub fn receiver(ctx: &TcContext, segment: &Segment) -> Receiver {
 }
 
 #[inline(never)]
-pub fn has_proxy_sent(ctx: &TcContext, segment: &Segment) -> bool {
+fn has_proxy_sent(ctx: &TcContext, segment: &Segment) -> bool {
     hint::ask(ctx, &answer_to(segment), sockets::is_proxys_connection)
 }
 
 #[inline(never)]
-pub fn sender_was_half_open(ctx: &TcContext, pod_id: PodId, segment: &Segment) -> bool {
+fn sender_was_half_open(ctx: &TcContext, pod_id: PodId, segment: &Segment) -> bool {
     let connection = hint::ask(ctx, &answer_to(segment), settled::receivers_connection);
     connection.is_some_and(|connection| half_open::was(pod_id, &connection))
 }
@@ -331,7 +342,7 @@ pub fn has_proxy_opened(ctx: &TcContext, segment: &Segment) -> bool {
 
 /// A segment of whom this one is sent to.
 #[inline(always)]
-pub fn answer_to(segment: &Segment) -> Segment {
+fn answer_to(segment: &Segment) -> Segment {
     let Segment { src, dst, src_port, dst_port, .. } = *segment;
     Segment { src: dst, dst: src, src_port: dst_port, dst_port: src_port, ..*segment }
 }

@@ -232,8 +232,7 @@ fn note_half_open(
         && !connection.is_internal()
         && choose(&connection, noted(pod_id, flow)) == Some(WAY_DIRECT)
     {
-        let first_seq = common.read::<u32>(offset!(snt_isn)).wrapping_add(1);
-        half_open::enter(pod_id, &Connection { flow, first_seq });
+        half_open::enter(pod_id, &settled::request_at(common.0 as u64));
         if mesh_mark(common.read(offset!(ir_mark))) == 0 {
             // The SYN came before our programs did: its socket will have no mark, and so send by `lo`.
             note_strays(pod_id);

@@ -21,6 +21,8 @@ const PODS: usize = 2048;
 /// Room for the prefixes of all pods, and for those that apply to every pod. A trie allocates memory as it is
 /// filled.
 const PREFIXES: usize = (PODS + 1) * POD_PREFIXES;
+/// Prefixes of pods → one of `PREFIX_*`.
+pub type Prefixes<T> = LpmTrie<T, u32, PREFIXES>;
 /// For maps that allocate memory as they are filled.
 const AS_IT_COMES: usize = BPF_F_NO_PREALLOC as usize;
 
@@ -96,12 +98,12 @@ pub static SETTLED: SkStorage<Settled> = SkStorage::new();
 /// Pod and port of the pod, by longest prefix → one of `PREFIX_*`. Read only for pods with
 /// `POD_INBOUND_RULES`.
 #[btf_map(name = "inbound_ports")]
-pub static INBOUND_PORTS: LpmTrie<PodPort, u32, PREFIXES> = LpmTrie::new();
+pub static INBOUND_PORTS: Prefixes<PodPort> = LpmTrie::new();
 
 /// Pod and peer of the pod, by longest prefix → one of `PREFIX_*`. Like `inbound_ports`; entries under
 /// `EVERY_POD` apply to all pods.
 #[btf_map(name = "inbound_ranges")]
-pub static INBOUND_RANGES: LpmTrie<PodPeer, u32, PREFIXES> = LpmTrie::new();
+pub static INBOUND_RANGES: Prefixes<PodPeer> = LpmTrie::new();
 
 /// Virtual interface of a pod → bits of `VIRTUAL_*`. Only these interfaces have the program that reads it.
 #[btf_map(name = "virtual_ifs")]
@@ -115,11 +117,11 @@ pub static VIRTUAL_INTERFACES: HashMap<
 /// Pod and called port, by longest prefix → one of `PREFIX_*`. Read by the guard for pods with
 /// `POD_OUTBOUND_RULES`, and for virtual interfaces. Otherwise rules and routes decide.
 #[btf_map(name = "outbound_ports")]
-pub static OUTBOUND_PORTS: LpmTrie<PodPort, u32, PREFIXES> = LpmTrie::new();
+pub static OUTBOUND_PORTS: Prefixes<PodPort> = LpmTrie::new();
 
 /// The same for the called address.
 #[btf_map(name = "outbound_ranges")]
-pub static OUTBOUND_RANGES: LpmTrie<PodPeer, u32, PREFIXES> = LpmTrie::new();
+pub static OUTBOUND_RANGES: Prefixes<PodPeer> = LpmTrie::new();
 
 /// Connection that kubelet has opened, as the pod sees it → since when, ns of CLOCK_MONOTONIC. Only kubelet's
 /// cgroup fills it. A lost entry costs one probe.

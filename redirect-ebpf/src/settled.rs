@@ -115,9 +115,14 @@ unsafe fn half_open_at(sk: *mut bpf_sock) -> Option<Connection> {
     if unsafe { (*sk).state } != TCP_NEW_SYN_RECV {
         return None;
     }
-    let sk = address(sk);
-    let isn: u32 = packet::kernel(sk + u64::from(config::offset!(snt_isn)));
-    Some(Connection { flow: flow_at(sk), first_seq: isn.wrapping_add(1) })
+    Some(request_at(address(sk)))
+}
+
+/// The connection of the `struct request_sock` at this address.
+#[inline(always)]
+pub fn request_at(address: u64) -> Connection {
+    let isn: u32 = packet::kernel(address + u64::from(config::offset!(snt_isn)));
+    Connection { flow: flow_at(address), first_seq: isn.wrapping_add(1) }
 }
 
 /// The connection of the socket that receives this segment, half open or not. The caller sets the hint first.

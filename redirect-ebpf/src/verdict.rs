@@ -805,4 +805,4 @@ fn past_proxy(pod_id: PodId, pod: u32, flow: &Flow, env: &impl Pods) -> Option<C
 }
 
 #[cfg(test)]
-mod tests;
+pub(crate) mod tests;

@@ -1,12 +1,12 @@
 use std::{
     cell::{Cell, RefCell},
     collections::BTreeMap,
-    net::IpAddr,
     rc::Rc,
 };
 
 use super::*;
 use crate::abi::{Flow, MARK_DIRECT, MARK_REDIRECTED, MARK_RESCUED, MARK_VIRTUAL, POD_CAPTURE};
+use crate::verdict::tests::{addr, link_local};
 use crate::verdict::{Receiver, Sender};
 
 #[path = "fuzz.rs"]
@@ -32,14 +32,6 @@ struct Addresses {
     any_ip: Addr,
     resolvers: [Addr; 3],
     loopback: Addr,
-}
-
-fn addr(text: &str) -> Addr {
-    text.parse::<IpAddr>().unwrap().into()
-}
-
-fn link_local() -> Addr {
-    addr("fe80::1")
 }
 
 fn both_families() -> [Addresses; 2] {

@@ -36,11 +36,11 @@ struct Addresses {
     loopback_other: Addr,
 }
 
-fn addr(text: &str) -> Addr {
+pub(crate) fn addr(text: &str) -> Addr {
     text.parse::<IpAddr>().unwrap().into()
 }
 
-fn link_local() -> Addr {
+pub(crate) fn link_local() -> Addr {
     addr("fe80::1")
 }
 
