@@ -209,11 +209,11 @@ pub struct KernelStatus {
 pub fn status(status: &Status, format: Format, not_ready: bool) -> anyhow::Result<String> {
     let mut pods: Vec<&PodStatus> =
         status.pods.iter().filter(|pod| !(not_ready && pod.state.is_ready())).collect();
-    pods.sort_by_key(|pod| (&pod.namespace, &pod.name));
     if format == Format::Json {
         let pods = pods.into_iter().cloned().collect();
         return json(&status_document(Status { pods, ..status.clone() }));
     }
+    pods.sort_by_key(|pod| (&pod.namespace, &pod.name));
     let wide = format == Format::Wide;
     let mut out = String::new();
     head(status, &mut out)?;

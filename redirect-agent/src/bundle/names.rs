@@ -36,7 +36,7 @@ pub(super) enum Kind {
 }
 
 impl Kind {
-    pub(super) fn as_str(self) -> &'static str {
+    fn as_str(self) -> &'static str {
         match self {
             Kind::Namespace => "ns",
             Kind::Node => "node",

@@ -67,15 +67,18 @@ impl Redactor {
         let aliases = names.aliases();
         let (numbers, others): (BTreeMap<_, _>, BTreeMap<_, _>) =
             aliases.into_iter().partition(|(name, _)| name.bytes().all(|b| b.is_ascii_digit()));
-        let forms = others.iter().flat_map(|(name, alias)| spellings(name, alias));
-        let forms: Vec<_> = forms.chain(places(&numbers, &others, names.pairs())).collect();
+        let mut forms = places(&numbers, &others, names.pairs());
         let numbers = numbers.into_iter().map(|(name, alias)| (name, alias.text)).collect();
         let (names, addresses, counts) = (HashMap::new(), BTreeMap::new(), [0; 2]);
         let mut redactor = Self { names, numbers, flags, addresses, counts };
+        for (name, alias) in &others {
+            match alias.kind {
+                // What an operator has written is looked for when the addresses in it are replaced already.
+                Kind::Text => forms.push((redactor.without_addresses(name), alias.text.clone())),
+                _ => forms.extend(spellings(name, alias)),
+            }
+        }
         for (name, alias) in forms {
-            // What an operator has written is looked for when the addresses in it are replaced already.
-            let is_text = alias.starts_with(Kind::Text.as_str());
-            let name = if is_text { redactor.without_addresses(&name) } else { name };
             redactor.names.entry(word(&name).to_owned()).or_default().push((name, alias));
         }
         for names in redactor.names.values_mut() {

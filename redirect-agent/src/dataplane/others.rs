@@ -5,8 +5,9 @@ use std::{fs, os::fd::AsFd as _, path::Path};
 
 use anyhow::{Context as _, Result};
 use aya::programs::loaded_programs;
+use redirect_ebpf::abi::PodId;
 
-use super::{stub, sys};
+use super::{links::linked_pods, stub, sys};
 use crate::netns::Netns;
 
 /// Whether an `sk_lookup` program is attached to the namespace that calls the shared program of another agent than the
@@ -35,12 +36,12 @@ pub fn redirected_pods() -> usize {
 }
 
 /// What to do about it. `own` is the directory of bpffs that is ours.
-pub(super) fn advice(netns_inode: u32, own: &Path) -> String {
+pub(super) fn advice(pod_id: PodId, own: &Path) -> String {
     let found = own.parent().and_then(|parent| fs::read_dir(parent).ok()).and_then(|siblings| {
         siblings
             .filter_map(|entry| Some(entry.ok()?.path()))
             .filter(|dir| dir != own)
-            .find(|dir| dir.join("links").join(netns_inode.to_string()).is_dir())
+            .find(|dir| linked_pods(dir).is_ok_and(|pods| pods.contains(&pod_id)))
     });
     let dir = found.map_or("DIR".to_owned(), |dir| dir.display().to_string());
     format!(

@@ -6,7 +6,7 @@ use std::time::{Duration, Instant};
 use anyhow::{Context as _, Result, ensure};
 use redirect_agent::output::PodState;
 use redirect_tests::apiserver::Kind;
-use redirect_tests::app::Call;
+use redirect_tests::app::{App, Call};
 use redirect_tests::netns::Family;
 use redirect_tests::process::wait_for;
 use redirect_tests::topology::Pod;
@@ -28,6 +28,17 @@ fn impostor(of: &Pod) -> Manifest {
         .with("/metadata", "finalizers", json!(["example.com/stay"]))
         .with("/metadata/annotations", "kubernetes.io/config.mirror", json!("mirror"))
         .with("/metadata/annotations", "kubernetes.io/config.hash", json!(uid(of)))
+}
+
+/// A pod in the mesh, and what runs in it and in the client.
+fn enrolled(managed: &mut Managed) -> Result<(Pod, [App; 2])> {
+    let cart = new_pod(managed, "cart", "ambient")?;
+    let Managed { cluster, api } = managed;
+    let apps = [echo(&cart)?, echo(&cluster.client)?];
+    assert_granted(&cluster.node, &request(&cart))?;
+    write_status(api, &cart);
+    cluster.node.wait_for_state(&cart, PodState::Enrolled)?;
+    Ok((cart, apps))
 }
 
 fn wait_for_impostor(cluster: &Cluster) -> Result<()> {
@@ -78,11 +89,7 @@ fn impostor_does_not_take_the_place_of_a_pod_that_gets_its_address() -> Result<(
 #[test]
 fn impostor_does_not_take_the_place_of_a_pod_when_the_agent_restarts() -> Result<()> {
     let mut managed = running(&[])?;
-    let cart = new_pod(&mut managed, "cart", "ambient")?;
-    let _apps = (echo(&cart)?, echo(&managed.cluster.client)?);
-    assert_granted(&managed.cluster.node, &request(&cart))?;
-    write_status(&managed.api, &cart);
-    managed.cluster.node.wait_for_state(&cart, PodState::Enrolled)?;
+    let (cart, _apps) = enrolled(&mut managed)?;
     put_impostor(&managed, &cart)?;
     managed.cluster.node.kill_agent()?;
     managed.cluster.node.start_agent()?;
@@ -95,11 +102,7 @@ fn impostor_does_not_take_the_place_of_a_pod_when_the_agent_restarts() -> Result
 fn impostor_does_not_inherit_what_still_runs_of_a_pod_that_was_deleted_by_force() -> Result<()> {
     for mode in ["ambient", "none"] {
         let mut managed = running(&[])?;
-        let cart = new_pod(&mut managed, "cart", "ambient")?;
-        let _apps = (echo(&cart)?, echo(&managed.cluster.client)?);
-        assert_granted(&managed.cluster.node, &request(&cart))?;
-        write_status(&managed.api, &cart);
-        managed.cluster.node.wait_for_state(&cart, PodState::Enrolled)?;
+        let (cart, _apps) = enrolled(&mut managed)?;
         assert_redirected(&managed.cluster, &cart, Family::V4)?;
         managed.api.put(Kind::Pod, impostor(&cart).mode(mode).object());
         managed.api.delete(Kind::Pod, "shop", "cart");

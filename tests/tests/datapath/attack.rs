@@ -18,7 +18,7 @@ use redirect_tests::topology::Pod;
 use rustix::net::connect_unspec;
 use socket2::Socket;
 
-use crate::{PORT, Pair};
+use crate::{PORT, Pair, iptables};
 
 const SECRET: &[u8] = b"Authorization: Bearer secret";
 const FAMILIES: [Family; 2] = [Family::V4, Family::V6];
@@ -106,12 +106,7 @@ fn connection_that_waits_for_its_clients_data_survives_the_end_of_the_setting_th
 
 /// Adds a rule of the application's to its own table of NAT.
 pub fn translate(pod: &Pod, family: Family, rule: &str) -> Result<()> {
-    let tool = match family {
-        Family::V4 => "iptables",
-        Family::V6 => "ip6tables",
-    };
-    let rule = format!("-t nat -A {rule}");
-    pod.netns.output(tool, &rule.split(' ').collect::<Vec<_>>()).map(drop)
+    iptables(pod, family, &format!("-t nat -A {rule}"))
 }
 
 /// The socket has other addresses and ports than its packets on the wire: the record, which has the socket's,

@@ -16,7 +16,7 @@ use redirect_tests::sockets::{PATIENCE, listen};
 use redirect_tests::topology::{Style, Topology};
 use socket2::{Domain, Socket, Type};
 
-use crate::PORT;
+use crate::{PORT, iptables};
 
 const CLOSED_PORT: u16 = 9999;
 /// So many that each CPU has answered one.
@@ -51,7 +51,7 @@ fn answer_of_the_kernel_for_a_pod_does_not_redirect_those_for_its_neighbor() -> 
     }
 
     let mark = "-t mangle -A OUTPUT -p tcp --tcp-flags RST RST -j MARK --set-mark 1";
-    a.netns.output("iptables", &mark.split(' ').collect::<Vec<_>>())?;
+    iptables(&a, Family::V4, mark)?;
     let target = listen(&outside, outside.addr(family, PORT))?;
     for _ in 0..TIMES {
         let opened = a.netns.run(|| Ok(TcpStream::connect(outside.addr(family, PORT))?))?;

@@ -16,7 +16,7 @@ use redirect_tests::topology::Pod;
 use socket2::Socket;
 
 use crate::attack::translate;
-use crate::{PORT, Pair, echo};
+use crate::{PORT, Pair, echo, iptables};
 
 const FAMILIES: [Family; 2] = [Family::V4, Family::V6];
 
@@ -115,12 +115,12 @@ fn connections_whose_syn_ack_got_lost_before_enrollment_are_not_reset() -> Resul
         let proxy = PlainProxy::start(&server.netns)?;
         let to = server.addr(family, PORT);
         let lost = "INPUT -p tcp --sport 8080 --tcp-flags SYN,ACK SYN,ACK -j DROP";
-        filter(client, family, &format!("-A {lost}"))?;
+        iptables(client, family, &format!("-A {lost}"))?;
         let opening: Vec<_> = (40_000..40_000 + CLIENTS)
             .map(|port| start_to_open(client, client.addr(family, port), to))
             .collect::<Result<_>>()?;
         let _attached = Attached::new(topology, server)?;
-        filter(client, family, &format!("-D {lost}"))?;
+        iptables(client, family, &format!("-D {lost}"))?;
         for socket in opening {
             let mut opened = wait_until_open(socket)?;
             ensure!(opened.answer().saw_peer == opened.local_addr()?, "{:?}", opened.answer());
@@ -151,10 +151,4 @@ fn wait_until_open(socket: Socket) -> Result<Conversation> {
     })?;
     socket.set_nonblocking(false)?;
     Conversation::new(socket.into(), PATIENCE)
-}
-
-/// Changes the filter of a pod's netfilter.
-fn filter(pod: &Pod, family: Family, change: &str) -> Result<()> {
-    let tool = if family == Family::V4 { "iptables" } else { "ip6tables" };
-    pod.netns.output(tool, &change.split(' ').collect::<Vec<_>>()).map(drop)
 }

@@ -80,6 +80,12 @@ fn assert_direct(from: &Pod, to: SocketAddr, by: &str) -> Result<()> {
     Ok(())
 }
 
+/// Changes a pod's netfilter.
+fn iptables(pod: &Pod, family: Family, arguments: &str) -> Result<()> {
+    let program = if family == Family::V4 { "iptables" } else { "ip6tables" };
+    pod.netns.output(program, &arguments.split(' ').collect::<Vec<_>>()).map(drop)
+}
+
 /// An address of a service, which exists nowhere.
 fn service(family: Family) -> SocketAddr {
     let ip: IpAddr = match family {
