@@ -7,7 +7,7 @@ use redirect_ebpf::{
 };
 
 use crate::{
-    maps::{COUNTERS, PARSED, VERDICTS, VERDICTS_LOST, VERDICTS_WANTED},
+    maps::{self, COUNTERS, PARSED, VERDICTS, VERDICTS_LOST, VERDICTS_WANTED},
     packet::{IPPROTO_TCP, IPPROTO_UDP},
 };
 
@@ -41,12 +41,12 @@ pub fn lookup(pod_id: PodId, counter: Counter, flow: &Flow, tcp: bool) {
 #[inline(always)]
 fn add(pod_id: PodId, counter: u32) {
     let key = CounterKey { pod_id, counter };
-    match COUNTERS.get_ptr_mut(&key) {
+    match COUNTERS.get_ptr_mut(maps::counter(&key)) {
         // SAFETY: the pointer is to this CPU's own value.
         Some(value) => unsafe { *value += 1 },
         None => {
             // When the map is full the agent sees it by the missing key; traffic is unaffected.
-            let _full = COUNTERS.insert(&key, 1, BPF_NOEXIST as u64);
+            let _full = COUNTERS.insert(maps::counter(&key), 1, BPF_NOEXIST as u64);
         }
     }
 }

@@ -19,7 +19,7 @@ use crate::{
     half_open, hint, kubelet, listeners,
     maps::{
         ADDRESSES, ANY_STRAYS, DNS_FLOWS, INBOUND_PORTS, INBOUND_RANGES, OUTBOUND_PORTS,
-        OUTBOUND_RANGES, PODS_BY_ID, Prefixes, STRAYS,
+        OUTBOUND_RANGES, Prefixes, STRAYS, pod_entry,
     },
     packet, settled, sockets, switch,
 };
@@ -263,7 +263,7 @@ unsafe fn compare_exchange(number: *mut u64, old: u64, new: u64) -> bool {
 
 #[inline(always)]
 pub fn pod(pod_id: PodId) -> Option<u32> {
-    let entry = PODS_BY_ID.get_ptr(&pod_id)?;
+    let entry = pod_entry(pod_id)?;
     // SAFETY: the pointer is to a live map value; entries are replaced as a whole.
     let (decision, flags) = unsafe { ((*entry).decision, (*entry).flags) };
     Some(if decision == DECISION_ENROLLED { flags | POD_ENROLLED } else { flags })

@@ -3,12 +3,12 @@
 use aya_ebpf::{bindings::BPF_ANY, helpers::bpf_ktime_get_ns};
 use redirect_ebpf::abi::{Connection, HALF_OPEN_CHOICES, HALF_OPEN_NS, HalfOpenKey, PodId};
 
-use crate::maps::{HALF_OPEN, PODS_BY_ID};
+use crate::maps::{HALF_OPEN, pod_entry};
 
 /// Whether the capture of the pod began so recently that SYNs from before may still be answered.
 #[inline(always)]
 pub fn may_have(pod_id: PodId) -> bool {
-    let Some(entry) = PODS_BY_ID.get_ptr(&pod_id) else { return false };
+    let Some(entry) = pod_entry(pod_id) else { return false };
     // SAFETY: the pointer is to a live map value; the helper has no arguments.
     let (began, now) = unsafe { ((*entry).captured_at_ns, bpf_ktime_get_ns()) };
     began != 0 && now.wrapping_sub(began) < HALF_OPEN_NS

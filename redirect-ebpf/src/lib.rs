@@ -6,4 +6,5 @@ pub mod abi;
 pub mod dns;
 #[cfg(test)]
 mod draw;
+pub mod shown;
 pub mod verdict;

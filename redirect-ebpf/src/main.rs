@@ -46,7 +46,7 @@ use crate::{
     count::Packet,
     env::{Maps, Tc},
     listeners::Found,
-    maps::{PARSED, PODS_BY_ID, PROXY_MISSING, THIS_POD, VIRTUAL_INTERFACES},
+    maps::{PARSED, PROXY_MISSING, THIS_POD, VIRTUAL_INTERFACES, pod_entry},
     packet::{Network, Parsed},
 };
 
@@ -126,7 +126,7 @@ fn on_lo(ctx: &TcContext, parsed: Option<&Parsed>, proxys_syn: Option<bool>) -> 
 /// Out of the pod.
 #[inline(always)]
 fn leave(pod_id: PodId) -> i32 {
-    let Some(entry) = PODS_BY_ID.get_ptr(&pod_id) else { return TC_ACT_SHOT };
+    let Some(entry) = pod_entry(pod_id) else { return TC_ACT_SHOT };
     // SAFETY: the pointer is to a live map value; it is one word.
     match unsafe { (*entry).uplink } {
         0 => TC_ACT_SHOT,

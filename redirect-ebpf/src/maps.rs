@@ -1,17 +1,22 @@
 //! Every map. Those that the agent reads or writes are pinned below the agent's bpffs directory.
 
+use core::ptr;
+
 use aya_ebpf::{
-    bindings::BPF_F_NO_PREALLOC,
+    bindings::{BPF_F_NO_PREALLOC, bpf_map_type::BPF_MAP_TYPE_SOCKHASH},
     btf_maps::{
         Array, HashMap, LpmTrie, LruHashMap, PerCpuArray, PerCpuHashMap, ProgramArray, RingBuf,
-        SkStorage, SockHash,
+        SkStorage,
     },
     macros::btf_map,
 };
-use redirect_ebpf::abi::{
-    Connection, CounterKey, DnsFlow, DnsKey, Flow, HALF_OPEN_PLACES, HalfOpenKey, Hint,
-    ListenerKey, OwnAddress, POD_PREFIXES, POD_VIRTUAL_INTERFACES, PodEntry, PodFlow, PodId,
-    PodPeer, PodPort, SavedSysctls, Settled, ThisPod, VerdictEvent, VirtualInterface,
+use redirect_ebpf::{
+    abi::{
+        Connection, CounterKey, DnsFlow, DnsKey, Flow, HALF_OPEN_PLACES, HalfOpenKey, Hint,
+        ListenerKey, OwnAddress, POD_PREFIXES, POD_VIRTUAL_INTERFACES, PodEntry, PodFlow, PodId,
+        PodPeer, PodPort, SavedSysctls, Settled, ThisPod, VerdictEvent, VirtualInterface,
+    },
+    shown,
 };
 
 use crate::packet::Parsed;
@@ -28,7 +33,13 @@ const AS_IT_COMES: usize = BPF_F_NO_PREALLOC as usize;
 
 /// Pod → the decision about it.
 #[btf_map(name = "pods")]
-pub static PODS_BY_ID: HashMap<PodId, PodEntry, PODS> = HashMap::new();
+static PODS_BY_ID: HashMap<PodId, shown::PodEntry, PODS> = HashMap::new();
+
+/// A pod's entry in `pods`.
+#[inline(always)]
+pub fn pod_entry(pod_id: PodId) -> Option<*const PodEntry> {
+    PODS_BY_ID.get_ptr(&pod_id).map(<*const shown::PodEntry>::cast)
+}
 
 /// Address that an enrolled pod has → 1. The agent limits how many each pod has.
 #[btf_map(name = "addresses")]
@@ -44,12 +55,30 @@ pub static PROGRAMS: ProgramArray<1> = ProgramArray::new();
 
 /// Pod and counter → count. Only the pod's own programs write its counters.
 #[btf_map(name = "counters")]
-pub static COUNTERS: PerCpuHashMap<CounterKey, u64, { PODS * 32 }, AS_IT_COMES> =
+pub static COUNTERS: PerCpuHashMap<shown::CounterKey, u64, { PODS * 32 }, AS_IT_COMES> =
     PerCpuHashMap::new();
 
 /// Pod and kind → the proxy's listening socket. The kernel drops an entry when its socket closes.
 #[btf_map(name = "listeners")]
-pub static LISTENERS: SockHash<ListenerKey, { PODS * 4 }> = SockHash::new();
+pub static LISTENERS: Listeners = Listeners {
+    r#type: ptr::null(),
+    key: ptr::null(),
+    value: ptr::null(),
+    max_entries: ptr::null(),
+};
+
+/// A sockhash that user space can read: with values of 8 bytes, in place of the 4 of aya's `SockHash`, it sees the
+/// sockets' cookies. The loader reads the types of the fields (BTF); programs only use the address.
+#[repr(C)]
+pub struct Listeners {
+    r#type: *const [i32; BPF_MAP_TYPE_SOCKHASH as usize],
+    key: *const shown::ListenerKey,
+    value: *const u64,
+    max_entries: *const [i32; PODS * 4],
+}
+
+// SAFETY: the pointers are null, and nobody reads them.
+unsafe impl Sync for Listeners {}
 
 /// Cgroup whose sockets are the proxy's if they have its mark, or `ANY_CGROUP` → when its proxy last
 /// connected to the agent, ns of CLOCK_MONOTONIC. Only the agent writes it. The kernel never reuses a cgroup
@@ -165,3 +194,10 @@ pub static VERDICTS: RingBuf<VerdictEvent, { 1 << 20 }> = RingBuf::new();
 /// How many verdicts found no room there.
 #[btf_map(name = "verdicts_lost")]
 pub static VERDICTS_LOST: PerCpuArray<u64, 1> = PerCpuArray::new();
+
+/// The key as `counters` declares it.
+#[inline(always)]
+pub fn counter(key: &CounterKey) -> &shown::CounterKey {
+    // SAFETY: the layout is the same, and what is counted is a `Counter`.
+    unsafe { &*ptr::from_ref(key).cast() }
+}

@@ -7,7 +7,7 @@ use aya::{
     Pod,
     maps::{
         Array, HashMap, Map, MapData, MapError, MapInfo, MapType, PerCpuArray, PerCpuHashMap,
-        SockHash, lpm_trie::LpmTrie,
+        lpm_trie::LpmTrie,
     },
 };
 use redirect_ebpf::abi::{
@@ -71,10 +71,8 @@ fn entries(name: &str, kind: MapType, data: MapData) -> Result<Read> {
         MapType::Hash => hash(name, Map::HashMap(data))?,
         MapType::LruHash => hash(name, Map::LruHashMap(data))?,
         MapType::PerCpuHash => counters(data)?,
-        MapType::SockHash => {
-            let map = SockHash::<_, ListenerKey>::try_from(Map::SockHash(data))?;
-            take(map.keys().map(|key| key.map(listener)))?
-        }
+        // To user space, its values are the cookies of its sockets.
+        MapType::SockHash => each(Map::HashMap(data), listener)?,
         MapType::LpmTrie if name.ends_with("_ports") => {
             let map = LpmTrie::<_, PodPort, u32>::try_from(Map::LpmTrie(data))?;
             take(
@@ -223,8 +221,8 @@ fn dns_flow(key: DnsKey, dns: DnsFlow) -> Value {
     })
 }
 
-fn listener(key: ListenerKey) -> Value {
-    json!({ "pod": key.pod_id, "listener": kind(key.kind) })
+fn listener(key: ListenerKey, cookie: u64) -> Value {
+    json!({ "pod": key.pod_id, "listener": kind(key.kind), "socketCookie": cookie })
 }
 
 fn kind(listener: u32) -> &'static str {

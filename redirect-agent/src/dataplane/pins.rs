@@ -5,7 +5,7 @@ use std::path::{Path, PathBuf};
 use anyhow::{Context as _, Result, anyhow};
 use aya::{
     Pod,
-    maps::{HashMap, Map, MapData, MapError, MapInfo, MapType, PerCpuHashMap, SockHash, lpm_trie},
+    maps::{HashMap, Map, MapData, MapError, MapInfo, MapType, PerCpuHashMap, lpm_trie},
 };
 use redirect_ebpf::abi::{
     Connection, CounterKey, DnsFlow, DnsKey, Flow, HalfOpenKey, ListenerKey, OwnAddress, PodEntry,
@@ -80,10 +80,7 @@ fn measure(name: &str, kind: MapType, data: MapData) -> Result<(&'static str, Op
             let map = PerCpuHashMap::<_, CounterKey, u64>::try_from(Map::PerCpuHashMap(data))?;
             ("percpu_hash", Some(count(map.keys())?))
         }
-        MapType::SockHash => {
-            let map = SockHash::<_, ListenerKey>::try_from(Map::SockHash(data))?;
-            ("sockhash", Some(count(map.keys())?))
-        }
+        MapType::SockHash => ("sockhash", Some(keys::<ListenerKey, u64>(Map::HashMap(data))?)),
         MapType::LpmTrie => ("lpm_trie", Some(prefixes(name, Map::LpmTrie(data))?)),
         MapType::PerCpuArray => ("percpu_array", None),
         MapType::ProgramArray => ("prog_array", None),

@@ -343,10 +343,20 @@ impl TryFrom<&k8s::Namespace> for Namespace {
 
 #[cfg(test)]
 mod tests {
+    use redirect_ebpf::shown;
+
     use super::*;
 
     fn parse(pod: serde_json::Value) -> Result<Pod, PodError> {
         Pod::try_from(&serde_json::from_value::<k8s::Pod>(pod).unwrap())
+    }
+
+    #[test]
+    fn bpftool_prints_every_reason_by_its_name() {
+        let of = |name: &dyn fmt::Debug, code| format!("{name:?} {code}");
+        let ours: Vec<_> = Reason::ALL.iter().map(|r| of(r, r.code())).collect();
+        let shown: Vec<_> = shown::Reason::ALL.iter().map(|r| of(r, *r as u32)).collect();
+        assert_eq!(ours, shown);
     }
 
     #[test]

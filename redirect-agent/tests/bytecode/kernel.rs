@@ -8,12 +8,12 @@ use std::{
     time::Instant,
 };
 
-use anyhow::{Context as _, Result, ensure};
+use anyhow::{Context as _, Result, bail, ensure};
 use aya::{
     Ebpf, EbpfLoader,
     maps::{
         Array, HashMap, Map, MapData, MapError, PerCpuArray, PerCpuHashMap, PerCpuValues,
-        ProgramArray, RingBuf, SockHash,
+        ProgramArray, RingBuf,
         lpm_trie::{Key, LpmTrie},
     },
     programs::{ProgramFd, SchedClassifier, SkLookup, TcAttachType, tc::qdisc_add_clsact},
@@ -325,7 +325,7 @@ pub struct Maps {
     pods: HashMap<MapData, PodId, PodEntry>,
     addresses: HashMap<MapData, OwnAddress, u32>,
     counters: PerCpuHashMap<MapData, CounterKey, u64>,
-    listeners: SockHash<MapData, ListenerKey>,
+    listeners: HashMap<MapData, ListenerKey, u64>,
     proxy_cgroups: HashMap<MapData, u64, u64>,
     missing: HashMap<MapData, ListenerKey, u64>,
     hint: PerCpuArray<MapData, Hint>,
@@ -354,7 +354,11 @@ impl Maps {
             pods: map("pods")?.try_into()?,
             addresses: map("addresses")?.try_into()?,
             counters: map("counters")?.try_into()?,
-            listeners: map("listeners")?.try_into()?,
+            listeners: match map("listeners")? {
+                // aya's type has values of 4 bytes.
+                Map::SockHash(map) => Map::HashMap(map).try_into()?,
+                other => bail!("listeners is {other:?}"),
+            },
             proxy_cgroups: map("proxy_cgroups")?.try_into()?,
             missing: map("proxy_missing")?.try_into()?,
             hint: map("hints")?.try_into()?,
@@ -599,7 +603,9 @@ impl Maps {
     ) -> Result<()> {
         let key = ListenerKey { pod_id, kind };
         match socket {
-            Some(socket) => self.listeners.insert(key, socket.socket.as_raw_fd(), 0)?,
+            Some(socket) => {
+                self.listeners.insert(key, u64::try_from(socket.socket.as_raw_fd())?, 0)?
+            }
             None => absent(self.listeners.remove(&key))?,
         }
         Ok(())

@@ -218,7 +218,7 @@ fn namespace_attaches_itself_and_detaches_itself(family: Family) -> Result<()> {
 #[test]
 fn maps_are_shown_with_commands_that_print_them() -> Result<()> {
     let cluster = Cluster::enrolled(&[])?;
-    let Cluster { node, .. } = &cluster;
+    let Cluster { node, server, client, .. } = &cluster;
     let ask = |arguments: &[&str]| {
         let mut command = node.command_without_agent("maps")?;
         command.arg("--bpffs-dir").arg(node.bpffs()).args(arguments);
@@ -233,6 +233,19 @@ fn maps_are_shown_with_commands_that_print_them() -> Result<()> {
         let mut words = line.split_whitespace();
         let bpftool = words.next().context("an empty command")?;
         succeed(Command::new(bpftool).args(words))?;
+    }
+    // bpftool knows the names of what the maps have numbers for.
+    converse(server, client, Family::V4)?;
+    for (map, names) in [
+        ("pods", &["\"Enrolled\"", "\"PodLabelAmbient\""][..]),
+        ("counters", &["\"RedirectedOutbound\""]),
+        ("listeners", &["\"Outbound\"", "\"Inbound\"", "\"Hbone\""]),
+    ] {
+        let mut bpftool = Command::new("bpftool");
+        let dump = succeed(bpftool.args(["map", "dump", "pinned"]).arg(node.bpffs().join(map)))?;
+        let dump = String::from_utf8(dump.stdout)?;
+        ensure!(names.iter().all(|name| dump.contains(name)), "{map}: {dump}");
+        ensure!(!dump.contains("No space left"), "{map}: {dump}");
     }
     let (done, json) = ask(&["-o", "json"])?;
     ensure!(done, "{json}");
