@@ -4,7 +4,9 @@ use std::{
     env,
     ffi::OsString,
     io::{BufRead as _, BufReader, Write as _},
+    num::NonZero,
     process::{Command, Stdio},
+    thread,
     time::{Instant, SystemTime, UNIX_EPOCH},
 };
 
@@ -88,6 +90,10 @@ pub(crate) fn run_all(tests: &Tests) -> Result<()> {
 
 /// What the fuzz tests begin with; source: bolero.
 const FUZZ_SEED: &str = "BOLERO_RANDOM_SEED";
+/// How many tests run at once; source: libtest.
+const THREADS: &str = "RUST_TEST_THREADS";
+/// Scenarios wait for half of their time: for grace periods, time-outs and the next attempt.
+const TESTS_PER_CPU: usize = 2;
 /// More failures than these have a common cause.
 const MOST_FLAKY: usize = 3;
 /// How often in a row a test has to pass alone, after it has failed among all the others.
@@ -99,7 +105,7 @@ fn pass_alone(tests: &Tests, failed: &[&str]) -> Result<bool> {
     if failed.is_empty() || failed.len() > MOST_FLAKY {
         return Ok(false);
     }
-    let mut harness = vec![OsString::from("--exact")];
+    let mut harness = ["--exact", "--test-threads=1"].map(OsString::from).to_vec();
     harness.extend(failed.iter().map(OsString::from));
     let (packages, environment) = (tests.packages.clone(), tests.environment.clone());
     let alone = Tests { packages, harness, environment, again: false };
@@ -132,6 +138,7 @@ fn run_tests(tests: &Tests) -> Result<(bool, Summary)> {
         .args(&tests.harness)
         // The same inputs each time, unless somebody fuzzes.
         .env(FUZZ_SEED, env::var_os(FUZZ_SEED).unwrap_or_else(|| "1".into()))
+        .env(THREADS, env::var_os(THREADS).unwrap_or_else(|| threads().to_string().into()))
         .envs(tests.environment.iter().map(|(name, value)| (name, value)))
         // kubectl and helm, of the versions that we know.
         .env("PATH", setup::path_with_tools()?)
@@ -148,6 +155,10 @@ fn run_tests(tests: &Tests) -> Result<(bool, Summary)> {
     }
     let status = child.wait().context("wait for cargo test")?;
     Ok((status.success(), summary))
+}
+
+fn threads() -> usize {
+    thread::available_parallelism().map_or(1, NonZero::get) * TESTS_PER_CPU
 }
 
 /// The sums over all test programs.
