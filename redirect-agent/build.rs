@@ -15,6 +15,8 @@ fn main() -> anyhow::Result<()> {
     #[expect(unsafe_code, reason = "Command's environment is only reachable through ours")]
     unsafe {
         env::set_var("PATH", path);
+        // aya-build prints each line of the inner cargo as a warning.
+        env::set_var("CARGO_TERM_QUIET", "true");
     }
     aya_build::build_ebpf(
         [aya_build::Package {

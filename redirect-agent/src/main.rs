@@ -6,6 +6,7 @@ use redirect_agent::{
     cli::{Command, LogFormat},
     cni::plugin,
     commands, log,
+    output::printable,
 };
 
 /// As many on a large node as on a small one: the agent has little to compute.
@@ -44,7 +45,10 @@ async fn agent() -> ExitCode {
     match commands::execute(command).await {
         Ok(exit) => exit,
         Err(e) => {
-            eprintln!("error: {e:#}");
+            let message = format!("{e:#}");
+            // It may quote a pod or the API server.
+            let lines: Vec<String> = message.lines().map(printable).collect();
+            eprintln!("error: {}", lines.join("\n  "));
             ExitCode::from(failure)
         }
     }

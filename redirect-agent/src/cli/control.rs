@@ -5,7 +5,7 @@ use std::{net::SocketAddr, path::PathBuf, time::Duration};
 use clap::{Args, builder::PossibleValuesParser};
 use redirect_ebpf::abi::Counter;
 
-use super::namespace;
+use super::{namespace, time};
 use crate::{
     control::DEFAULT_SOCKET,
     explain::To,
@@ -33,7 +33,7 @@ pub struct For {
 }
 
 fn whole_seconds(s: &str) -> Result<Duration, String> {
-    let duration = humantime::parse_duration(s).map_err(|error| error.to_string())?;
+    let duration = time(s)?;
     if duration < Duration::from_secs(1) {
         return Err("it must be a second or more".to_owned());
     }

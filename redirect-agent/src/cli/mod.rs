@@ -181,8 +181,14 @@ pub struct Force {
     pub force: bool,
 }
 
+fn time(s: &str) -> Result<Duration, String> {
+    humantime::parse_duration(s).map_err(|error| {
+        format!("give numbers and units, such as 90s, 10m, 2h 30m or 1day ({error})")
+    })
+}
+
 fn interval(s: &str) -> Result<Duration, String> {
-    let interval = humantime::parse_duration(s).map_err(|error| error.to_string())?;
+    let interval = time(s)?;
     if interval < Duration::from_millis(100) {
         return Err("it must be 100ms or more".to_owned());
     }
@@ -361,10 +367,10 @@ pub struct RunArgs {
     )]
     pub enablement_selectors: Option<Selectors>,
     /// For how long new connections wait for a proxy that has stopped listening.
-    #[arg(long, value_name = "TIME", default_value = "3s", value_parser = humantime::parse_duration)]
+    #[arg(long, value_name = "TIME", default_value = "3s", value_parser = time)]
     pub proxy_grace: Duration,
     /// How long a pod that leaves the mesh keeps its redirected connections at most.
-    #[arg(long, value_name = "TIME", default_value = "5s", value_parser = humantime::parse_duration)]
+    #[arg(long, value_name = "TIME", default_value = "5s", value_parser = time)]
     pub drain: Duration,
     /// How often the kernel is compared with what should be there, and repaired.
     #[arg(long, value_name = "TIME", default_value = "1m", value_parser = interval)]

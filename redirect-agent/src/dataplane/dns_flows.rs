@@ -14,9 +14,11 @@ use super::absent;
 /// Its name, and that of its pin.
 pub(super) const DNS_FLOWS: &str = "dns_flows";
 
-/// A connection over TCP may be open still when its place is free: it keeps that for so long, unless another flow
-/// takes it.
+/// A connection over TCP may still be open when its place is free. It keeps the place for so long, unless another
+/// flow takes it.
 const OPEN: Duration = Duration::from_secs(60 * 60);
+/// The same if one side has closed it, and the other may still send.
+const HALF_CLOSED: Duration = Duration::from_secs(60);
 
 /// Deletes the pod's flows.
 pub(super) fn clear(
@@ -38,10 +40,15 @@ pub(super) fn clear(
 pub(super) fn sweep(dir: &Path, now: u64) -> Result<()> {
     let map = MapData::from_pin(dir.join(DNS_FLOWS)).context("open map dns_flows")?;
     let mut flows: HashMap<_, DnsKey, DnsFlow> = Map::HashMap(map).try_into()?;
-    let open = u64::try_from(OPEN.as_nanos())?;
+    let (open, half_closed) =
+        (u64::try_from(OPEN.as_nanos())?, u64::try_from(HALF_CLOSED.as_nanos())?);
     let is_over = |key: &DnsKey, flow: &DnsFlow| {
-        let open = if key.protocol == PROTOCOL_TCP && flow.ended == 0 { open } else { 0 };
-        is_free(flow, now.saturating_sub(open))
+        let keep = match (key.protocol, flow.ended) {
+            (PROTOCOL_TCP, 0) => open,
+            (PROTOCOL_TCP, _) => half_closed,
+            _ => 0,
+        };
+        is_free(flow, now.saturating_sub(keep))
     };
     let mut over = Vec::new();
     for entry in flows.iter() {

@@ -2,7 +2,7 @@
 
 use std::{path::Path, time::SystemTime};
 
-use anyhow::{Context as _, Result};
+use anyhow::Result;
 
 use super::{
     Explanation, NodePart, Place, PodPart, decision::Rules, gather::conclude, verdict::judge,
@@ -20,7 +20,7 @@ use crate::{
 ///
 /// When a manifest cannot be read.
 pub fn explain(path: &Path, pod: &PodKey, membership: &Config) -> Result<Explanation> {
-    let manifests = Manifests::read(path).with_context(|| format!("read {}", path.display()))?;
+    let manifests = Manifests::read(path)?;
     let rules = Rules { membership, traffic: &Settings::default(), overrides: None };
     let now = SystemTime::now();
     let node = NodePart { source: format!("file:{}", path.display()), ..NodePart::default() };

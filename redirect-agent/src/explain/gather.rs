@@ -94,7 +94,10 @@ impl<S: Source> Answerer<'_, S> {
         endpoints.sort_by_key(|endpoint| (is_elsewhere(endpoint), !endpoint.ready));
         let looked_at: Vec<Option<&PodKey>> =
             endpoints.iter().take(service::LOOKED_AT).map(|found| found.pod.as_ref()).collect();
-        let pods = self.pods(&looked_at, inventory, now).await;
+        let pods = self.pods(&looked_at, inventory, now).await.into_iter().zip(&endpoints);
+        // Whoever writes a slice may name any pod in it.
+        let is_its = |pod: &PodPart, ip| pod.ips.is_empty() || pod.ips.contains(&ip);
+        let pods = pods.map(|(pod, found)| pod.filter(|pod| is_its(pod, found.ip))).collect();
         let parts = endpoints.iter().map(|e| service::endpoint(&found, asked.port, e)).collect();
         let service = ServicePart { endpoints: parts, ..service };
         Ok(service::choose(node, from, asked, service, pods, now))

@@ -74,13 +74,13 @@ impl FromStr for To {
             return Ok(Self { whom: Whom::At(ip.to_canonical()), port: None });
         }
         if let Ok(at) = s.parse::<SocketAddr>() {
-            let port = Some(at.port());
-            return Ok(Self { whom: Whom::At(at.ip().to_canonical()), port });
+            let port = Some(at.port()).filter(|port| *port != 0).ok_or_else(|| no_port(s))?;
+            return Ok(Self { whom: Whom::At(at.ip().to_canonical()), port: Some(port) });
         }
         let (name, port) = match s.split_once(':') {
             Some((name, port)) => {
                 let port = port.parse().ok().filter(|port| *port != 0);
-                (name, Some(port.ok_or_else(|| format!("{s:?} has no port from 1 to 65535"))?))
+                (name, Some(port.ok_or_else(|| no_port(s))?))
             }
             None => (s, None),
         };
@@ -95,6 +95,10 @@ impl FromStr for To {
         })?;
         Ok(Self { whom: Whom::Named(key), port })
     }
+}
+
+fn no_port(s: &str) -> String {
+    format!("{s:?} has no port from 1 to 65535")
 }
 
 /// The Service that has this name in the cluster's DNS: `cart.shop.svc`, `cart.shop.svc.cluster.local`.

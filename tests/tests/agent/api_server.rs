@@ -1,6 +1,7 @@
 //! The running agent with an API server as its source. How the source itself follows the server is
 //! tested on its own (`tests/kube`).
 
+use std::net::Ipv4Addr;
 use std::time::Duration;
 
 use anyhow::{Context as _, Result, ensure};
@@ -14,7 +15,7 @@ use redirect_tests::hbone::Direction;
 use redirect_tests::netns::Family;
 use redirect_tests::process::wait_for;
 use redirect_tests::topology::Pod;
-use serde_json::json;
+use serde_json::{Value, json};
 
 use crate::cluster::{Cluster, Manifest, PORT, SOON, echo, now};
 use crate::health::{free_address, get};
@@ -396,23 +397,25 @@ fn service_is_asked_for_and_its_endpoints_are_explained() -> Result<()> {
             "spec": {"clusterIPs": ["10.96.0.7"], "ports": [{"name": "http", "port": 80}]},
         }),
     );
-    let endpoint = |pod: &Pod, ready: bool| {
+    let endpoint_at = |pod: &Pod, ip: Ipv4Addr, ready: bool| {
         json!({
-            "addresses": [pod.v4], "conditions": {"ready": ready},
+            "addresses": [ip], "conditions": {"ready": ready},
             "targetRef": {"kind": "Pod", "namespace": pod.namespace, "name": pod.name},
         })
     };
+    let endpoint = |pod: &Pod, ready| endpoint_at(pod, pod.v4, ready);
     let labels = json!({"kubernetes.io/service-name": "cart"});
-    let slice = |ready| {
+    let slice_of = |endpoints: &[Value]| {
         managed.api.put(
             Kind::EndpointSlice,
             json!({
                 "metadata": {"name": "cart-abc", "namespace": "shop", "labels": labels},
-                "endpoints": [endpoint(client, ready), endpoint(server, false)],
+                "endpoints": endpoints,
                 "ports": [{"name": "http", "port": PORT}],
             }),
         )
     };
+    let slice = |ready| slice_of(&[endpoint(client, ready), endpoint(server, false)]);
     let ask = |to: &str| -> Result<Explanation> {
         let json = node.tell("explain", &[&server.to_string(), to, "-o", "json"])?;
         serde_json::from_str(&json).context("read explain")
@@ -435,6 +438,10 @@ fn service_is_asked_for_and_its_endpoints_are_explained() -> Result<()> {
     ensure!(verdict(false).is_some(), "of this node's no source is asked: {slow:?}");
     slice(false);
     assert_eq!(ask("shop/cart:80")?.verdict.cause, Cause::NoReadyEndpoint);
+    // A slice that names a pod for an address that the pod does not have is not about that pod.
+    slice_of(&[endpoint_at(client, Ipv4Addr::new(198, 51, 100, 9), true)]);
+    let to = ask("shop/cart:80")?.to.context("nothing is called")?;
+    ensure!(to.pod.is_none(), "{to:?}");
 
     // A role of before says what it lacks.
     managed.api.forbid("list", "services");

@@ -33,7 +33,7 @@ impl Manifests {
     pub fn read(path: &Path) -> Result<Self> {
         let mut manifests = Self::default();
         if path.is_dir() {
-            let mut names = list(path)?;
+            let mut names = list(path).with_context(|| format!("read {}", path.display()))?;
             names.retain(|name| is_manifest(name));
             names.sort();
             for name in names {

@@ -65,6 +65,8 @@ const NAME: &str = "redirect-agent";
 const LABEL_SERVICE_NAME: &str = "kubernetes.io/service-name";
 /// How many Services are listed at once.
 const PAGE: u32 = 500;
+/// How many EndpointSlices of a Service are read; each has up to 1,000 endpoints.
+const SLICES: u32 = 50;
 
 /// What is watched, as problems name it.
 const PODS: &str = "pods";
@@ -468,7 +470,9 @@ impl Source for KubeSource {
         let Some(object) = object else { return Ok(None) };
         let (name, namespace) = (object.name_any(), object.namespace().unwrap_or_default());
         let slices = Api::<EndpointSlice>::namespaced(self.client.clone(), &namespace);
-        let params = ListParams::default().labels(&format!("{LABEL_SERVICE_NAME}={name}"));
+        // Of more, `explain` looks at the first ones only.
+        let params =
+            ListParams::default().labels(&format!("{LABEL_SERVICE_NAME}={name}")).limit(SLICES);
         let listed = in_time(slices.list(&params))
             .await
             .with_context(|| format!("list the EndpointSlices of Service {namespace}/{name}"))?;
