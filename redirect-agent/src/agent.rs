@@ -35,6 +35,7 @@ use crate::{
     metrics::{Metrics, Now},
     output::{NodeOverride, PodStatus, Status},
     overrides::{Change, Mode, Moment, Overrides, Store, Target},
+    page::{self, Audience},
     probes::{self, Probes},
     reconcile::{Admission, Observer, Reconciler, Settings},
     source::{Event, EventKind, Inventory, Problem, Source, dir, kube},
@@ -80,6 +81,8 @@ pub struct Options {
     pub probes: probes::Settings,
     /// Where health and metrics are served.
     pub health: health::Address,
+    /// Who may see the status page there.
+    pub page: Audience,
     /// The flags that this comes from.
     pub flags: Flags,
 }
@@ -230,6 +233,7 @@ async fn serve<S: Source>(
     let (observer, looked) = (OnceLock::new(), Latest::default());
     let agent = Arc::new(Agent {
         options,
+        started: Moment::of(SystemTime::now()),
         overrides,
         observer,
         looked,
@@ -242,7 +246,11 @@ async fn serve<S: Source>(
         cni_plugin,
     });
     if let health::Address::At(address) = agent.options.health {
-        let server = health::Server::bind(address).await?;
+        let mut server = health::Server::bind(address).await?;
+        if agent.options.page != Audience::Off {
+            let page = page::router(Arc::clone(&agent), &agent.options.node);
+            server = server.with_page(agent.options.page, page);
+        }
         let (agent, shutdown) = (Arc::clone(&agent), shutdown.clone());
         parts.spawn(async move {
             server.run(agent, shutdown).await;
@@ -323,6 +331,7 @@ fn run_parts<S: Source>(
 
 struct Agent<S> {
     options: Options,
+    started: Moment,
     overrides: Arc<Store>,
     /// Set once the pods are known.
     observer: OnceLock<Arc<Observer<S>>>,
@@ -416,9 +425,11 @@ impl<S: Source> control::Agent for Agent<S> {
         let unknown = Status {
             node: self.options.node.clone(),
             version: env!("CARGO_PKG_VERSION").to_owned(),
+            started: Some(self.started),
             source: self.waiting.source.clone(),
             waiting: None,
             proxies: 0,
+            proxy_since: None,
             no_proxy_since: None,
             mark_alone: None,
             pause: overrides.pause(now).cloned(),
@@ -430,7 +441,8 @@ impl<S: Source> control::Agent for Agent<S> {
         let Some(observer) = self.observer.get() else {
             return Ok(Status { waiting: Some(self.waiting.explain()), ..unknown });
         };
-        let proxies = observer.zds().proxies.len();
+        let proxies = observer.zds().proxies;
+        let connected = proxies.first().map(|newest| Duration::from_secs(newest.connected_seconds));
         // As of now: whoever has changed something looks whether it is done.
         let mut pods = if of.is_all() {
             self.pods(observer, Duration::ZERO).await?.to_vec()
@@ -440,7 +452,8 @@ impl<S: Source> control::Agent for Agent<S> {
         self.words.note(&mut pods);
         Ok(Status {
             source: observer.source(),
-            proxies: u32::try_from(proxies).unwrap_or(u32::MAX),
+            proxies: u32::try_from(proxies.len()).unwrap_or(u32::MAX),
+            proxy_since: connected.and_then(|age| now.checked_sub(age)).map(Moment::of),
             no_proxy_since: observer.proxies_away().map(|away| Moment::of(away.since)),
             mark_alone: observer.mark_alone()?,
             overrides: if of.is_all() {

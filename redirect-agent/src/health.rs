@@ -5,6 +5,7 @@
 //! | `GET /healthz` | 200 as long as the agent serves requests |
 //! | `GET /readyz` | 200 when all conditions hold, else 503; each condition on a line |
 //! | `GET /metrics` | [`crate::metrics`], in OpenMetrics' text format |
+//! | `GET /` | the status page, [`crate::page`], for those who may see it |
 //!
 //! Everybody can connect, so every client is limited: each request has a connection of its own, its header
 //! has to be short and arrive soon, and nobody has more than a few connections.
@@ -38,7 +39,7 @@ use tokio::{
 use tokio_util::sync::CancellationToken;
 use tracing::debug;
 
-use crate::metrics::CONTENT_TYPE;
+use crate::{metrics::CONTENT_TYPE, page::Audience};
 
 /// How long a request may take to arrive, and its answer to be read.
 const HEADER_WITHIN: Duration = Duration::from_secs(2);
@@ -50,6 +51,10 @@ const OF_ONE: usize = 16;
 const OF_ALL: usize = 256;
 /// The pause after accepting a connection failed, for example for lack of file descriptors.
 const PAUSE: Duration = Duration::from_millis(100);
+
+/// What is nowhere else.
+const NOT_FOUND: (StatusCode, &str) =
+    (StatusCode::NOT_FOUND, "not found; there are /healthz, /readyz and /metrics\n");
 
 /// Where to serve, or `off`.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -103,7 +108,10 @@ pub trait Agent: Send + Sync + 'static {
 
 /// The open port.
 #[derive(Debug)]
-pub struct Server(TcpListener);
+pub struct Server {
+    listener: TcpListener,
+    page: Option<(Audience, Router)>,
+}
 
 impl Server {
     /// Listens at `address`.
@@ -117,7 +125,12 @@ impl Server {
                 "listen on {address} for health and metrics; --health-address names another one"
             )
         })?;
-        Ok(Self(listener))
+        Ok(Self { listener, page: None })
+    }
+
+    /// With a page at `/`, for those who may see it.
+    pub fn with_page(self, audience: Audience, page: Router) -> Self {
+        Self { page: Some((audience, page)), ..self }
     }
 
     /// Serves `agent` until `shutdown`.
@@ -127,16 +140,24 @@ impl Server {
             .route("/readyz", get(ready::<A>))
             .route("/metrics", get(metrics::<A>))
             .with_state(agent);
+        let elsewhere = |router: Router| router.fallback(|| async { NOT_FOUND });
+        let with_page = self.page.map(|(audience, page)| {
+            let router = elsewhere(router.clone().merge(page));
+            (audience, router)
+        });
+        let router = elsewhere(router);
         let guests = Arc::new(Guests::default());
         loop {
-            let accepted = shutdown.run_until_cancelled(self.0.accept()).await;
+            let accepted = shutdown.run_until_cancelled(self.listener.accept()).await;
             match accepted {
                 None => return,
                 Some(Ok((stream, peer))) => {
                     // Kubelet's probes come from an address of this node to the same.
                     let own = stream.local_addr().is_ok_and(|local| local.ip() == peer.ip());
                     if let Some(guest) = Guests::admit(&guests, counted(peer.ip()), own) {
-                        tokio::spawn(answer(stream, router.clone(), guest));
+                        let seen = with_page.as_ref().filter(|(who, _)| who.admits(peer.ip()));
+                        let router = seen.map_or(&router, |(_, with_page)| with_page).clone();
+                        tokio::spawn(answer(stream, router, guest));
                     }
                 }
                 Some(Err(e)) => {

@@ -25,6 +25,7 @@ pub mod metrics;
 pub mod netns;
 pub mod output;
 pub mod overrides;
+pub mod page;
 pub mod preflight;
 pub mod probes;
 pub mod process_ref;

@@ -292,6 +292,7 @@ mod tests {
             uid: uid.to_owned(),
             ips: Vec::new(),
             state,
+            since: None,
             reason,
             message: None,
             overridden: None,

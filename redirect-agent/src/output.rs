@@ -53,6 +53,9 @@ pub struct Status {
     pub node: String,
     /// The agent's version.
     pub version: String,
+    /// When the agent started.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub started: Option<Moment>,
     /// Where pods and namespaces come from: `dir:/etc/manifests`.
     pub source: String,
     /// What the agent waits for before it knows the pods; until then it shows none.
@@ -60,6 +63,9 @@ pub struct Status {
     pub waiting: Option<String>,
     /// How many proxies are connected on the ZDS socket.
     pub proxies: u32,
+    /// Since when the newest of them is.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub proxy_since: Option<Moment>,
     /// Since when none is, while none is.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub no_proxy_since: Option<Moment>,
@@ -93,6 +99,9 @@ pub struct PodStatus {
     pub ips: Vec<IpAddr>,
     /// Where the pod is.
     pub state: PodState,
+    /// Since when, as far as this agent has seen it.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub since: Option<Moment>,
     /// Why it should be there.
     pub reason: Reason,
     /// Why it is not where it should be, when it is not.
@@ -220,7 +229,7 @@ pub fn status(status: &Status, format: Format, not_ready: bool) -> anyhow::Resul
     let mut header =
         vec!["NAMESPACE", "NAME", "STATE", "REASON", "OVERRIDE", "IPS", "KERNEL", "COUNTERS"];
     if wide {
-        header.extend(["UID", "NETNS", "SETTINGS"]);
+        header.extend(["SINCE", "UID", "NETNS", "SETTINGS"]);
     }
     out.push_str(&table(&header, pods.iter().map(|pod| row(pod, wide))));
     for pod in &pods {
@@ -251,41 +260,52 @@ fn head(status: &Status, out: &mut String) -> fmt::Result {
         status.node,
         status.version,
         printable(&status.source),
-        match status.proxies {
-            0 => "no proxy connected".to_owned(),
-            1 => "1 proxy connected".to_owned(),
-            n => format!("{n} proxies connected"),
-        }
+        proxies(status)
     )?;
-    if let Some(since) = status.no_proxy_since {
-        writeln!(
-            out,
-            "no proxy since {since}; new connections of pods in the mesh are refused; is ztunnel running on \
-             this node?"
-        )?;
-    }
-    if let Some(why) = &status.mark_alone {
-        writeln!(out, "{}", printable(why))?;
-    }
-    writeln!(out, "{}", printable(&status.probes.to_string()))?;
-    if let Some(waiting) = &status.waiting {
-        writeln!(out, "{}; what is in the kernel stays in force", printable(waiting))?;
-    }
-    if let Some(pause) = &status.pause {
-        let until = match pause.until {
-            Some(until) => format!("until {until}"),
-            None => "until `redirect-agent resume`".to_owned(),
-        };
-        let why = match &pause.reason {
-            Some(reason) => format!(" ({})", printable(reason)),
-            None => String::new(),
-        };
-        writeln!(out, "PAUSED {until}{why}: every pod bypasses")?;
-    }
-    for found in &status.overrides {
-        writeln!(out, "{}", printable(&found.to_string()))?;
+    let before = no_proxy(status).into_iter().chain(status.mark_alone.clone());
+    let after = waiting(status).into_iter().chain(status.pause.as_ref().map(paused));
+    let overrides = status.overrides.iter().map(NodeOverride::to_string);
+    for line in before.chain([status.probes.to_string()]).chain(after).chain(overrides) {
+        writeln!(out, "{}", printable(&line))?;
     }
     Ok(())
+}
+
+/// How many proxies are connected.
+pub(crate) fn proxies(status: &Status) -> String {
+    match status.proxies {
+        0 => "no proxy connected".to_owned(),
+        1 => "1 proxy connected".to_owned(),
+        n => format!("{n} proxies connected"),
+    }
+}
+
+/// Since when no proxy is connected, and what that means.
+pub(crate) fn no_proxy(status: &Status) -> Option<String> {
+    let since = status.no_proxy_since?;
+    Some(format!(
+        "no proxy since {since}; new connections of pods in the mesh are refused; is ztunnel running on this \
+         node?"
+    ))
+}
+
+/// What the agent waits for, and what that means.
+pub(crate) fn waiting(status: &Status) -> Option<String> {
+    let waiting = status.waiting.as_ref()?;
+    Some(format!("{waiting}; what is in the kernel stays in force"))
+}
+
+/// That the node is paused, until when, and why.
+pub(crate) fn paused(pause: &Pause) -> String {
+    let until = match pause.until {
+        Some(until) => format!("until {until}"),
+        None => "until `redirect-agent resume`".to_owned(),
+    };
+    let why = match &pause.reason {
+        Some(reason) => format!(" ({reason})"),
+        None => String::new(),
+    };
+    format!("PAUSED {until}{why}: every pod bypasses")
 }
 
 fn row(pod: &PodStatus, wide: bool) -> Vec<String> {
@@ -305,6 +325,7 @@ fn row(pod: &PodStatus, wide: bool) -> Vec<String> {
             .join(" "),
     ];
     if wide {
+        row.push(pod.since.map(|since| since.to_string()).unwrap_or_default());
         row.push(pod.uid.clone());
         row.push(pod.netns.map(|netns| netns.to_string()).unwrap_or_default());
         row.push(pod.traffic.as_ref().map(Traffic::to_string).unwrap_or_default());
@@ -347,7 +368,8 @@ pub fn summary(pods: &[PodStatus]) -> String {
     format!("{total}: {}; {ready}", states.join(", "))
 }
 
-fn overridden(found: &OverrideStatus) -> String {
+/// An override as it counts for a pod, and when it ends.
+pub(crate) fn overridden(found: &OverrideStatus) -> String {
     match found.until {
         Some(until) => format!("{} {} until {until}", found.mode, found.target),
         None => format!("{} {}", found.mode, found.target),
@@ -363,14 +385,15 @@ pub struct PodChange<'a> {
     pub after: Option<&'a PodStatus>,
 }
 
-/// The pods that differ in more than their counters, by namespace and name.
+/// The pods that differ in more than their counters and times, by namespace and name.
 pub fn changes<'a>(
     before: &'a BTreeMap<(String, String), PodStatus>,
     after: &'a BTreeMap<(String, String), PodStatus>,
 ) -> impl Iterator<Item = PodChange<'a>> {
     let names: BTreeSet<_> = before.keys().chain(after.keys()).collect();
     let pods = names.into_iter().map(|name| (before.get(name), after.get(name)));
-    let uncounted = |pod: &PodStatus| PodStatus { counters: BTreeMap::new(), ..pod.clone() };
+    let uncounted =
+        |pod: &PodStatus| PodStatus { counters: BTreeMap::new(), since: None, ..pod.clone() };
     pods.filter(move |(before, after)| before.map(uncounted) != after.map(uncounted))
         .map(|(before, after)| PodChange { before, after })
 }

@@ -60,10 +60,12 @@ impl Agent for Overridden {
         Ok(Status {
             node: "n1".to_owned(),
             version: "0.0.0".to_owned(),
+            started: None,
             // What was asked for, for whoever looks whether it has arrived.
             source: serde_json::to_string(&of)?,
             waiting: None,
             proxies: 0,
+            proxy_since: None,
             no_proxy_since: None,
             mark_alone: None,
             pause: self.store.current().pause(SystemTime::now()).cloned(),

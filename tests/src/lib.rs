@@ -4,6 +4,7 @@ pub mod apiserver;
 pub mod app;
 pub mod attached;
 pub mod bench;
+pub mod browser;
 pub mod cni;
 pub mod demo;
 pub mod dns;

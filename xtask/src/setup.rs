@@ -33,6 +33,10 @@ const PACKAGES: &[(&str, &str)] = &[
     ("/usr/lib/cni/bridge", "containernetworking-plugins"),
 ];
 
+/// The browsers in which the status page can be tested, and the Debian package of the first. It is Chromium
+/// without a window, and needs no desktop: 88 MB to fetch.
+const BROWSERS: [&str; 3] = ["chromium-headless-shell", "chromium", "google-chrome"];
+
 /// What `cargo xtask test --vm` calls besides.
 const VM_PACKAGES: &[(&str, &str)] = &[
     ("qemu-system-x86_64", "qemu-system-x86"),
@@ -126,6 +130,7 @@ impl Nightly {
 pub(crate) fn everything(report: Report) -> Result<()> {
     for_building(report)?;
     for_running(report)?;
+    browser(report)?;
     promtool(report)
 }
 
@@ -152,6 +157,15 @@ pub(crate) fn for_running(report: Report) -> Result<()> {
     packages(report, "packages", PACKAGES)?;
     kubernetes(report)?;
     bpffs(report)
+}
+
+/// Brings a browser, if there is none that the tests can use.
+fn browser(report: Report) -> Result<()> {
+    match BROWSERS.into_iter().find(|name| find(name).is_some()) {
+        Some(name) => report.present("browser", name),
+        None => packages(report, "browser", &[(BROWSERS[0], BROWSERS[0])])?,
+    }
+    Ok(())
 }
 
 /// Brings the programs that other kernels are booted with.

@@ -31,6 +31,7 @@ use crate::{
     health,
     membership::{DEFAULT_EXCLUDED_NAMESPACE, NameError, check_namespace_name},
     output::Format,
+    page::Audience,
     probes,
     traffic::{Ports, Selection, Selections, parse_range},
 };
@@ -382,6 +383,18 @@ pub struct RunArgs {
     /// Where to serve /healthz, /readyz and /metrics over HTTP: ADDRESS:PORT, or `off`.
     #[arg(long, value_name = "ADDRESS", default_value = "[::]:15014")]
     pub health_address: health::Address,
+    /// Serve a status page for browsers at / of the health address: to whoever connects over loopback, such
+    /// as kubectl port-forward (`local`, also without a value), or to everybody (`all`).
+    #[arg(
+        long,
+        value_name = "WHO",
+        default_value_t = Audience::Off,
+        value_enum,
+        num_args = 0..=1,
+        require_equals = true,
+        default_missing_value = "local"
+    )]
+    pub page: Audience,
     /// Install the CNI plugin, which holds a pod's start until the pod is in the mesh, or out of it, and
     /// keep it installed.
     #[arg(long)]

@@ -191,6 +191,7 @@ async fn run(args: RunArgs) -> Result<()> {
         install_cni: args.install_cni.then_some((args.cni.into(), entry)),
         probes: args.probes.settings(),
         health: args.health_address,
+        page: args.page,
         flags: args.flags,
     };
     let shutdown = CancellationToken::new();

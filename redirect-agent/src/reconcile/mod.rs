@@ -44,7 +44,7 @@ use crate::{
     metrics::Metrics,
     netns::{self, Netns},
     output::{KernelStatus, OverrideStatus, PodState, PodStatus},
-    overrides::{Overrides, Store},
+    overrides::{Moment, Overrides, Store},
     source::{Event, Inventory, Source},
     traffic::{self, Traffic},
     zds,
@@ -151,11 +151,18 @@ impl Views {
         self.views.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    /// Publishes a view, unless its pod `is_gone` by now.
-    fn show(&self, view: View, is_gone: impl FnOnce() -> bool) {
+    /// Publishes a view, unless its pod `is_gone` by now. What has not changed its state has been in it for
+    /// longer.
+    fn show(&self, mut view: View, is_gone: impl FnOnce() -> bool) {
         let mut views = self.lock();
         if is_gone() {
             return;
+        }
+        if let Some(former) = views.get(&view.pod.key)
+            && former.pod.uid == view.pod.uid
+            && former.state() == view.state()
+        {
+            view.since = former.since;
         }
         views.insert(view.pod.key.clone(), view);
         drop(views);
@@ -182,6 +189,8 @@ struct View {
     degraded: bool,
     /// Whether the agent has tried to bring the pod to its desired state since it started.
     tried: bool,
+    /// Since when the pod is in its state.
+    since: SystemTime,
 }
 
 impl View {
@@ -543,6 +552,7 @@ impl<S: Source> Observer<S> {
                 .zip(overridden)
                 .map(|(view, overridden)| {
                     let mut state = view.state();
+                    let (seen, since) = (state, Moment::of(view.since));
                     let leaving = state == PodState::Leaving;
                     let mut message = view.problem;
                     let mut degrade = |message: &mut Option<String>, why: String| {
@@ -592,6 +602,8 @@ impl<S: Source> Observer<S> {
                         uid: view.pod.uid,
                         ips: view.pod.ips,
                         state,
+                        // What was found just now may have been so for a while.
+                        since: (state == seen).then_some(since),
                         reason: view.decision.reason,
                         message,
                         overridden,

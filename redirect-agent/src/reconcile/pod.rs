@@ -1,6 +1,9 @@
 //! The task of one pod.
 
-use std::{sync::Arc, time::Duration};
+use std::{
+    sync::Arc,
+    time::{Duration, SystemTime},
+};
 
 use anyhow::{Result, anyhow};
 use tokio::{
@@ -481,6 +484,7 @@ impl<S: Source> PodTask<S> {
                 || self.deaf.is_some()
                 || self.missing_addresses().is_some(),
             tried: self.tried,
+            since: SystemTime::now(),
         };
         self.shared.views.show(view, || self.wanted.borrow().is_none());
     }

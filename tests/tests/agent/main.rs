@@ -33,6 +33,7 @@ mod no_peer;
 mod observe;
 mod oddities;
 mod owner;
+mod page;
 mod past_the_proxy;
 mod pods;
 mod probes;

@@ -9,6 +9,7 @@ use k8s_openapi::api::apps::v1::DaemonSet;
 use k8s_openapi::api::core::v1::{ResourceQuota, ServiceAccount};
 use redirect_agent::cli::LogFormat;
 use redirect_agent::enablement::{self, Selectors};
+use redirect_agent::page::Audience;
 use redirect_tests::manifests::{Objects, chart, helm};
 use redirect_tests::process::succeed;
 use serde_json::Value;
@@ -32,6 +33,7 @@ fn values_reach_the_agent() -> Result<()> {
     assert_eq!(args.enablement_selectors, Some(enablement::DEFAULT.parse::<Selectors>()?));
     assert_eq!(args.log_format, LogFormat::Json);
     assert!(args.sidecar_annotations);
+    assert_eq!(args.page, Audience::Local);
     let level = ("RUST_LOG".to_owned(), "debug".to_owned());
     assert!(objects.environment()?.contains(&level));
 
@@ -118,6 +120,7 @@ fn values_without_a_meaning_are_refused_by_name() -> Result<()> {
         ("dnsCapture=true", "dnsCapture"),
         ("terminationGracePeriodSeconds=30", "terminationGracePeriodSeconds"),
         ("pullPolicy=Sometimes", "pullPolicy"),
+        ("statusPage=everybody", "statusPage"),
         ("cniConfDir=etc/cni", "cniConfDir"),
         ("ambient.enablementSelectors[0].podSelectors.a=b", "podSelectors"),
         // Without a registry, nodes would pull docker.io/library/redirect-agent, which is not ours.

@@ -48,6 +48,7 @@ fn pod(state: PodState) -> PodStatus {
         uid: state.as_str().to_owned(),
         ips: Vec::<IpAddr>::new(),
         state,
+        since: None,
         reason: Reason::PodLabelAmbient,
         message: None,
         overridden: None,
