@@ -4,7 +4,8 @@
 //!
 //! - askama escapes all text, and [`CONTENT_SECURITY_POLICY`] allows nothing but the page's own stylesheet: no
 //!   script, no other request, no form, no frame.
-//! - It has names, states, reasons and settings of pods, but neither their addresses nor their uids.
+//! - It has names, states, reasons, settings and refusals of pods, but neither their uids nor a list of their
+//!   addresses. A message may name an address.
 //! - It is read-only: GET and HEAD, no cookies, nothing that a request could change.
 //! - However many ask, it is made at most once in [`MAX_AGE`], and it has a maximum size ([`view`]).
 //! - A web site whose name was made to lead here (DNS rebinding) is refused by the header `Host`.

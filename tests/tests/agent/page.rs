@@ -25,7 +25,7 @@ const HOSTILE: &str = "\"><script>alert(1)</script><img src=http://192.0.2.1/x o
 const LONG: &str =
     "an-annotation-value-of-a-single-word-that-is-much-longer-than-any-line-of-a-phone-can-be";
 
-const DESKTOP: Screen = Screen { width: 800, height: 760, dark: false };
+const DESKTOP: Screen = Screen { width: 780, height: 800, dark: false };
 const PHONE: Screen = Screen { width: 390, height: 844, dark: true };
 
 /// A node whose agent serves its health to everybody, with these flags.

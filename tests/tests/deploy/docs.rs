@@ -160,6 +160,11 @@ fn book_has_every_page_and_pages_show_every_picture() -> Result<()> {
             let dark = read(&path)?.contains("prefers-color-scheme: dark");
             ensure!(dark, "{} is for a light page alone", path.display());
         }
+        if path.extension().is_some_and(|extension| extension == "png") {
+            ensure!(shown.contains(&path), "no page shows {}", path.display());
+            let bytes = fs::metadata(&path)?.len();
+            ensure!(bytes <= 100 * 1024, "{} has {bytes} bytes", path.display());
+        }
     }
     Ok(())
 }
