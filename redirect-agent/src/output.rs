@@ -368,8 +368,7 @@ pub fn summary(pods: &[PodStatus]) -> String {
     format!("{total}: {}; {ready}", states.join(", "))
 }
 
-/// An override as it counts for a pod, and when it ends.
-pub(crate) fn overridden(found: &OverrideStatus) -> String {
+fn overridden(found: &OverrideStatus) -> String {
     match found.until {
         Some(until) => format!("{} {} until {until}", found.mode, found.target),
         None => format!("{} {}", found.mode, found.target),

@@ -67,7 +67,7 @@ struct Pod {
     state: &'static str,
     mood: &'static str,
     since: Option<Time>,
-    reason: String,
+    reason: &'static str,
     settings: String,
     message: Option<String>,
 }
@@ -213,8 +213,6 @@ fn severity(state: PodState) -> u8 {
 
 impl Pod {
     fn new(pod: &PodStatus, now: SystemTime) -> Self {
-        let overridden = pod.overridden.as_ref().map(output::overridden);
-        let reason = [pod.reason.to_string()].into_iter().chain(overridden);
         Self {
             name: short(&format!("{}/{}", pod.namespace, pod.name)),
             state: pod.state.as_str(),
@@ -225,7 +223,7 @@ impl Pod {
                 PodState::Bypassing => "calm",
             },
             since: pod.since.map(|since| Time::new(since, now)),
-            reason: reason.collect::<Vec<_>>().join("; "),
+            reason: pod.reason.as_str(),
             settings: short(&pod.traffic.as_ref().map(Traffic::to_string).unwrap_or_default()),
             message: pod.message.as_deref().map(short),
         }
