@@ -298,11 +298,13 @@ impl Call {
 
     /// Calls `count` times at once.
     pub fn at_once(self, netns: &Netns, count: usize) -> Result<Vec<Outcome>> {
+        Self::all_at_once(vec![self; count], netns)
+    }
+
+    /// Makes different calls at once.
+    pub fn all_at_once(calls: Vec<Self>, netns: &Netns) -> Result<Vec<Outcome>> {
         netns.block_on(move || async move {
-            let mut calls = JoinSet::new();
-            for _ in 0..count {
-                calls.spawn(self.run());
-            }
+            let calls: JoinSet<_> = calls.into_iter().map(Self::run).collect();
             calls.join_all().await.into_iter().collect()
         })
     }

@@ -4,11 +4,13 @@
 use std::collections::BTreeMap;
 use std::fs;
 use std::io::ErrorKind;
+use std::path::Path;
 use std::process::Command;
 use std::time::Duration;
 
 use anyhow::{Context as _, Result, ensure};
 use aya::programs::{ProgramError, ProgramInfo, SchedClassifier, TcAttachType};
+use redirect_agent::dataplane::contents::contents;
 use serde_json::Value;
 
 use crate::netns::Netns;
@@ -54,11 +56,63 @@ pub fn footprint(netns: &Netns) -> Result<Footprint> {
     let qdiscs = netns.output("tc", &["qdisc", "show"])?;
     lines.extend(qdiscs.lines().map(str::to_owned));
     lines.extend(programs(netns)?);
-    let mut footprint = BTreeMap::new();
-    for line in lines {
-        *footprint.entry(line).or_default() += 1;
+    Ok(Footprint::of(lines))
+}
+
+/// Maps with what the agent has decided or changed. What the others have comes and goes with packets and sockets.
+const DECISIONS: [&str; 12] = [
+    "pods",
+    "addresses",
+    "strays",
+    "inbound_ports",
+    "inbound_ranges",
+    "virtual_ifs",
+    "outbound_ports",
+    "outbound_ranges",
+    "switches",
+    "noted",
+    "switching",
+    "saved_sysctls",
+];
+
+/// The pins below the agent's directory on a bpffs, which may not be there, and the rows of the pinned maps,
+/// except those that packets make and the times at which something happened.
+///
+/// # Errors
+///
+/// When a map cannot be read.
+pub fn state_in_bpffs(dir: &Path) -> Result<Footprint> {
+    let mut lines = Vec::new();
+    pins(dir, &mut lines)?;
+    for map in DECISIONS.into_iter().filter(|map| dir.join(map).exists()) {
+        for mut entry in contents(dir, map)?.entries {
+            for time in ["capturedAtNs", "sinceNs", "untilNs"] {
+                if let Some(fields) = entry.as_object_mut()
+                    && fields.get(time).is_some_and(|at| at.as_u64() != Some(0))
+                {
+                    fields.insert(time.to_owned(), Value::Bool(true));
+                }
+            }
+            lines.push(format!("{map}: {entry}"));
+        }
     }
-    Ok(Footprint(footprint))
+    Ok(Footprint::of(lines))
+}
+
+fn pins(dir: &Path, lines: &mut Vec<String>) -> Result<()> {
+    let listing = || format!("list {}", dir.display());
+    let entries = match fs::read_dir(dir) {
+        Err(e) if e.kind() == ErrorKind::NotFound => return Ok(()),
+        entries => entries.with_context(listing)?,
+    };
+    for entry in entries {
+        let path = entry.with_context(listing)?.path();
+        lines.push(path.display().to_string());
+        if path.is_dir() {
+            pins(&path, lines)?;
+        }
+    }
+    Ok(())
 }
 
 /// A bridge's timers run.
@@ -72,6 +126,19 @@ fn without_timers(link: &str) -> String {
 }
 
 impl Footprint {
+    fn of(lines: Vec<String>) -> Self {
+        let mut footprint = BTreeMap::new();
+        for line in lines {
+            *footprint.entry(line).or_default() += 1;
+        }
+        Self(footprint)
+    }
+
+    /// Adds what is somewhere else, under this name.
+    pub fn add(&mut self, name: &str, other: &Self) {
+        self.0.extend(other.0.iter().map(|(line, n)| (format!("{name}: {line}"), *n)));
+    }
+
     /// What is there and was not before, and what was there before and is not; empty if nothing has
     /// changed.
     pub fn changes_since(&self, before: &Self) -> Vec<String> {

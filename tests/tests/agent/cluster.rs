@@ -21,7 +21,7 @@ use crate::cgroup::Cgroup;
 /// The port that the applications listen on.
 pub const PORT: u16 = 8080;
 /// By when something that takes a moment has happened, on a busy machine.
-pub const SOON: Duration = Duration::from_secs(20);
+pub const SOON: Duration = Duration::from_secs(60);
 
 /// A node with an agent and a proxy, and a pod on it; and a pod on a node that has neither.
 pub struct Cluster {
@@ -111,6 +111,8 @@ pub struct Node {
     netns_dir: PathBuf,
     bpffs: PathBuf,
     flags: Vec<String>,
+    /// What the next agent logs: `RUST_LOG`.
+    log: String,
     /// The node's network namespace, if the agent is to run in it.
     netns: Option<PathBuf>,
     /// Where the agent serves health and metrics, or `off`.
@@ -133,6 +135,7 @@ impl Node {
             netns_dir: topology.netns_dir(),
             bpffs: topology.bpffs().join(&name),
             flags: flags.iter().map(|&flag| flag.to_owned()).collect(),
+            log: "debug,h2=warn".to_owned(),
             netns: None,
             health: "off".to_owned(),
             kubeconfig: None,
@@ -186,6 +189,11 @@ impl Node {
         self.flags = flags.iter().map(|&flag| flag.to_owned()).collect();
     }
 
+    /// Lets the next agent log this.
+    pub fn set_log(&mut self, filter: &str) {
+        filter.clone_into(&mut self.log);
+    }
+
     /// Lets the next agent serve health and metrics.
     pub fn serve_health(&mut self, address: SocketAddr) {
         self.health = address.to_string();
@@ -193,9 +201,21 @@ impl Node {
 
     /// Starts the agent and does not wait.
     pub fn spawn_agent(&mut self) -> Result<Process> {
+        let command = self.agent_command()?;
+        self.spawn_agent_by(command)
+    }
+
+    /// Starts the agent by this command, and neither waits nor minds how it ends.
+    pub fn adopt_agent(&mut self, command: Command) -> Result<()> {
+        self.agent = Some(self.spawn_agent_by(command)?);
+        Ok(())
+    }
+
+    /// What starts the agent.
+    pub fn agent_command(&self) -> Result<Command> {
         let mut command = self.command("run")?;
         command
-            .env("RUST_LOG", "debug,h2=warn")
+            .env("RUST_LOG", &self.log)
             .args(["--node-name", &self.name])
             .arg("--netns-dir")
             .arg(&self.netns_dir)
@@ -218,7 +238,7 @@ impl Node {
             Some(kubeconfig) => command.arg("--kubeconfig").arg(kubeconfig),
             None => command.arg(format!("--source=dir:{}", self.manifests.display())),
         };
-        self.spawn_agent_by(command)
+        Ok(command)
     }
 
     /// The same, by this command.
@@ -388,8 +408,14 @@ impl Node {
 
     /// `takeover`, which may fail: whether it succeeded, and what it said.
     pub fn take_over(&self, args: &[&str]) -> Result<(bool, String)> {
+        finish(self.take_over_command()?.args(args))
+    }
+
+    /// What that runs.
+    pub fn take_over_command(&self) -> Result<Command> {
         let mut command = self.command_on_node("takeover")?;
-        finish(command.args(args).arg("--control-socket").arg(self.control_socket()))
+        command.arg("--control-socket").arg(self.control_socket());
+        Ok(command)
     }
 
     /// A command that looks for the node's pods itself.

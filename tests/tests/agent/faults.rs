@@ -1,146 +1,371 @@
-//! The agent is killed at system calls by which it changes something: strace counts those of each thread and
-//! sends the signal. Traffic goes on, and the next agent completes what the first one had begun.
+//! The agent is killed at system calls by which it changes something, in every change that it makes. Traffic goes
+//! on, none of it past the proxy, and what comes next completes what was begun.
 
-use std::env;
-use std::fs;
-use std::iter::successors;
-use std::num::NonZero;
-use std::process::Command;
-use std::time::{Duration, Instant};
+use std::cell::RefCell;
 
 use anyhow::{Context as _, Result, ensure};
-use redirect_agent::output::{PodState, PodStatus};
+use redirect_agent::dataplane::contents::contents;
+use redirect_agent::output::PodState;
+use redirect_tests::app::Conversation;
 use redirect_tests::footprint::{assert_unchanged, footprint};
+use redirect_tests::istio_cni::Backend;
 use redirect_tests::netns::Family;
-use redirect_tests::process::wait_for;
 use redirect_tests::topology::Pod;
+use serde_json::json;
 
-use crate::cluster::{Cluster, Manifest, Node, SOON, echo};
+use crate::cluster::{Cluster, Manifest, Node, PORT, converse, echo, links};
+use crate::drift::detach;
+use crate::kill::{FILES, MESSAGES, Scenario, Victim};
 use crate::load::Load;
+use crate::takeover;
 
-/// `cargo xtask test -- faults` with this variable set to N takes every N-th. That takes minutes, since a pod's
-/// entries are deleted one by one: the tests take the 1st, 3rd, 9th, ….
-const EVERY: &str = "REDIRECT_FAULTS_EVERY";
-const TIMES: usize = 3;
-/// Maps, programs and links; netlink; sysctls and files; the proxy's socket; pins and files that come and go.
-const CHANGES: [&str; 5] = [
-    "bpf",
-    "sendto",
-    "write",
-    "sendmsg",
-    "?unlink,unlinkat,?rename,?renameat,renameat2,?mkdir,mkdirat",
-];
-const SELDOM: Duration = Duration::from_millis(250);
+/// Makes three tests of each scenario, each with a part of the system calls.
+macro_rules! killed {
+    ($($scenario:ident),+ $(,)?) => {
+        mod at_bpf {
+            $(#[test]
+            fn $scenario() -> anyhow::Result<()> {
+                super::$scenario(crate::kill::BPF)
+            })+
+        }
+        mod at_messages {
+            $(#[test]
+            fn $scenario() -> anyhow::Result<()> {
+                super::$scenario(crate::kill::MESSAGES)
+            })+
+        }
+        mod at_files {
+            $(#[test]
+            fn $scenario() -> anyhow::Result<()> {
+                super::$scenario(crate::kill::FILES)
+            })+
+        }
+    };
+}
+
+killed! {
+    agent_is_killed_in_the_middle_of_enrollment,
+    agent_is_killed_in_the_middle_of_unenrollment,
+    agent_is_killed_in_the_middle_of_a_settings_change,
+    agent_is_killed_in_the_middle_of_a_repair_of_routing,
+    agent_is_killed_in_the_middle_of_a_repair_of_links,
+    agent_is_killed_in_the_middle_of_its_first_start,
+    agent_is_killed_in_the_middle_of_an_upgrade,
+    cleanup_is_killed_in_the_middle,
+}
+
 const FAMILIES: [Family; 2] = [Family::V4, Family::V6];
+const OFTEN: &[&str] = &["--verify-interval", "300ms"];
+const SHORT: &[&str] = &["--drain", "1s"];
 
-#[test]
-fn agent_is_killed_at_each_system_call_of_enrollment() -> Result<()> {
-    killed_at_each_system_call(true)
+fn agent_is_killed_in_the_middle_of_enrollment(calls: &[&'static str]) -> Result<()> {
+    let mut cluster = Cluster::with_flags(SHORT)?;
+    let Cluster { node, server, client, .. } = &mut cluster;
+    let _apps = (echo(server)?, echo(client)?);
+    let scenario = Scenario {
+        before: &|node| leave(node, server),
+        victim: Victim::Running {
+            change: &|node| node.write(&Manifest::of(server).mode("ambient")),
+            is_done: &|node| Ok(node.is_published(server) && !is_switching(node)?),
+        },
+        resume: &Node::start_agent,
+        after: &|node| {
+            node.wait_until_enrolled(server)?;
+            assert_redirected(node, server, client)
+        },
+    };
+    let load = Load::between(client, server, &FAMILIES).with_own_ports();
+    load.during(|| scenario.kill_at_each_call(node, &[server, client], calls)).map(drop)
 }
 
-#[test]
-fn agent_is_killed_at_each_system_call_of_unenrollment() -> Result<()> {
-    killed_at_each_system_call(false)
-}
-
-fn killed_at_each_system_call(entering: bool) -> Result<()> {
-    let every = env::var(EVERY).ok().map(|n| n.parse::<NonZero<usize>>().context(EVERY));
-    let every = every.transpose()?;
-    let next = |number: usize| Some(every.map_or(number * TIMES, |every| number + every.get()));
-    let mut cluster = Cluster::with_flags(&["--drain", "1s"])?;
+fn agent_is_killed_in_the_middle_of_unenrollment(calls: &[&'static str]) -> Result<()> {
+    let mut cluster = Cluster::with_flags(SHORT)?;
     let Cluster { node, server, client, .. } = &mut cluster;
     let _apps = (echo(server)?, echo(client)?);
     let untouched = footprint(&server.netns)?;
-    let (outside, inside) = (Manifest::of(server), Manifest::of(server).mode("ambient"));
-    let (before, after) = if entering { (&outside, &inside) } else { (&inside, &outside) };
-    let mut killed = 0;
-    Load::between(client, server, &FAMILIES).for_long().during(|| {
-        for call in CHANGES {
-            for number in successors(Some(1), |number| next(*number)) {
-                node.write(before)?;
-                settle(node, server, !entering)?;
-                println!("faults: {call} {number}");
-                let died = change_and_kill(node, server, (call, number), after, entering)
-                    .with_context(|| format!("at {call} {number}"))?;
-                if died {
-                    killed += 1;
-                    node.start_agent()?;
-                }
-                let settled = settle(node, server, entering).and_then(|()| {
-                    if !entering {
-                        return assert_unchanged(&server.netns, &untouched);
-                    }
-                    FAMILIES.into_iter().try_for_each(|family| {
-                        node.assert_inbound(client, server, family)?;
-                        node.assert_outbound(server, client, family)
-                    })
-                });
-                settled.with_context(|| format!("killed at {call} {number}"))?;
-                if !died {
-                    println!("faults: {call}: fewer than {number} in any thread");
-                    break;
-                }
+    let scenario = Scenario {
+        before: &|node| node.enroll(server),
+        victim: Victim::Running {
+            change: &|node| node.write(&Manifest::of(server)),
+            is_done: &|node| Ok(!node.links(server)?.exists() && !is_switching(node)?),
+        },
+        resume: &Node::start_agent,
+        after: &|node| {
+            node.wait_for_state(server, PodState::Bypassing)?;
+            assert_unchanged(&server.netns, &untouched)?;
+            assert_direct(node, server, client)
+        },
+    };
+    let load = Load::between(client, server, &FAMILIES).with_own_ports();
+    load.during(|| scenario.kill_at_each_call(node, &[server, client], calls)).map(drop)
+}
+
+/// The port that the load calls is excluded, so that new connections take another path, and open ones do not.
+fn agent_is_killed_in_the_middle_of_a_settings_change(calls: &[&'static str]) -> Result<()> {
+    let mut cluster = Cluster::enrolled(&[])?;
+    let Cluster { node, server, client, .. } = &mut cluster;
+    let _apps = (echo(server)?, echo(client)?);
+    let open = Open::default();
+    let excluded = Manifest::of(server).mode("ambient").with(
+        "/metadata/annotations",
+        "traffic.redirect-agent/excludeOutboundPorts",
+        json!(PORT.to_string()),
+    );
+    let in_force = |node: &Node| {
+        let rules = server.netns.output("ip", &["-6", "rule", "show"])?;
+        Ok(rules.contains(&format!("dport {PORT} ")) && !is_switching(node)?)
+    };
+    let scenario = Scenario {
+        before: &|node| {
+            node.enroll(server)?;
+            node.wait_for_pod("to have no exclusion", server, |p| {
+                p.traffic.as_ref().is_some_and(|t| !format!("{t:?}").contains(&PORT.to_string()))
+            })?;
+            assert_redirected(node, server, client)?;
+            // Those of the former round are direct, and stay so.
+            open.exchange()?;
+            open.replace(server, client)
+        },
+        victim: Victim::Running { change: &|node| node.write(&excluded), is_done: &in_force },
+        resume: &Node::start_agent,
+        after: &|node| {
+            node.wait_until_complete(server)?;
+            ensure!(in_force(node)?, "the exclusion is not in force, or not settled");
+            // Those of before are redirected, and stay so.
+            open.exchange()?;
+            open.replace(server, client)?;
+            FAMILIES.into_iter().try_for_each(|family| {
+                node.assert_direct(server, client, family)?;
+                node.assert_inbound(client, server, family)
+            })
+        },
+    };
+    let inbound = FAMILIES.map(|family| (&*client, &*server, family));
+    let load = Load::of_all(inbound.to_vec()).by_proxy();
+    load.during(|| scenario.kill_at_each_call(node, &[server, client], calls)).map(drop)
+}
+
+fn agent_is_killed_in_the_middle_of_a_repair_of_routing(calls: &[&'static str]) -> Result<()> {
+    killed_in_repair(calls, &|_, pod| {
+        for flag in ["-4", "-6"] {
+            for what in
+                ["rule del table 15001", "rule del fwmark 0x111/0xfff", "route flush table 15001"]
+            {
+                let args: Vec<&str> = [flag].into_iter().chain(what.split(' ')).collect();
+                pod.netns.output("ip", &args)?;
+            }
+        }
+        pod.netns.set_sysctl("net/ipv4/tcp_fwmark_accept", "0")
+    })
+}
+
+fn agent_is_killed_in_the_middle_of_a_repair_of_links(calls: &[&'static str]) -> Result<()> {
+    killed_in_repair(calls, &|node, pod| {
+        for (name, ..) in links(&node.links(pod)?)? {
+            if name.starts_with("out_") {
+                detach(&node.links(pod)?.join(name))?;
             }
         }
         Ok(())
+    })
+}
+
+/// What is removed is the fast path, or the guard, and not both: traffic goes on by the other.
+fn killed_in_repair(
+    calls: &[&'static str],
+    remove: &dyn Fn(&Node, &Pod) -> Result<()>,
+) -> Result<()> {
+    let mut cluster = Cluster::enrolled(OFTEN)?;
+    let Cluster { node, server, client, .. } = &mut cluster;
+    let _apps = (echo(server)?, echo(client)?);
+    let enrolled = footprint(&server.netns)?;
+    let is_whole = |_: &Node| Ok(footprint(&server.netns)? == enrolled);
+    let scenario = Scenario {
+        before: &|_| Ok(()),
+        victim: Victim::Running { change: &|node| remove(node, server), is_done: &is_whole },
+        resume: &Node::start_agent,
+        after: &|node| {
+            node.wait_until_complete(server)?;
+            assert_unchanged(&server.netns, &enrolled)?;
+            assert_redirected(node, server, client)
+        },
+    };
+    let load = Load::between(client, server, &FAMILIES).by_proxy().keeping_old();
+    load.during(|| scenario.kill_at_each_call(node, &[server, client], calls)).map(drop)
+}
+
+/// The node is as before any agent, and the pod is labelled already.
+fn agent_is_killed_in_the_middle_of_its_first_start(calls: &[&'static str]) -> Result<()> {
+    let mut cluster = Cluster::with_flags(SHORT)?;
+    let Cluster { node, server, client, .. } = &mut cluster;
+    let _apps = (echo(server)?, echo(client)?);
+    let scenario = Scenario {
+        before: &|node| {
+            leave(node, server)?;
+            node.stop_agent()?;
+            clean_up(node)?;
+            node.write(&Manifest::of(server).mode("ambient"))
+        },
+        victim: Victim::Starting {
+            is_done: &|node| Ok(node.is_published(server) && !is_switching(node)?),
+        },
+        resume: &Node::start_agent,
+        after: &|node| {
+            node.wait_until_enrolled(server)?;
+            assert_redirected(node, server, client)
+        },
+    };
+    let load = Load::between(client, server, &FAMILIES).with_own_ports();
+    load.during(|| scenario.kill_at_each_call(node, &[server, client], calls)).map(drop)
+}
+
+fn agent_is_killed_in_the_middle_of_an_upgrade(calls: &[&'static str]) -> Result<()> {
+    let mut cluster = Cluster::enrolled(&[])?;
+    let Cluster { node, server, client, .. } = &mut cluster;
+    let _apps = (echo(server)?, echo(client)?);
+    let enrolled = footprint(&server.netns)?;
+    let scenario = Scenario {
+        before: &|node| node.stop_agent().map(drop),
+        victim: Victim::Starting {
+            is_done: &|node| {
+                let pod = node.pod(server)?.context("the pod is not known yet")?;
+                Ok(pod.state == PodState::Enrolled && pod.kernel.is_some_and(|k| k.complete))
+            },
+        },
+        resume: &Node::start_agent,
+        after: &|node| {
+            node.wait_until_enrolled(server)?;
+            assert_unchanged(&server.netns, &enrolled)?;
+            assert_redirected(node, server, client)
+        },
+    };
+    let load = Load::between(client, server, &FAMILIES).by_proxy().keeping_old();
+    load.during(|| scenario.kill_at_each_call(node, &[server, client], calls)).map(drop)
+}
+
+/// Without load: what is redirected ends with the redirection.
+fn cleanup_is_killed_in_the_middle(calls: &[&'static str]) -> Result<()> {
+    let mut cluster = Cluster::start()?;
+    let Cluster { node, server, client, .. } = &mut cluster;
+    let _apps = (echo(server)?, echo(client)?);
+    let untouched = footprint(&server.netns)?;
+    let scenario = Scenario {
+        before: &|node| {
+            if node.has_agent_died()? {
+                node.start_agent()?;
+            }
+            node.enroll(server)?;
+            assert_redirected(node, server, client)?;
+            node.stop_agent().map(drop)
+        },
+        victim: Victim::Command(&Node::cleanup_command),
+        resume: &|node| {
+            // By the proxy or past it, each call is answered.
+            for family in FAMILIES {
+                converse(client, server, family)?;
+                converse(server, client, family)?;
+            }
+            clean_up(node)
+        },
+        after: &|node| {
+            assert_unchanged(&server.netns, &untouched)?;
+            ensure!(!node.bpffs().exists(), "{} is left", node.bpffs().display());
+            ensure!(!node.state_dir().exists(), "{} is left", node.state_dir().display());
+            assert_direct(node, server, client)
+        },
+    };
+    scenario.kill_at_each_call(node, &[server, client], calls)
+}
+
+/// Connections that istio-cni's rules have translated are open all the while. It makes no call of `bpf`.
+#[test]
+fn takeover_is_killed_in_the_middle() -> Result<()> {
+    let (mut cluster, _) =
+        takeover::migrating(Backend::IptablesNft, &[takeover::BESIDE], "ambient")?;
+    let _apps = (echo(&cluster.server)?, echo(&cluster.client)?);
+    let open = Open::default();
+    for family in FAMILIES {
+        open.0.borrow_mut().extend(takeover::open_by_istio_cni(&cluster, family)?);
+    }
+    let Cluster { node, server, client, .. } = &mut cluster;
+    node.start_agent()?;
+    let taken_over = |node: &Node| {
+        ensure!(!takeover::has_istio_cnis(&server.netns)?, "{}", takeover::ruleset(&server.netns)?);
+        node.wait_until_complete(server)?;
+        open.exchange()
+    };
+    let scenario = Scenario {
+        before: &|node| {
+            if !takeover::has_istio_cnis(&server.netns)? {
+                Backend::IptablesNft.redirect(&server.netns)?;
+            }
+            node.wait_for_state(server, PodState::Degraded)?;
+            open.exchange()
+        },
+        victim: Victim::Command(&Node::take_over_command),
+        resume: &|node| {
+            assert_redirected(node, server, client)?;
+            open.exchange()?;
+            let (done, said) = node.take_over(&[])?;
+            ensure!(done, "{said}");
+            Ok(())
+        },
+        after: &|node| {
+            taken_over(node)?;
+            assert_redirected(node, server, client)
+        },
+    };
+    let load = Load::between(client, server, &FAMILIES).by_proxy().keeping_old();
+    load.during(|| {
+        scenario.kill_at_each_call(node, &[server, client], &[MESSAGES, FILES].concat())
     })?;
-    println!("faults: killed {killed} times");
-    ensure!(killed >= 4, "killed {killed} times only");
+    open.0.borrow_mut().clear();
+    takeover::take_over_rest(node, server)
+}
+
+/// Connections of one path, in both families.
+#[derive(Default)]
+struct Open(RefCell<Vec<Conversation>>);
+
+impl Open {
+    fn replace(&self, from: &Pod, to: &Pod) -> Result<()> {
+        let opened = FAMILIES.into_iter().map(|family| converse(from, to, family));
+        self.0.replace(opened.collect::<Result<_>>()?);
+        Ok(())
+    }
+
+    fn exchange(&self) -> Result<()> {
+        let mut open = self.0.borrow_mut();
+        open.iter_mut().try_for_each(|conversation| conversation.exchange(b"still there?"))
+    }
+}
+
+fn leave(node: &Node, pod: &Pod) -> Result<()> {
+    node.write(&Manifest::of(pod))?;
+    node.wait_for_state(pod, PodState::Bypassing).map(drop)
+}
+
+fn clean_up(node: &Node) -> Result<()> {
+    let (done, said) = node.cleanup()?;
+    ensure!(done, "{said}");
     Ok(())
 }
 
-fn settle(node: &Node, pod: &Pod, inside: bool) -> Result<()> {
-    match inside {
-        true => node.wait_until_enrolled(pod),
-        false => node.wait_for_state(pod, PodState::Bypassing).map(drop),
-    }
+/// Whether connections of any pod are still being sorted by their paths.
+fn is_switching(node: &Node) -> Result<bool> {
+    Ok(!contents(node.bpffs(), "switches")?.entries.is_empty())
 }
 
-/// Changes the manifest, and kills the agent at this call of any of its threads; whether one came so far.
-fn change_and_kill(
-    node: &mut Node,
-    pod: &Pod,
-    (call, number): (&str, usize),
-    manifest: &Manifest,
-    entering: bool,
-) -> Result<bool> {
-    let pid = node.agent_pid()?;
-    let mut strace = Command::new("strace");
-    strace.args(["-f", "-qq", "-o", "/dev/null", "-p", &pid.to_string()]);
-    strace.args(["-e", &format!("trace={call}")]);
-    strace.args(["-e", &format!("inject={call}:signal=KILL:when={number}")]);
-    let mut tracer = node.spawn("strace", &mut strace)?;
-    wait_for("strace to follow every thread", SOON, || Ok(is_traced(pid)?.then_some(())))?;
-    node.write(manifest)?;
-    let mut asked = Instant::now();
-    let died = wait_for("the agent to be killed, or to be done", SOON, || {
-        if node.has_agent_died()? {
-            return Ok(Some(true));
-        }
-        // The answer, too, costs it system calls.
-        if node.is_published(pod) != entering || asked.elapsed() < SELDOM {
-            return Ok(None);
-        }
-        asked = Instant::now();
-        let is_done = |p: PodStatus| match entering {
-            true => p.state == PodState::Enrolled,
-            false => p.state == PodState::Bypassing,
-        };
-        // It may be killed while it answers.
-        let done = node.pod(pod).is_ok_and(|pod| pod.is_some_and(is_done));
-        Ok(done.then_some(false))
-    })?;
-    tracer.terminate(SOON)?;
-    Ok(died || node.has_agent_died()?)
+fn assert_redirected(node: &Node, pod: &Pod, peer: &Pod) -> Result<()> {
+    FAMILIES.into_iter().try_for_each(|family| {
+        node.assert_inbound(peer, pod, family)?;
+        node.assert_outbound(pod, peer, family)
+    })
 }
 
-fn is_traced(pid: u32) -> Result<bool> {
-    for thread in fs::read_dir(format!("/proc/{pid}/task")).context("list the threads")? {
-        // It may have ended.
-        let Ok(status) = fs::read_to_string(thread?.path().join("status")) else { continue };
-        if status.lines().any(|line| line == "TracerPid:\t0") {
-            return Ok(false);
-        }
-    }
-    Ok(true)
+fn assert_direct(node: &Node, pod: &Pod, peer: &Pod) -> Result<()> {
+    FAMILIES.into_iter().try_for_each(|family| {
+        node.assert_direct(peer, pod, family)?;
+        node.assert_direct(pod, peer, family)
+    })
 }

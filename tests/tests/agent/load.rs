@@ -1,9 +1,10 @@
 //! A constant load of new connections, and long-lived ones that go on meanwhile.
 
 use std::net::SocketAddr;
+use std::ops::Range;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::thread;
-use std::time::Instant;
+use std::time::{Duration, Instant};
 
 use anyhow::{Context as _, Result, anyhow, ensure};
 use redirect_tests::app::{Call, Outcome};
@@ -18,11 +19,21 @@ const AT_ONCE: usize = 3;
 /// How many calls of each caller may meet the port of its old connection; one is rare.
 const PORT_TAKEN: usize = 2;
 
+/// The callers' ports where the proxy's path shows by the port: `net.ipv4.ip_local_port_range` begins above, so
+/// no proxy chooses them by itself.
+const PORTS: Range<u16> = 16_000..32_000;
+/// How long such a caller waits between two rounds: no port is used again while its TIME_WAIT lasts.
+const PACE: Duration = Duration::from_millis(20);
+
 /// Who calls whom.
 pub struct Load<'a> {
     calls: Vec<(&'a Pod, &'a Pod, Family)>,
     keeps_old: bool,
     seen_as: Option<&'a Pod>,
+    /// Whether the callers' ports are of [`PORTS`].
+    own_ports: bool,
+    /// Whether no connection may get past the proxy.
+    by_proxy: bool,
     /// How many connections of each caller may be closed without an answer.
     may_close: usize,
 }
@@ -40,12 +51,24 @@ impl<'a> Load<'a> {
     /// Two pods call each other.
     pub fn between(a: &'a Pod, b: &'a Pod, families: &[Family]) -> Self {
         let calls = families.iter().flat_map(|&family| [(a, b, family), (b, a, family)]).collect();
-        Self { calls, keeps_old: false, seen_as: None, may_close: 0 }
+        Self::of_all(calls)
     }
 
     /// One pod calls another, or what is behind a pod does.
     pub fn of(from: &'a Pod, to: &'a Pod, family: Family) -> Self {
-        Self { calls: vec![(from, to, family)], keeps_old: false, seen_as: None, may_close: 0 }
+        Self::of_all(vec![(from, to, family)])
+    }
+
+    /// Each of these pods calls another.
+    pub fn of_all(calls: Vec<(&'a Pod, &'a Pod, Family)>) -> Self {
+        Self {
+            calls,
+            keeps_old: false,
+            seen_as: None,
+            own_ports: false,
+            by_proxy: false,
+            may_close: 0,
+        }
     }
 
     /// Whoever answers may see this pod in the place of the one that calls.
@@ -53,9 +76,15 @@ impl<'a> Load<'a> {
         Self { seen_as: Some(pod), ..self }
     }
 
-    /// It lasts for minutes: the proxy may choose a port that is taken, as for [`Self::keeping_old`].
-    pub fn for_long(self) -> Self {
-        Self { may_close: self.may_close + PORT_TAKEN, ..self }
+    /// The callers' ports are none that the proxy may choose, so that none is lost, however long it lasts; and
+    /// they leave the machine to others between two rounds.
+    pub fn with_own_ports(self) -> Self {
+        Self { own_ports: true, ..self }
+    }
+
+    /// The same, and every connection has to go by the proxy: whoever answers sees a port of the proxy's.
+    pub fn by_proxy(self) -> Self {
+        Self { by_proxy: true, ..self.with_own_ports() }
     }
 
     /// So many times a proxy ends, which closes what it has not accepted by then.
@@ -86,16 +115,27 @@ impl<'a> Load<'a> {
                     let mut failures = Vec::new();
                     let (mut made, mut closed) = (0, 0);
                     let started = Instant::now();
+                    let mut ports = PORTS.cycle();
                     while !done.load(Ordering::Relaxed) {
                         let addr = to.addr(family, PORT);
                         let at = started.elapsed();
-                        for outcome in Call::to(addr).at_once(&from.netns, AT_ONCE)? {
+                        let call = Call::to(addr);
+                        let outcomes = if self.own_ports {
+                            thread::sleep(PACE);
+                            let ports = ports.by_ref().take(AT_ONCE);
+                            let calls = ports.map(|port| call.from(from.addr(family, port)));
+                            Call::all_at_once(calls.collect(), &from.netns)?
+                        } else {
+                            call.at_once(&from.netns, AT_ONCE)?
+                        };
+                        for outcome in outcomes {
                             made += 1;
+                            let past = self.by_proxy && is_past_the_proxy(&outcome);
                             if matches!(outcome, Outcome::Closed { bytes: 0 })
                                 && closed < self.may_close
                             {
                                 closed += 1;
-                            } else if !is_right(&outcome, from, self.seen_as, to, addr) {
+                            } else if past || !is_right(&outcome, from, self.seen_as, to, addr) {
                                 // With --nocapture, it is seen beside what happens meanwhile.
                                 println!("load: {from} to {addr}, after {at:?}: {outcome}");
                                 failures.push(format!("after {at:?}: {outcome}"));
@@ -130,6 +170,11 @@ impl<'a> Load<'a> {
             Ok((outcome, made))
         })
     }
+}
+
+/// Whoever answered saw the very port of the caller.
+fn is_past_the_proxy(outcome: &Outcome) -> bool {
+    matches!(outcome, Outcome::Answered(answer) if PORTS.contains(&answer.saw_peer.port()))
 }
 
 fn is_right(

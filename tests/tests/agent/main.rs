@@ -24,6 +24,7 @@ mod half_open;
 mod health;
 mod interfaces;
 mod isolation;
+mod kill;
 mod labels;
 mod load;
 mod lost_addresses;

@@ -47,12 +47,12 @@ both_families! {
 }
 
 /// What has pods redirected that istio-cni redirects, too.
-const BESIDE: &str = "--beside-istio-cni";
+pub const BESIDE: &str = "--beside-istio-cni";
 /// How long a client waits for an answer.
 const PATIENCE: Duration = Duration::from_secs(10);
 
 /// All of nf_tables in a namespace.
-fn ruleset(netns: &Netns) -> Result<String> {
+pub fn ruleset(netns: &Netns) -> Result<String> {
     netns.output("nft", &["list", "ruleset"])
 }
 
@@ -68,7 +68,7 @@ fn legacy_rules(netns: &Netns) -> Result<String> {
 }
 
 /// Whether any rule or chain of istio-cni's is left.
-fn has_istio_cnis(netns: &Netns) -> Result<bool> {
+pub fn has_istio_cnis(netns: &Netns) -> Result<bool> {
     Ok((ruleset(netns)? + &legacy_rules(netns)?).to_lowercase().contains("istio"))
 }
 
@@ -104,7 +104,7 @@ impl Drop for IstioCni {
 }
 
 /// The pod `server` is in the mesh by istio-cni, whose agent then goes away; the proxy stays.
-fn migrating(backend: Backend, flags: &[&str], mode: &str) -> Result<(Cluster, Footprint)> {
+pub fn migrating(backend: Backend, flags: &[&str], mode: &str) -> Result<(Cluster, Footprint)> {
     let mut cluster = Cluster::without_agent(flags)?;
     let fresh = footprint(&cluster.server.netns)?;
     cluster.node.write(&annotated(&cluster.server, mode))?;
@@ -167,6 +167,11 @@ fn take_over(node: &Node, pod: &Pod) -> Result<String> {
 /// The same for a pod that has no redirected connections any more.
 fn take_over_wholly(node: &Node, pod: &Pod) -> Result<()> {
     take_over(node, pod)?;
+    take_over_rest(node, pod)
+}
+
+/// What is left of a takeover when the last connection has ended.
+pub fn take_over_rest(node: &Node, pod: &Pod) -> Result<()> {
     wait_for("nothing of it to be left", SOON, || {
         let (done, said) = node.take_over(&[])?;
         ensure!(done, "{said}");
@@ -176,7 +181,7 @@ fn take_over_wholly(node: &Node, pod: &Pod) -> Result<()> {
 }
 
 /// Opens connections in both directions and checks that the proxy has them by istio-cni's rules.
-fn open_by_istio_cni(cluster: &Cluster, family: Family) -> Result<[Conversation; 2]> {
+pub fn open_by_istio_cni(cluster: &Cluster, family: Family) -> Result<[Conversation; 2]> {
     let Cluster { node, server, client, .. } = cluster;
     let since = now()?;
     let outbound = converse(server, client, family)?;
