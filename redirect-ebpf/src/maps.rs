@@ -72,7 +72,7 @@ pub static LISTENERS: Listeners = Listeners {
 #[repr(C)]
 pub struct Listeners {
     r#type: *const [i32; BPF_MAP_TYPE_SOCKHASH as usize],
-    key: *const shown::ListenerKey,
+    key: *const ListenerKey,
     value: *const u64,
     max_entries: *const [i32; PODS * 4],
 }

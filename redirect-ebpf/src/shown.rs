@@ -68,28 +68,7 @@ pub struct CounterKey {
     pub counter: Counter,
 }
 
-/// [`abi::ListenerKey::kind`].
-#[repr(u32)]
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum Listener {
-    /// [`abi::LISTENER_OUTBOUND`].
-    Outbound = abi::LISTENER_OUTBOUND,
-    /// [`abi::LISTENER_INBOUND`].
-    Inbound = abi::LISTENER_INBOUND,
-    /// [`abi::LISTENER_HBONE`].
-    Hbone = abi::LISTENER_HBONE,
-}
-
-/// [`abi::ListenerKey`].
-#[repr(C)]
-#[allow(missing_docs, reason = "abi::ListenerKey has them")]
-pub struct ListenerKey {
-    pub pod_id: PodId,
-    pub kind: Listener,
-}
-
 const _: () = {
     assert!(size_of::<PodEntry>() == size_of::<abi::PodEntry>());
     assert!(size_of::<CounterKey>() == size_of::<abi::CounterKey>());
-    assert!(size_of::<ListenerKey>() == size_of::<abi::ListenerKey>());
 };
