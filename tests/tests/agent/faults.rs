@@ -10,10 +10,11 @@ use redirect_tests::app::Conversation;
 use redirect_tests::footprint::{assert_unchanged, footprint};
 use redirect_tests::istio_cni::Backend;
 use redirect_tests::netns::Family;
+use redirect_tests::process::wait_for;
 use redirect_tests::topology::Pod;
 use serde_json::json;
 
-use crate::cluster::{Cluster, Manifest, Node, PORT, converse, echo, links};
+use crate::cluster::{Cluster, Manifest, Node, PORT, SOON, converse, echo, links};
 use crate::drift::detach;
 use crate::kill::{FILES, MESSAGES, Scenario, Victim};
 use crate::load::Load;
@@ -111,26 +112,37 @@ fn agent_is_killed_in_the_middle_of_a_settings_change(calls: &[&'static str]) ->
         "traffic.redirect-agent/excludeOutboundPorts",
         json!(PORT.to_string()),
     );
-    let in_force = |node: &Node| {
-        let rules = server.netns.output("ip", &["-6", "rule", "show"])?;
-        Ok(rules.contains(&format!("dport {PORT} ")) && !is_switching(node)?)
+    let is_settled = |node: &Node, excluded: bool| {
+        let rules = [["-4", "rule", "show"], ["-6", "rule", "show"]];
+        for rules in rules.map(|args| server.netns.output("ip", &args)) {
+            if rules?.contains(&format!("dport {PORT} ")) != excluded {
+                return Ok(false);
+            }
+        }
+        Ok(!is_switching(node)?)
+    };
+    let settles = |node: &Node, excluded| {
+        wait_for("the exclusion to be as wished, and settled", SOON, || {
+            Ok(is_settled(node, excluded)?.then_some(()))
+        })
     };
     let scenario = Scenario {
         before: &|node| {
             node.enroll(server)?;
-            node.wait_for_pod("to have no exclusion", server, |p| {
-                p.traffic.as_ref().is_some_and(|t| !format!("{t:?}").contains(&PORT.to_string()))
-            })?;
+            settles(node, false)?;
             assert_redirected(node, server, client)?;
             // Those of the former round are direct, and stay so.
             open.exchange()?;
             open.replace(server, client)
         },
-        victim: Victim::Running { change: &|node| node.write(&excluded), is_done: &in_force },
+        victim: Victim::Running {
+            change: &|node| node.write(&excluded),
+            is_done: &|node| is_settled(node, true),
+        },
         resume: &Node::start_agent,
         after: &|node| {
             node.wait_until_complete(server)?;
-            ensure!(in_force(node)?, "the exclusion is not in force, or not settled");
+            settles(node, true)?;
             // Those of before are redirected, and stay so.
             open.exchange()?;
             open.replace(server, client)?;
