@@ -5,3 +5,4 @@ mod agreement;
 mod chart;
 mod docs;
 mod monitoring;
+mod package;

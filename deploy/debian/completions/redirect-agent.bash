@@ -1,0 +1,2 @@
+# Those of the installed program, whatever its version.
+eval "$(redirect-agent completions bash)"
