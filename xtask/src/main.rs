@@ -77,12 +77,8 @@ enum Command {
     Manifests,
     /// Build the documentation as a book, with mdbook, into target/book
     Book,
-    /// Build what is released, into target/dist: the static binary, the image, the Debian package, the bill of
-    /// materials
+    /// Build the static binary and the image, into target/dist
     Dist {
-        /// For which processors; this machine's by default
-        #[arg(long, value_name = "ARCH,…", value_delimiter = ',')]
-        arch: Vec<dist::Machine>,
         /// Build it twice, and compare
         #[arg(long)]
         check: bool,
@@ -102,7 +98,7 @@ fn main() -> ExitCode {
         Command::Check => check::run_all(),
         Command::Manifests => manifests::write(),
         Command::Book => book::build(),
-        Command::Dist { arch, check } => dist::make(&arch, check),
+        Command::Dist { check } => dist::make(check),
     };
     match outcome {
         Ok(()) => ExitCode::SUCCESS,

@@ -173,15 +173,6 @@ pub(crate) fn for_vm(report: Report) -> Result<()> {
     packages(report, "qemu", VM_PACKAGES)
 }
 
-/// Brings the C compiler that links for another architecture, and its static C library.
-pub(crate) fn for_cross_building(arch: &str, debian: &str, report: Report) -> Result<()> {
-    let gcc = format!("{arch}-linux-gnu-gcc");
-    let library = format!("/usr/{arch}-linux-gnu/lib/libc.a");
-    let packages =
-        [format!("gcc-{}-linux-gnu", arch.replace('_', "-")), format!("libc6-dev-{debian}-cross")];
-    self::packages(report, &gcc, &[(&gcc, &packages[0]), (&library, &packages[1])])
-}
-
 fn toolchain(report: Report) -> Result<Nightly> {
     if find("rustup").is_none() {
         bail!(
@@ -323,7 +314,7 @@ pub(crate) fn path_with_tools() -> Result<OsString> {
     env::join_paths(paths).context("add the tools directory to PATH")
 }
 
-fn packages(report: Report, thing: &str, programs: &[(&str, &str)]) -> Result<()> {
+fn packages(report: Report, thing: &str, programs: &[(&str, &'static str)]) -> Result<()> {
     let _lock = lock_tools()?;
     let all: Vec<_> = programs.iter().map(|(_, package)| *package).collect();
     let missing = missing_packages(programs);
@@ -355,7 +346,7 @@ fn packages(report: Report, thing: &str, programs: &[(&str, &str)]) -> Result<()
     Ok(())
 }
 
-fn missing_packages<'a>(programs: &[(&str, &'a str)]) -> Vec<&'a str> {
+fn missing_packages(programs: &[(&str, &'static str)]) -> Vec<&'static str> {
     let missing = programs.iter().filter(|(program, _)| find(program).is_none());
     missing.map(|(_, package)| *package).collect()
 }

@@ -247,7 +247,7 @@ fn image_starts_the_program_that_dist_puts_into_it() -> Result<()> {
         std::fs::read_to_string(&path).with_context(|| format!("read {}", path.display()))
     };
     let dockerfile = read(dir().join("Dockerfile"))?;
-    let dist = read(Path::new(env!("CARGO_MANIFEST_DIR")).join("../xtask/src/dist/mod.rs"))?;
+    let dist = read(Path::new(env!("CARGO_MANIFEST_DIR")).join("../xtask/src/dist.rs"))?;
     assert!(dockerfile.contains("ENTRYPOINT [\"/usr/local/bin/redirect-agent\"]"));
     assert!(dist.contains("const BINARY: &str = \"usr/local/bin/redirect-agent\";"));
     let chart = read(dir().join("helm/redirect-agent/Chart.yaml"))?;

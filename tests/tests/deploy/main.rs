@@ -5,4 +5,3 @@ mod agreement;
 mod chart;
 mod docs;
 mod monitoring;
-mod package;

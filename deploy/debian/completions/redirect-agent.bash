@@ -1,2 +1,0 @@
-# Those of the installed program, whatever its version.
-eval "$(redirect-agent completions bash)"

@@ -1,2 +1,0 @@
-# Those of the installed program, whatever its version.
-redirect-agent completions fish | source
