@@ -149,7 +149,8 @@ impl Victim<'_> {
                 change(node)?;
                 let died = died_or_done(node, is_done)?;
                 if let Some(mut tracer) = tracer {
-                    tracer.terminate(SOON)?;
+                    // Asked to end, strace may wait for a thread that does not stop; the kernel lets all go.
+                    tracer.kill()?;
                 }
                 Ok(died || node.has_agent_died()?)
             }
