@@ -96,13 +96,14 @@ impl PodsMap {
 
 /// The addresses of one pod.
 fn pod_entries(cluster: &Cluster, row: &Value) -> Result<[PodsEntry; 2]> {
-    // bpftool prints the fields by name because the map carries its BTF.
+    // bpftool prints fields, decisions and reasons by name, because the map carries its BTF.
     let (key, value) = (&row["formatted"]["key"], &row["formatted"]["value"]);
     let pod_id = key.as_u64().with_context(|| format!("read key {key} of the map pods"))?;
     let number = |field: &str| {
         value[field].as_u64().with_context(|| format!("read {field} of {pod_id} in the map pods"))
     };
-    let reason = u32::try_from(number("reason")?)?;
+    let is = |reason: &Reason| value["reason"] == format!("{reason:?}");
+    let reason = Reason::ALL.into_iter().find(is).map_or("?", Reason::as_str);
     let entry = |field: &str| {
         let octets: [u8; 16] = serde_json::from_value(value[field]["octets"].clone())
             .with_context(|| format!("read {field} of {pod_id} in the map pods"))?;
@@ -115,8 +116,8 @@ fn pod_entries(cluster: &Cluster, row: &Value) -> Result<[PodsEntry; 2]> {
             address: address.to_string(),
             pod: owner.transpose()?.map_or("nobody".to_owned(), ToString::to_string),
             pod_id,
-            enrolled: number("decision")? == u64::from(redirect_ebpf::abi::DECISION_ENROLLED),
-            reason: Reason::from_code(reason).map_or("?", Reason::as_str).to_owned(),
+            enrolled: value["decision"] == "Enrolled",
+            reason: reason.to_owned(),
             capture: number("flags")? & u64::from(redirect_ebpf::abi::POD_CAPTURE) != 0,
         })
     };
