@@ -1,4 +1,4 @@
-//! How serde reads and writes some types and fields.
+//! Text: how serde reads and writes some types and fields, and how to shorten it.
 
 /// For a type with `#[serde(try_from = "String", into = "String")]`: its text is what `FromStr` reads and
 /// `Display` writes.
@@ -28,4 +28,12 @@ where
     D: serde::Deserializer<'de>,
 {
     T::deserialize(deserializer).map(Some)
+}
+
+/// The first `most` characters, with an ellipsis if there are more.
+pub(crate) fn shortened(text: &str, most: usize) -> String {
+    match text.char_indices().nth(most) {
+        Some((end, _)) => format!("{}…", text.split_at(end).0),
+        None => text.to_owned(),
+    }
 }

@@ -18,9 +18,13 @@ use nix::{
 };
 use procfs::{Lock, LockType};
 
+use crate::text::shortened;
+
 /// How long to wait for an owner that is exiting.
 const PATIENCE: Duration = Duration::from_millis(800);
 const LOOK: Duration = Duration::from_millis(20);
+/// How many characters of the owner's command line are told.
+const COMMAND: usize = 60;
 
 /// Holds the directory until dropped.
 #[derive(Debug)]
@@ -99,19 +103,11 @@ fn find(dir: &Path) -> Option<Process> {
     let of_dir = |lock: &Lock| lock.lock_type == LockType::FLock && lock.inode == inode;
     let pid = procfs::locks().ok()?.into_iter().find(of_dir)?.pid?;
     let process = procfs::process::Process::new(pid).ok()?;
-    let command = shortened(&process.cmdline().ok()?.join(" "));
+    let command = shortened(&process.cmdline().ok()?.join(" "), COMMAND);
     let since = process.stat().ok().and_then(|stat| {
         let after_boot = stat.starttime / procfs::ticks_per_second();
         let since = procfs::boot_time_secs().ok()? + after_boot;
         Some(SystemTime::UNIX_EPOCH + Duration::from_secs(since))
     });
     Some(Process { pid, command, since })
-}
-
-fn shortened(command: &str) -> String {
-    const ENOUGH: usize = 60;
-    match command.char_indices().nth(ENOUGH) {
-        Some((end, _)) => format!("{}…", &command[..end]),
-        None => command.to_owned(),
-    }
 }

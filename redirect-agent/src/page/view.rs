@@ -10,6 +10,7 @@ use crate::{
     health::Condition,
     output::{self, NO_PROXY, NodeOverride, PodState, PodStatus, Status, printable},
     overrides::{Mode, Moment, Pause},
+    text::shortened,
     traffic::Traffic,
 };
 
@@ -244,10 +245,7 @@ fn span(duration: Duration) -> String {
 
 /// Text without control characters, and not too much of it.
 fn short(text: &str) -> String {
-    match text.char_indices().nth(CHARS) {
-        Some((end, _)) => format!("{}…", printable(text.split_at(end).0)),
-        None => printable(text),
-    }
+    printable(&shortened(text, CHARS))
 }
 
 #[cfg(test)]

@@ -152,7 +152,7 @@ impl Victim<'_> {
                     // Asked to end, strace may wait for a thread that does not stop; the kernel lets all go.
                     tracer.kill()?;
                 }
-                Ok(died || node.has_agent_died()?)
+                if died { Ok(true) } else { dies_or_answers(node) }
             }
             Self::Starting { is_done } => {
                 node.adopt_agent(Fault::over(fault, node.agent_command()?)?)?;
@@ -184,6 +184,16 @@ fn died_or_done(node: &mut Node, is_done: &dyn Fn(&Node) -> Result<bool>) -> Res
         asked = Instant::now();
         // It may be killed while it answers.
         Ok(is_done(node).is_ok_and(|done| done).then_some(false))
+    })
+}
+
+/// Whether the agent was killed just when it was done: nobody follows it any more, so if it answers, it was not.
+fn dies_or_answers(node: &mut Node) -> Result<bool> {
+    wait_for("the agent to be dead, or to answer", SOON, || {
+        if node.has_agent_died()? {
+            return Ok(Some(true));
+        }
+        Ok(node.status().is_ok().then_some(false))
     })
 }
 
